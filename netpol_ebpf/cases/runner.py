@@ -116,7 +116,7 @@ def run_cases(loaded: LoadedCases, engine: str = "model", settings: PolicySettin
 
 
 def in_order(cases: Sequence[Case]) -> Iterator[Case]:
-    """The cases in the given order; all steps of a sequence, by number, are at the place of the sequence's first case."""
+    """The cases in the given order; all steps of a sequence, by number, are where the first of its cases is."""
     groups: dict[str, list[Case]] = {}
     for case in cases:
         if case.sequence is not None:

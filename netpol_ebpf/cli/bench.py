@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl bench`: measure enforcement on this machine, and compare with nftables and iptables with the same policies.
+"""`netpolctl bench`: measure enforcement on this machine, compared with nftables and iptables for the same policies.
 
 The benchmarks are in ``bench/`` of the source.  An installed package does not have them: the command then fails.
 

@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def add_directory_options(parser: argparse.ArgumentParser, prefix: str) -> None:
-    """Add the options for the directories of the runtime's plugins and configurations. ``prefix``: of the option names."""
+    """Add the options for the directories of the runtime's plugins and configurations, named ``--PREFIX...``."""
     parser.add_argument(
         f"--{prefix}dir", dest="bin_dir", type=Path, default=DEFAULT_BIN_DIR, metavar="DIR",
         help=f"directory of the runtime's CNI plugins (default: {DEFAULT_BIN_DIR})",

@@ -181,7 +181,7 @@ class Demo:
         return load_paths([self.manifests]).check()
 
     def play(self, *, with_iperf: bool) -> dict[str, Any]:
-        """Run all parts in order. Returns the summary; its field ``ok``: everything was as the reference model predicts."""
+        """Run all parts in order. Returns the summary; ``ok`` in it: everything was as the reference model predicts."""
         before = self._show_before()
         enforced = self._show_enforced(before)
         self._explain_denial()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl explain`: print whether one connection is allowed, and which rule of which policy decides at each endpoint.
+"""`netpolctl explain`: print whether one connection is allowed, and which policy and rule decides at each endpoint.
 
 The agent of this node evaluates the policies in force.  With ``--manifests`` the command evaluates the policies of
 these files itself, without agent, root and kernel.

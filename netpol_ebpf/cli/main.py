@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl`: the command line. Finds the subcommands, runs one, and maps every outcome to an exit code.
+"""`netpolctl`: the command line. Runs a subcommand, and maps its result or error to an exit code.
 
 Exit codes: 0 yes or done, 1 the answer is no, 2 usage, 3 invalid input, 4 agent not reachable, 5 kernel or permission,
 70 a bug; 130 interrupted, 141 the reader of the output went away.

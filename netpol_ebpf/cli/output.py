@@ -25,7 +25,7 @@ def add_output_option(parser: argparse.ArgumentParser) -> None:
 
 
 def print_value(output: str, value: Any) -> bool:
-    """Print ``value`` if ``output`` is json or yaml. Returns False for another format: the caller must then print text."""
+    """Print ``value`` if ``output`` is json or yaml. Otherwise returns False: the caller must then print text."""
     if output == "json":
         print(render_json(value, indent=2))
     elif output == "yaml":

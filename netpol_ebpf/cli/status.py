@@ -73,7 +73,7 @@ def _source(source: dict[str, Any]) -> str:
 
 
 def _print_kinds(kinds: Sequence[dict[str, Any]], *, wide: bool) -> None:
-    """Print the state of each kind of a source if ``wide``, otherwise only of kinds with a problem or with kept objects."""
+    """Print the state of each kind of a source; unless ``wide``, only of kinds with a problem or kept objects."""
     rows = [
         (one["kind"], one["state"], one["objects"], one["kept"] or "-", one["resource_version"] or "-")
         for one in kinds

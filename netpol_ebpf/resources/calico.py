@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kinds of projectcalico.org/v3: policies, staged policies, tiers, network sets, endpoints, profiles.
 
-Validation and defaulting as SEMANTICS 1.7 to 1.12; the rules inside are read by `calico_rule`.
+Validation and defaulting are those of SEMANTICS 1.7 to 1.12.  `calico_rule` parses the rules of policies.
 """
 
 from __future__ import annotations
@@ -77,12 +77,15 @@ _ONLY_GLOBAL = ("namespaceSelector", "doNotTrack", "preDNAT", "applyOnForward")
 
 
 def _check_policy_name(name: str) -> str | None:
-    """Check a policy's name: a DNS label, or two with one dot between; or the name of a converted object."""
+    """Check a policy's name: one DNS label, two labels with a dot between them, or the name of a converted object.
+
+    Returns the fault, or None.
+    """
     return None if len(name) <= 253 and _CONVERTED_NAME.match(name) else _check_global_policy_name(name)  # noqa: PLR2004
 
 
 def _check_global_policy_name(name: str) -> str | None:
-    """Check a global policy's name: a DNS label, or two with one dot between."""
+    """Check a global policy's name: one DNS label, or two with a dot between them. Returns the fault, or None."""
     if (message := check_dns_subdomain(name)) is not None:
         return message
     if not _POLICY_NAME.match(name):
@@ -99,7 +102,7 @@ def _spec(obj: Reader) -> Reader:
 
 
 def _policy_spec(spec: Reader, namespace: str, *, is_global: bool) -> CalicoPolicySpec:
-    """The spec of the four Calico policies; ``namespace`` is "" for the global ones."""
+    """Parse the spec of a Calico policy, staged or not, global or not. ``namespace``: "" for a global policy."""
     tier = _tier_name(spec)
     order = spec.number("order")
     selector = read_selector(spec, "selector")
@@ -152,7 +155,7 @@ def _tier_name(spec: Reader) -> str:
 
 
 def _types(spec: Reader) -> tuple[str, ...]:
-    """The types as written, in the canonical order; () when absent."""
+    """The field types in canonical order; () if it is absent."""
     types: list[str] = []
     for path, name in spec.indexed_strings("types"):
         if name not in _DIRECTIONS:
@@ -165,14 +168,18 @@ def _types(spec: Reader) -> tuple[str, ...]:
 
 
 def _default_types(spec: Reader) -> tuple[str, ...]:
-    """Default types. No egress rules: Ingress; only egress rules: Egress; both: both (unlike a Kubernetes policy)."""
+    """The policy types if the field types is absent.
+
+    Without egress rules: Ingress.  With egress rules only: Egress.  With both: both.  A Kubernetes policy has other
+    defaults.
+    """
     if not spec.list("egress"):
         return _DIRECTIONS[:1]
     return _DIRECTIONS if spec.list("ingress") else _DIRECTIONS[1:]
 
 
 def _warn_inert(spec: Reader, types: tuple[str, ...]) -> None:
-    if not types or len(types) != len(spec.list("types")):  # none given, or wrong ones
+    if not types or len(types) != len(spec.list("types")):  # the field is absent, or has invalid values
         return
     for direction in _DIRECTIONS:
         field = direction.lower()
@@ -215,7 +222,7 @@ def _global_network_policy(obj: Reader, meta: Meta) -> GlobalNetworkPolicy:
 
 
 def _staged_action(spec: Reader, *, keep: tuple[str, ...]) -> str:
-    """The staged action. With Delete every field but ``keep`` must be empty."""
+    """The field stagedAction. With Delete, all fields of the spec except ``keep`` must be empty."""
     action = spec.enum("stagedAction", STAGED_ACTIONS) or "Set"
     if action == "Delete":
         for key in spec.fields():
@@ -225,7 +232,7 @@ def _staged_action(spec: Reader, *, keep: tuple[str, ...]) -> str:
 
 
 def _is_zero(value: Any) -> bool:
-    """Whether a value is absent, or equal to what an absent field of this type holds (0 is a given order)."""
+    """Whether a value is absent, false or empty. A number never is: order 0 is a given order."""
     return value is None or value is False or (isinstance(value, (str, list, Mapping)) and not value)
 
 
@@ -298,7 +305,10 @@ def _network_set(obj: Reader, meta: Meta) -> NetworkSet:
 
 
 def read_net(spec: Reader, path: tuple[str | int, ...], text: str) -> IPNetwork | None:
-    """Read a CIDR or a bare address as a masked network; host bits are cleared."""
+    """Parse a CIDR, or an address without prefix length, to a network with host bits cleared.
+
+    None after an error, which is recorded at ``path``.
+    """
     full = text if "/" in text else f"{text}/{128 if ':' in text else 32}"
     try:
         network, masked = parse_network(full)
@@ -367,7 +377,7 @@ def _profiles(spec: Reader) -> tuple[str, ...]:
 
 
 def _endpoint_port(port: Reader, *, may_be_unnamed: bool = False) -> EndpointPort | None:
-    """Read a named port; None when it is not valid or, where that is allowed, has no name."""
+    """Parse a named port of an endpoint; None if it is invalid, or has no name and ``may_be_unnamed``."""
     name = port.string("name") or ""
     if not name and not may_be_unnamed:
         port.missing("name")
@@ -435,7 +445,7 @@ def _workload_endpoint(obj: Reader, meta: Meta) -> WorkloadEndpoint:
 
 
 def _single_address(text: str) -> IPAddress:
-    """Parse an address, bare or as the CIDR of one address. Raises ValueError."""
+    """Parse an address, with or without the prefix length of a single address. Raises ValueError."""
     if "/" not in text:
         return parse_address(text)
     network, _ = parse_network(text)
@@ -453,7 +463,7 @@ def _one_address(reader: Reader, key: str, text: str) -> IPAddress | None:
 
 
 def _nats(spec: Reader, addresses: tuple[IPAddress, ...]) -> None:
-    """Check 1:1 NAT entries. They are not used, but an invalid entry makes the object invalid."""
+    """Check the field ipNATs (1:1 NAT). Its entries are not used, but an invalid entry makes the object invalid."""
     for nat in spec.mappings("ipNATs"):
         ends = []
         for key in ("internalIP", "externalIP"):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A projectcalico.org/v3 rule: every field of SEMANTICS 1.4 to 1.6 and every constraint between them.
+"""Parses a projectcalico.org/v3 rule: every field of SEMANTICS 1.4 to 1.6 and every constraint between fields.
 
-Invariant: this module accepts exactly the rules that Calico's own validation accepts, and two additions from the
-documentation of its commercial edition (``domains`` and HTTP headers).  It does not decide what a rule matches.
+Invariant: this module accepts exactly the rules that Calico's own validation accepts, and two additions of Calico's
+commercial edition (``domains`` and HTTP headers).  It does not decide which packets a rule matches.
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ _MISPLACED = {
 
 @dataclass(frozen=True, slots=True)
 class RuleContext:
-    """The context of a rule: its direction, and the namespace of its policy ("" for a global policy)."""
+    """Properties of a rule that its fields do not state: the direction, and the policy's namespace ("" if global)."""
 
     ingress: bool
     namespace: str
 
 
 def read_rules(spec: Reader, key: str, namespace: str) -> tuple[CalicoRule, ...]:
-    """The rules under ``ingress`` or ``egress``."""
+    """Parse the rules in the field ``key``: ``ingress`` or ``egress``. ``namespace``: the policy's, "" if global."""
     written = spec.raw(key)
     if isinstance(written, Mapping):
         first = next(iter(written), "action")
@@ -138,7 +138,7 @@ def _ip_version(rule: Reader) -> int | None:
 
 
 def read_protocol(reader: Reader, key: str) -> int | None:
-    """Read a protocol: a name, exactly as written in `PROTOCOLS`, or a number from 1 to 255."""
+    """Parse a protocol to its IANA number: a name as spelled in `PROTOCOLS`, or 1 to 255. None: absent or invalid."""
     value = reader.raw(key)
     if value is None:
         return None
@@ -171,7 +171,7 @@ def _icmp(rule: Reader, key: str) -> Icmp | None:
 
 
 def read_annotations(reader: Reader) -> dict[str, str]:
-    """Read annotations, with the limits that the API server sets."""
+    """Parse annotations, with the API server's limits on names and sizes."""
     annotations = reader.string_map("annotations")
     if (message := check_annotations(annotations)) is not None:
         reader.error("annotations", message, slug="annotation")
@@ -223,7 +223,7 @@ def _nets(entity: Reader, key: str) -> Iterator[IPNetwork]:
 
 
 def read_selector(reader: Reader, key: str, *, allow_global: bool = False) -> Selector | None:
-    """Read a selector expression; None when it is absent or empty text."""
+    """Parse a selector expression; None if it is absent or empty. ``allow_global``: global() is allowed."""
     text = reader.string(key)
     if not text:
         return None
@@ -247,7 +247,7 @@ def read_selector(reader: Reader, key: str, *, allow_global: bool = False) -> Se
 
 
 def _wrong_selector(reader: Reader, key: str, text: str, error: SelectorError) -> None:
-    """Record the error of a selector. A line break has a message of its own, since no caret can show it."""
+    """Record the syntax error of a selector. A line break gets a special message, since a caret cannot point at it."""
     one_line = " ".join(text.split("\n"))
     if one_line != text:
         reader.error(key, f"holds a line break, which a selector cannot have; {FOLDING_HINT}", slug="selector")
@@ -277,7 +277,7 @@ def _ports(entity: Reader, key: str) -> Iterator[PortSpec]:
 
 
 def _not_a_range(name: str) -> str:
-    """The message for a port name without a letter, which no port of a pod can have."""
+    """The message for a port name without a letter, which matches no port of a pod."""
     ends = re.fullmatch(r"([0-9]+)[-_.]+([0-9]+)", name)
     hint = f'; a range is written "{ends[1]}:{ends[2]}"' if ends else ""
     return f'"{name}" is read as the name of a port, and the name of a pod\'s port has a letter, so it matches no pod{hint}'
@@ -345,7 +345,7 @@ def _services(entity: Reader, key: str, context: RuleContext) -> ServiceMatch | 
 
 
 def read_domains(reader: Reader, key: str) -> tuple[str, ...]:
-    """Domain names in lower case without a trailing dot."""
+    """Parse a list of domain names; the result is in lower case without trailing dots."""
     domains = []
     for path, text in reader.indexed_strings(key):
         if (message := check_domain(text)) is not None:
@@ -358,7 +358,7 @@ def read_domains(reader: Reader, key: str) -> tuple[str, ...]:
 
 
 def _check_ports_protocol(rule: Reader, protocol: int | None, source: EntityRule, destination: EntityRule) -> None:
-    """Check that ports have a protocol with ports; without a protocol only named ports are possible."""
+    """Check that a rule with ports has a protocol with ports. Without a protocol only named ports are allowed."""
     if protocol in WITH_PORTS:
         return
     for side, entity in (("source", source), ("destination", destination)):
@@ -379,7 +379,7 @@ def _check_families(
     source: EntityRule,
     destination: EntityRule,
 ) -> None:
-    """Check that a rule has one IP version: of ipVersion, of ICMP or ICMPv6, and of all CIDRs."""
+    """Check that ipVersion, the protocol (ICMP or ICMPv6) and all CIDRs of a rule have the same IP version."""
     for key, number in zip(("protocol", "notProtocol"), protocols, strict=True):
         wanted = {ICMP: 4, ICMPV6: 6}.get(number or 0)
         if version is not None and wanted is not None and version != wanted:

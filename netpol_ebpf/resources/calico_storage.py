@@ -37,7 +37,7 @@ KINDS = tuple(
 
 
 def kept_metadata(metadata: Reader) -> Mapping[str, Any]:
-    """The v3 object's ``name`` and ``labels`` in the annotation, as far as it has them; empty without the annotation."""
+    """The ``name`` and ``labels`` of the v3 object, if they are in the annotation; empty without the annotation."""
     annotations = metadata.peek("annotations")
     text = annotations.get(METADATA) if isinstance(annotations, Mapping) else None
     if not isinstance(text, str):
@@ -60,20 +60,20 @@ def _are_labels(labels: object) -> bool:
 
 
 def restored_name(kind: str, name: str, kept: Mapping[str, Any]) -> str:
-    """The v3 name of a stored object; ``kept`` as from `kept_metadata`."""
+    """The v3 name of the stored object ``name``. ``kept``: the result of `kept_metadata`."""
     return kept.get("name") or (name.removeprefix(_DEFAULT_PREFIX) if kind in _TIERED else name)
 
 
 def restored_labels(labels: Mapping[str, str], kept: Mapping[str, Any]) -> dict[str, str]:
-    """The v3 labels of a stored object.
+    """The v3 labels of a stored object. ``kept``: the result of `kept_metadata`.
 
-    Older versions of Calico kept them in the annotation only, newer ones only on the object.
+    Older versions of Calico stored labels in the annotation only, newer versions on the object only.
     """
     return {**kept.get("labels", {}), **labels}
 
 
 def without_stored_copies(resources: Iterable[Resource]) -> list[Resource]:
-    """The resources without stored objects that are also given in their v3 form, which has precedence."""
+    """The resources, minus stored objects for which the same object in v3 form is also given: the v3 form is used."""
     given = list(resources)
     if not any(one.meta.is_stored for one in given):
         return given

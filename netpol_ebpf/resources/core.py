@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Namespace, ServiceAccount, Pod, Node, Service and EndpointSlice: the cluster's own objects.
 
-Real objects of these kinds are large and grow with every release: unknown fields are ignored, the fields read here are
-checked.  SEMANTICS 1.3 gives the precedence of an address's sources.
+Objects of these kinds are large, and get more fields with every release.  So unknown fields are ignored; only the
+fields that this module reads are checked.  SEMANTICS 1.3 defines from which fields a pod's addresses are taken.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 _POD_IPS = "cni.projectcalico.org/podIPs"
 _POD_IP = "cni.projectcalico.org/podIP"
 _AWS_POD_IPS = "vpc.amazonaws.com/pod-ips"
-# A static pod's object is the kubelet's mirror, with a UID of its own; what the runtime knows is the one here.
+# The API object of a static pod is a mirror made by the kubelet, with another UID.  This annotation has the UID that the
+# container runtime uses.
 _MIRRORED_UID = "kubernetes.io/config.mirror"
 _SOURCE_PREFIXES = "cni.projectcalico.org/allowedSourcePrefixes"
 
-# The addresses Calico gives a node: its own (with a prefix length) and those of its tunnel devices, from which traffic
-# of the node to a remote pod may come.
+# Annotations with a node's addresses in Calico: its own (with a prefix length), and those of its tunnel devices, from
+# which the node may send to remote pods.
 _NODE_ADDRESS_ANNOTATIONS = (
     "projectcalico.org/IPv4Address",
     "projectcalico.org/IPv6Address",
@@ -79,7 +80,7 @@ def _pod(obj: Reader, meta: Meta) -> Pod:
     deleting = metadata is not None and metadata.has("deletionTimestamp")
     status = obj.mapping("status")
     phase = status.string("phase") if status is not None else None
-    # A network plugin says by its emptied annotation that it has taken the address back.
+    # A network plugin that has released the address of a deleted pod empties its annotation.
     taken_back = deleting and "" in (annotations.get(_POD_IP), annotations.get(_AWS_POD_IPS))
     finished = phase in ("Succeeded", "Failed") or taken_back
     addresses = _pod_addresses(obj, annotations, status)
@@ -93,7 +94,7 @@ def _pod(obj: Reader, meta: Meta) -> Pod:
 
 
 def read_template(template: Reader, meta: Meta) -> Pod:
-    """A pod without address from a pod spec: that of a pod, or of a template in another object."""
+    """Parse a pod template (the metadata and spec of a pod), also of another object, to a pod without address."""
     spec = template.mapping("spec") or Reader({}, (*template.path, "spec"), template.report)
     ports: list[ContainerPort] = []
     for containers in ("initContainers", "containers"):
@@ -139,10 +140,7 @@ def _protocol(port: Reader) -> int:
 
 
 def _pod_addresses(obj: Reader, annotations: Mapping[str, str], status: Reader | None) -> tuple[IPAddress, ...]:
-    """A pod's addresses, from the first source that has any.
-
-    Status.podIPs, status.podIP, then the annotations of CNI plugins.
-    """
+    """A pod's addresses, from the first that has any: status.podIPs, status.podIP, annotations of CNI plugins."""
     if status is not None:
         entries = [(entry.path, entry.string("ip")) for entry in status.mappings("podIPs")]
         found = _addresses(obj, [((*path, "ip"), ip) for path, ip in entries if ip])
@@ -161,7 +159,7 @@ def _pod_addresses(obj: Reader, annotations: Mapping[str, str], status: Reader |
 
 
 def _addresses(obj: Reader, texts: Iterable[tuple[Path, str]]) -> tuple[IPAddress, ...]:
-    """The distinct addresses, in the given order."""
+    """Parse addresses, given with their paths for messages. Returns distinct addresses in the given order."""
     found: dict[IPAddress, None] = {}
     for path, text in texts:
         try:
@@ -172,9 +170,9 @@ def _addresses(obj: Reader, texts: Iterable[tuple[Path, str]]) -> tuple[IPAddres
 
 
 def _source_prefixes(obj: Reader, annotations: Mapping[str, str]) -> tuple[IPNetwork, ...]:
-    """The annotation that lifts anti-spoofing for source prefixes.
+    """Parse the annotation with the prefixes from which a pod may send although it does not have the addresses.
 
-    A JSON list of CIDRs (a bare address is its /32 or /128).
+    It is a JSON list of CIDRs; an address without a prefix length is a /32 or /128.
     """
     text = annotations.get(_SOURCE_PREFIXES)
     if not text:
@@ -220,9 +218,9 @@ def _node(obj: Reader, meta: Meta) -> Node:
 
 
 def _node_interfaces(obj: Reader, annotations: Mapping[str, str]) -> Iterable[NodeInterface]:
-    """The annotation with a node's interfaces.
+    """Parse the annotation with a node's interfaces.
 
-    JSON, each with its name and its addresses (with or without prefix length).
+    It is a JSON list; each interface has a name, and addresses with or without prefix length.
     """
     text = annotations.get(_NODE_INTERFACES)
     if not text:
@@ -290,7 +288,7 @@ def _endpoint_slice(obj: Reader, meta: Meta) -> EndpointSlice:
 
 
 def any_name(name: str) -> str | None:
-    """Accept any name: the cluster made these objects, so their names are valid."""
+    """Accept any name, for objects that a cluster created: the API server has checked their names."""
     del name
     return None
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objects of kinds that are not read: objects of other programs, and misspelt kinds.
+"""Objects of unknown kinds: either objects of other programs, or objects with a misspelt kind or apiVersion.
 
-`helm template` and `kubectl get all` write Deployments and ConfigMaps into the files that hold policies.  Such objects
-are skipped and counted.  Invariant: an object that is probably one of ours with its kind or its apiVersion misspelt is
-never skipped, since its policy would silently not be enforced. In API groups with only known kinds, every other kind is
-an error; elsewhere, a kind and a group that nearly have known names.
+`helm template` and `kubectl get all` write Deployments and ConfigMaps into the same files as policies.  Such objects
+are skipped and counted.
+
+Invariant: an object that is probably a known kind with a misspelling is never skipped, since its policy would silently
+not be enforced.  In an API group whose kinds are all known, every other kind is an error.  In other groups, a kind and
+group with names similar to known ones are an error.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from difflib import get_close_matches
 from netpol_ebpf.resources.reader import suggestion
 
 KindName = tuple[str, str]
-"""apiVersion and kind."""
+"""(apiVersion, kind)."""
 
 _CALICO = (
     *(
@@ -48,7 +50,9 @@ _OTHER_KINDS: dict[str, frozenset[str]] = {
     "projectcalico.org": frozenset(_CALICO),
     "crd.projectcalico.org": frozenset((*_CALICO, "IPAMBlock", "IPAMConfig", "IPAMHandle", "Profile")),
 }  # fmt: skip
-"""Kinds that are not read in API groups with kinds that are (Kubernetes 1.34, Calico 3.31 and its commercial edition).
+"""By API group of which the agent reads some kinds: the group's other kinds, which it does not read.
+
+As of Kubernetes 1.34, Calico 3.31 and its commercial edition.
 """
 
 _NEAR = 0.8
@@ -59,9 +63,9 @@ _POLICY = re.compile(r"NetworkPolicy\Z")
 
 
 def find_slip(api_version: str, kind: str, known: Collection[KindName]) -> tuple[str, str] | None:
-    """The misspelling in an object of an unknown kind, as field and message; None.
+    """The misspelling in an object of an unknown kind, as (field, message); None: the object is of another program.
 
-    The object belongs to another program. ``known``: the kinds that may be meant.
+    ``known``: the kinds that the author may have meant.
     """
     group = group_of(api_version)
     groups = {group_of(version) for version, _ in known}
@@ -82,7 +86,7 @@ def find_slip(api_version: str, kind: str, known: Collection[KindName]) -> tuple
 
 
 def is_policy(kind: str) -> bool:
-    """Whether the name of another program's kind says that it is a network policy, which is not enforced here."""
+    """Whether another program's kind is, by its name, a network policy: it is not enforced here."""
     return _POLICY.search(kind) is not None
 
 

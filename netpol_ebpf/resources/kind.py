@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The description of a kind by which the loader reads its objects."""
+"""The description of a kind: how the loader parses and checks its objects."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from netpol_ebpf.resources.types import Meta, Resource
 class Kind:
     """One kind of one API version.
 
-    ``parse`` reads the object's own fields (metadata is read before) and may return None after it recorded an error;
-    ``check_name`` returns what is wrong with a name, or None; ``strict``: unknown fields and labels that the API
-    server would refuse are errors (policies), not ignored (objects that the cluster itself wrote); ``is_stored``: the form in which
-    Calico stores the object, with other metadata than the object's own.
+    ``parse``: parses the fields other than metadata; None after an error, which it has recorded.
+    ``check_name``: returns the fault of a name, or None.
+    ``strict``: unknown fields, and labels that the API server would reject, are errors (for policies); otherwise they
+    are ignored (for objects that a cluster wrote).
+    ``is_stored``: the objects are in the form in which Calico stores them, with the v3 object's metadata in an
+    annotation.
     """
 
     api_version: str

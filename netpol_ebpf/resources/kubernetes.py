@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """networking.k8s.io/v1 NetworkPolicy: validation and defaulting as the API server does them (SEMANTICS 1.1).
 
-Also the Kubernetes label selector, which other API groups embed, and the spec reader that the staged form shares.
-CIDRs are read leniently (leading zeros, host bits), since stored objects may hold such; a warning says what was read.
+This module also parses the Kubernetes label selector, which other API groups use, and the spec of the staged form.
+CIDRs may have leading zeros and host bits, since older API servers stored such objects; a warning shows the CIDR that
+is used.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _WITHOUT_VALUES = ("Exists", "DoesNotExist")
 
 
 def read_label_selector(selector: Reader) -> LabelSelector:
-    """A LabelSelector; all its parts are ANDed."""
+    """Parse a LabelSelector. All its requirements are ANDed."""
     labels = selector.string_map("matchLabels", check_label)
     requirements = tuple(_requirement(expression) for expression in selector.mappings("matchExpressions"))
     hints = {
@@ -76,7 +77,7 @@ def _requirement(expression: Reader) -> Requirement:
 
 
 def optional_selector(parent: Reader, key: str) -> LabelSelector | None:
-    """The selector in a field; None when the field is absent (an absent selector differs from an empty one)."""
+    """Parse the label selector in a field; None if the field is absent, which differs from an empty selector."""
     selector = parent.mapping(key)
     return None if selector is None else read_label_selector(selector)
 
@@ -94,7 +95,7 @@ def _network_policy(obj: Reader, meta: Meta) -> KubernetesNetworkPolicy:
 
 
 def read_policy_spec(spec: Reader, *, more: tuple[str, ...] = ()) -> KubernetesPolicySpec:
-    """A NetworkPolicySpec with its policyTypes defaulted; ``more``: further fields that the caller reads."""
+    """Parse a NetworkPolicySpec, with the default of policyTypes. ``more``: names of fields that the caller reads."""
     selector = optional_selector(spec, "podSelector") or LabelSelector()
     ingress = tuple(_rules(spec, "ingress", "from"))
     egress = tuple(_rules(spec, "egress", "to"))
@@ -156,15 +157,15 @@ def _rules(spec: Reader, direction: str, peers_key: str) -> Iterator[KubernetesR
 
 
 def _is_half(peers: KubernetesRule, ports: KubernetesRule) -> bool:
-    """Whether one rule has only peers and the other only ports.
+    """Whether ``peers`` is a rule with peers only, and ``ports`` a rule with ports only.
 
-    Together they look like one rule that was split by mistake.
+    Two such neighbours are probably one rule that was split by mistake.
     """
     return bool(peers.peers and not peers.ports and ports.ports and not ports.peers)
 
 
 def _not_a_list(spec: Reader, direction: str, peers_key: str, written: Mapping[object, object]) -> None:
-    """The message for a mapping in place of the list of rules, with the probable mistake."""
+    """Record the error that a mapping is in place of the list of rules, with the probable mistake."""
     if "ports" in written:
         spec.report.error(
             (*spec.path, direction, "ports"),
@@ -304,7 +305,7 @@ def _port(port: Reader) -> KubernetesPort:
 
 
 def _end_port(port: Reader) -> int | None:
-    """The last port of a range. A port above 65535 is an error, or is read as 65535 where tolerated."""
+    """Parse endPort. A value above 65535 is an error, or in lenient mode a warning and read as 65535."""
     end = port.integer("endPort", 1, 2**31 - 1)
     if end is not None and end > MAX_PORT:
         seen = port.report.describe((*port.path, "endPort"), end)

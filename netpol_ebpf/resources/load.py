@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From text, files or parsed objects to typed resources, and their problems.
+"""Loads typed resources from text, files or parsed objects.
 
-Invariant: nothing stops at the first problem.  `LoadResult.problems` has every problem of the whole input, in file and
-line order; `LoadResult.resources` has only valid objects, in the order they were written.  A caller that needs all or
-nothing uses `LoadResult.check`.
+Invariants: loading does not stop at the first problem.  `LoadResult.problems` has all problems of the whole input, in
+the order of files and lines.  `LoadResult.resources` has only valid objects, in the order of the input.  A caller that
+must not use a part of an invalid input calls `LoadResult.check`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ KINDS: dict[tuple[str, str], Kind] = {
 }
 
 WORKLOADS: dict[tuple[str, str], Kind] = {(kind.api_version, kind.kind): kind for kind in workloads.KINDS}
-"""Kinds with a pod template, which are read only where no cluster has their pods."""
+"""Kinds with a pod template. They are read only by commands without a cluster, where their pods do not exist."""
 
 KUSTOMIZATION = ("kustomize.config.k8s.io/v1beta1", "Kustomization")
 
@@ -61,8 +61,8 @@ _META_WRITTEN_BY_SERVER = (
 class LoadResult:
     """The valid resources, and all problems (errors and warnings).
 
-    ``documents``: the number of non-empty documents; one of them may be an empty List.  ``skipped``: number of objects
-    of kinds that are not read, by apiVersion and kind with a space between.
+    ``documents``: the number of non-empty documents.  ``skipped``: from "apiVersion kind" to the number of objects, for
+    kinds that are not read.
     """
 
     resources: list[Resource]
@@ -76,16 +76,16 @@ class LoadResult:
         return [problem for problem in self.problems if problem.severity == "error"]
 
     def check(self) -> list[Resource]:
-        """The resources; raises ValidationError with all errors if there are any."""
+        """Return the resources. Raises ValidationError with all errors if there are any."""
         if errors := self.errors:
             raise ValidationError(errors)
         return self.resources
 
 
 def parse_documents(text: str, file: str) -> LoadResult:
-    """The objects of a multi-document YAML or JSON text; ``file`` is the file name in locations.
+    """Parse a YAML or JSON text of one or more documents. ``file``: the file name for locations.
 
-    Workloads such as Deployments are skipped, unlike in the functions below: this is how the agent reads.
+    For the agent: workloads such as Deployments are skipped, unlike in the other functions of this module.
     """
     loader = _Loader(workloads=False)
     loader.text(text, file)
@@ -93,19 +93,19 @@ def parse_documents(text: str, file: str) -> LoadResult:
 
 
 def parse_object(obj: Mapping[str, Any], file: str, positions: Positions | None = None) -> LoadResult:
-    """One object that is parsed already (a List counts as its items).
+    """Parse one object that was decoded from YAML or JSON already; of a List, its items.
 
-    ``positions`` are those of ``obj`` itself, as from ``Document.positions.child(path)``; without them locations name
-    only the file.
+    ``positions``: those of ``obj``, as from ``Document.positions.child(path)``; without them locations have only the
+    file.
     """
     return parse_objects([(obj, positions or Positions(file))])
 
 
 def parse_objects(objects: Iterable[tuple[Any, Positions]], *, lenient: bool = False) -> LoadResult:
-    """The resources of several parsed objects with their positions; duplicates among them are errors.
+    """Parse objects that were decoded from YAML or JSON already, with their positions. Duplicates are errors.
 
-    ``lenient`` is for objects that no API server has checked, as in case files: names, labels and sizes that it would
-    reject are then warnings.
+    ``lenient``: for objects of case files, which no API server has checked: names, labels and sizes that an API server
+    would reject are warnings.
     """
     loader = _Loader(lenient=lenient)
     for obj, positions in objects:
@@ -114,9 +114,9 @@ def parse_objects(objects: Iterable[tuple[Any, Positions]], *, lenient: bool = F
 
 
 def load_paths(paths: Sequence[FilePath]) -> LoadResult:
-    """All objects of files and directories (searched recursively for *.yaml, *.yml and *.json; hidden ones left out).
+    """Load all objects of files and directories. The path ``-`` is standard input.
 
-    The path ``-`` is standard input.
+    Directories are searched recursively for *.yaml, *.yml and *.json, without hidden files and directories.
     """
     loader = _Loader()
     for path in _files([path for path in paths if path != STANDARD_INPUT], loader):
@@ -127,7 +127,7 @@ def load_paths(paths: Sequence[FilePath]) -> LoadResult:
 
 
 def _files(paths: Sequence[FilePath], loader: _Loader) -> list[FilePath]:
-    """The files to read, each once, in the order given and sorted within a directory."""
+    """The files to read, each once: in the order of ``paths``, and sorted within a directory."""
     found: dict[FilePath, FilePath] = {}
     for path in paths:
         try:
@@ -146,9 +146,9 @@ def _files(paths: Sequence[FilePath], loader: _Loader) -> list[FilePath]:
 
 
 def _files_below(top: FilePath, loader: _Loader) -> list[FilePath]:
-    """The manifests below a directory, sorted; a file with a manifest's extension that cannot be read is a problem.
+    """The manifests below a directory, sorted. A manifest that cannot be read is recorded as a problem.
 
-    Raises OSError.
+    Raises OSError if the directory itself cannot be read.
     """
     names, refused = find_manifests(top).readable()
     for name, reason in refused.items():
@@ -180,7 +180,7 @@ class _Loader:
         """Read one file."""
         name = str(path)
         try:
-            # What was named on the command line may be a pipe of the shell's, and is waited for.
+            # A path on the command line may be a pipe of the shell: reading waits for it.
             data = read_regular(path) if path.is_file() else path.read_bytes()
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
@@ -211,9 +211,12 @@ class _Loader:
             self.value(document.value, (), document.positions)
 
     def value(self, value: Any, path: Path, positions: Positions, default: tuple[str, str] = ("", "")) -> None:
-        """Read one object, or the items of a List; ``default`` is the apiVersion and kind of a typed List's items."""
+        """Read one object, or the items of a List.
+
+        ``default``: apiVersion and kind for items of a typed List (such as PodList) that do not state them.
+        """
         self._order(positions.file)
-        if isinstance(value, (list, tuple)):  # as calicoctl reads and writes several objects
+        if isinstance(value, (list, tuple)):  # calicoctl reads and writes several objects in this form
             for index, item in enumerate(value):
                 self.value(item, (*path, index), positions)
             return
@@ -266,7 +269,7 @@ class _Loader:
             obj.warning(None, message, slug="not-enforced")
 
     def _is_first(self, kind: Kind, resource: Resource) -> bool:
-        """Record the object; False, with a problem, when the same object was given before."""
+        """Record the object. False, and a problem is recorded, if the same object was given before."""
         meta = resource.meta
         key = (kind.api_version.rpartition("/")[0], kind.kind, meta.namespace, meta.name)
         first = self._seen.setdefault(key, meta.location)
@@ -326,12 +329,12 @@ def _metadata(kind: Kind, obj: Reader) -> Meta:
 
 
 def _check_meta_label(key: str, value: str) -> str | None:
-    """Check a label; the label with a service account's name may be longer, since such a name may."""
+    """Check a label. The label with a service account's name may be longer than others, since the name may."""
     return None if key == SERVICE_ACCOUNT_LABEL else check_label(key, value)
 
 
 def _check_meta_fields(kind: Kind, metadata: Reader) -> None:
-    """Check unknown metadata: an error in a policy; in the cluster's own objects only if it looks like a misspelling."""
+    """Check unknown fields of metadata: an error in policies, in other objects only a probable misspelling."""
     metadata.ignore(*_META_WRITTEN_BY_SERVER)
     if kind.strict:
         metadata.done()
@@ -346,7 +349,7 @@ def _object_name(kind: str, namespace: str, name: str) -> str:
 
 
 def _meta_text(value: Mapping[str, Any], key: str) -> str:
-    """A text field of the metadata of an object that is not read; "" where it is no text."""
+    """A text field of the metadata of an object of an unknown kind; "" if it is not a text."""
     metadata = value.get("metadata")
     text = metadata.get(key) if isinstance(metadata, Mapping) else None
     return text if isinstance(text, str) else ""

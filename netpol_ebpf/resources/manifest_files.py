@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The manifests below a directory, the places that could not be read, and a file's content.
+"""Searches a directory for manifests, and reads files.
 
-The agent and the command line share this search, so `netpolctl check DIR` reads what the agent would read.
+The agent and the command line use the same search, so `netpolctl check DIR` reads the same files as the agent.
 
-Invariants: everything that may be a manifest, or a directory of manifests, is either found or named as hidden; only
-what does not exist is neither.  Each directory is listed once, however many names lead to it, so links add no cost.
-Nothing here blocks on another process: no pipe and no device is ever opened.
+Invariants: every existing file that may be a manifest, and every directory that may contain manifests, is either found
+or reported as hidden.  Each directory is listed once, however many links lead to it.  The search never waits for
+another process: it opens no pipe and no device.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from pathlib import Path
 
 SUFFIXES = (".yaml", ".yml", ".json")
 MOST_ENTRIES = 200_000
-"""Largest number of names in all directories of one search; arbitrary. A search costs some 10 microseconds for each."""
+"""The largest number of directory entries in one search; arbitrary. Each costs some 10 microseconds."""
 PAUSE_ENTRIES = 250
-"""Entries between two pauses of a search; arbitrary, a few milliseconds."""
+"""How many directory entries are read between two pauses of a search; arbitrary, a few milliseconds."""
 MOST_BYTES = 64 << 20
-"""Size limit of one file.
+"""The size limit of a file in bytes; arbitrary.
 
-`kubectl get all --all-namespaces -o yaml` of a cluster with some thousand pods has tens of MiB.
+The output of `kubectl get all --all-namespaces -o yaml` for some thousand pods has tens of MiB.
 """
 
 DirectoryId = tuple[int, int]
-"""Device and inode of a directory: the same under all its names."""
+"""(device, inode) of a directory, the same for all paths to it."""
 
 
 def never_pause() -> None:
-    """A pause that does nothing, for a search without interruption."""
+    """Do nothing: the ``pause`` of a search without interruptions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +51,21 @@ class ManifestFiles:
     directories: dict[str, DirectoryId] = field(default_factory=dict)
 
     def readable(self) -> tuple[list[str], dict[str, str]]:
-        """The regular files, sorted.
+        """The regular files, sorted; and every other path that may be or contain a manifest.
 
-        And everything else that may be or hold a manifest, with the reason why it cannot be read.
+        The second result is from path to the reason why it cannot be read.
         """
         others = {name: "it is no regular file" for name, one in self.files.items() if not stat.S_ISREG(one.st_mode)}
         return sorted(self.files.keys() - others.keys()), {**self.hidden, **others}
 
 
 def find_manifests(root: Path, pause: Callable[[], None] = never_pause) -> ManifestFiles:
-    """Search a directory and everything below it, through links too; names that begin with a dot are left out.
+    """Search a directory and everything below it, links included; names that begin with a dot are left out.
 
-    A directory with several names is listed under one of them: its place below ``root`` if it has one, else the first
+    A directory with several paths is listed under one path: its real path if that is below ``root``, else the first
     link by name.  ``pause`` is called every few milliseconds.
 
-    Raises OSError when ``root`` itself cannot be listed, or has more than MOST_ENTRIES names in all.
+    Raises OSError if ``root`` cannot be listed, or if the search finds more than MOST_ENTRIES directory entries.
     """
     search = _Search(root, pause)
     search.run()
@@ -73,9 +73,9 @@ def find_manifests(root: Path, pause: Callable[[], None] = never_pause) -> Manif
 
 
 class _Search:
-    """The state of one search.
+    """The state of one search: its result so far, and the directories that it must still list.
 
-    The directories that it must still list, those reached by links after all others, by name.
+    Directories reached by links are listed after all others, by name.
     """
 
     def __init__(self, root: Path, pause: Callable[[], None]) -> None:
@@ -105,7 +105,7 @@ class _Search:
                     self._count()
                     if not entry.name.startswith(
                         "."
-                    ):  # also the ..data and timestamp directories of mounted ConfigMaps
+                    ):  # this includes the ..data and timestamp directories of mounted ConfigMaps
                         self._look_at(f"{name}/{entry.name}" if name else entry.name, entry)
         except OSError as error:
             if not name or error.errno == errno.E2BIG:
@@ -144,16 +144,17 @@ class _Search:
 def _may_be_directory(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_symlink() or entry.is_dir(follow_symlinks=False)
-    except OSError:  # the file system does not say without a look at the entry
+    except OSError:  # the file system's directory entries have no type
         return True
 
 
 def read_regular(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
     """The content of a regular file.
 
-    Other files are not opened: a pipe might never end, and opening a device can have side effects. A file with size 0
-    is not read: files of procfs and tracefs have size 0, whatever they contain.  Raises OSError, also for more than
-    ``most_bytes``.
+    Other files are not opened: a pipe might never end, and opening a device can have side effects.  The content of a
+    file with size 0 is taken as empty without reading: files of procfs and tracefs have size 0, whatever their content.
+
+    Raises OSError if the file cannot be read, is not a regular file, or has more than ``most_bytes``.
     """
     place = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
@@ -164,12 +165,12 @@ def read_regular(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
             raise _too_large(most_bytes)
         if status.st_size == 0:
             return b""
-        file = os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # the very file looked at
+        file = os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # the file checked above
     finally:
         os.close(place)
     try:
         read = bytearray()
-        while block := os.read(file, status.st_size + 1 if not read else 1 << 16):  # raises where it would have to wait
+        while block := os.read(file, status.st_size + 1 if not read else 1 << 16):  # raises an error instead of waiting
             read += block
             if len(read) > most_bytes:
                 raise _too_large(most_bytes)

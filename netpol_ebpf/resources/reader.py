@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A strict reader over one object: typed access to fields, and a problem with its path for each that is wrong.
+"""A strict reader of one object: typed access to fields; each wrong field is recorded as a problem with its path.
 
-A `Reader` is a cursor over one mapping.  Each accessor returns the field's value, or a harmless stand-in (None, empty)
-after recording a problem, so that a parser reads on and all problems of an object come out at once; `ProblemReport.failed`
-then says that the result must be thrown away.  Absent and null are the same, as in the Kubernetes API.
+A `Reader` is a cursor over one mapping.  Each accessor returns the field's value; for a wrong value it records a
+problem and returns None or an empty value.  So a parser continues, and all problems of an object are reported at once.
+If `ProblemReport.failed` is true in the end, the parsed object must not be used.  An absent field and null are the
+same, as in the Kubernetes API.
 
-Invariant: an accessor never raises for any value YAML or JSON can hold.  This module knows no particular kind.
+Invariant: an accessor raises no exception, whatever value YAML or JSON can have.  This module must not depend on kinds.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ TOLERATED = frozenset({"name", "label", "limit", "end-port", "excludes-all", "bu
 
 @dataclass(slots=True)
 class ProblemReport:
-    """Collects the problems of one object; ``failed`` is True once one of them is an error.
+    """Collects the problems of one object. ``failed``: whether one of them is an error.
 
-    ``lenient`` is for objects that no API server has checked, such as the fixtures of unit tests: a fault that an API
-    server rejects although its meaning is clear (`TOLERATED`) is then a warning.
+    ``lenient``: for objects that no API server has checked, such as those of case files.  A fault that an API server
+    rejects although its meaning is clear (`TOLERATED`) is then a warning.
     """
 
     positions: Positions
@@ -54,7 +55,7 @@ class ProblemReport:
         self._add(path, message, slug, "warning")
 
     def _add(self, path: Path, message: str, slug: str, severity: str) -> None:
-        if "\n" in message and slug != "selector":  # a message is one line, so the line break is of the value it quotes
+        if "\n" in message and slug != "selector":  # messages have one line, so the line break is in a quoted value
             message = message.replace("\n", "\\n") + f"; {FOLDING_HINT}"
         if (path, message) in self._seen:  # a field read twice is reported once
             return
@@ -70,14 +71,14 @@ class ProblemReport:
         return self.positions.location(path)
 
     def describe(self, path: Path, value: Any) -> str:
-        """The value at ``path``, for a message: as written, and as it is read where that differs (``yes``, ``0755``)."""
+        """The value at ``path`` for a message: as written, and, if that differs, as it is read (``yes``, ``0755``)."""
         written = self.positions.written(path)
         if written is None or value is None:
             return describe(value)
         return f"{written}, which is read as {describe(value)}"
 
     def wrong_text(self, path: Path, value: Any) -> None:
-        """Record that a value of another type is in place of text."""
+        """Record that the value at ``path`` is not a text, although it must be one."""
         written = self.positions.written(path)
         if written is None and not isinstance(value, (bool, int, float)):
             hint = '; write "" for an empty text, "null" for the word' if value is None else ""
@@ -89,7 +90,7 @@ class ProblemReport:
 
 
 def render_path(path: Path) -> str:
-    """``spec.ingress[0].from``; a key that holds other characters than a field name is put in brackets."""
+    """A path as text, such as ``spec.ingress[0].from``. Keys with characters that no field name has are in brackets."""
     text = ""
     for step in path:
         if isinstance(step, int):
@@ -102,7 +103,7 @@ def render_path(path: Path) -> str:
 
 
 def describe(value: Any) -> str:
-    """A value, for a message: text in quotes, other scalars as written, containers by name."""
+    """A value for a message: a text in quotes, other scalars as in YAML, a list or mapping by the name of its type."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):
@@ -117,7 +118,7 @@ def describe(value: Any) -> str:
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:
-    """`` (did you mean `x`?)``, or empty text when no known word is near."""
+    """`` (did you mean `x`?)`` for the most similar word in ``known``; "" if no word is similar."""
     near = next((one for one in known if one.lower() == word.lower()), None)
     if near is None:
         near = next(iter(get_close_matches(word, known, n=1, cutoff=0.7)), None)
@@ -139,12 +140,12 @@ class Reader:
         self.report = report
 
     def raw(self, key: str) -> Any:
-        """The value as written; None when absent or null."""
+        """The value of any type; None if the field is absent or null."""
         self._known.append(key)
         return self._value.get(key)
 
     def peek(self, key: str) -> Any:
-        """The value as written, without making the field a known one."""
+        """Like `raw`, but the field does not become a known field."""
         return self._value.get(key)
 
     def has(self, key: str) -> bool:
@@ -182,7 +183,7 @@ class Reader:
     # --- scalars ----------------------------------------------------------------------------------------------------
 
     def string(self, key: str) -> str | None:
-        """A string field; None when absent or of another type."""
+        """A string field; None if it is absent or of another type."""
         value = self.raw(key)
         if value is None or isinstance(value, str):
             return value
@@ -198,7 +199,7 @@ class Reader:
         return self.string(key) or ""
 
     def enum(self, key: str, allowed: Sequence[str], *, required: bool = False) -> str | None:
-        """A string field with a fixed set of values."""
+        """A string field with one of the values ``allowed``; None if it is absent or wrong."""
         value = self.required_string(key) if required else self.string(key)
         if value is None or value in allowed:
             return value
@@ -207,7 +208,7 @@ class Reader:
         return None
 
     def boolean(self, key: str) -> bool:
-        """A true/false field; False when absent."""
+        """A boolean field; False if it is absent or of another type."""
         value = self.raw(key)
         if value is None or isinstance(value, bool):
             return bool(value)
@@ -215,7 +216,7 @@ class Reader:
         return False
 
     def integer(self, key: str, low: int, high: int) -> int | None:
-        """A whole number between two bounds (inclusive)."""
+        """An integer field from ``low`` to ``high``, both included; None if it is absent or wrong."""
         value = self.raw(key)
         if value is None:
             return None
@@ -230,7 +231,7 @@ class Reader:
         return int(value)
 
     def number(self, key: str) -> float | None:
-        """A finite number."""
+        """A field with a finite number; None if it is absent or wrong."""
         value = self.raw(key)
         if value is None:
             return None
@@ -242,7 +243,7 @@ class Reader:
     # --- containers -------------------------------------------------------------------------------------------------
 
     def mapping(self, key: str) -> Reader | None:
-        """A cursor over a nested mapping; None when absent or of another type."""
+        """A cursor over a nested mapping; None if the field is absent or of another type."""
         value = self.raw(key)
         if value is None:
             return None
@@ -252,7 +253,7 @@ class Reader:
         return Reader(value, (*self.path, key), self.report)
 
     def list(self, key: str) -> Sequence[Any]:
-        """A list as written; empty when absent or of another type."""
+        """A list with items of any type; empty if the field is absent or of another type."""
         value = self.raw(key)
         if value is None:
             return ()
@@ -275,7 +276,7 @@ class Reader:
         return tuple(text for _, text in self.indexed_strings(key))
 
     def indexed_strings(self, key: str) -> Iterator[tuple[Path, str]]:
-        """A list of strings, each with its path."""
+        """A list of strings, each with its path; items of another type are reported and left out."""
         for index, value in enumerate(self.list(key)):
             path = (*self.path, key, index)
             if isinstance(value, str):
@@ -284,13 +285,13 @@ class Reader:
                 self.report.wrong_text(path, value)
 
     def refuse_line_breaks(self, key: str) -> None:
-        """Report strings of a list that contain a line break, for fields in which such a string never matches."""
+        """Report strings of a list with a line break, for fields where such a string can match nothing."""
         for path, text in self.indexed_strings(key):
             if "\n" in text:
                 self.report.error(path, f"holds a line break, so it matches nothing: {describe(text)}")
 
     def string_map(self, key: str, check: Callable[[str, str], str | None] | None = None) -> dict[str, str]:
-        """A mapping of text to text; ``check`` returns an error message for an entry, or None."""
+        """A mapping of strings to strings. ``check``: returns the fault of an entry (key, value), or None."""
         value = self.raw(key)
         if value is None:
             return {}
@@ -310,7 +311,7 @@ class Reader:
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def done(self, hints: Mapping[str, str] | None = None) -> None:
-        """Report every field that was never read; ``hints`` has messages for well-known misplaced fields."""
+        """Report every field that was never read. ``hints``: messages for known mistakes, by the field's name."""
         if len(self._value) <= len(self._known) and self._value.keys() <= set(self._known):
             return
         known = list(dict.fromkeys(self._known))
@@ -328,12 +329,12 @@ class Reader:
 
 
 def not_one_of(value: str, allowed: Sequence[str]) -> str:
-    """The message for a value outside a fixed set."""
+    """The message for a ``value`` that is not in ``allowed``."""
     return f"must be one of {', '.join(allowed)}; is {describe(value)}{suggestion(value, allowed)}"
 
 
 def _is_finite(value: float) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # an int beyond any float
+    except OverflowError:  # an integer too large for a float
         return False

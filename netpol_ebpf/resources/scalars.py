@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The meaning of a YAML scalar without quotes to kubectl and the API server.
+"""Reads YAML scalars without quotes as kubectl and the API server read them.
 
-They read YAML through sigs.k8s.io/yaml, which follows Go's yaml.v2: the words of YAML 1.1 (``y`` and ``off`` are
-booleans), numbers with underscores and with the prefixes of Go (``1_000``, ``017``, ``0x1F``), a number with a leading
-zero that is no octal number in decimal (``08`` is 8); dates and base-60 numbers are text (``1:30`` is a range of
-ports).  Checked against kubectl 1.32.
+They use sigs.k8s.io/yaml, which follows Go's yaml.v2.  The words of YAML 1.1 are booleans (``y``, ``off``).  Numbers
+may have underscores and Go's prefixes (``1_000``, ``017``, ``0x1F``).  A number with a leading zero that is not octal
+is decimal (``08`` is 8).  Dates and base-60 numbers are text (``1:30`` is a range of ports).  Checked against kubectl
+1.32.
 
-Invariant: a pure function of the text, of bounded cost.
+Invariant: the result depends on the text alone, and the cost is bounded.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ _WORDS: dict[str, Scalar] = {
 }
 _MAYBE_NOT_TEXT = frozenset("0123456789+-.~nNtTfFyYoO")
 _MAX_DIGITS = 400
-"""Longest text that is read as a number; arbitrary, beyond any float of 64 bits."""
+"""The longest text that is read as a number; arbitrary, longer than any float of 64 bits."""
 _DECIMAL = re.compile(r"[-+]?(?:0|[1-9][0-9]*)\Z")
 _BASED = re.compile(r"[-+]?0(?:[xX][0-9a-fA-F]+|[bB][01]+|[oO]?[0-7]+)\Z")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?\Z")
 _GO_FLOAT = re.compile(r"\.[0-9]+(?:_[0-9]+)*(?:[eE][-+]?[0-9]+(?:_[0-9]+)*)?\Z")
-"""Go's own float syntax, which alone applies to text that begins with a dot: an underscore is between two digits."""
+"""Go's float syntax for text that begins with a dot: underscores only between two digits."""
 _DIGITS_OF_SINGLE = 9
-"""Digits that distinguish all floats of 32 bits."""
+"""How many digits distinguish all floats of 32 bits."""
 _LEAST_PLAIN, _FIRST_WITH_EXPONENT = -4, 6
-"""Exponents between which Go writes a float in plain notation, when it may choose the precision."""
+"""The range of exponents for which Go's shortest format has no exponent; the upper bound is excluded."""
 
 
 def read_plain(text: str) -> Scalar:
-    """The value of a plain (unquoted, untagged) scalar: text, or the boolean, number or null that kubectl takes it for."""
+    """The value of a plain scalar (without quotes and tag): the boolean, number, null or text that kubectl reads."""
     if not text:
         return None
     if text[0] not in _MAYBE_NOT_TEXT:
@@ -71,20 +71,20 @@ def _number(text: str) -> int | float | None:
 
 
 def _finite(text: str) -> float | None:
-    """A float; None for one that 64 bits cannot hold, which Go leaves as text."""
+    """The float that ``text`` stands for; None if 64 bits cannot hold it: Go then reads a text."""
     value = float(text)
     return value if math.isfinite(value) else None
 
 
 def key_text(value: float) -> str:
-    """The key for a number or boolean without quotes; for a float, the shortest text of its 32-bit value."""
+    """The text of a mapping's key that is a number or boolean without quotes; of a float, that of its 32-bit value."""
     if isinstance(value, bool):
         return "true" if value else "false"
     return str(value) if isinstance(value, int) else _short_float(value)
 
 
 def _short_float(value: float) -> str:
-    """As Go's FormatFloat(value, 'g', -1, 32), which sigs.k8s.io/yaml uses for keys and nothing else."""
+    """The same text as Go's FormatFloat(value, 'g', -1, 32), which sigs.k8s.io/yaml uses only for keys."""
     single = _single(value)
     if not math.isfinite(single):
         return ".nan" if math.isnan(single) else ".inf" if single > 0 else "-.inf"
@@ -96,7 +96,7 @@ def _short_float(value: float) -> str:
 
 
 def _single(value: float) -> float:
-    """The nearest float of 32 bits, an infinity where the value is beyond them."""
+    """The nearest float of 32 bits; infinity if ``value`` is too large."""
     try:
         (single,) = struct.unpack("f", struct.pack("f", value))
     except OverflowError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Building blocks for the schemas of custom resources, and the CustomResourceDefinition made of a schema.
+"""Building blocks for the schemas of custom resources, and the CustomResourceDefinition with a schema.
 
 A schema is the OpenAPI mapping that an API server reads ("structural schema").  Names, patterns and limits come from
 the parsers beside this module; `tests/unit/test_resources_schema.py` checks that both have the same fields.  Every list
@@ -22,7 +22,7 @@ Schema = dict[str, Any]
 """An OpenAPI v3 schema, as JSON values."""
 
 WIDE = 256
-"""Bound for a list that the API itself does not bound; arbitrary, for the estimated cost of rules."""
+"""The bound of a list that the API does not bound; arbitrary, it limits the estimated cost of CEL rules."""
 
 LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 DNS_LABEL = rf"^{LABEL}$"
@@ -31,15 +31,15 @@ LABEL_VALUE = r"^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$"
 LABEL_KEY = rf"^({LABEL}(\.{LABEL})*/)?([A-Za-z0-9][-A-Za-z0-9_.]{{0,61}})?[A-Za-z0-9]$"
 ONE_LINE = r"^[^\n]*$"
 PORT_NAME = r"^([0-9]-?)*[a-z](-?[a-z0-9])*$"
-"""Pattern of an IANA service name (RFC 6335): a letter, single inner dashes."""
+"""The pattern of an IANA service name (RFC 6335): at least one letter, only single dashes, none at an end."""
 MAX_PORT_NAME = 15
 MAX_CIDR = 49
-"""Characters of the longest CIDR, an IPv4 address inside IPv6 with its prefix."""
+"""How many characters the longest CIDR has: an IPv6 address that ends in an IPv4 address, with a prefix length."""
 DOMAIN_LABEL = r"[A-Za-z0-9_]([-A-Za-z0-9_]{0,61}[A-Za-z0-9_])?"
 
 
 def re2(pattern: re.Pattern[str]) -> str:
-    r"""A parser's pattern as the API server reads it; it must have no look-ahead, and end in ``\Z``."""
+    r"""A parser's pattern in RE2 syntax, for the API server. It must have no look-ahead, and end in ``\Z``."""
     text = pattern.pattern
     if not text.endswith(r"\Z") or "(?=" in text or "(?!" in text:
         raise ValueError(f"not a pattern of both Python and RE2: {text}")
@@ -58,7 +58,7 @@ def text(
     default: str | None = None,
     required: bool = False,
 ) -> Schema:
-    """A text; ``longest`` in characters; ``form``: an OpenAPI format; ``required``: not empty."""
+    """The schema of a text field. ``longest``: in characters. ``form``: an OpenAPI format. ``required``: not empty."""
     optional = {
         "default": default,
         "minLength": 1 if required else None,
@@ -84,7 +84,7 @@ def dns_label(about: str, *, default: str | None = None) -> Schema:
 
 
 def dns_name(about: str, *, required: bool = False) -> Schema:
-    """The schema of an object's name; empty where it is not required."""
+    """The schema of an object's name; unless ``required``, it may be empty."""
     pattern = DNS_SUBDOMAIN if required else rf"^({LABEL}(\.{LABEL})*)?$"
     return text(about, longest=MAX_NAME, pattern=pattern, required=required)
 
@@ -100,7 +100,7 @@ def port_number(about: str) -> Schema:
 
 
 def number(about: str) -> Schema:
-    """The schema of a number of 64 bits."""
+    """The schema of a floating point number of 64 bits."""
     return {"description": about, "type": "number"}
 
 
@@ -110,7 +110,7 @@ def boolean(about: str) -> Schema:
 
 
 def integer_or_text(about: str, low: int, high: int, longest: int, pattern: str) -> Schema:
-    """A whole number between two bounds, or a text of at most ``longest`` characters that ``pattern`` matches."""
+    """The schema of an integer from ``low`` to ``high``, or a text of at most ``longest`` characters with ``pattern``."""
     return {
         "description": about,
         "x-kubernetes-int-or-string": True,
@@ -128,7 +128,7 @@ def integer_or_text(about: str, low: int, high: int, longest: int, pattern: str)
 def list_of(
     about: str, items: Schema, most: int | None = None, *, least: int | None = None, is_set: bool = False
 ) -> Schema:
-    """An ordered list of ``least`` to ``most`` entries; ``is_set``: no entry twice, and no order."""
+    """The schema of a list of ``least`` to ``most`` items. ``is_set``: no item twice, and the order has no meaning."""
     bounds = {"minItems": least, "maxItems": most}
     return {
         "description": about,
@@ -145,7 +145,7 @@ def text_map(about: str, values: Schema) -> Schema:
 
 
 def rule(expression: str, message: str) -> dict[str, str]:
-    """A CEL expression over ``self`` that must be true, and the message for an object that breaks it."""
+    """A validation rule: a CEL expression over ``self`` that must be true, and the message if it is not."""
     return {"rule": " ".join(expression.split()), "message": message}
 
 
@@ -158,7 +158,10 @@ def struct(
     one_field: bool = False,
     more: Mapping[str, Any] | None = None,
 ) -> Schema:
-    """A mapping with known fields; ``one_field``: it must have exactly one of them; ``more``: OpenAPI keys as they are."""
+    """The schema of a mapping with known fields.
+
+    ``one_field``: exactly one of the fields must be present.  ``more``: further OpenAPI keys of the schema.
+    """
     schema: Schema = {"description": about, "type": "object", **(more or {})}
     if one_field:
         schema |= {"minProperties": 1, "maxProperties": 1}
@@ -171,7 +174,7 @@ def struct(
 
 
 def keep_unknown_fields(schema: Schema) -> Schema:
-    """The same schema with mappings that keep undeclared fields, so that a reader of the object sees them."""
+    """A copy of ``schema`` whose mappings keep undeclared fields, so that readers of an object get them."""
     kept = dict(schema)
     if "properties" in kept:
         kept["properties"] = {name: keep_unknown_fields(below) for name, below in kept["properties"].items()}
@@ -182,14 +185,14 @@ def keep_unknown_fields(schema: Schema) -> Schema:
 
 
 def given(field: str) -> str:
-    """CEL: a list, mapping or text is present and not empty."""
+    """The CEL expression for "the list, mapping or text ``field`` is present and not empty"."""
     return f"(has(self.{field}) && size(self.{field}) > 0)"
 
 
 def label_selector(about: str) -> Schema:
     """The schema of a Kubernetes label selector."""
     values = list_of("Values; none with Exists and DoesNotExist.", text("A value.", longest=63, pattern=LABEL_VALUE))
-    # anyOf, not CEL: a rule would need bounds on lists that Kubernetes leaves unbounded
+    # anyOf instead of CEL, which would need bounds on lists that Kubernetes leaves unbounded
     expression = struct(
         "A requirement on one label.",
         {
@@ -226,9 +229,9 @@ def label_selector(about: str) -> Schema:
 class CustomResource:
     """One custom resource: its names, its scope, the schema of its spec, and further properties of its definition.
 
-    ``columns``: title and JSON path of each column of ``kubectl get``; ``selectable``: JSON paths of field selectors;
-    ``rules``: CEL over the whole object, which can read ``metadata.name``; ``spec_default``: an object without spec
-    gets an empty one.
+    ``columns``: title and JSON path of each column of ``kubectl get``.  ``selectable``: JSON paths of field selectors.
+    ``rules``: CEL rules over the whole object, where ``metadata.name`` is readable.  ``spec_default``: an object
+    without a spec gets an empty spec.
     """
 
     api_version: str
@@ -250,7 +253,7 @@ class CustomResource:
 
 
 def definition(resource: CustomResource) -> dict[str, Any]:
-    """The CustomResourceDefinition (apiextensions.k8s.io/v1)."""
+    """The CustomResourceDefinition (apiextensions.k8s.io/v1) of a custom resource, as JSON values."""
     group, _, version = resource.api_version.partition("/")
     spec = dict(resource.spec)
     if resource.spec_default:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Admission policies that reject fields which a schema keeps and does not declare.
+"""Admission policies that reject undeclared fields, for definitions whose schema keeps them.
 
 A definition that keeps unknown fields cannot reject them itself: CEL in a schema does not see them.  An admission
 policy sees the whole object, so it compares the field names with those of the schema, mapping by mapping.
@@ -16,7 +16,7 @@ _API = "admissionregistration.k8s.io/v1"
 
 
 def unknown_field_policy(resource: CustomResource) -> list[dict[str, Any]]:
-    """A ValidatingAdmissionPolicy and its binding, for a kind with a spec that keeps unknown fields."""
+    """A ValidatingAdmissionPolicy and its binding that reject unknown fields in the spec of ``resource``."""
     name = f"unknown-fields.{resource.name}"
     group, _, _ = resource.api_version.partition("/")
     return [
@@ -53,7 +53,7 @@ def unknown_field_policy(resource: CustomResource) -> list[dict[str, Any]]:
 
 
 def _validations(schema: Schema, value: str, place: str, depth: int) -> Iterator[tuple[str, str]]:
-    """An expression and a message for a mapping and for each one below it; ``value``: CEL for the mapping."""
+    """A CEL expression and a message for a mapping, and for each mapping inside it. ``value``: CEL for the mapping."""
     fields = schema["properties"]
     names = ", ".join(f"'{name}'" for name in fields)
     yield f"{value}.all(k, k in [{names}])", f"{place} has an unknown field; known here are {', '.join(fields)}"

@@ -41,7 +41,7 @@ _NET_OR_ADDRESS = [{"format": "cidr"}, {"format": "ipv4"}, {"format": "ipv6"}]
 # --- names ----------------------------------------------------------------------------------------------------------
 
 
-# The API server holds every name to a DNS subdomain by itself
+# The API server itself checks that every name is a DNS subdomain.
 _ONE_DOT = "self.metadata.name.split('.').size() <= 2"
 _NAME_MESSAGE = 'the name must be one without dots, or "tier.name" with a single dot'
 _GLOBAL_POLICY_NAME = rule(_ONE_DOT, _NAME_MESSAGE)
@@ -121,7 +121,7 @@ _STAGED_ACTION = word(
 
 
 def _nothing_but_the_action(fields: dict[str, Schema]) -> dict[str, str]:
-    """CEL: a staged deletion has a value in no field but these."""
+    """The CEL rule that a staged policy with the action Delete has no value in any of ``fields``."""
     empty = []
     for key, field in fields.items():
         if field["type"] == "number":
@@ -295,7 +295,7 @@ _PROFILE = struct(
 # --- configuration --------------------------------------------------------------------------------------------------
 
 _OTHERS_FIELDS = {"x-kubernetes-preserve-unknown-fields": True}
-"""For kinds with many fields of other programs: unknown fields must be kept."""
+"""For the schemas of kinds with many fields of other programs: unknown fields are kept."""
 
 
 def _failsafes(about: str) -> Schema:

@@ -29,18 +29,18 @@ from netpol_ebpf.resources.schema import (
 from netpol_ebpf.resources.syntax import MAX_NAME, MAX_PORT
 
 DOMAIN = rf"^({DOMAIN_LABEL}\.)*(\*\.)?({DOMAIN_LABEL}\.)*{DOMAIN_LABEL}\.?$"
-"""Pattern of a domain name: one whole label other than the last may be ``*``."""
+"""The pattern of a domain name: one label, but not the last, may be ``*``."""
 
 _PORT = "(0*([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))"
 _BYTE = "(0{0,2}[1-9]|0?[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])"
 _PORTS = rf"^({_PORT}|{_PORT}:{_PORT}|[0-9]{{9,128}}|[a-zA-Z0-9_.-]*[a-zA-Z_.-][a-zA-Z0-9_.-]*)$"
-"""Pattern of a port: a number, a range or a name; more than eight digits are a name."""
+"""The pattern of a port: a number, a range or a name. A text of more than eight digits is a name."""
 _PROTOCOL = f"^({'|'.join(calico_rule.PROTOCOLS)}|{_BYTE})$"
 _PREFIX_NOT_ZERO = r"/0*[1-9][0-9]*$"
 
 
 def _spellings(name: str) -> str:
-    """CEL: the list of all spellings of one protocol."""
+    """The CEL list of all spellings of the protocol ``name``."""
     number = calico_rule.PROTOCOLS[name]
     texts = ", ".join(
         f"'{spelling}'" for spelling in dict.fromkeys((name, f"{number:d}", f"{number:02d}", f"{number:03d}"))
@@ -49,7 +49,7 @@ def _spellings(name: str) -> str:
 
 
 def _protocol_in(*names: str) -> str:
-    """CEL: ``self.protocol`` is one of these."""
+    """The CEL expression for "``self.protocol`` is one of ``names``"."""
     numbers = ", ".join(str(calico_rule.PROTOCOLS[name]) for name in names)
     texts = " + ".join(_spellings(name) for name in names)
     return f"(type(self.protocol) == int ? self.protocol in [{numbers}] : self.protocol in {texts})"
@@ -71,7 +71,7 @@ def domains(about: str, most: int | None = None) -> Schema:
 
 
 def rules(about: str, *, ingress: bool, namespaced: bool) -> Schema:
-    """The rules under ``ingress`` or ``egress``; ``namespaced``: of a policy that belongs to a namespace."""
+    """The schema of the rules under ``ingress`` or ``egress``. ``namespaced``: the policy belongs to a namespace."""
     return list_of(about, _rule(ingress=ingress, namespaced=namespaced), calico_rule.MAX_RULES)
 
 
@@ -125,7 +125,7 @@ def _constraints(*, ingress: bool) -> list[dict[str, str]]:
     ]
     for field in ("protocol", "notProtocol"):
         for name, version in (("ICMP", 4), ("ICMPv6", 6)):
-            other = 10 - version  # of 4 and 6
+            other = 10 - version  # the other IP version
             is_this = _protocol_in(name).replace("self.protocol", f"self.{field}")
             found.append(
                 rule(
@@ -163,7 +163,7 @@ def _icmp(about: str) -> Schema:
 def _entity(
     about: str, *, services: bool, domains_allowed: bool, namespaced: bool, ports_with_services: bool = True
 ) -> Schema:
-    """One side of a rule; ``services``, ``domains_allowed``: whether this side may have these fields."""
+    """The schema of one side of a rule. ``services``, ``domains_allowed``: this side may have these fields."""
     fields = {
         "nets": _nets("CIDRs of which one holds the address."),
         "notNets": _nets("CIDRs of which none holds the address.", pattern=_PREFIX_NOT_ZERO),

@@ -30,13 +30,14 @@ from netpol_ebpf.resources.schema import (
 from netpol_ebpf.resources.syntax import MAX_LABEL, MAX_NAME, PROTOCOLS
 
 DOMAIN = rf"^(\*\.({DOMAIN_LABEL}\.)*|({DOMAIN_LABEL}\.)+){DOMAIN_LABEL}\.?$"
-"""Pattern of a domain name: ``*`` only in front, and at least two parts."""
+"""The pattern of a domain name: at least two labels, and only the first may be ``*``."""
 NETWORK = r"^([0-9.]+|[0-9a-fA-F:]+)/[0-9]{1,3}$"
-"""Pattern of a CIDR in addition to its format: no IPv4 address inside IPv6."""
+"""The pattern of a CIDR in addition to the OpenAPI format: no IPv6 address that ends in an IPv4 address."""
 
 _APPROVED = ("api-approved.kubernetes.io", "unapproved, experimental-only")
-"""Annotation of definitions in an API group that the API server protects: upstream's own definitions have their pull
-request here.
+"""The annotation that the API server requires of definitions in a protected API group.
+
+Upstream's own definitions have the address of the pull request that approved them as its value.
 """
 
 
@@ -90,7 +91,7 @@ def _namespaces(*, older: bool) -> Schema:
 
 
 def _older_namespaces() -> dict[str, Schema]:
-    """The namespace fields of the first releases of v1alpha1."""
+    """The schemas of the namespace fields that peers had in the first releases of v1alpha1."""
     labels = text("A label's name.", longest=MAX_NAME + 1 + MAX_LABEL)
     return {
         "namespaceSelector": label_selector("Namespaces by their labels."),

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shares equal values: thousands of objects of a cluster repeat the same names and labels, and one copy is kept.
+"""Saves memory: keeps one copy of equal names and labels, which thousands of a cluster's objects repeat.
 
-Invariant: the result equals the argument, and nobody changes it.  A value that was not used for long is forgotten, so
-two copies of one value may exist; only memory depends on it, hence there is no count of uses and no release.
+Invariant: the result is equal to the argument; callers must not change it.  The cache drops values that were not used
+for long, so two copies of one value may exist.  That costs only memory, so uses are not counted, and nothing is
+released.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from typing import TypeVar
 T = TypeVar("T", bound=Hashable)
 
 REMEMBERED = 4096
-"""Values remembered of each sort; arbitrary, some hundred bytes each.
+"""How many values of each type are cached; arbitrary, some hundred bytes each.
 
-A list of a cluster's pods has the pods of a namespace together.
+It suffices because a list of a cluster's pods has the pods of one namespace next to each other.
 """
 
 
 def share(value: T) -> T:
-    """The shared copy of an immutable value. Types with equal values (1 and True) must not be mixed in one cache."""
+    """The shared copy of an immutable value. Values of different types must not be equal, as 1 and True are."""
     return _values(value)  # type: ignore[return-value]  # what came in, or its equal
 
 
 def share_text(text: str) -> str:
-    """The shared copy of a name that many objects contain; freed with the last of them."""
+    """The shared copy of a name that many objects contain. It is freed with the last object that contains it."""
     return sys.intern(str(text))
 
 
 def share_texts(texts: Mapping[str, str]) -> Mapping[str, str]:
-    """Labels with shared names and values; equal texts under equal names in the same order."""
+    """A copy of ``texts`` (labels) with shared names and values, in the same order."""
     return _texts(*chain.from_iterable(texts.items()))
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """policy.networking.k8s.io: AdminNetworkPolicy, BaselineAdminNetworkPolicy (v1alpha1), ClusterNetworkPolicy (v1alpha2).
 
-Validation as SEMANTICS 1.13 and 1.14, with the peers of the first v1alpha1 releases (``sameLabels``).
+Validation is that of SEMANTICS 1.13 and 1.14.  The peers of the first v1alpha1 releases (``sameLabels``) are accepted.
 
-Invariant: a peer or protocol match that this module does not know (an empty one too: a newer API whose field the API
-server dropped) is kept as ``unknown``, so that its rule fails closed; it is never dropped.  Unknown fields elsewhere,
-known fields in the wrong place and contradictions are errors.
+Invariant: an unknown peer or protocol match is never dropped but marked as ``unknown``, so that its rule fails closed.
+An empty one is unknown, too: the API server may have dropped a field of a newer API.  Unknown fields elsewhere, known
+fields in the wrong place, and contradictions are errors.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _OLD_NAMESPACES = ("namespaceSelector", "sameLabels", "notSameLabels")
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """The differences of the three kinds: action names, egress peers, the field of ports and its form, sizes."""
+    """The differences between the three kinds: names of actions, kinds of egress peers, field of the ports, sizes."""
 
     actions: tuple[str, ...]
     allow: str
@@ -83,9 +83,9 @@ def _unknown(reader: Reader, what: str, known: tuple[str, ...] = ()) -> None:
 
 
 def _exactly_one(reader: Reader, keys: tuple[str, ...], what: str) -> str | None:
-    """The only field that is present, or None.
+    """The only one of the fields ``keys`` that is present.
 
-    None comes with a problem or a warning: there are several fields, unknown ones, or none.
+    None, and a problem or warning is recorded, if several are present, or unknown fields only, or none.
     """
     given = [key for key in keys if reader.has(key)]
     if len(given) > 1:
@@ -233,7 +233,11 @@ def _peer(peer: Reader, dialect: Dialect, *, ingress: bool, allows: bool) -> Sig
 
 
 def _older_peer(peer: Reader, *, pods: bool) -> SigPeer:
-    """The peers of v1alpha1 in all its releases: namespaces by selector or by labels shared with the subject."""
+    """Parse a peer of a v1alpha1 policy, in the form of any release of v1alpha1.
+
+    It selects namespaces by a selector, or by labels with the values of the subject's namespace (sameLabels), or with
+    other values (notSameLabels).  ``pods``: the peer also has a pod selector.
+    """
     if not pods:
         return _older_namespaces(peer, None)
     if not peer.has("namespaces"):
@@ -344,7 +348,7 @@ def _rule(rule: Reader, dialect: Dialect, *, ingress: bool) -> SigRule:
 
 
 def _action(rule: Reader, dialect: Dialect) -> str:
-    """Allow, Deny or Pass; "Deny" after a problem."""
+    """The rule's action: Allow, Deny or Pass; Deny if the field is wrong, which is recorded."""
     written = rule.peek("action")
     if written in ("Allow", "Accept") and written not in dialect.actions:
         rule.error(

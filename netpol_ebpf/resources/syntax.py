@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small syntaxes inside fields: names, labels, port names, addresses and CIDRs.
+"""The syntax of values in fields: names, labels, port names, addresses and CIDRs.
 
-``check_*`` return a message with the fault and the permitted form, or None; ``parse_*`` raise ValueError with such a
-message.  The rules are those of Kubernetes' apimachinery validation unless a docstring names another source. Nothing
-here knows a value's position: callers add path and line.
+Each ``check_*`` function returns a message with the fault and the permitted form, or None.  Each ``parse_*`` function
+raises ValueError with such a message.  The rules are those of Kubernetes' apimachinery validation, unless a docstring
+names another source.  Messages have no position: callers add path and line.
 """
 
 from __future__ import annotations
@@ -96,12 +96,15 @@ def check_port_name(name: str) -> str | None:
 
 
 def _strip_zeros(text: str) -> str:
-    """IPv4 octets without leading zeros (read as decimal, as Kubernetes reads objects stored before it rejected them)."""
+    """Remove leading zeros from IPv4 octets, so that they are read as decimal.
+
+    Kubernetes reads stored objects so that are older than its check for leading zeros.
+    """
     return re.sub(r"(?<![0-9a-fA-F:])0+(?=[0-9]+(?:\.|\Z))", "", text) if "." in text else text
 
 
 def parse_address(text: str) -> IPAddress:
-    """Parse a bare address; an IPv4-mapped IPv6 address becomes the IPv4 address. Raises ValueError."""
+    """Parse an address without a prefix length. An IPv4-mapped IPv6 address becomes IPv4. Raises ValueError."""
     try:
         address = IPv6Address(text) if ":" in text else IPv4Address(text)
     except ValueError:
@@ -115,9 +118,10 @@ def parse_address(text: str) -> IPAddress:
 
 
 def parse_network(text: str, *, lenient: bool = False) -> tuple[IPNetwork, bool]:
-    """Parse a CIDR; returns its masked network, and whether host bits were cleared.
+    """Parse a CIDR. Returns the network with host bits cleared, and whether there were host bits.
 
-    ``lenient`` accepts leading zeros in IPv4 octets.  Raises ValueError for anything else, a bare address included.
+    ``lenient``: leading zeros in IPv4 octets are accepted.  Raises ValueError for any other text, also for an address
+    without a prefix length.
     """
     address, slash, length = text.partition("/")
     if lenient:
@@ -146,10 +150,7 @@ _DOMAIN_LABEL = re.compile(r"[A-Za-z0-9_](?:[-A-Za-z0-9_]*[A-Za-z0-9_])?\Z")
 
 
 def check_domain(text: str) -> str | None:
-    """Check a domain name of SEMANTICS 6.1: one whole label other than the last may be ``*``.
-
-    A trailing dot is ignored.
-    """
+    """Check a domain name (SEMANTICS 6.1): one label, but not the last, may be ``*``. A trailing dot is ignored."""
     labels = text.removesuffix(".").split(".")
     usual = 'such as "example.com" or "*.example.com"'
     if text.count("*") > 1 or labels[-1] == "*":
@@ -172,7 +173,7 @@ MAX_ANNOTATIONS_BYTES = 256 * 1024
 
 
 def check_annotations(annotations: Mapping[str, str]) -> str | None:
-    """Check annotations: names are label names in any case; the total size is limited."""
+    """Check annotations: names have the syntax of label names, in upper or lower case; the total size is limited."""
     for key in annotations:
         if (message := check_label_key(key.lower())) is not None:
             return message.replace("label name", "annotation name")
