@@ -39,8 +39,8 @@ SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 _POD_IPS = "cni.projectcalico.org/podIPs"
 _POD_IP = "cni.projectcalico.org/podIP"
 _AWS_POD_IPS = "vpc.amazonaws.com/pod-ips"
-# The API object of a static pod is a mirror made by the kubelet, with another UID.  This annotation has the UID that the
-# container runtime uses.
+# The API object of a static pod is a mirror made by the kubelet, with another UID.  This annotation has the UID in the
+# container runtime.
 _MIRRORED_UID = "kubernetes.io/config.mirror"
 _SOURCE_PREFIXES = "cni.projectcalico.org/allowedSourcePrefixes"
 

@@ -110,7 +110,7 @@ def boolean(about: str) -> Schema:
 
 
 def integer_or_text(about: str, low: int, high: int, longest: int, pattern: str) -> Schema:
-    """The schema of an integer from ``low`` to ``high``, or a text of at most ``longest`` characters with ``pattern``."""
+    """The schema of an integer from ``low`` to ``high``, or a text (``pattern``) of at most ``longest`` characters."""
     return {
         "description": about,
         "x-kubernetes-int-or-string": True,

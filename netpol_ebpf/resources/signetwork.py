@@ -235,8 +235,8 @@ def _peer(peer: Reader, dialect: Dialect, *, ingress: bool, allows: bool) -> Sig
 def _older_peer(peer: Reader, *, pods: bool) -> SigPeer:
     """Parse a peer of a v1alpha1 policy, in the form of any release of v1alpha1.
 
-    It selects namespaces by a selector, or by labels with the values of the subject's namespace (sameLabels), or with
-    other values (notSameLabels).  ``pods``: the peer also has a pod selector.
+    Namespaces are selected by a selector, or by comparing labels with those of the subject's namespace (sameLabels,
+    notSameLabels).  ``pods``: this is the field pods, which may also have a pod selector, not the field namespaces.
     """
     if not pods:
         return _older_namespaces(peer, None)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Typed resources: users' objects after validation and defaulting, before any interpretation.
 
-One frozen dataclass for each kind, one for each nested structure, field names as in the API but in snake case.  They
-mirror the published APIs (networking.k8s.io/v1, projectcalico.org/v3, policy.networking.k8s.io/v1alpha1 and v1alpha2)
-and mean nothing by themselves: `netpol_ebpf.policy.translate` gives them their meaning.
+Each kind, and each nested structure, is a frozen dataclass with the fields of the API, in snake case.  The APIs are
+networking.k8s.io/v1, projectcalico.org/v3, policy.networking.k8s.io/v1alpha1 and v1alpha2.  This module does not
+interpret fields: `netpol_ebpf.policy.translate` does.
 
-Invariants: an instance is valid (the parser in this package is the only maker outside tests); absent and empty are
-distinct where the API distinguishes them (``None`` against ``()``); CIDRs are masked networks; selectors are parsed.
+Invariants: every instance is valid, since outside tests only the parsers of this package create instances.  Where the
+API distinguishes absent and empty, they are ``None`` and ``()``.  CIDRs are networks without host bits; selectors are
+parsed.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ IPNetwork = Union[IPv4Network, IPv6Network]
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """Object metadata. ``namespace`` is "" for cluster-scoped kinds ("default" is filled in for namespaced ones).
+    """The metadata of an object, without annotations.
 
-    Annotations are not kept: pods have large ones, and what a kind means by one is in a field of its own.  ``is_stored``: read from
-    the form in which Calico stores the object, to which the same object as projectcalico.org/v3 is preferred.
+    ``namespace``: "" for cluster-scoped kinds; "default" if a manifest of a namespaced kind does not state it.
+    ``is_stored``: the object was read in the form in which Calico stores it; if the same object is also given as
+    projectcalico.org/v3, the v3 object is used.  Values of annotations that matter are in fields of the kinds; the
+    annotations themselves are not kept, since pods have large ones.
     """
 
     name: str
@@ -49,7 +52,7 @@ class Requirement:
 
 @dataclass(frozen=True, slots=True)
 class LabelSelector:
-    """A Kubernetes label selector; both parts are ANDed, empty matches everything of its kind."""
+    """A Kubernetes label selector. Labels must satisfy both fields; an empty selector matches all labels."""
 
     match_labels: Mapping[str, str] = field(default_factory=dict)
     match_expressions: tuple[Requirement, ...] = ()
@@ -60,7 +63,7 @@ class LabelSelector:
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """v1 Namespace; the label kubernetes.io/metadata.name is added when the manifest lacks it."""
+    """v1 Namespace. The label kubernetes.io/metadata.name is added if the manifest does not have it."""
 
     meta: Meta
 
@@ -74,10 +77,10 @@ class ServiceAccount:
 
 @dataclass(frozen=True, slots=True)
 class ContainerPort:
-    """A declared container port (init containers included). ``protocol``: IANA number (6, 17, 132).
+    """A port that a container or init container declares. ``protocol``: IANA number (6, 17, 132).
 
-    ``host_port``: port of the node that is translated to the container port, 0: none; ``host_address``: address of the
-    node for it, None: all.
+    ``host_port``: the node's port that is translated to this port, 0: none.  ``host_address``: the node's address for
+    ``host_port``, None: all addresses.
     """
 
     name: str
@@ -91,10 +94,10 @@ class ContainerPort:
 class Pod:
     """v1 Pod, or the pod of a workload's template (`workloads`), which has no address and the name KIND/NAME.
 
-    ``addresses``: by the precedence of status.podIPs, podIP, then the CNI annotations; () for a finished pod. ``uid``:
-    as the container runtime knows it, empty where it is not given: successive pods of the same name differ in it.
-
-    ``allowed_source_prefixes`` from annotation cni.projectcalico.org/allowedSourcePrefixes.
+    ``addresses``: from the first that has any: status.podIPs, status.podIP, annotations of CNI plugins; () for a
+    finished pod.
+    ``uid``: the UID in the container runtime, which distinguishes successive pods of the same name; "" if not given.
+    ``allowed_source_prefixes``: from the annotation cni.projectcalico.org/allowedSourcePrefixes.
     """
 
     meta: Meta
@@ -110,7 +113,7 @@ class Pod:
 
 @dataclass(frozen=True, slots=True)
 class NodeInterface:
-    """An interface of a node, from an annotation by Calico's agent on the Node object."""
+    """An interface of a node, from the annotation in which Calico's agent lists the node's interfaces."""
 
     name: str
     addresses: tuple[IPAddress, ...] = ()
@@ -118,10 +121,11 @@ class NodeInterface:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """v1 Node. ``addresses``: status.addresses of type InternalIP/ExternalIP plus Calico tunnel annotations.
+    """v1 Node.
 
-    ``external``: addresses that are of type ExternalIP only.  ``interfaces`` from annotation
-    projectcalico.org/Interfaces, () without it.
+    ``addresses``: from status.addresses (types InternalIP and ExternalIP) and Calico's annotations.
+    ``external``: the addresses that have only the type ExternalIP.
+    ``interfaces``: from the annotation projectcalico.org/Interfaces; () without it.
     """
 
     meta: Meta
@@ -132,7 +136,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class ServicePort:
-    """``target_port`` is a number, a port name, or None (same as port)."""
+    """A port of a Service. ``target_port``: a number, the name of a container port, or None (the same as ``port``)."""
 
     name: str
     protocol: int
@@ -143,7 +147,7 @@ class ServicePort:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """v1 Service. ``cluster_ips`` excludes "None"; ``external_ips`` holds externalIPs and load-balancer addresses."""
+    """v1 Service. ``cluster_ips``: () if headless. ``external_ips``: externalIPs and load-balancer addresses."""
 
     meta: Meta
     selector: Mapping[str, str] | None
@@ -154,7 +158,7 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class SlicePort:
-    """A port of an EndpointSlice. ``port`` None: contributes nothing."""
+    """A port of an EndpointSlice. ``port`` None: the slice gives no number, so the port gives no backends."""
 
     name: str
     protocol: int
@@ -163,7 +167,7 @@ class SlicePort:
 
 @dataclass(frozen=True, slots=True)
 class EndpointSlice:
-    """discovery.k8s.io/v1 EndpointSlice; not-ready addresses are included. ``service``: the service-name label."""
+    """discovery.k8s.io/v1 EndpointSlice, addresses that are not ready included. ``service``: from its label."""
 
     meta: Meta
     service: str | None
@@ -184,7 +188,10 @@ class IPBlock:
 
 @dataclass(frozen=True, slots=True)
 class KubernetesPeer:
-    """Either ``ip_block`` or at least one selector; None is absent, an empty selector matches everything."""
+    """A peer of a NetworkPolicy: ``ip_block``, or at least one selector.
+
+    None: the field is absent.  An empty selector matches everything.
+    """
 
     pod_selector: LabelSelector | None = None
     namespace_selector: LabelSelector | None = None
@@ -193,7 +200,7 @@ class KubernetesPeer:
 
 @dataclass(frozen=True, slots=True)
 class KubernetesPort:
-    """``port``: number, name or None (all ports of the protocol); ``end_port`` inclusive."""
+    """A port of a NetworkPolicy. ``port``: number, name, or None (all ports). ``end_port``: last port of a range."""
 
     protocol: int
     port: int | str | None = None
@@ -202,7 +209,7 @@ class KubernetesPort:
 
 @dataclass(frozen=True, slots=True)
 class KubernetesRule:
-    """One ingress or egress item. Empty ``peers``/``ports`` mean: no constraint."""
+    """An ingress or egress rule of a NetworkPolicy. ``peers`` or ``ports`` empty: all peers, or all ports."""
 
     peers: tuple[KubernetesPeer, ...]
     ports: tuple[KubernetesPort, ...]
@@ -258,7 +265,10 @@ class Icmp:
 
 @dataclass(frozen=True, slots=True)
 class ServiceAccountMatch:
-    """Service accounts: names (ORed) AND selector; either may be empty/None, not both."""
+    """The field serviceAccounts: an account must have one of ``names`` and match ``selector``.
+
+    An empty field is no constraint; not both are empty.
+    """
 
     names: tuple[str, ...] = ()
     selector: Selector | None = None
@@ -266,7 +276,7 @@ class ServiceAccountMatch:
 
 @dataclass(frozen=True, slots=True)
 class ServiceMatch:
-    """The field services{name, namespace}; namespace defaulted to the policy's own for a NetworkPolicy."""
+    """The field services of an entity rule. ``namespace``: in a NetworkPolicy, that of the policy if it is absent."""
 
     name: str
     namespace: str
@@ -274,9 +284,9 @@ class ServiceMatch:
 
 @dataclass(frozen=True, slots=True)
 class EntityRule:
-    """The source or destination of a Calico rule, every given field ANDed. None: field absent or empty string.
+    """The source or destination of a Calico rule; all given fields must match. None: the field is absent or empty text.
 
-    ``namespace_selector`` may be exactly global(); ``Selector.is_global`` checks that.
+    ``namespace_selector``: may be global(), see `Selector.is_global`.
     """
 
     nets: tuple[IPNetwork, ...] = ()
@@ -301,7 +311,10 @@ class HttpPath:
 
 @dataclass(frozen=True, slots=True)
 class HttpHeader:
-    """An HTTP header condition. Operator: Exists, DoesNotExist, HasPrefix, HasSuffix, In, NotIn, MatchesRegex."""
+    """A match of an HTTP header.
+
+    ``operator``: Exists, DoesNotExist, HasPrefix, HasSuffix, In, NotIn, MatchesRegex.
+    """
 
     header: str
     operator: str
@@ -310,7 +323,7 @@ class HttpHeader:
 
 @dataclass(frozen=True, slots=True)
 class HttpMatch:
-    """An HTTP condition: methods AND paths AND headers; empty means any."""
+    """A match of an HTTP request: by method, path and headers, all of which must match; an empty field matches any."""
 
     methods: tuple[str, ...] = ()
     paths: tuple[HttpPath, ...] = ()
@@ -336,7 +349,10 @@ class CalicoRule:
 
 @dataclass(frozen=True, slots=True)
 class CalicoPolicySpec:
-    """Spec of NP, GNP and their staged forms. ``order`` None: last. ``types`` defaulted per the Calico rule."""
+    """The spec of NetworkPolicy, GlobalNetworkPolicy and their staged forms.
+
+    ``order`` None: last in its tier.  ``types``: with Calico's default if the field is absent.
+    """
 
     tier: str
     order: float | None
@@ -388,7 +404,7 @@ class StagedGlobalNetworkPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """projectcalico.org/v3 Tier. ``order`` None as written; ``default_action``: Deny or Pass."""
+    """projectcalico.org/v3 Tier. ``order``: None if the object gives none. ``default_action``: Deny or Pass."""
 
     meta: Meta
     order: float | None
@@ -462,7 +478,7 @@ class FailsafePort:
 
 @dataclass(frozen=True, slots=True)
 class FelixConfiguration:
-    """projectcalico.org/v3 FelixConfiguration; a list is None where it is not given, () where it is given empty."""
+    """projectcalico.org/v3 FelixConfiguration. A list is None if the object does not give it, () if it is empty."""
 
     meta: Meta
     failsafe_inbound: tuple[FailsafePort, ...] | None = None
@@ -473,8 +489,8 @@ class FelixConfiguration:
 class HostEndpointTemplate:
     """A template of automatic host endpoints.
 
-    ``nets``: the node's addresses that count; ``pattern``: a regular expression that is searched in the names of its
-    interfaces; ``node_selector`` None: all nodes.
+    ``nets``: only the node's addresses in these nets are used.  ``pattern``: a regular expression that is searched in
+    the names of the node's interfaces.  ``node_selector`` None: for all nodes.
     """
 
     name: str
@@ -515,10 +531,11 @@ class SigSubject:
 
 @dataclass(frozen=True, slots=True)
 class SigPeer:
-    """One peer; ``unknown`` is True for a peer of a newer API (fails closed), then all other fields are empty.
+    """One peer of a SIG-network policy.
 
-    ``same_labels``/``not_same_labels``: the older v1alpha1 forms; they narrow the ``namespaces`` or ``pods`` beside
-    them, with a namespace selector that matches everything.
+    ``unknown``: the peer has a form of a newer API, so the rule fails closed; all other fields are empty.
+    ``same_labels``, ``not_same_labels``: label keys of older v1alpha1 forms, which narrow ``namespaces`` or ``pods``;
+    the namespace selector there matches everything.
     """
 
     namespaces: LabelSelector | None = None
@@ -533,7 +550,10 @@ class SigPeer:
 
 @dataclass(frozen=True, slots=True)
 class SigPort:
-    """A protocols[]/ports[] entry: protocol number (None with ``named_port``), inclusive range (0-0: all), or a name."""
+    """An item of the field protocols or ports: ``named_port``, or a protocol with an inclusive range of ports.
+
+    ``protocol``: IANA number, None for a named port.  The range 0 to 0: all ports.
+    """
 
     protocol: int | None
     first: int = 0
@@ -544,7 +564,11 @@ class SigPort:
 
 @dataclass(frozen=True, slots=True)
 class SigRule:
-    """``action``: Accept/Allow (normalised to "Allow"), Deny or Pass. ``ports`` None: everything incl. ICMP."""
+    """A rule of a SIG-network policy.
+
+    ``action``: Allow (also for Accept), Deny or Pass.  ``ports`` None: all packets, also those without ports such as
+    ICMP.
+    """
 
     name: str
     action: str

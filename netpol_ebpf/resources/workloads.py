@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deployments and other objects that make pods, as pods where there is no cluster.
+"""Reads Deployments and other workloads as pods, for commands without a cluster.
 
-Charts and repositories contain workloads, not pods.  For `check`, `explain` and `test` the template of a workload is
-therefore a pod with the template's labels, service account and ports, named ``KIND/NAME``, which no real pod can have
-as name.  The agent does not read these kinds: a node has the pods themselves.
+Charts and repositories contain workloads, not pods.  So for `check`, `explain` and `test` the template of a workload is
+a pod with the template's labels, service account and ports.  Its name is ``KIND/NAME``, which no real pod can have.
+The agent does not read these kinds, since in a cluster their pods exist.
 
-Invariant: such a pod has no address until a caller of `as_cluster` requests one, so no statement about addresses of
-pods applies to it.
+Invariant: such a pod has no address unless a caller of `as_cluster` requests one.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ from netpol_ebpf.resources.sharing import share_texts
 from netpol_ebpf.resources.types import Meta, Namespace, NetworkSet, Pod, Resource, WorkloadEndpoint
 
 STAND_INS = (ip_network("240.0.0.0/4"), ip_network("100::/64"))
-"""Address ranges that no pod has: the reserved range of RFC 1112, and that of RFC 6666 for packets that are discarded.
-"""
+"""The ranges of stand-in addresses, which no pod can have: reserved (RFC 1112), and discard-only (RFC 6666)."""
 
 _TEMPLATES: dict[tuple[str, str], tuple[str, ...]] = {
     ("apps/v1", "DaemonSet"): ("spec", "template"),
@@ -37,7 +35,7 @@ _TEMPLATES: dict[tuple[str, str], tuple[str, ...]] = {
     ("v1", "PodTemplate"): ("template",),
     ("v1", "ReplicationController"): ("spec", "template"),
 }
-"""By kind, the path of the pod template."""
+"""From (apiVersion, kind) to the path of the pod template in the object."""
 _KIND_NAMES = frozenset(kind for _, kind in _TEMPLATES)
 
 
@@ -48,7 +46,7 @@ def _parser(kind: str, path: tuple[str, ...]) -> Callable[[Reader, Meta], Pod]:
             template = template.mapping(key) or Reader({}, (*template.path, key), obj.report)
         metadata = template.mapping("metadata")
         labels = {} if metadata is None else metadata.string_map("labels")
-        if kind == "Job":  # its controller adds these
+        if kind == "Job":  # the Job controller adds these labels
             labels = {"job-name": meta.name, "batch.kubernetes.io/job-name": meta.name, **labels}
         return read_template(template, replace(meta, name=f"{kind}/{meta.name}", labels=share_texts(labels)))
 
@@ -62,12 +60,13 @@ KINDS = tuple(
 
 
 def as_cluster(resources: Iterable[Resource], *, addressed: bool = False) -> list[Resource]:
-    """The resources of a cluster with these workloads: their namespaces exist, with no label but that of their name.
+    """The resources as a cluster would have them: with the namespaces of workloads, each with only its name's label.
 
-    A namespace that is not given stays absent if it has a pod with an address, or a network set: a Namespace would
-    change what is allowed to that pod, while the agent has none. ``addressed``: each pod of a workload also gets an
-    address of `STAND_INS` of each family, and the workload's own name where no pod and no other workload of its
-    namespace has it.
+    A missing namespace is not added if it has a pod with an address, or a network set: the agent does not have that
+    Namespace either, and it would change the verdicts on the pod.
+
+    ``addressed``: each pod of a workload also gets an address of each family from `STAND_INS`.  Its name becomes the
+    name of the workload, unless a pod or another workload of the namespace has that name.
     """
     given = list(resources)
     pods = [one for one in given if _is_of_workload(one)]
@@ -95,9 +94,9 @@ def _addressed(resources: list[Resource]) -> Iterator[Resource]:
 
 
 def stand_in_notes(resources: Iterable[Resource], ends: Iterable[object]) -> Iterator[str]:
-    """A note for each (namespace, name) of ``ends`` that is a workload with a stand-in address, instead of a pod.
+    """A note for each (namespace, name) in ``ends`` that names a workload with a stand-in address instead of a pod.
 
-    Raises InvalidInputError for a name that several workloads have and no pod.
+    Raises InvalidInputError for a name that no pod but several workloads have.
     """
     pods = [one for one in resources if isinstance(one, (Pod, WorkloadEndpoint))]
     for end in ends:
@@ -127,5 +126,5 @@ def _has_address(resource: Resource) -> bool:
 
 
 def _own_name(resource: Resource) -> tuple[str, str]:
-    """Namespace and name; for a workload's pod, the name of the workload."""
+    """(namespace, name) of a resource; for the pod of a workload, the name of the workload."""
     return resource.meta.namespace, resource.meta.name.rpartition("/")[2]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages for text that is not valid YAML, with the usual mistake behind the error.
+"""Writes messages for text that is not valid YAML, with the mistake that usually causes the error.
 
-Works on lines, since there is no tree.  Line numbers inside are zero-based.  It only writes messages: the parser
-decides whether a text is valid.
+The functions work on lines of text, since invalid text has no tree.  Line numbers are zero-based.  The parser decides
+whether a text is valid; this module only writes messages.
 """
 
 from __future__ import annotations
@@ -21,19 +21,22 @@ _NOT_YAML = re.compile("[^\t\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U
 
 
 def bad_character_line(lines: list[str]) -> int:
-    """The first line with a character that YAML does not allow; 0 when there is none."""
+    """The first line with a character that YAML does not allow; 0 if there is none."""
     return next((number for number, line in enumerate(lines) if _NOT_YAML.search(line)), 0)
 
 
 def template_hint(lines: list[str], number: int) -> str:
-    """Text to append to a message when the text near a line looks like an unrendered template."""
+    """A hint to append to a message if the text near line ``number`` looks like an unrendered template, else ""."""
     if "{{" in "\n".join(lines[max(0, number - 1) : number + 2]):
         return "; this looks like a template: render it first (for example with `helm template`)"
     return ""
 
 
 def explain(error: yaml.MarkedYAMLError, lines: list[str], start: int, failed_at: int, file: str) -> list[Problem]:
-    """The problems behind a parser error; the document begins at line ``start`` and fails at ``failed_at``."""
+    """The problems to report for a parser error, in a document that begins at line ``start``.
+
+    ``failed_at``: the line of the error.
+    """
     first = next((n for n in range(min(failed_at, len(lines) - 1), start, -1) if lines[n].startswith("---")), start)
     last = next((n for n in range(failed_at + 1, len(lines)) if lines[n].startswith("---")), len(lines))
     obj = _object_name(lines[first:last])
@@ -72,13 +75,13 @@ def _hint(said: str, lines: list[str], failed_at: int) -> str:
     return ""
 
 
-# --- the classic slip -----------------------------------------------------------------------------------------------
+# --- wrong indentation ----------------------------------------------------------------------------------------------
 
 
 def _wrong_depth(lines: list[str], first: int, last: int) -> list[tuple[int, int, str]]:
-    """Fields of a rule at the indentation of the list's dashes: (line, column, message).
+    """Find fields of rules that are at the indentation of the list's dashes: (line, column, message).
 
-    The classic mistake is ``ports:`` under ``ingress:`` beside ``- from:`` instead of inside that item.
+    A common mistake is ``ports:`` in line with ``- from:`` instead of inside that item.
     """
     found = []
     for number in range(first, min(last, len(lines))):
@@ -96,9 +99,10 @@ def _wrong_depth(lines: list[str], first: int, last: int) -> list[tuple[int, int
 
 
 def _item_above(lines: list[str], first: int, number: int, depth: int) -> int | None:
-    """The line of the list item with its dash at ``depth`` that ends where line ``number`` begins, if any.
+    """The first line of the list item with its dash at column ``depth`` that ends just before line ``number``.
 
-    None also when the list's own key is at that depth: then a field there is that key's sibling, and correctly placed.
+    None if there is no such item, or if the key of the list is at the same column: a field there is correctly a sibling
+    of that key.
     """
     item = None
     for above in range(number - 1, first - 1, -1):
@@ -123,11 +127,11 @@ def _wrong_depth_message(name: str, item: str, line: int, columns: int) -> str:
     )
 
 
-# --- where and in what ----------------------------------------------------------------------------------------------
+# --- path and object of a line --------------------------------------------------------------------------------------
 
 
 def _path(lines: list[str], first: int, number: int) -> str:
-    """The field path of a line, by indentation alone (without positions in lists)."""
+    """The field path of line ``number``, from indentation alone, without indexes in lists."""
     match = _KEY.match(lines[number])
     keys = [match[3]] if match is not None else []
     depth = len(lines[number]) - len(lines[number].lstrip(" "))
@@ -140,7 +144,7 @@ def _path(lines: list[str], first: int, number: int) -> str:
 
 
 def _object_name(lines: list[str]) -> str:
-    """kind/namespace/name of the object, as far as the lines of a document show them."""
+    """``kind/namespace/name`` of a document's object, as far as its lines show them."""
     kind = ""
     names = {"name": "", "namespace": ""}
     block = ""

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YAML and JSON text to plain values with their positions in the text.
+"""Parses YAML and JSON text to plain values with their positions in the text.
 
 One pass over the parser's events builds, for each document, the values (dict, list, str, int, float, bool, None) and a
 compact tree of positions, so that a later problem has its line without a second parse.
 
-Invariant: whatever the input, the result is documents and problems, never an exception and never unbounded work
-(nesting and alias expansion are limited); every text in a document can be written as UTF-8.  A syntax error ends one
-document, not the file.  Scalars and keys are read as kubectl reads them (`scalars`).  JSON values may follow each other
-without ``---`` between them, as `jq -c` prints them. This module knows nothing of Kubernetes objects; `yaml_mistakes`
-writes the messages for invalid text.
+Scalars and keys are read as kubectl reads them (`scalars`).  JSON values may follow each other without ``---`` between
+them, as `jq -c` prints them.  `yaml_mistakes` writes the messages for invalid text.
+
+Invariants: any input gives documents and problems, without an exception, and with bounded work (nesting and alias
+expansion are limited).  Every text in a document can be written as UTF-8.  After a syntax error the next document is
+read.  This module must not depend on Kubernetes objects.
 """
 
 from __future__ import annotations
@@ -30,27 +31,27 @@ from netpol_ebpf.resources.sharing import share
 
 Path = tuple[Union[str, int], ...]
 
-# A position is line << 24 | column, both zero-based.  A leaf's mark is its position, or its position and the text that was
-# written where the value alone does not tell it (0755 is 493); a container's mark is its position and the marks of its
-# children.  In a mapping the position of an entry is that of its key.
+# A position is line << 24 | column, both zero-based.  The mark of a scalar is its position, with the source text if the
+# value does not determine it (0755 is 493).  The mark of a container is its position and the marks of its children.  The
+# position of an entry of a mapping is that of its key.
 _Mark = Union[int, tuple[int, Any]]
 
 _COLUMN_BITS = 24
 _COLUMN_MASK = (1 << _COLUMN_BITS) - 1
 
 MAX_DEPTH = 100  # arbitrary; real objects stay below 30
-MAX_ALIAS_NODES = 1_000_000  # arbitrary; what all aliases of one document may expand to
+MAX_ALIAS_NODES = 1_000_000  # arbitrary; number of nodes to which all aliases of one document may expand
 
 MAX_QUOTED = 100  # arbitrary; characters of a text in a message
 
-MAX_JSON_COLUMN = 10_000  # arbitrary; columns of JSON values that begin further to the right in a line are told too low
+MAX_JSON_COLUMN = 10_000  # arbitrary; for JSON values further to the right, messages have a column that is too low
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 _LONGEST_PLAIN_FLOAT = 1e21
-"""From this value on Go's encoding of JSON writes a number with an exponent."""
+"""Go's JSON encoder writes numbers from this value on with an exponent."""
 
-# Line breaks to YAML 1.1, which folds them, and ordinary characters inside a string to JSON.
+# Characters that are line breaks in YAML 1.1, which folds them, and ordinary characters of strings in JSON.
 _BREAKS_OF_YAML = re.compile("[\x85\u2028\u2029]")
 # Escapes of halves of surrogate pairs: JSON makes a character of two, libyaml refuses each, PyYAML's own parser keeps each.
 _SURROGATE = re.compile(r"\\(?:u|U0000)[dD][89a-fA-F]")
@@ -68,7 +69,7 @@ _TAGGED: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """The positions of the parts of one value in its file; without known positions only the file."""
+    """The positions of the parts of one value in its file. If positions are unknown, locations have only the file."""
 
     file: str
     mark: _Mark | None = None
@@ -87,7 +88,7 @@ class Positions:
         return Location(self.file, (position >> _COLUMN_BITS) + 1, (position & _COLUMN_MASK) + 1)
 
     def written(self, path: Path) -> str | None:
-        """The text of the scalar at ``path`` where its value alone does not determine it (``0755``, ``yes``, ``~``); else None."""
+        """The source text of the scalar at ``path`` if its value does not determine it (``0755``); else None."""
         mark = self.mark
         for step in path:
             if mark is None:
@@ -202,7 +203,7 @@ class _Text:
         self.offset = offset
 
     def _go_to_mark(self, offset: int) -> None:
-        """Move to the first line from ``offset`` on that begins with ``---``, or to the end."""
+        """Continue at the first line from ``offset`` on that begins with ``---``, or at the end of the file."""
         mark = _MARK.search(self.text, offset)
         self._go_to(len(self.text) if mark is None else mark.start())
 
@@ -210,9 +211,9 @@ class _Text:
         return self.line << _COLUMN_BITS | min(self.offset - self.line_offset, MAX_JSON_COLUMN)
 
     def _json(self, end: int) -> Iterator[Document]:
-        """The JSON value from the present offset to ``end``.
+        """The document of the JSON value from the present offset to ``end``.
 
-        Read as YAML for its positions, and as JSON where the two differ.
+        It is read as YAML to get positions, and read as JSON where YAML has another meaning.
         """
         position, known = self._position(), len(self.problems)
         text, first_line = self.text[self.offset : end], self.line
@@ -226,7 +227,7 @@ class _Text:
             except _Refused as error:
                 _report(error, self.text.split("\n"), first_line, self.file, self.problems)
                 return
-            except (yaml.YAMLError, UnicodeEncodeError):  # a tab where YAML has none, for one
+            except (yaml.YAMLError, UnicodeEncodeError):  # for example, a tab where YAML does not allow it
                 del self.problems[known:]
         if document is None:
             place = _place(self.file, position)
@@ -240,7 +241,7 @@ class _Text:
     def _yaml(self) -> Iterator[Document]:
         """The YAML documents from the present offset on.
 
-        They end at a JSON value that follows one, or at the first document that is not valid.
+        The run ends at a JSON value after a document, or at the first invalid document.
         """
         stream = _Stream(self.text[self.offset :], self.file, self.line, self.problems)
         try:
@@ -250,7 +251,7 @@ class _Text:
             json_begin = self._json_behind(stream, error)
             if json_begin is not None:
                 if stream.begin is not None:
-                    del self.problems[stream.known :]  # of a document that is read once more
+                    del self.problems[stream.known :]  # problems of a document that is read again
                 self._go_to(json_begin)
                 return
             lines = self.text.split("\n")
@@ -260,9 +261,9 @@ class _Text:
             self._go_to(len(self.text))
 
     def _json_behind(self, stream: _Stream, error: Exception) -> int | None:
-        """The offset of the JSON value at which YAML failed.
+        """The offset of the JSON value at which the YAML parser failed; None if there is no JSON value.
 
-        The document it could not read, or the text after the last one.
+        It is the document that the parser could not read, or the text after the last document.
         """
         index = stream.begin
         if index is None and isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
@@ -280,7 +281,7 @@ def _end_of_blank(text: str, offset: int) -> int:
 
 
 def _end_of_json(text: str, offset: int) -> int | None:
-    """The end of the JSON object or list at ``offset``; None when there is none, or something else in its last line."""
+    """The end of the JSON object or list at ``offset``; None if there is none, or if more text is in its last line."""
     if not text.startswith(("{", "["), offset):
         return None
     try:
@@ -291,7 +292,7 @@ def _end_of_json(text: str, offset: int) -> int | None:
 
 
 def _report(error: Exception, lines: list[str], first_line: int, file: str, problems: list[Problem]) -> int:
-    """Record why reading stopped; returns the line (zero-based) of the error."""
+    """Record the error that ended reading. Returns its line (zero-based)."""
     if isinstance(error, _Refused):
         failed_at = error.position >> _COLUMN_BITS
         message = error.message + yaml_mistakes.template_hint(lines, failed_at)
@@ -300,7 +301,7 @@ def _report(error: Exception, lines: list[str], first_line: int, file: str, prob
         mark = error.problem_mark or error.context_mark
         failed_at = first_line + (mark.line if mark is not None else 0)
         problems.extend(yaml_mistakes.explain(error, lines, first_line, failed_at, file))
-    else:  # a character that YAML does not allow: the reader says neither line nor column
+    else:  # a character that YAML does not allow: the error has neither line nor column
         failed_at = first_line + yaml_mistakes.bad_character_line(lines[first_line:])
         problems.append(
             Problem(Location(file, failed_at + 1), "", f"not valid YAML: {error}".split("\n")[0], slug="yaml")
@@ -341,7 +342,7 @@ class _Stream:
 
 
 class _Tree:
-    """Builds the value and the marks of one document, an event at a time, without recursion."""
+    """Builds the value and the marks of one document from the parser's events, without recursion."""
 
     __slots__ = (
         "aliased",
@@ -369,7 +370,7 @@ class _Tree:
         self.aliased = 0
 
     def read(self) -> tuple[Any, _Mark]:
-        """The value and its mark."""
+        """Return the document's value and its mark."""
         handlers: dict[type[Any], Callable[[Any], None]] = {
             yaml.ScalarEvent: self._scalar,
             yaml.MappingStartEvent: partial(self._open, dict),
@@ -416,7 +417,7 @@ class _Tree:
         self._add(value, mark)
 
     def _plain_key(self, text: str, position: int) -> str:
-        """A key without quotes, in the form that kubectl gives to keys that are not text."""
+        """The text of a key without quotes; for a number or boolean, the same text as in kubectl."""
         value = read_plain(text)
         if isinstance(value, str):
             return text
@@ -501,7 +502,7 @@ class _Tree:
         return None
 
     def _merge(self, container: dict[str, Any], marks: dict[str, _Mark]) -> None:
-        """Apply a YAML merge key: add the entries of the named mapping(s) that this mapping does not have itself."""
+        """Apply a YAML merge key (``<<``): add the entries of the merged mappings, except keys of ``container``."""
         source, mark = container.pop("<<"), marks.pop("<<")
         sources = source if isinstance(source, list) else [source]
         if isinstance(mark, int) or not all(isinstance(one, dict) for one in sources):
@@ -517,14 +518,14 @@ class _Tree:
 
 
 def _as_json_number(value: Any) -> Any:
-    """A number as the API server gets it, in JSON: without a fraction it is a whole number (``80.0``, ``1e3``)."""
+    """A number as the API server gets it, in JSON: a float without fraction (``80.0``, ``1e3``) becomes an integer."""
     if value.__class__ is float and math.isfinite(value) and value.is_integer() and abs(value) < _LONGEST_PLAIN_FLOAT:
         return int(value)
     return value
 
 
 def _is_told_by(value: Any, text: str) -> bool:
-    """Whether the source text of a number, boolean or null equals its canonical form."""
+    """Whether ``text`` is the canonical form of ``value`` (number, boolean or null), so that it need not be stored."""
     if value is None:
         return text in ("", "null")
     if value.__class__ is bool:
@@ -561,7 +562,7 @@ def _unwritable(value: Any) -> str | None:
 
 
 def _quoted(text: str) -> str:
-    """A text that UTF-8 cannot encode, with escapes for the offending characters."""
+    """``text`` with escapes for the characters that UTF-8 cannot encode."""
     return f"`{text.encode('ascii', 'backslashreplace').decode()[:MAX_QUOTED]}`"
 
 
@@ -579,7 +580,7 @@ def _is_too_deep(value: Any) -> bool:
 
 
 def _unique_json(text: str, place: Location, problems: list[Problem]) -> Any:
-    """The value of a JSON text that YAML reads differently; a repeated key is a problem."""
+    """Parse a JSON text that YAML would read differently. A repeated key is recorded as a problem."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
