@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from netpol_ebpf.agent.control_socket import ControlSocket
-from netpol_ebpf.apply.events import FlowEvent
 from netpol_ebpf.apply.ledger import Ledger
 
 NEWS_GAP_S = 0.05
@@ -63,6 +62,7 @@ class AgentLoop:
     def run_once(self, wake: int) -> None:
         """Wait until there is work, or ``wake`` is readable, and do the work."""
         from netpol_ebpf.agent import report
+        from netpol_ebpf.apply.events import FlowEvent
 
         readable, writable = self.control_socket.descriptors()
         # Before the start nothing is done about interfaces: what is in force is what an earlier agent left.
