@@ -154,8 +154,8 @@ class _Undo:
 class Applier:
     """The only writer of a dataplane's policy maps.
 
-    ``maps``: by name; they must be empty.  ``wait``: a function that waits for a grace period of the kernel.  Not
-    thread-safe.
+    ``maps``: by name; they must be empty, or have only rows that `fill` writes.  ``wait``: a function that waits for a
+    grace period of the kernel.  Not thread-safe.
     """
 
     def __init__(self, maps: Mapping[str, KernelMap], wait: Callable[[], None] = wait_for_readers) -> None:

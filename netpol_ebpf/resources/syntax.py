@@ -98,7 +98,7 @@ def check_port_name(name: str) -> str | None:
 def _strip_zeros(text: str) -> str:
     """Remove leading zeros from IPv4 octets, so that they are read as decimal.
 
-    Kubernetes reads stored objects so that are older than its check for leading zeros.
+    Kubernetes does the same with stored objects that are older than its check for leading zeros.
     """
     return re.sub(r"(?<![0-9a-fA-F:])0+(?=[0-9]+(?:\.|\Z))", "", text) if "." in text else text
 

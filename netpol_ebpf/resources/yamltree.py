@@ -32,7 +32,7 @@ from netpol_ebpf.resources.sharing import share
 Path = tuple[Union[str, int], ...]
 
 # A position is line << 24 | column, both zero-based.  The mark of a scalar is its position, with the source text if the
-# value does not determine it (0755 is 493).  The mark of a container is its position and the marks of its children.  The
+# value does not determine it (0755 is 493).  The mark of a container is its position and its children's marks.  The
 # position of an entry of a mapping is that of its key.
 _Mark = Union[int, tuple[int, Any]]
 
