@@ -26,9 +26,10 @@ FUNCTION = 12
 
 @dataclass(frozen=True, slots=True)
 class KernelFacts:
-    """``numbers``: values by enum np_kernel_fact. ``cast_function``:
+    """The facts of one kernel.
 
-    BTF id of bpf_cast_to_kern_ctx; 0: the kernel lacks it.
+    ``numbers``: values by enum np_kernel_fact.  ``cast_function``: BTF id of bpf_cast_to_kern_ctx; 0: the kernel lacks
+    it.
     """
 
     numbers: Mapping[int, int]

@@ -39,7 +39,7 @@ def _check(policy_set: abi.np_set, number: int, place: int, flags: int, link: in
 
 
 def _words(policy_set: abi.np_set) -> Iterator[int]:
-    """The words of all fields but the check; of two 16-bit fields the first is the low half, whatever the byte order."""
+    """The words of all fields but ``check``; of two fields of 16 bits, the first is the low half on every machine."""
     low: int | None = None
     for name, kind, *_ in abi.np_set._fields_:
         value = getattr(policy_set, name)
