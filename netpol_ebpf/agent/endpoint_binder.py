@@ -91,9 +91,11 @@ class EndpointBinder:
         self._no_room.clear()
         self._adoption.go_ahead(self._node, *self._adoptable())
         for key, binding in bindings.items():
+            if applier.bindings.get(key) is binding:
+                continue
             try:
                 applier.bind(key, binding)
-            except MapFullError as error:  # noqa: PERF203 - one endpoint's failure is not another's
+            except MapFullError as error:  # one endpoint's failure is not another's
                 message = f"its interface {wiring.name_of(binding.ifindex)} stays as it is: {error.message}"
                 self._no_room[key] = Problem(
                     self._objects.location(key), "", message, obj=str(key), slug=error.slug

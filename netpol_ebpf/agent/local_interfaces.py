@@ -64,6 +64,8 @@ class LocalInterfaces:
         self._damage: tuple[Problem, ...] = ()
         self._unsaved: tuple[Problem, ...] = ()
         self._located = LocatedEndpoints()
+        # What each row was made of: the workload, its interface, and the one that this belongs to.
+        self._bindings: dict[EndpointKey, tuple[Endpoint, Interface | None, Interface | None, Binding]] = {}
         self._missed_s: dict[EndpointKey, float] = {}  # since when there has been no interface of these
         self._looked_at_s = clock()
 
@@ -90,16 +92,29 @@ class LocalInterfaces:
 
     def bindings(self) -> dict[EndpointKey, Binding]:
         """The binding (row) of each local workload that has an interface."""
-        found = {}
+        before, self._bindings = self._bindings, {}
+        links, local = self.wiring.links, self._objects.local
         for key, ifindex in self.located.items():
-            flags = device_flags(self.wiring.links.get(ifindex))
-            if self._settings.is_router(key):
-                flags |= EndpointFlag.ROUTES
-            sources = self._objects.local[key].allowed_sources if self._settings.borrow_sources else ()
-            found[key] = Binding(
-                ifindex, allowed_sources=sources, link=self.wiring.link_of(ifindex), flags=flags
-            )  # fmt: skip
-        return found
+            endpoint, link = local[key], links.get(ifindex)
+            master = None if link is None else links.get(link.master)
+            known = before.get(key)
+            if (
+                known is None
+                or known[0] is not endpoint
+                or known[1] is not link
+                or known[2] is not master
+                or link is None
+            ):
+                known = endpoint, link, master, self._binding(endpoint, ifindex)
+            self._bindings[key] = known
+        return {key: binding for key, (_, _, _, binding) in self._bindings.items()}
+
+    def _binding(self, endpoint: Endpoint, ifindex: int) -> Binding:
+        flags = device_flags(self.wiring.links.get(ifindex))
+        if self._settings.is_router(endpoint.key):
+            flags |= EndpointFlag.ROUTES
+        sources = endpoint.allowed_sources if self._settings.borrow_sources else ()
+        return Binding(ifindex, allowed_sources=sources, link=self.wiring.link_of(ifindex), flags=flags)
 
     def interface_towards(self, address: IPAddress) -> int | None:
         """The interface by which the node would now send to an address, None where there is no route."""
@@ -190,7 +205,7 @@ class LocalInterfaces:
 
     def _note_missing(self) -> None:
         now_s = self._clock()
-        missed = [key for key, one in self._objects.local.items() if self._is_expected(one) and key not in self.located]
+        missed = [key for key, one in self._objects.local.items() if key not in self.located and self._is_expected(one)]
         self._missed_s = {key: self._missed_s.get(key, now_s) for key in missed}
 
     def _is_expected(self, endpoint: Endpoint) -> bool:

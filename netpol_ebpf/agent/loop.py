@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from netpol_ebpf.agent.control_socket import ControlSocket
-from netpol_ebpf.apply.events import FlowEvent
 from netpol_ebpf.apply.ledger import Ledger
 
 NEWS_GAP_S = 0.05
@@ -63,6 +62,7 @@ class AgentLoop:
     def run_once(self, wake: int) -> None:
         """Wait until there is work, or ``wake`` is readable, and do the work."""
         from netpol_ebpf.agent import report
+        from netpol_ebpf.apply.events import FlowEvent
 
         readable, writable = self.control_socket.descriptors()
         # Before the start nothing is done about interfaces: what is in force is what an earlier agent left.
@@ -70,7 +70,7 @@ class AgentLoop:
         barrier = self.node.barrier.fileno() if self.agent.is_started else None
         objects = self.agent.source.fileno()
         readable += [one for one in (wake, network, barrier, objects) if one is not None]
-        woken, _, _ = select.select(readable, writable, [], max(0.0, self._due_s() - self.clock()))
+        woken, _, _ = select.select(readable, writable, [], self._wait_s())
         if network in woken:
             self.agent.close_newborn()
             self._is_news = True
@@ -80,7 +80,7 @@ class AgentLoop:
         if objects in woken:
             self.agent.source.note_news()
         # All interfaces are not looked at while the last look is recent, lest a busy node keep us busy.
-        if self.clock() >= self._due_s():
+        if self._wait_s() <= 0:
             self._is_news = False
             self._stepped_s = self.clock()
             flows = [event for event in self.agent.step() if isinstance(event, FlowEvent)]
@@ -101,17 +101,17 @@ class AgentLoop:
             self._is_told = True
             self.when_in_force()
 
-    def _due_s(self) -> float:
-        """When the next step is due.
+    def _wait_s(self) -> float:
+        """Seconds until the next step; 0 if it is due.
 
         NEWS_GAP_S applies to the source too, so that a busy source cannot starve everything else.
         """
-        soonest_s = self._stepped_s + NEWS_GAP_S
-        return (
-            soonest_s
-            if self._is_news
-            else min(self._stepped_s + TICK_S, max(soonest_s, self.clock() + self.agent.source.wait_s()))
-        )
+        now_s = self.clock()
+        soonest_s = self._stepped_s + NEWS_GAP_S - now_s
+        if self._is_news:
+            return max(0.0, soonest_s)
+        tick_s, source_s = self._stepped_s + TICK_S - now_s, float(self.agent.source.wait_s())
+        return max(0.0, min(tick_s, max(soonest_s, source_s)))
 
 
 def serve(loop: AgentLoop) -> None:

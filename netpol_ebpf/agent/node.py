@@ -24,6 +24,7 @@ from netpol_loader.pins import access, attach
 from netpol_loader.pins.drift import Drift, PartlyMendedError, mend_attachments, mend_pins
 from netpol_loader.pins.others import Other, OtherPrograms
 from netpol_loader.pins.renewal import Renewal
+from netpol_loader.pins.turns import Turns
 from netpol_loader.pins.upgrade import Upgrade, open_dataplane
 from netpol_loader.tables.events import EventRecord
 
@@ -67,7 +68,6 @@ class KernelNode:
         self._stack = contextlib.ExitStack()
         self._consume: Callable[[EventRecord], None] = lambda _event: None
         self._others = OtherPrograms()
-        self._mended = 0  # of clsact interfaces: whose turn it is
         self._upgrade: Upgrade | None = None  # until it has taken over
         self.upgraded = ""  # what an upgrade of the pins did, for people; empty: there was none
         self._barrier = BarrierTables(str(pin_root.absolute()))
@@ -81,7 +81,8 @@ class KernelNode:
                 self.upgraded = self._upgrade.summary
                 stack.callback(self._upgrade.discard)
             self._reader = stack.enter_context(self._dataplane.events(lambda event: self._consume(event)))
-            self._mechanism = attach.preferred_mechanism(self._dataplane)
+            is_clsact = attach.preferred_mechanism(self._dataplane) is attach.Mechanism.CLSACT
+            self._turns = Turns(CLSACT_TURN if is_clsact else None)
             access.grant(self._dataplane, self._group)
             stack.callback(self._barrier.close)
             self._stack = stack.pop_all()
@@ -178,7 +179,7 @@ class KernelNode:
         attach.prune(self._dataplane, self._network.interfaces)
 
     def mend(self, ifindexes: Collection[int]) -> list[Drift]:
-        """See `NodeAccess`. One call checks CLSACT_TURN of the interfaces with clsact: the check is slow."""
+        """See `NodeAccess`. The interfaces are checked in turns (`Turns`), those with clsact CLSACT_TURN at a time: that check is slow."""
         found = mend_pins(self._dataplane)
         restored = {one.where for one in found}
         try:
@@ -186,13 +187,8 @@ class KernelNode:
         except PlatformError as error:
             raise PartlyMendedError(error.message, found) from error
         found += [Drift("pin", str(path), "changed") for path in opened if str(path) not in restored]
-        turn = sorted(ifindexes)
-        if self._mechanism is attach.Mechanism.CLSACT and turn:
-            first = self._mended % len(turn)
-            turn = (turn + turn)[first : first + min(CLSACT_TURN, len(turn))]
-            self._mended = first + len(turn)
         try:
-            return found + mend_attachments(self._dataplane, turn)
+            return found + mend_attachments(self._dataplane, self._turns.next(ifindexes))
         except PartlyMendedError as error:
             raise PartlyMendedError(error.message, [*found, *error.found]) from error
 

@@ -81,14 +81,14 @@ class RepairAccess(Protocol):
     """Detection and repair of what others changed or added."""
 
     def mend(self, ifindexes: Collection[int]) -> list[Drift]:
-        """Restore pins, and our programs on these interfaces, where something removed or changed them.
+        """Restore pins, and our programs on the next of these interfaces, where something removed or changed them.
 
         Returns what was restored. Raises PlatformError, or PartlyMendedError with what was restored, when something
         could not be restored.
         """
 
     def other_programs(self, attached: Collection[int]) -> list[Other]:
-        """Programs of others where packets pass the node's interfaces. ``attached``: those with our programs."""
+        """Programs of others where packets pass the node's interfaces, as each was last seen. ``attached``: those with our programs."""
 
 
 class NodeAccess(ProgramAccess, MapAccess, RepairAccess, ConnectionAccess, Protocol):

@@ -257,7 +257,7 @@ class OwnInterfaces:
     def _write(self, wiring: Wiring, workloads: Collection[int], bearing: Collection[int]) -> None:
         """Write rows of the own interfaces among ``bearing``, and of no other interface."""
         _, applier, surroundings = self._writers()
-        rows = [("np_endpoint", endpoint_key(one.ifindex)) for one in applier.bindings.values()]
+        rows = (("np_endpoint", endpoint_key(one.ifindex)) for one in applier.bindings.values())
         own = own_interfaces(wiring, workloads) & set(bearing)
         wanted = self._known(self._plan, self.inputs, wiring, own)
         surroundings.write(wanted, keep=rows)

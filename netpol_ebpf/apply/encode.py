@@ -15,6 +15,7 @@ import hashlib
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, ip_address, ip_network
 from typing import Any
 
@@ -27,6 +28,9 @@ from netpol_loader.tables.seal import fold, seal_endpoint, seal_host
 
 Element = tuple[str, bytes, bytes]
 """Map name, key, value."""
+
+LOCAL_ROWS = 1 << 14
+"""Rows of addresses of the node that are kept encoded; arbitrary, more than a full node has."""
 
 ACTION: Mapping[Outcome, int] = {
     Outcome.ALLOW: abi.NP_ACTION_ALLOW,
@@ -311,8 +315,12 @@ def host_element(number: int, sets: Mapping[tuple[Direction, Stage], SetRow]) ->
     return "np_host", host_key(number), bytes(seal_host(row))
 
 
+@lru_cache(maxsize=LOCAL_ROWS)
 def local_element(address: IPAddress, meaning: Meaning) -> Element:
-    """The element of an address that means this node or another one."""
+    """The element of an address that means this node or another one.
+
+    Cached, because a node with hundreds of pods has hundreds of such addresses and few of them change.
+    """
     return f"np_local{address.version}", address.packed, _LOCAL.pack(int(meaning.flags), meaning.ifindex, meaning.node)
 
 
@@ -330,11 +338,16 @@ def tunnel_element(protocol: int, port: int) -> Element:
 NO_BITS = _SPECIAL.pack(0)
 
 
+@lru_cache(maxsize=LOCAL_ROWS)
+def _filter_bit(address: IPAddress) -> tuple[int, int]:
+    return vip_filter_bit(address.packed)
+
+
 def vip_filter_elements(addresses: Iterable[IPAddress]) -> Iterator[Element]:
     """The bits of np_vip_filter for addresses of the node and of services."""
     words: dict[int, int] = {}
     for address in addresses:
-        row, bit = vip_filter_bit(address.packed)
+        row, bit = _filter_bit(address)
         words[row] = words.get(row, 0) | 1 << bit
     for row, bits in words.items():
         yield "np_vip_filter", _INDEX.pack(row), _SPECIAL.pack(bits)

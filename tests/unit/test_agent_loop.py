@@ -349,3 +349,17 @@ def test_no_room_for_the_socket_ends_nothing(
     stage.loop.clock = lambda: now_s
     stage.turn()
     assert service.is_open
+
+
+def test_source_that_is_due_gets_its_step_at_once(stage: Stage) -> None:
+    """Though time goes on between two looks at the clock: else the loop turns without a step until its longest wait is over."""
+    source, now_s, ticks = MemorySource("objects", has_descriptor=True), [1000.0], itertools.count()
+    stage.agent.source, stage.loop.clock = source, lambda: now_s[0] + 1e-6 * next(ticks)
+    source.fileno()
+    assert "step" in stage.turn()
+    source.wake()
+    source.note_news()
+    now_s[0] += 2 * agent_loop.NEWS_GAP_S
+    assert source.wait_s() == 0
+    assert "step" in stage.turn()
+    source.close()

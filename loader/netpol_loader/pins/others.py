@@ -28,6 +28,7 @@ from netpol_loader.kernel import syscall
 from netpol_loader.kernel.hook import Hook
 from netpol_loader.kernel.relocation import CALL, INSTRUCTION, LOAD_IMMEDIATE_64, packed, registers
 from netpol_loader.pins import attach
+from netpol_loader.pins.turns import Turns
 
 if TYPE_CHECKING:
     from netpol_loader.pins.dataplane import Dataplane
@@ -71,53 +72,54 @@ class Other:
 
 
 class OtherPrograms:
-    """Finds other parties' programs; a cache makes repeated calls of `look` read each program once."""
+    """Finds other parties' programs.
+
+    Repeated calls of `look` read each program once, and interfaces in turns (`Turns`).
+    """
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[str, Reach]] = {}
+        self._turns, self._clsact_turns = Turns(), Turns(CLSACT_TURN)
+        self._on_tcx: dict[int, list[Other]] = {}
         self._on_clsact: dict[int, list[Other]] = {}
-        self._turn = 0
+        self._with_filters: set[int] = set()
+        self._on_xdp: dict[int, tuple[int, ...]] = {}
 
     def look(self, ifindexes: Collection[int], attached: Collection[int], dataplane: Dataplane) -> list[Other]:
-        """Other parties' programs: by tcx on these interfaces, by XDP and clsact on all of this network namespace.
+        """Other parties' programs on these interfaces of this network namespace, as last read.
 
-        ``attached``: interfaces with our programs.  Cost: a microsecond or two for each interface and hook, and two
-        dumps of all interfaces; one call reads the filters of at most CLSACT_TURN interfaces, the next call those of
-        the next ones.
+        ``attached``: interfaces with our programs.  Cost: a microsecond or two for each hook of the interfaces whose
+        turn it is; at the first turn of a round, two dumps of all interfaces.  One call reads the filters of at most
+        CLSACT_TURN interfaces.
         """
         ours = {hook: syscall.prog_info(dataplane.program_fd(hook)).id for hook in Hook}
-        found = [*self._by_tcx(ifindexes, ours), *self._by_xdp(attached), *self._by_clsact()]
+        turn = self._turns.next(ifindexes)
+        if self._turns.is_first:
+            self._on_xdp = xdp_programs()
+            self._with_filters = clsact.interfaces()
+        self._on_tcx = _kept(self._on_tcx, ifindexes) | {one: list(self._by_tcx(one, ours)) for one in turn}
+        present = self._with_filters & set(ifindexes)
+        again = self._clsact_turns.next(present)
+        self._on_clsact = _kept(self._on_clsact, present) | {one: list(self._filters_on(one)) for one in again}
+        found = [one for by in (self._on_tcx, self._on_clsact) for others in by.values() for one in others]
+        found += self._by_xdp(ifindexes, attached)
         numbers = {one.number for one in found}
         self._known = {number: known for number, known in self._known.items() if number in numbers}
         return sorted(found, key=lambda one: (one.ifindex, one.hook, one.number))
 
-    def _by_tcx(self, ifindexes: Collection[int], ours: Mapping[Hook, int]) -> Iterator[Other]:
-        for ifindex in ifindexes:
-            with contextlib.suppress(OSError):  # the interface is gone, or the kernel has no tcx
-                for hook, kind in attach.ATTACH_TYPES.items():
-                    order = syscall.prog_query(ifindex, kind)
-                    before = order.index(ours[hook]) if ours[hook] in order else 0
-                    for at, number in enumerate(order):
-                        if number != ours[hook]:
-                            yield self._other(ifindex, f"tcx {_WAYS[hook]}", number, is_first=at < before)
+    def _by_tcx(self, ifindex: int, ours: Mapping[Hook, int]) -> Iterator[Other]:
+        with contextlib.suppress(OSError):  # the interface is gone, or the kernel has no tcx
+            for hook, kind in attach.ATTACH_TYPES.items():
+                order = syscall.prog_query(ifindex, kind)
+                before = order.index(ours[hook]) if ours[hook] in order else 0
+                for at, number in enumerate(order):
+                    if number != ours[hook]:
+                        yield self._other(ifindex, f"tcx {_WAYS[hook]}", number, is_first=at < before)
 
-    def _by_xdp(self, attached: Collection[int]) -> Iterator[Other]:
-        for ifindex, numbers in xdp_programs().items():
-            for number in numbers:
+    def _by_xdp(self, ifindexes: Collection[int], attached: Collection[int]) -> Iterator[Other]:
+        for ifindex, numbers in self._on_xdp.items():
+            for number in numbers if ifindex in ifindexes else ():
                 yield self._other(ifindex, XDP, number, is_first=ifindex in attached)
-
-    def _by_clsact(self) -> list[Other]:
-        present = sorted(clsact.interfaces())
-        turn = present
-        if len(present) > CLSACT_TURN:
-            first = self._turn % len(present)
-            turn = (present + present)[first : first + CLSACT_TURN]
-            self._turn = first + CLSACT_TURN
-        self._on_clsact = {
-            ifindex: list(self._filters_on(ifindex)) if ifindex in turn else self._on_clsact.get(ifindex, [])
-            for ifindex in present
-        }
-        return [one for found in self._on_clsact.values() for one in found]
 
     def _filters_on(self, ifindex: int) -> Iterator[Other]:
         for hook in Hook:
@@ -133,6 +135,10 @@ class OtherPrograms:
             self._known[number] = _read(number, syscall.PROG_TYPE_XDP if hook == XDP else syscall.PROG_TYPE_SCHED_CLS)
         known, reach = self._known[number]
         return Other(ifindex, hook, number, known or name, is_first, reach)
+
+
+def _kept(before: Mapping[int, list[Other]], present: Collection[int]) -> dict[int, list[Other]]:
+    return {ifindex: found for ifindex, found in before.items() if found and ifindex in present}
 
 
 _WAYS: Mapping[Hook, str] = {Hook.TC_INGRESS: "ingress", Hook.TC_EGRESS: "egress"}

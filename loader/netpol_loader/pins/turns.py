@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns: which interfaces a check looks at next, so that what it costs is spread over several checks.
+
+Invariant: an interface that stays is looked at once in each round, whatever comes and goes meanwhile.  Makes no system call.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Collection
+
+CHECKS = 5
+"""Checks in which all interfaces are looked at; with one check a second, five seconds. Arbitrary."""
+LEAST = 50
+"""Interfaces looked at in one check in any case: some milliseconds; arbitrary. A node with fewer is looked at whole."""
+
+
+class Turns:
+    """`next` at each check. ``is_first``: whether the last turn began a round."""
+
+    def __init__(self, most: int | None = None) -> None:
+        """``most``: interfaces in a turn, however long a round then takes; None: a round takes CHECKS turns at most."""
+        self.is_first = False
+        self._most = most
+        self._last = -1
+
+    def next(self, present: Collection[int]) -> list[int]:
+        """The interfaces whose turn it is, of those that are present, in ascending order."""
+        ordered = sorted(present)
+        size = self._most or max(LEAST, -(-len(ordered) // CHECKS))
+        begin = bisect_right(ordered, self._last)
+        self.is_first = begin in (0, len(ordered))
+        turn = ordered[:size] if self.is_first else ordered[begin : begin + size]
+        self._last = turn[-1] if turn else -1
+        return turn
