@@ -143,7 +143,7 @@ class KernelNode:
         self._dataplane.set_config(config)
 
     def _is_new(self) -> bool:
-        """Whether these maps hold no policy yet and nothing is attached: then there is nothing to take over."""
+        """Whether these maps have no policy yet and no interface has programs: then there is no state to take over."""
         return next(iter(self._dataplane.maps["np_rule"].items()), None) is None and not self.attached()
 
     def former_numbers(self) -> Mapping[int, int]:

@@ -33,7 +33,10 @@ class NetworkAccess(Protocol):
         """Whether interfaces, routes or addresses may have changed since the last call."""
 
     def take_born(self) -> list[Interface]:
-        """Interfaces that the kernel reported since the last call, new ones among them; all other messages stay queued."""
+        """Interfaces that the kernel reported since the last call, new ones included.
+
+        All other notifications stay queued.
+        """
 
     def take_gone(self) -> set[int] | None:
         """Interfaces that vanished since the last call, even if new interfaces have their indices now.
@@ -58,7 +61,7 @@ class ProgramAccess(Protocol):
         """Detach our programs from an interface."""
 
     def prune(self) -> None:
-        """Forget interfaces that are gone; detach programs from interfaces that moved to another network namespace."""
+        """Remove pins of interfaces that are gone; detach programs from interfaces that left this network namespace."""
 
 
 class MapAccess(Protocol):

@@ -132,7 +132,7 @@ class ClusterObjects:
         self._in_force.accept()
 
     def set_tunnels(self, encapsulations: Iterable[tuple[int, int]]) -> None:
-        """Set the encapsulations that nodes take from anyone, as IP protocol and UDP port, besides those of all nodes."""
+        """Set the tunnels (IP protocol, UDP port) that nodes accept from any sender, besides those of all nodes."""
         self.derivation.set_tunnels(TUNNELS.union(Tunnel(*one) for one in encapsulations))
 
     # --- questions --------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ class ClusterObjects:
         return [nodes[one] for one in (self._settings.node,) if one in nodes]
 
     def owner_of(self, address: IPAddress) -> str | None:
-        """The workload, or else the host endpoint or the node, that has an address; of several the first by name."""
+        """The workload that has an address, otherwise the host endpoint or node; of several the first by name."""
         holder = self._claims.holder(address)
         if holder is not None:
             return str(holder)

@@ -55,6 +55,6 @@ def problems_of(found: Iterable[Other], name_of: Callable[[int], str]) -> list[P
 
 
 def _said(one: Other) -> tuple[str, str, str] | None:
-    if one.hook == XDP:  # XDP runs before policy, so a program that passes or drops is harmless
+    if one.hook == XDP:  # one that cannot redirect matters only where policy runs after it
         return SAID[True, one.reach] if one.is_first or one.reach is not Reach.NONE else None
     return FIRST if one.is_first else SAID.get((False, one.reach))

@@ -42,10 +42,10 @@ def status(
     others: Iterable[Problem] = (),
     listed_again: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """The whole state.
+    """The agent's whole state, for `netpolctl status`.
 
-    ``place``: the agent's process, and the directories of its options, by name; ``others``: more problems.
-    ``listed_again``: see `KernelNode`.
+    ``place``: facts about the agent's process, and the directories of its options, by name; ``others``: further
+    problems. ``listed_again``: see `KernelNode`.
     """
     world = agent.objects.world
     endpoints = local_endpoints(agent)

@@ -122,7 +122,7 @@ def _plan_cluster(arguments: argparse.Namespace) -> OpenSource:
 
 
 def _open_watch() -> DirectoryWatch | None:
-    """A watch for the manifests; None where the user has too many: then time alone says when to look."""
+    """A watch for the manifests; None if the user has too many: then the directory is only scanned at intervals."""
     try:
         return DirectoryWatch()
     except OSError as error:
