@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Derive loader/netpol_loader/abi.py, and the table of maps in bpf/README.md, from bpf/np_abi.h and bpf/np_maps.h.
+"""Derive loader/netpol_loader/abi.py and two tables of pages from bpf/np_abi.h and bpf/np_maps.h.
+
+The tables are that of the maps in bpf/README.md, and that of the reasons in docs/reasons.md.
 
 The C headers are the one place where the shared layout is declared.  They use a small part of C on purpose: numeric
 `#define`s, enums with explicit values, structs of fixed-width members, a `//` comment per line and per declaration.
@@ -24,6 +26,8 @@ MAPS_HEADER = ROOT / "bpf" / "np_maps.h"
 TARGET = ROOT / "loader" / "netpol_loader" / "abi.py"
 PAGE = ROOT / "bpf" / "README.md"
 TABLE = re.compile(r"(?<=np_maps\.h -->\n).*(?=<!-- end of maps -->)", re.DOTALL)
+REASONS_PAGE = ROOT / "docs" / "reasons.md"
+REASONS_TABLE = re.compile(r"(?<=np_abi\.h -->\n).*(?=<!-- end of reasons -->)", re.DOTALL)
 BLOCK = re.compile(r"^((?://[^\n]*\n)+)((?:NP_MAP[^\n]*\n)+)", re.MULTILINE)
 """A comment and the maps that it is about."""
 ROLE = re.compile(r"^// Role: ([\w ,]+)\.\n", re.MULTILINE)
@@ -284,14 +288,30 @@ def render(header: Header, maps_text: str) -> str:
 
 def render_reasons(header: Header) -> str:
     """The reason registry with its texts."""
-    reasons = next(enum for enum in header.enums if enum.name == "np_reason")
     lines = ["REASONS: Mapping[int, Reason] = MappingProxyType(", "    {"]
-    for constant in reasons.constants:
-        slug = constant.name.removeprefix("NP_REASON_").lower().replace("_", "-")
-        if slug not in {"none", "count"}:
-            lines.append(f"        {constant.name}: Reason(")
-            lines.append(f'            {constant.name}, "{slug}", "{constant.comment}"),')
+    for constant, slug in listed_reasons(header):
+        lines.append(f"        {constant.name}: Reason(")
+        lines.append(f'            {constant.name}, "{slug}", "{constant.comment}"),')
     return "\n".join([*lines, "    }", ")\n"])
+
+
+def listed_reasons(header: Header) -> list[tuple[Constant, str]]:
+    """The reasons with their slugs, in the order of their numbers."""
+    reasons = next(enum for enum in header.enums if enum.name == "np_reason")
+    slugs = [(one, one.name.removeprefix("NP_REASON_").lower().replace("_", "-")) for one in reasons.constants]
+    return [(one, slug) for one, slug in slugs if slug not in {"none", "count"}]
+
+
+def render_reasons_table(header: Header) -> str:
+    """The reasons as a Markdown table, in the words of the registry."""
+    numbers = {one.name: one.value for enum in header.enums for one in enum.constants}
+    first_drop, first_event = numbers["NP_REASON_POLICY_DENY"], numbers["NP_REASON_EVENT_LOST"]
+    lines = ["| number | reason | the packet | what it means |", "| --- | --- | --- | --- |"]
+    for constant, slug in listed_reasons(header):
+        number = constant.value
+        result = "passed" if number < first_drop else "was dropped" if number < first_event else "no verdict"
+        lines.append(f"| {number} | `{slug}` | {result} | {constant.comment} |")
+    return "\n".join(lines) + "\n"
 
 
 def render_calls(header: Header) -> str:
@@ -465,8 +485,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a file is stale")
     check = parser.parse_args(argv).check
     maps_text, page = MAPS_HEADER.read_text(), PAGE.read_text()
+    header = parse_header(ABI_HEADER.read_text())
     wanted = {
-        TARGET: render(parse_header(ABI_HEADER.read_text()), maps_text),
+        TARGET: render(header, maps_text),
+        REASONS_PAGE: REASONS_TABLE.sub(lambda _: render_reasons_table(header), REASONS_PAGE.read_text()),
         PAGE: TABLE.sub(lambda _: render_table(maps_text), page),
     }
     for path, text in wanted.items():

@@ -68,7 +68,7 @@ EOF
     cat >&2 <<EOF
 then, in $ROOT:
   $PYTHON -m venv --system-site-packages .venv
-  .venv/bin/pip install --editable .
+  .venv/bin/pip install --editable .         (with '.[kubernetes]' the agent can watch an API server)
   .venv/bin/netpolctl demo
 EOF
     exit "$EXIT_PLATFORM"
@@ -164,4 +164,5 @@ supported || explain_by_hand
 install_packages
 make_environment
 install_project
+[[ "$dev" == yes ]] || say "to watch an API server, add the extra: $VENV/bin/pip install --editable '$ROOT[kubernetes]'"
 say "ready: $VENV/bin/netpolctl"

@@ -51,6 +51,27 @@ def test_stale_file_is_noticed(
     assert "+NP_CONN_UDP = 9" in capsys.readouterr().out
 
 
+def test_page_of_reasons_is_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reason of the registry has a line; advice by hand names known reasons; a changed sentence makes the page stale."""
+    module = generator()
+    page = module.REASONS_PAGE.read_text()
+    lines = re.findall(r"^\| (\d+) \| `([a-z0-9-]+)` \| ([a-z ]+) \| (.+) \|$", page, re.MULTILINE)
+    assert [(int(one[0]), one[1], one[3]) for one in lines] == [
+        (reason.number, reason.slug, reason.text) for reason in abi.REASONS.values()
+    ]
+    assert {one[1] for one in lines if one[2] == "was dropped"} == {
+        reason.slug for reason in abi.REASONS.values() if reason.dropped
+    }
+    advised = re.findall(r"^\| (`[a-z0-9-]+`(?:, `[a-z0-9-]+`)*) \|", page, re.MULTILINE)
+    assert advised
+    assert {slug for cell in advised for slug in re.findall(r"`([^`]+)`", cell)} <= {one[1] for one in lines}
+    stale = tmp_path / "reasons.md"
+    stale.write_text(page.replace("| policy denies the flow |", "| an old sentence |"))
+    monkeypatch.setattr(module, "REASONS_PAGE", stale)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    assert module.main(["--check"]) == 1
+
+
 @pytest.mark.parametrize(
     "line", ["    int x;", "    __u32 x : 3;", "    __u32 *x;", "    long x;", "    struct np_y x;"]
 )

@@ -22,10 +22,12 @@ from netpol_loader.pins.doctor import CAPABILITIES
 DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
-def read_unit() -> ConfigParser:
+def read_unit(name: str = "netpol-agent.service") -> ConfigParser:
     unit = ConfigParser(interpolation=None, strict=True)
     unit.optionxform = str  # type: ignore[method-assign,assignment]  # names keep their case
-    unit.read_string((DEPLOY / "netpol-agent.service").read_text())
+    # An empty assignment only takes back what another file assigns.
+    text = (DEPLOY / name).read_text()
+    unit.read_string(re.sub(r"^ExecStart=\n", "", text, flags=re.MULTILINE))
     return unit
 
 
@@ -55,6 +57,23 @@ def test_service_starts_the_agent_with_options_it_knows() -> None:
     assert parsed.node == "%H"
     assert unit["Service"]["Type"] == "notify"
     assert unit["Service"]["RuntimeDirectoryPreserve"] == "yes"
+
+
+def test_the_drop_in_watches_a_cluster() -> None:
+    """It replaces the command line, adds the Internet's families, and keeps the saved state on the disk."""
+    text = (DEPLOY / "netpol-agent-cluster.conf").read_text()
+    assert text.count("ExecStart=") == 2
+    assert "\nExecStart=\nExecStart=" in text, "else systemd refuses a second command line"
+    drop_in, unit = read_unit("netpol-agent-cluster.conf")["Service"], read_unit()["Service"]
+    program, *arguments = shlex.split(drop_in["ExecStart"])
+    assert program == shlex.split(unit["ExecStart"])[0]
+    parsed = build_parser().parse_args(arguments)
+    assert (parsed.manifests, parsed.node) == (None, "%H")
+    assert parsed.kubeconfig is not None
+    assert parsed.saved_state.parent == Path("/var/lib") / drop_in["StateDirectory"]
+    assert int(drop_in["StateDirectoryMode"], 8) & 0o077 == 0, "the saved state tells of all pods"
+    assert set(drop_in["RestrictAddressFamilies"].split()) == {"AF_INET", "AF_INET6"}
+    assert set(drop_in) == {"ExecStart", "StateDirectory", "StateDirectoryMode", "RestrictAddressFamilies"}
 
 
 def admission(name: str) -> dict[str, Any]:

@@ -39,7 +39,15 @@ def test_elsewhere_it_says_what_to_install(tmp_path: Path, text: str, said: list
     done = run(os_release)
     assert done.returncode == 5
     assert done.stdout == ""
-    wanted = [*said, "iproute2", "iperf3", "bpftool", "-m venv --system-site-packages .venv", "netpolctl demo"]
+    wanted = [
+        *said,
+        "iproute2",
+        "iperf3",
+        "bpftool",
+        "-m venv --system-site-packages .venv",
+        "[kubernetes]",
+        "netpolctl demo",
+    ]
     assert [word for word in wanted if word not in done.stderr] == []
 
 

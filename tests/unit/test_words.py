@@ -68,3 +68,11 @@ def test_the_list_finds_what_it_is_for() -> None:
     ]  # fmt: skip
     assert all(re.search(pattern, word) for pattern, word in zip(GIVEN_UP, words, strict=True))
     assert not any(re.search(pattern, better) for pattern in GIVEN_UP for better in GIVEN_UP.values())
+
+
+def test_glossary_is_in_alphabetical_order() -> None:
+    """Each term has one line, where a reader looks for it."""
+    page = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    terms = re.findall(r"^\| ([^|]+) \| [^|]+ \|$", page, re.MULTILINE)[1:]
+    assert len(terms) > 50
+    assert terms == sorted(set(terms), key=str.lower)

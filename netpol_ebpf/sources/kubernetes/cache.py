@@ -209,8 +209,8 @@ class KindStore:
             count = len(self.orphans)
             message = (
                 f"its CustomResourceDefinition was deleted, was made anew, or serves this version no more, and {count} of its "
-                "objects are gone with it: they stay in force as they were last known; apply them again, or release them if "
-                "that is meant"
+                "objects are gone with it: they stay in force as they were last known; apply them again, or end them as "
+                "docs/api-server.md says (a deleted definition)"
             )
             yield Problem(Location(self.kind.path), "", message, obj=str(self.kind), slug="crd-deleted")
         for name in sorted(self.faulty):
