@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Programs and rows on interfaces.
 
-The program closes a workload's interface, the row opens it to the policy of its workload. Invariants: a workload's
-interface has the programs before it has a row, so it is never open without policy; a row of an endpoint that does not
-fit closes no other one.  Must not assign interfaces to workloads.
+The program closes a workload's interface; the row opens it to the policy of its workload. Invariants: a workload's
+interface has the programs before it has a row, so it is never open without policy; a row that does not fit closes only
+its own endpoint.  Must not assign interfaces to workloads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from netpol_ebpf.policy.types import EndpointKey, EndpointKind
 
 
 class EndpointBinder:
-    """`take_over` once, with the first set of maps; then `reconcile` whenever interfaces, objects or policy changed."""
+    """Binds endpoints to interfaces.
+
+    Call `take_over` once, then `reconcile` when interfaces, objects or policy changed.
+    """
 
     def __init__(
         self,
@@ -61,7 +64,8 @@ class EndpointBinder:
     def find_attached(self) -> None:
         """Before the first set of maps: find the programs of an earlier agent, and the interfaces that may have old connections."""
         for ifindex in self._node.attached() - self._interfaces.wiring.links.keys():
-            # While no agent ran it went to another network namespace: the kernel leaves tcx programs on it.
+            # While no agent ran, the interface moved to another network namespace; the kernel leaves tcx programs
+            # attached.
             self._attachments.detach(ifindex, f"{ifindex}, which is not in this network namespace any more,")
         self._attachments.find()
         self._adoption.expect(self._interfaces.wanted() - self._attachments.interfaces)
@@ -95,7 +99,7 @@ class EndpointBinder:
                 continue
             try:
                 applier.bind(key, binding)
-            except MapFullError as error:  # one endpoint's failure is not another's
+            except MapFullError as error:  # one failure must not stop the other endpoints
                 message = f"its interface {wiring.name_of(binding.ifindex)} stays as it is: {error.message}"
                 self._no_room[key] = Problem(
                     self._objects.location(key), "", message, obj=str(key), slug=error.slug
@@ -110,9 +114,9 @@ class EndpointBinder:
             self._attachments.attach(link.ifindex, link.name, is_newborn=True)
 
     def gone(self) -> set[int]:
-        """Interfaces that went since the last call.
+        """Interfaces that vanished since the last call.
 
-        After lost messages, all interfaces that no longer have our programs.
+        After lost notifications, all interfaces that no longer have our programs.
         """
         gone = self._node.network.take_gone()
         return self._attachments.interfaces - self._node.attached() if gone is None else gone
@@ -130,7 +134,7 @@ class EndpointBinder:
         return self._interfaces.problem_of(key) or "its policy is not in the kernel yet"
 
     def forget(self, gone: Collection[int]) -> None:
-        """Remove rows and programs of interfaces that went, even if new interfaces have their numbers now."""
+        """Remove rows and programs of interfaces that vanished, even if new interfaces have their indices now."""
         if not gone:
             return
         applier = self._enforcement.applier
