@@ -586,7 +586,7 @@ class _FirstAddresses:
     def _speaks_for(self, ifindex: int, endpoint: Endpoint) -> bool:
         """Whether the first addresses at an interface's other end fit the endpoint.
 
-        In each family in which the endpoint has an address, the first address must be one of the endpoint's.
+        A first address of a family in which the endpoint has addresses must be one of these.
         """
         families = {address.version for address in endpoint.addresses}
         return all(one in endpoint.addresses for one in self._seen[ifindex].first if one.version in families)
@@ -603,7 +603,7 @@ def _oldest(addresses: Sequence[IPAddress]) -> tuple[IPAddress, ...]:
 
 
 def _is_same(assignment: Assignment, endpoint: Endpoint) -> bool:
-    """Whether an endpoint is still the assigned one: a new pod of that name has other addresses, and another interface."""
+    """Whether an endpoint is still the assigned one: a new pod of that name has another address and interface."""
     if assignment.addresses is None or assignment.addresses == endpoint.addresses:
         return True
     return bool(set(assignment.addresses) & set(endpoint.addresses))

@@ -63,7 +63,7 @@ class BarrierAccess(Protocol):
         """Whether the kernel prevents other processes from changing the tables."""
 
     def open(self) -> None:
-        """Find out what the kernel supports."""
+        """Detect the kernel's features for the tables."""
 
     def has_news(self) -> bool:
         """Whether something changed any table since the last call."""
@@ -212,11 +212,14 @@ class Barrier:
     # --- now and then -----------------------------------------------------------------------------------------------
 
     def restore_reported(self) -> list[Drift]:
-        """Restore the tables at once when the kernel reports a change of any; returns what was restored."""
+        """Restore the tables at once if the kernel reported a change of any table; returns the restored differences."""
         return self._mend() if self._layout is not None and self.tables.has_news() else []
 
     def look(self) -> list[Drift]:
-        """Restore changed tables, retry what failed, record interfaces with dropped packets; returns what was restored."""
+        """Restore changed tables, retry failed writes, and record interfaces with dropped packets.
+
+        Returns the restored differences.
+        """
         now_s = self.clock()
         if self._failure is not None and now_s - self._tried_s >= RETRY_S:
             self._try_again()

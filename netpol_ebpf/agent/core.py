@@ -302,7 +302,7 @@ class Agent:
         return [*found, *self.objects.handovers.problems]
 
     def _not_synced(self) -> Problem:
-        """The problem that the agent waits for its source, and what is in force meanwhile."""
+        """The problem that the source has not synced: its missing parts, and the policy in force meanwhile."""
         missing = [
             f"{one['source']} ({', '.join(one['waiting_for'][:SHOWN])}{', ...' if one['waiting_for'][SHOWN:] else ''})"
             for one in self.source.report()

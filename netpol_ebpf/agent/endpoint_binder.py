@@ -62,7 +62,10 @@ class EndpointBinder:
     # --- the first set of maps --------------------------------------------------------------------------------------
 
     def find_attached(self) -> None:
-        """Before the first set of maps: find the programs of an earlier agent, and the interfaces that may have old connections."""
+        """Find an earlier agent's programs, and interfaces that may have old connections.
+
+        Must be called before the first set of maps is made.
+        """
         for ifindex in self._node.attached() - self._interfaces.wiring.links.keys():
             # While no agent ran, the interface moved to another network namespace; the kernel leaves tcx programs
             # attached.
@@ -81,7 +84,7 @@ class EndpointBinder:
     # --- the maps in force ------------------------------------------------------------------------------------------
 
     def reconcile(self) -> None:
-        """Attach programs to new interfaces, then write rows of found endpoints, then remove rows of endpoints that went."""
+        """Attach programs to new interfaces, write rows of located endpoints, remove rows of vanished endpoints."""
         wiring, applier = self._interfaces.wiring, self._enforcement.applier
         self._attachments.begin_round(wiring.links.keys())
         wanted = self._interfaces.wanted()

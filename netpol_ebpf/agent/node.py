@@ -179,7 +179,10 @@ class KernelNode:
         attach.prune(self._dataplane, self._network.interfaces)
 
     def mend(self, ifindexes: Collection[int]) -> list[Drift]:
-        """See `NodeAccess`. The interfaces are checked in turns (`Turns`), those with clsact CLSACT_TURN at a time: that check is slow."""
+        """See `NodeAccess`.
+
+        Checks interfaces in turns (`Turns`), at most CLSACT_TURN of those with clsact, whose check is slow.
+        """
         found = mend_pins(self._dataplane)
         restored = {one.where for one in found}
         try:

@@ -91,7 +91,10 @@ class RepairAccess(Protocol):
         """
 
     def other_programs(self, attached: Collection[int]) -> list[Other]:
-        """Programs of others where packets pass the node's interfaces, as each was last seen. ``attached``: those with our programs."""
+        """Other parties' programs on the node's interfaces, as last read.
+
+        ``attached``: interfaces with our programs.
+        """
 
 
 class NodeAccess(ProgramAccess, MapAccess, RepairAccess, ConnectionAccess, Protocol):

@@ -241,9 +241,9 @@ class OwnInterfaces:
         *,
         are_exits_known: bool = False,
     ) -> Surroundings:
-        """The node as the program must know it. ``bearing``: the own interfaces that must have a row.
+        """The node's addresses and services for the maps. ``bearing``: own interfaces that must have rows.
 
-        Service addresses are included only when every exit has the programs, or is known to lack them: until then the
+        Service addresses are included only if every exit has the programs, or is known to lack them: until then the
         program judges packets to services like all others.
         """
         are_exits_known |= plan.interfaces.keys() <= self._attachments.interfaces or self.no_exit is not None

@@ -40,7 +40,7 @@ def grant(dataplane: Dataplane, group: int | None) -> list[Path]:
 
 
 def closed_parent(pin_root: Path, group: int) -> Path | None:
-    """The nearest directory above the pins that the group cannot pass; None if it can pass all."""
+    """The topmost directory above the pins that the group cannot pass; None if it can pass all."""
     for path in reversed(pin_root.absolute().parents):
         seen = path.stat()
         if not seen.st_mode & stat.S_IXOTH and not (seen.st_gid == group and seen.st_mode & stat.S_IXGRP):

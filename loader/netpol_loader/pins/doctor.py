@@ -260,7 +260,7 @@ def _look_at_kernel() -> str:
 
 
 def _require_bh_lock(release: str) -> None:
-    """On a real-time kernel: raise if a packet may interrupt another on its CPU, because both share working memory."""
+    """Raise if a real-time kernel lets a packet interrupt another on its CPU, because both share working memory."""
     option, config = "CONFIG_PREEMPT_RT_NEEDS_BH_LOCK", kernel_config(release)
     if config is not None:
         is_locked = f"{option}=y" in config or option not in config  # older kernels: always locked

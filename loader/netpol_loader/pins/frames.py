@@ -331,7 +331,7 @@ def _ethertypes(frame: bytes) -> set[int]:
 
 PROG_TYPE_SOCKET_FILTER = 1
 MAP_VALUE = 2
-"""BPF_PSEUDO_MAP_VALUE: in place of a source register it loads the address of a map's first row (Linux 5.2)."""
+"""BPF_PSEUDO_MAP_VALUE: as source register of a load, it loads the address of a map's first row (Linux 5.2)."""
 CALL_CLONE_REDIRECT, CALL_REDIRECT = 13, 23
 TO_INGRESS = 1
 """BPF_F_INGRESS."""
@@ -384,7 +384,7 @@ def _behind(board: int) -> bytes:
 
 
 def _tap(board: int, *, outgoing: bool = False) -> bytes:
-    """The filter of a packet socket: it counts frames and accepts none. ``outgoing``: it counts what the interface sends."""
+    """The filter program of a packet socket: counts frames and accepts none. ``outgoing``: count the sent frames."""
     steps = (
         _step(LOAD_32, 2, 1, SKB_MARK),
         _row_of(board, 3),

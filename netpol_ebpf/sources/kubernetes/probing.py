@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Periodic probes: whether the server still has its cluster's state, and whether it offers kinds that were absent.
+"""Periodic probes of the server: whether it still has the cluster's state, and whether it now offers absent kinds.
 
 A server without connection to its etcd seems to work: watches stay open, bookmarks arrive, `/readyz` returns ok.  Only
 a read without resourceVersion then has no answer.  The same read detects that etcd was restored from a backup, after
