@@ -251,7 +251,10 @@ def old_connections(
 
 
 def _deferred(protocol: int, ends: Ends, place: NodeAddresses) -> int:
-    """Flags (enum np_conn_flag) of a workload's connection: DEFERRED if it goes to a service."""
+    """Flags (enum np_conn_flag) of a workload's connection.
+
+    NP_CONN_DEFERRED if the destination is a service; otherwise 0.
+    """
     keys = [VipKey(ends.destination, protocol, ends.destination_port)]
     if ends.destination in place.addresses:
         keys.append(VipKey(None, protocol, ends.destination_port))

@@ -268,7 +268,7 @@ class ControlSocket:
         return (bool(client.unsent) or not client.is_answered) and self.clock() - client.since_s < REQUEST_S
 
     def _look(self, client: _Client, wait: Wait) -> None:
-        """Answer a waiting connection if its state is reached, or cannot be reached any more."""
+        """Answer a client that waits for a state, if the state is reached or can no longer be reached."""
         try:
             answer = wait()
         except NetpolError as error:
@@ -282,9 +282,9 @@ class ControlSocket:
 
     @staticmethod
     def _is_gone(client: _Client) -> bool:
-        """Whether the other side has closed.
+        """Whether the client has closed the connection.
 
-        Data after the request is dropped, so that it does not wake the agent for ever.
+        Data after the request is discarded, so that it does not wake the agent again and again.
         """
         try:
             return client.channel.recv(REQUEST_BYTES) == b""
@@ -311,7 +311,7 @@ class ControlSocket:
             client.send(encode_error(error))
 
     def _hear(self, client: _Client, line: bytes) -> None:
-        """Answer a request, or queue it for a child."""
+        """Handle a request line: answer it, reject it, or queue it for a child."""
         try:
             request = json.loads(line)
         except (ValueError, RecursionError) as error:

@@ -157,7 +157,7 @@ class EndpointBinder:
         self._attachments.attach(ifindex, self._interfaces.wiring.name_of(ifindex))
 
     def _adoptable(self) -> tuple[dict[int, Workload], NodeAddresses]:
-        """Workloads with old connections to search, and the addresses and services that decide their direction.
+        """Workloads whose old connections must be written, and the node's addresses and services, which adoption needs.
 
         A workload counts only if its policy is in force.
         """

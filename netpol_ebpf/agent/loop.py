@@ -147,7 +147,7 @@ def wakened_by(*signals: signal.Signals) -> Iterator[tuple[list[int], int]]:
 
 
 def notify_ready() -> None:
-    """Tell a service manager that waits for it (sd_notify(3)) that policy is in force, or that workloads are closed."""
+    """Notify the service manager (sd_notify(3)): policy is in force, or workloads are closed."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
         import socket

@@ -38,11 +38,8 @@ HOST_BINDING = Binding(NOWHERE, EndpointKind.HOST)
 class HostPolicyInputs:
     """The inputs of host policy that are in force on the node's own interfaces.
 
-    They are host endpoints with their numbers, services, and the addresses of all nodes with the nodes' numbers (0:
-    none).
-
-    They are separate from the manifests and the compiler's tables, which are ahead of the inputs while a change is
-    rejected.
+    They are: host endpoints with their numbers; services; and the addresses of all nodes with the nodes' numbers (0:
+    none). They are kept apart from the objects and the compiler's tables, which are newer while a change is rejected.
     """
 
     hosts: Mapping[EndpointKey, Endpoint] = field(default_factory=dict)

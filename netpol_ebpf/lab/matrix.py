@@ -81,7 +81,7 @@ class Matrix:
         ]
 
     def attempts_of(self, source: str, service: ProbedService) -> list[Attempt]:
-        """The attempts of one cell."""
+        """The attempts of one cell: one for each address family that source and service have in common."""
         if source == service.host:
             return []
         families = {address.version for address in self.plan.hosts[source].addresses}
@@ -135,7 +135,7 @@ class Observation:
         ]
 
     def as_rows(self) -> dict[str, dict[str, str]]:
-        """Rows for JSON: source to ``host:label`` to reached, silent, or the outcome of each family."""
+        """The matrix for JSON: by source and ``host:label``, "reached", "silent", or the outcome of each family."""
         rows: dict[str, dict[str, str]] = {}
         for source in self.matrix.sources:
             row = rows[source] = {}

@@ -105,7 +105,7 @@ class Source(Protocol):
         """Make the descriptor unreadable again; `wait_s` then gives the time of the next step."""
 
     def wait_s(self) -> float:
-        """Seconds until the source needs the next `step` at the latest, whatever the descriptor says; 0: now."""
+        """Seconds after which `step` must be called even if the descriptor is not readable; 0: now."""
 
     def step(self, pause: Callable[[], None] = never_pause) -> SourceUpdate | None:
         """Do a bounded piece of work; returns the changes, or None.

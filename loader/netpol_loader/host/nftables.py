@@ -176,7 +176,7 @@ def new_chain(family: int, table: str, name: str, hook: int, priority: int) -> N
 
 
 def new_rule(family: int, table: str, chain: str, expressions: Iterable[bytes], remark: str) -> NftMessage:
-    """Append a rule."""
+    """Append a rule with these expressions to a chain. ``remark``: the rule's comment."""
     body = text(1, table) + text(2, chain) + nested(4, *expressions) + attribute(7, comment(remark))
     return NftMessage(NEW_RULE, family, body, CREATE | APPEND)
 

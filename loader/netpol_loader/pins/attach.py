@@ -122,7 +122,7 @@ def _detach(one: Attachment, dataplane: Dataplane) -> None:
 
 
 def attached(ifindex: int, dataplane: Dataplane) -> tuple[Attachment, ...]:
-    """Our programs on an interface, by both mechanisms."""
+    """Attachments of our programs to an interface, by either mechanism."""
     return tuple(sorted(_tcx_attachments(dataplane, ifindex) | _clsact_attachments(dataplane, ifindex), key=_order))
 
 

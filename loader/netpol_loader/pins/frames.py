@@ -405,7 +405,7 @@ def _load(instructions: bytes, program_type: int = syscall.PROG_TYPE_SCHED_CLS) 
 
 
 def _create_board() -> int:
-    """Make the map that has the row `BOARD`; its descriptor."""
+    """Make the map with the single row `BOARD`; returns its descriptor."""
     try:
         return syscall.map_create("array", "frames_board", KEY.size, BOARD.size, 1)
     except OSError as error:

@@ -54,7 +54,7 @@ def _hash6(key: bytes) -> int:
 
 @lru_cache(maxsize=1 << 16)  # each change of the node's addresses needs all of them again
 def vip_filter_bit(address: bytes) -> tuple[int, int]:
-    """The row of np_vip_filter and the bit in it for an address."""
+    """(row, bit) of an address, which is packed, in np_vip_filter."""
     hashed = _hash4(address) if len(address) == 4 else _hash6(address)  # noqa: PLR2004 - an IPv4 address
     row, bit = divmod(hashed, 8 * ctypes.sizeof(abi.np_vip_filter))
     return row & (abi.MAP_SPECS["np_vip_filter"].max_entries - 1), bit

@@ -92,7 +92,7 @@ class KindStore:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no object is known, orphans included."""
+        """Whether the store has no object at all, not even an orphan."""
         return not self.entries
 
     def prepare(self, decoded: Decoded) -> Entry:
@@ -280,7 +280,7 @@ class _Objects:
 
 @dataclass(slots=True)
 class Cache:
-    """The objects of all ``kinds``. Close it when the readers have ended."""
+    """The known objects of all ``kinds``, for one consumer. Must be closed after the reader threads have ended."""
 
     kinds: tuple[WatchedKind, ...]
     lock: threading.RLock = field(default_factory=threading.RLock)

@@ -227,7 +227,10 @@ class Client:
 
 
 def _load_certificate(context: ssl.SSLContext, credentials: Credentials) -> None:
-    """`ssl` reads certificates from files only; this one has no name, so the key is never on a disk."""
+    """Load a client certificate and its key into a TLS context.
+
+    `ssl` reads certificates only from files, so it gets a file without a name (memfd): the key is never on a disk.
+    """
     descriptor = os.memfd_create("client-certificate", os.MFD_CLOEXEC)
     try:
         os.write(descriptor, credentials.certificate + b"\n" + credentials.key)

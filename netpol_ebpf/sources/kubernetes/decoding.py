@@ -298,7 +298,7 @@ class WatchEvent(NamedTuple):
 
 
 def decode_event(line: bytes) -> WatchEvent:
-    """One line of a WATCH. Raises MalformedError."""
+    """Decode one line of a WATCH. Raises MalformedError."""
     event = _decode(line, _Event, "an event")
     return WatchEvent(event.type, event.object)
 
