@@ -253,7 +253,7 @@ def old_connections(
 def _deferred(protocol: int, ends: Ends, place: NodeAddresses) -> int:
     """Flags (enum np_conn_flag) of a workload's connection.
 
-    NP_CONN_DEFERRED if the destination is a service; otherwise 0.
+    NP_CONN_DEFERRED and NP_CONN_TAGGED if the destination is a service; otherwise 0.
     """
     keys = [VipKey(ends.destination, protocol, ends.destination_port)]
     if ends.destination in place.addresses:

@@ -291,7 +291,7 @@ class RouteTable:
             self._remove(route)
 
     def interfaces_sending_from(self, source: bytes) -> set[int]:
-        """Remove the routes with the preferred source address ``source``, which is gone; returns their interfaces."""
+        """Interfaces of the routes with the preferred source address ``source`` (packed)."""
         found = (one for routes in self._routes.values() for one in routes if one.source == source)
         return {ifindex for one in found for ifindex in one.interfaces}
 
