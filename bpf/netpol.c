@@ -59,7 +59,7 @@ NP_INLINE __u8 np_direction_at(const int hook, __u32 endpoint_flags)
     return (hook == NP_HOOK_INGRESS) == host ? NP_DIRECTION_INGRESS : NP_DIRECTION_EGRESS;
 }
 
-// Whether `decision->rule` names what decided. Rule 0 stands for exempt traffic.
+// Whether `decision->rule` names the rule that decided. Rule 0 stands for exempt traffic.
 NP_INLINE int np_has_rule(int reason)
 {
     switch (reason) {
@@ -119,7 +119,7 @@ NP_INLINE int np_conclude(struct __sk_buff *skb, struct np_ctx *ctx, int reason)
         kind = NP_EVENT_DENY;
         if (!np_has_rule(reason)) // policy did not decide, so neither did a staged policy
             decision->action = decision->staged_action = NP_ACTION_DENY;
-    } else if (np_is_new_flow(reason) || reason == NP_REASON_CONTINUE) { // reported, although it opens no flow
+    } else if (np_is_new_flow(reason) || reason == NP_REASON_CONTINUE) { // has an event, although it opens no flow
         __u32 wanted = ctx->config->flags;
         if (wanted & NP_CONFIG_ALLOW_EVENTS ||
             (wanted & NP_CONFIG_STAGED_EVENTS && decision->staged_action != decision->action))
@@ -168,8 +168,9 @@ NP_INLINE __u32 np_host_steps(__u8 direction, __u32 last)
                     : np_steps(NP_STEP_UNTRACKED, last, NP_STEP_NONE, NP_STEP_NONE);
 }
 
-// The policy steps for what a workload sends.  Such a packet enters the host, so the wildcard host endpoint's steps
-// follow. `is_deferred`: to a service, the sender's verdict is deferred.  `to_host`: to a process of the node.
+// The policy steps for a packet that a workload sends.  Such a packet enters the host, so the wildcard host endpoint's
+// steps follow. `is_deferred`: the packet is to a service, and its verdict is deferred.  `to_host`: to a process of the
+// node.
 NP_INLINE __u32 np_workload_steps(const struct np_config *config, __u32 host, int is_deferred, int to_host)
 {
     __u32 last = NP_STEP_NONE;
@@ -190,7 +191,7 @@ NP_INLINE int np_ip_plan(struct np_ctx *ctx, struct np_scratch *scratch, __u8 ki
     const struct np_config *config = ctx->config;
     struct np_tuple *original = &scratch->tuples[NP_TUPLE_ORIGINAL];
     int is_deferred = (kind & NP_CONN_DEFERRED) != 0;
-    int is_node_backend = 0; // a process of this node, behind which there is no hook to judge the packet
+    int is_node_backend = 0; // the backend is a process of this node, so no later hook judges the packet
     scratch->is_source_hidden = scratch->default_drop = 0;
     scratch->number = ctx->ep->endpoint;
     scratch->ifindex = ctx->arrival->ifindex;
@@ -227,7 +228,7 @@ NP_INLINE int np_ip_plan(struct np_ctx *ctx, struct np_scratch *scratch, __u8 ki
     }
 
     scratch->host = config->wildcard;
-    if (direction == NP_DIRECTION_INGRESS) { // what enters a workload leaves the host
+    if (direction == NP_DIRECTION_INGRESS) { // a packet that enters a workload leaves the host
         scratch->egress_steps = NP_EGRESS_STEPS_HOST;
         scratch->steps =
             scratch->host ? np_steps(NP_STEP_FORWARD, NP_STEP_WORKLOAD, NP_STEP_NONE, NP_STEP_NONE) : NP_STEP_WORKLOAD;
@@ -343,7 +344,8 @@ NP_INLINE int np_asks_for_address(const struct np_ctx *ctx, const int version)
            np_is_dhcp_request(ctx->packet, version);
 }
 
-// Record a first fragment that passes, for the later ones.  Returns why the packet passes or is dropped.
+// Record a first fragment that passes, so that later fragments do.  Returns the reason why the packet passes or is
+// dropped.
 NP_INLINE int np_ip_remember(const struct np_ctx *ctx, const struct np_scratch *scratch, int reason, const int version)
 {
     // An ICMP error fits into one packet; later fragments of one must not pass as the beginning of an error.
@@ -461,8 +463,8 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_ctx *ctx, union np_con
     return np_ip_ask(skb, ctx, scratch, key, hook, version);
 }
 
-// The packet's sender allows it, as `scratch->reason` says.  Conclude the sender's part, remove the sender tag, and
-// return to the endpoint of this interface.
+// Finish the sender's part after the sender's policy allowed the packet (`scratch->reason` has the reason): remove the
+// sender tag, and return to the endpoint of this interface.
 NP_INLINE void np_ip_sender_allowed(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch)
 {
     np_conclude(skb, ctx, scratch->reason);

@@ -23,7 +23,7 @@
 #define NP_ATOM_BLOCK 256 // atoms per row of np_l4_atom
 #define NP_ATOM_BLOCKS 1537 // 6 slots of 256 blocks, and the block of the other protocols
 #define NP_COLUMN_BLOCK 64 // L4 classes per row of np_l4_col
-#define NP_IP6_HEADERS 8 // IPv6 extension headers walked; a packet with more is dropped
+#define NP_IP6_HEADERS 8 // IPv6 extension headers parsed; a packet with more is dropped
 #define NP_VLAN_TAGS 2 // VLAN tags skipped; a frame with more counts as non-IP
 #define NP_PULL_BYTES 256 // bytes of the frame that are made linear before parsing
 
@@ -93,12 +93,12 @@ enum np_direction {
     NP_DIRECTION_EGRESS = 1, // from the endpoint
 };
 
-// What a verdict row says. 0 is a row that was never written, which denies.
+// The action of a verdict row. A row of zeros was never written; it denies.
 enum np_action {
     NP_ACTION_NONE = 0, // the row was never written
     NP_ACTION_ALLOW = 1, // pass, and record the connection
     NP_ACTION_DENY = 2, // drop
-    NP_ACTION_CONTINUE = 3, // no opinion (host endpoint stages without a default deny): pass
+    NP_ACTION_CONTINUE = 3, // decides nothing (host endpoint stages without a default deny)
 };
 
 // The policy lists of a host endpoint. Workloads have only the normal one.
@@ -114,11 +114,11 @@ enum np_endpoint_flag {
     NP_ENDPOINT_HOST = 1, // a host interface: directions agree with hooks, non-IP passes, policy is in np_host
     NP_ENDPOINT_SOURCES = 2, // has rows in np_source4 or np_source6
     NP_ENDPOINT_UPLINK = 4, // a host interface without policy: only packets with a sender tag are judged
-    NP_ENDPOINT_ROUTES = 8, // a workload that is a router: it may receive packets for others
+    NP_ENDPOINT_ROUTES = 8, // a workload that is a router: it may receive packets for other addresses
     NP_ENDPOINT_LAYER3 = 16, // packets begin with the network header (tun, WireGuard, IPIP, PPP)
-    NP_ENDPOINT_UNREADABLE = 32, // packets begin with a link header that nothing here reads
-    NP_ENDPOINT_OUTSIDE = 64, // a host interface behind which there is no local workload
-    NP_ENDPOINT_EXTERNAL = 128, // OUTSIDE, and a tunnel device that keeps outer addresses (external, collect_md)
+    NP_ENDPOINT_UNREADABLE = 32, // packets begin with a link header that the parser does not support
+    NP_ENDPOINT_OUTSIDE = 64, // a host interface that leads to no local workload
+    NP_ENDPOINT_EXTERNAL = 128, // OUTSIDE, and a tunnel device in metadata mode (external, collect_md)
 };
 
 // Flags of the configuration.
@@ -128,7 +128,7 @@ enum np_config_flag {
     NP_CONFIG_KEEP_REVOKED = 4, // connections that policy no longer allows live until they end
     NP_CONFIG_DEFER = 8, // each interface by which a packet to a service could leave has the program
     NP_CONFIG_TO_HOST_DENY = 16, // workloads may not reach their own node
-    NP_CONFIG_TO_HOST_PASS = 32, // the wildcard host endpoint's normal policy judges workloads to their node
+    NP_CONFIG_TO_HOST_PASS = 32, // the wildcard host endpoint's normal policy judges workloads' packets to their node
     NP_CONFIG_LOCAL_NETS = 64, // np_local4_net or np_local6_net has rows
     NP_CONFIG_HAIRPIN = 128, // a packet from outside may have a source of this node
 };
@@ -154,12 +154,12 @@ enum np_conn_flag {
     NP_CONN_DEFERRED = 8, // to a service: policy judges where the packet leaves
     NP_CONN_FORWARDED = 16, // of a host endpoint: opened by a forwarded packet
     NP_CONN_TAGGED = 32, // DEFERRED, and its packets carry the sender tag: no policy has finally allowed them yet
-    NP_CONN_DUE = 64, // DEFERRED, and policy does not allow the service's own address: packets carry due_mark
+    NP_CONN_DUE = 64, // DEFERRED; policy denies packets to the service's own address, so they carry due_mark
 };
 
-// How much is lost if the connection is evicted, least first; in the low bits of its tag.
+// The rank of a connection for eviction: the lowest is evicted first; in the low bits of its tag.
 enum np_rank {
-    NP_RANK_NONE = 0, // reserved, being written until the tag's time; then free
+    NP_RANK_NONE = 0, // reserved by the CPU that writes the entry, until the tag's time; then free
     NP_RANK_CLOSED = 1, // FIN from both sides, or RST
     NP_RANK_UNREPLIED = 2, // no reply was seen yet
     NP_RANK_ESTABLISHED = 3, // both sides have sent packets
@@ -170,18 +170,18 @@ enum np_verdict_flag {
     NP_VERDICT_FAILSAFE = 1, // a failsafe port decided: no list before normal policy may drop the packet
 };
 
-// What an address means to the node.
+// The roles of an address at this node.
 enum np_local_flag {
-    NP_LOCAL_OWN = 1, // one of its own
-    NP_LOCAL_MANY = 2, // a broadcast address of its links
-    NP_LOCAL_GROUP = 4, // a multicast group that it has joined
-    NP_LOCAL_NODE = 8, // of another node of the cluster
+    NP_LOCAL_OWN = 1, // an address of this node
+    NP_LOCAL_MANY = 2, // a broadcast address of this node's links
+    NP_LOCAL_GROUP = 4, // a multicast group that this node has joined
+    NP_LOCAL_NODE = 8, // an address of another node of the cluster
 };
 
 // Flags of a service address.
 enum np_vip_flag {
-    NP_VIP_LOCAL = 1, // `local` may be the backend: a process of this node, behind which there is no hook
-    NP_VIP_MANY = 2, // several such backends: it is unknown which one receives the packet
+    NP_VIP_LOCAL = 1, // `local` may be the backend: a process of this node, so no later hook sees the packet
+    NP_VIP_MANY = 2, // several backends are processes of this node; which one receives the packet is unknown
 };
 
 // Slots of np_call: the programs, named np_tc_*, that the hooks' programs tail-call. A tail call never returns.
@@ -210,7 +210,7 @@ enum np_event_kind {
 };
 
 // Why a packet passed or was dropped; index of np_reason_count. Below 32: passed. From 32: dropped. From 96: no
-// verdict, but an event that is counted. Numbers are never reused.
+// verdict, only an event that is counted. Numbers are never reused.
 enum np_reason {
     NP_REASON_NONE = 0, // never counted
     NP_REASON_POLICY_ALLOW = 1, // a new flow that policy allows
@@ -224,7 +224,7 @@ enum np_reason {
     NP_REASON_HOST_NON_IP = 9, // not IP, on a host interface
     NP_REASON_DEFERRED = 10, // to a service: policy judges where the packet leaves the node or enters a workload
     NP_REASON_UPLINK = 11, // on a host interface without policy
-    NP_REASON_DHCP = 12, // a workload asks for an address
+    NP_REASON_DHCP = 12, // a workload's DHCP request for an address
     NP_REASON_POLICY_DENY = 32, // policy denies the flow
     NP_REASON_REVOKED = 33, // policy no longer allows an established connection
     NP_REASON_UNKNOWN_ENDPOINT = 34, // the interface has no endpoint row
@@ -233,47 +233,47 @@ enum np_reason {
     NP_REASON_SHORT = 37, // the frame ends inside a header
     NP_REASON_BAD_IP = 38, // the IP header contradicts itself
     NP_REASON_BAD_L4 = 39, // the transport header ends early or contradicts itself
-    NP_REASON_IP6_HEADERS = 40, // more IPv6 extension headers than are walked
+    NP_REASON_IP6_HEADERS = 40, // more IPv6 extension headers than the parser supports
     NP_REASON_NO_NEXT_HEADER = 41, // IPv6 packet without any payload protocol
     NP_REASON_FRAGMENT = 42, // a later fragment whose first one was not seen or not allowed
-    NP_REASON_ICMP_UNRELATED = 43, // an ICMP error about no connection that is known
+    NP_REASON_ICMP_UNRELATED = 43, // an ICMP error about an unknown connection
     NP_REASON_CONN_FULL = 44, // the connection could not be recorded
     NP_REASON_FRAGMENT_FULL = 45, // the fragment could not be recorded
-    NP_REASON_TORN_ENDPOINT = 46, // the endpoint row changed while it was read, again and again
+    NP_REASON_TORN_ENDPOINT = 46, // the endpoint row changed during each attempt to read it
     NP_REASON_CLASS_RANGE = 47, // a peer class beyond the policy set's verdicts
     NP_REASON_L4_RANGE = 48, // an atom or L4 class outside its table
     NP_REASON_VERDICT_RANGE = 49, // a verdict outside its table
     NP_REASON_VERDICT_EMPTY = 50, // a verdict entry that was never written
     NP_REASON_NO_CONFIG = 51, // the configuration is missing (cannot happen)
     NP_REASON_TO_HOST = 52, // a workload to its own node, which the setting forbids
-    NP_REASON_NO_EXIT = 53, // to a service, while not every interface it could leave by has the program
-    NP_REASON_LOST_SENDER = 54, // to a service, from an endpoint that is gone
+    NP_REASON_NO_EXIT = 53, // to a service, while an interface where the packet could leave lacks the program
+    NP_REASON_LOST_SENDER = 54, // to a service, with the sender tag of an endpoint that is gone
     NP_REASON_HIDDEN_SOURCE = 55, // to a service, with a translated source, while the sender's policy depends on it
-    NP_REASON_LOCAL_BACKENDS = 56, // to a service with several processes of this node behind it
-    NP_REASON_CALL_MISSING = 57, // a program that the packet needs is missing from np_call
+    NP_REASON_LOCAL_BACKENDS = 56, // to a service with several backends that are processes of this node
+    NP_REASON_CALL_MISSING = 57, // the program of a tail call is missing from np_call
     NP_REASON_CALL_BUDGET = 58, // policy lists changed each time they were read, until the budget of calls was spent
-    NP_REASON_CHECKSUM_AIM = 59, // a device is yet to write a checksum over something that was judged
-    NP_REASON_LINK_FORGED = 60, // ARP, neighbour discovery or DHCP in the name of another, or of a router
+    NP_REASON_CHECKSUM_AIM = 59, // checksum offload would overwrite bytes that policy judged
+    NP_REASON_LINK_FORGED = 60, // ARP, neighbour discovery or DHCP in the name of another host, or of a router
     NP_REASON_MISDELIVERED = 61, // to a workload's interface, but for none of its addresses
-    NP_REASON_TUNNEL = 62, // from a workload to a node, in an encapsulation that nodes take from anyone
-    NP_REASON_FOREIGN_SOURCE = 63, // from outside, with the source of this node or of a workload of it
-    NP_REASON_LINK_TYPE = 64, // on an interface whose link header nothing here reads
-    NP_REASON_TUNNEL_SOURCE = 65, // out of a tunnel, sent by another node than the one that has the source
+    NP_REASON_TUNNEL = 62, // from a workload, in an encapsulation that a node's tunnel device accepts from any sender
+    NP_REASON_FOREIGN_SOURCE = 63, // from outside, with a source address of this node or of a local workload
+    NP_REASON_LINK_TYPE = 64, // on an interface with a link header that the parser does not support
+    NP_REASON_TUNNEL_SOURCE = 65, // decapsulated, and the outer sender is not the node with the inner source address
     NP_REASON_EVENT_LOST = 96, // the ring buffer had no room for an event
-    NP_REASON_LOG_LIMITED = 97, // a log event held back by the rate limit
-    NP_REASON_RULE_RANGE = 98, // a rule number beyond np_rule_count or np_staged_count, once for each
+    NP_REASON_LOG_LIMITED = 97, // a log event suppressed by the rate limit
+    NP_REASON_RULE_RANGE = 98, // a rule number beyond np_rule_count or np_staged_count, counted once for each map
     NP_REASON_CONN_EVICTED = 99, // an established connection made room for a new one in its bucket
     NP_REASON_COUNT = 128, // number of rows of np_reason_count
 };
 
 // --- policy tables ---------------------------------------------------------------------------------------------------
 
-// A policy set: all that applies to an endpoint in one direction, compiled. The verdict is in np_verdict at
-// verdict_base + ((peer class * own_classes + own class) * l4_classes + L4 class) * source_classes + source class.
+// A compiled policy set: all policies and profiles of an endpoint in one direction. The verdict is in row verdict_base
+// + ((peer class * own_classes + own class) * l4_classes + L4 class) * source_classes + source class of np_verdict.
 struct np_set {
     __u32 number; // part of the key of np_peer_class; sets with equal class tables share it
     __u16 default_class4; // peer class of an IPv4 identity without a row
-    __u16 default_class6; // the same for IPv6: a rule on 0.0.0.0/0 tells the families apart
+    __u16 default_class6; // the same for IPv6; it differs if a rule matches one family only, such as 0.0.0.0/0
     __u32 peer_classes; // number of peer classes
     __u32 own_set; // `number` of the class table for the endpoint's own side; 0: the own side does not matter
     __u16 own_default_class4;
@@ -300,7 +300,7 @@ _Static_assert(sizeof(struct np_endpoint_key) == 4, "np_endpoint_key");
 // seal_endpoint() fills it in.
 struct np_endpoint {
     __u32 number; // stable, unique on the node, never 0
-    __u32 ifindex; // the key again
+    __u32 ifindex; // equal to the key
     __u32 flags; // enum np_endpoint_flag
     __u32 link; // interface that has the addresses of the link: the bridge of this interface, or itself
     struct np_set ingress;
@@ -314,11 +314,12 @@ struct np_number_key {
 _Static_assert(sizeof(struct np_number_key) == 4, "np_number_key");
 
 // All policy sets of a host endpoint in one element, so that one update flips them all; see struct np_endpoint. A set's
-// check word folds the set's index for the ifindex, the row's `version` for the flags, and 0 for the link.
+// check word has the set's index in place of the ifindex, the row's `version` in place of the flags, and 0 in place of
+// the link.
 struct np_host {
     __u32 number;
     __u32 version; // version of the row: all look-ups for one packet must see the same
-    __u32 present; // bit i: sets[i] exists; a missing set has no opinion
+    __u32 present; // bit i: sets[i] exists; a missing set decides nothing
     __u32 pad;
     struct np_set sets[NP_HOST_SETS]; // by stage * 2 + direction
 };
@@ -389,9 +390,10 @@ struct np_addr {
 };
 _Static_assert(sizeof(struct np_addr) == 8, "np_addr");
 
-// A bucket of addresses with the same hash: one or two cache lines, where a hash table would need three fetches. A row
-// is in its bucket or, if that is full, in the overflow map (_more); never in both. The agent writes key, row, then the
-// bit in `used`, so no packet sees half a row. It overwrites a removed row only after a grace period.
+// A bucket of addresses with the same hash: one or two cache lines. A kernel hash table would need three memory
+// fetches. A row is in its bucket or, if that is full, in the overflow map (_more); never in both. The agent writes the
+// key, then the row, then the bit in `used`, so no packet sees half a row. It overwrites a removed row only after a
+// grace period.
 struct np_addr4_bucket {
     __u32 used; // bit i: row i is valid; NP_BUCKET_MORE
     struct np_addr4_key key[NP_BUCKET_ROWS];
@@ -464,7 +466,7 @@ _Static_assert(sizeof(struct np_peer_class) == 4, "np_peer_class");
 // The peer classes of 24 consecutive identities for one class table. Identities are assigned densely, so that the lines
 // of a whole cluster fit into the CPU's cache.
 struct np_class_line {
-    __u16 peer_class[NP_LINE_CLASSES]; // NP_CLASS_NONE: the default class of the set
+    __u16 peer_class[NP_LINE_CLASSES]; // NP_CLASS_NONE: the set's default class applies
     __u32 set; // np_set.number; 0: unused
     __u32 block; // identity / NP_LINE_CLASSES
     __u32 flags; // of the bucket's first line only: NP_BUCKET_MORE
@@ -490,7 +492,7 @@ _Static_assert(sizeof(struct np_l4_col) == 128, "np_l4_col");
 
 struct np_verdict {
     __u32 rule; // key of np_rule
-    __u32 staged_rule; // the same if staged policies were enforced
+    __u32 staged_rule; // key of np_rule, if staged policies were enforced
     __u32 log_list; // list of the Log rules that matched before the verdict; 0: none
     __u8 action; // enum np_action
     __u8 staged_action; // enum np_action
@@ -519,7 +521,7 @@ _Static_assert(sizeof(struct np_count) == 16, "np_count");
 // --- connections -----------------------------------------------------------------------------------------------------
 
 // The conntrack key of a connection at one endpoint, the same for both directions: local is the endpoint's side. An
-// ICMP query has its identifier in the port of the asking side and 0 in the other; a protocol without ports has 0 in
+// ICMP query has its identifier in the port of the querying side and 0 in the other; a protocol without ports has 0 in
 // both.
 struct np_conn4_key {
     __u32 endpoint; // number, not ifindex: the interface may be replaced
@@ -579,8 +581,8 @@ struct np_conn_tags {
 };
 _Static_assert(sizeof(struct np_conn_tags) == 64, "np_conn_tags is a cache line");
 
-// The secret of the conntrack hash, one for each node. Whoever does not know it cannot choose connections that collide
-// in one bucket.
+// The secret of the conntrack hash, one for each node. Without it, nobody can choose connections that collide in one
+// bucket.
 struct np_secret {
     __u64 number[NP_HASH_WORDS];
 };
@@ -617,8 +619,8 @@ _Static_assert(sizeof(struct np_frag) == 16, "np_frag");
 
 // --- events ----------------------------------------------------------------------------------------------------------
 
-// An event. It has the enforced action and what staged policies would have done. Addresses of IPv4 packets are in the
-// first four bytes. Source and destination are those of the flow's first packet as policy sees it.
+// An event. It has the enforced action, and the action if staged policies were enforced. Addresses of IPv4 packets are
+// in the first four bytes. Source and destination are those of the flow's first packet as policy sees it.
 struct np_event {
     __u64 time_jiffies;
     __u32 rule;

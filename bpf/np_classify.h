@@ -3,8 +3,8 @@
 // Policy classification: from a tuple (addresses, ports, protocol) to a verdict, in four steps.  Each step is one
 // look-up, whatever the number of rules.
 //
-//   1. peer address -> identity     np_addr (exact), else np_cidr (longest prefix), else the world of the address
-//   family
+//   1. peer address -> identity     np_addr (exact), else np_cidr (longest prefix), else the world identity of the
+//                                   address family
 //   2. identity     -> peer class   np_peer_class, else the set's default class for the family; the same for the
 //                                   endpoint's own side, if it matters to the set
 //   3. protocol and destination port, or ICMP type and code -> atom (np_l4_atom) -> L4 class (np_l4_col); the same for
@@ -18,7 +18,7 @@
 #include "np_ctx.h"
 #include "np_maps.h"
 
-// Whether the destination reaches processes of this node.  Most new flows need the answer twice, so it is cached here.
+// Whether the destination reaches processes of this node.  Most new flows need this twice, so np_tuple caches it.
 enum np_to_node {
     NP_TO_NODE_UNASKED = 0,
     NP_TO_NODE_NO = 1,

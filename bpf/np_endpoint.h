@@ -90,7 +90,8 @@ NP_INLINE struct np_ep_cache *np_ep_cache_find(__u32 ifindex, __u32 epoch, int *
     return *reason ? 0 : cached;
 }
 
-// Copy one policy set of a host endpoint.  NP_REASON_CONTINUE: the endpoint has no such set, so it has no opinion.
+// Copy the policy set `index` of a host endpoint.  Returns NP_REASON_CONTINUE if the endpoint has no such policy set:
+// it then decides nothing, and the next policy step follows.
 NP_INLINE int np_host_read(__u32 number, __u32 index, struct np_owner *owner)
 {
     struct np_host *row = np_host_lookup(number);
@@ -139,7 +140,7 @@ NP_INLINE int np_may_be_in_net(const struct np_ctx *ctx, const __u32 *address, c
     return ctx->config->flags & NP_CONFIG_LOCAL_NETS || np_is_loopback(address, version);
 }
 
-// The row that says what an address means to the node; NULL if it means nothing.
+// The np_local row of an address, which has the address's role at this node; NULL: none.
 NP_INLINE const struct np_local *np_local_find(const struct np_ctx *ctx, const __u32 *address, const int version)
 {
     const struct np_local *found = 0;
@@ -162,7 +163,7 @@ NP_INLINE const struct np_local *np_local_find(const struct np_ctx *ctx, const _
     return found;
 }
 
-// What an address means to the node, as enum np_local_flag.
+// The roles of an address at this node (enum np_local_flag); 0: none.
 NP_INLINE __u32 np_local_flags(const struct np_ctx *ctx, const __u32 *address, const int version)
 {
     if (NP_UNLIKELY(np_is_loopback(address, version)))
@@ -278,7 +279,8 @@ NP_INLINE int np_is_spoofed(struct np_ctx *ctx, const int version)
 }
 
 // Whether a packet at a workload's interface is not for that workload.  A packet may be for an address that the
-// workload owns or may borrow, multicast, broadcast, or a link-local address (the owner of those is unknown).
+// workload owns or may borrow, multicast, broadcast, or a link-local address (the agent does not know owners of
+// link-local addresses).
 NP_INLINE int np_is_misdelivered(struct np_ctx *ctx, const int version)
 {
     const __u32 *destination = ctx->packet->destination;
@@ -286,7 +288,7 @@ NP_INLINE int np_is_misdelivered(struct np_ctx *ctx, const int version)
         return 0;
     if (NP_LIKELY(np_is_own(ctx, destination, version)))
         return 0;
-    if (np_is_dhcp_request(ctx->packet, version)) // it is for the servers of the link
+    if (np_is_dhcp_request(ctx->packet, version)) // a request to the DHCP servers of the link
         return 1;
     if (np_is_many(destination, version) || (version == 6 && np_is_link_local(destination)))
         return 0;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// Which policy lists judge the first packet of a flow, in which order, and how their answers become one verdict.
+// Which policy lists judge the first packet of a flow, in which order, and how their results become one verdict.
 //
 // At a workload's interface the lists are the workload's own policy and, if the node has a wildcard host endpoint, that
 // endpoint's policy for packets from or to a workload.  At a host's interface they are the lists of the host endpoint:
@@ -8,8 +8,8 @@
 //     for a process of the node    failsafe ports of normal policy, then untracked, pre-DNAT (ingress), normal policy
 //     for a forwarded packet       untracked, pre-DNAT (ingress), forward policy
 //
-// A list without an opinion leaves the packet to the next list.  A deny is final.  An allow by untracked or pre-DNAT
-// policy ends the host's lists.  If no list of a host has an opinion, the packet passes (NP_ACTION_CONTINUE).
+// If a list decides nothing, the next list follows.  A deny is final.  An allow by untracked or pre-DNAT policy ends
+// the host's lists.  If no list of a host endpoint decides, the packet passes (NP_ACTION_CONTINUE).
 //
 // The program np_tc_judge evaluates one list, then tail-calls itself for the next.  So the verifier walks the
 // evaluation once, whatever the number of lists.
@@ -150,7 +150,7 @@ NP_INLINE int np_judge_step(struct np_ctx *ctx, struct np_scratch *scratch, cons
     np_barrier();
     int reason = scratch->reason;
     if (reason == NP_REASON_TORN_ENDPOINT)
-        return 0; // the next call reads it again
+        return 0; // the next call reads the row again
     scratch->steps_left >>= NP_STEP_BITS;
     int is_workload = step == NP_STEP_WORKLOAD || step == NP_STEP_SERVICE;
     if (!is_workload && (reason == NP_REASON_NONE || reason == NP_REASON_CONTINUE)) {

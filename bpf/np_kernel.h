@@ -14,7 +14,7 @@
 
 #define NP_CHECKSUM_PARTIAL 3 // CHECKSUM_PARTIAL of the kernel
 
-// Where a device will write a checksum, from the packet's beginning; NP_NO_CHECKSUM: nowhere.
+// Offset at which a device will write a checksum, from the packet's beginning; NP_NO_CHECKSUM: none.
 #define NP_NO_CHECKSUM (~0u)
 
 NP_INLINE __u32 np_checksum_in(const void *fields)
@@ -34,7 +34,7 @@ NP_INLINE __u32 np_checksum_at(struct __sk_buff *skb)
         return np_checksum_in(np_kernel_skb(skb) + NP_KERNEL(NP_KERNEL_FIRST));
     __u8 copy[NP_KERNEL_BYTES];
     if (np_probe_read_kernel(copy, sizeof(copy), (void *)skb + NP_KERNEL(NP_KERNEL_FIRST)))
-        return 0; // cannot happen; 0 is a place where no checksum may be written, so the packet is dropped
+        return 0; // cannot happen; at offset 0 no checksum may be written, so the packet is dropped
     return np_checksum_in(copy);
 }
 
@@ -56,9 +56,9 @@ NP_INLINE __u32 np_checksum_place(__u8 protocol)
     }
 }
 
-// Whether checksum offload would change what was judged: it writes within the headers, but not to the checksum field.
-// It may write anywhere in the payload, unless the packet is an ICMP error: policy also judges the packet inside an
-// error.
+// Whether checksum offload would change bytes that policy judged: it writes within the headers, but not to the checksum
+// field.  It may write anywhere in the payload, unless the packet is an ICMP error: policy also judges the packet
+// inside an error.
 NP_INLINE int np_checksum_misaims(struct __sk_buff *skb, const struct np_packet *packet)
 {
     __u32 at = np_checksum_at(skb);

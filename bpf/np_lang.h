@@ -28,7 +28,7 @@
 // forgets what it knew of a value in a map.
 #define np_barrier() __asm__ __volatile__("" ::: "memory")
 
-// Force what the pointer refers to into memory, and act as a compiler barrier.  Otherwise LLVM splits a large struct
+// Force the object behind the pointer into memory, and act as a compiler barrier.  Otherwise LLVM splits a large struct
 // into more registers than there are, and their spill slots overflow the 512 bytes of stack (seen with LLVM 19).
 #define np_keep_in_memory(pointer) __asm__ __volatile__("" : : "r"(pointer) : "memory")
 

@@ -111,7 +111,7 @@ NP_INLINE int np_is_nobodys(struct np_ctx *ctx, const __u32 *address, const int 
 }
 
 // Whether the workload may claim the address.  It may claim an address that it owns or may borrow, and a link-local
-// address that belongs to nobody else.  While the interface has no endpoint, only the latter is left.
+// address that belongs to nobody else.  While the interface has no endpoint, it may claim only the link-local kind.
 NP_INLINE int np_may_claim(struct np_ctx *ctx, const __u32 *address, const int version)
 {
     if (!ctx->ep->missing && (np_is_own(ctx, address, version) || np_may_borrow(ctx, address, version)))

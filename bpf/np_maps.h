@@ -2,10 +2,10 @@
 //
 // All maps, the facts about each, and typed accessors.  No other file accesses a map.
 //
-// The compiled program names a map by its number, in the order of declaration; the loader makes the maps and fills them
-// in. All maps but np_call are pinned in one directory, which has NP_SCHEMA_VERSION in its name.  Pinned maps survive
-// the agent and every program.  Sizes are defaults.  The compiled program contains none of them (NP_MASK), so one file
-// serves maps of any size on any number of CPUs.
+// The compiled program names a map by its number, in the order of declaration; the loader makes the maps and replaces
+// the numbers in the program by their descriptors. All maps but np_call are pinned in one directory, which has
+// NP_SCHEMA_VERSION in its name.  Pinned maps survive the agent and every program.  Sizes are defaults.  The compiled
+// program contains no size (NP_MASK), so one file serves maps of any size on any number of CPUs.
 //
 // Above each map are, in this order: what it maps; who writes, who reads; when a packet looks it up; its size, and what
 // happens when it is full; the byte order of the key; its lifetime; and its role, on a line of its own.
@@ -77,7 +77,7 @@ NP_MAP("hash", np_host, struct np_number_key, struct np_host, 64, BPF_F_NO_PREAL
 // Role: endpoint.
 NP_MAP("hash", np_ifindex, struct np_number_key, struct np_ifindex, 4096, BPF_F_NO_PREALLOC);
 
-// Maps an address to what it means to this node: its own, broadcast, a joined group, another node's.  The agent writes,
+// Maps an address to its role at this node: its own, broadcast, a joined group, another node's.  The agent writes,
 // the program reads.  Looked up for a new flow from a workload or on a host interface.  When full: the agent rejects
 // the change. Key: network order.  Lives as long as the address.
 // Role: node.

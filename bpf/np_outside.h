@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// The source address of a packet that comes from outside the node.  A local workload's packet would have come in by its
-// own interface.  A remote workload's packet comes from that workload's node; a tunnel device in external mode
-// (collect_md) keeps the outer addresses, which prove the sending node.  Other tunnels, and the network itself, prove
-// nothing.
+// The source address of a packet that comes from outside the node.  A local workload's packet would have come in by the
+// workload's own interface.  A remote workload's packet comes from that workload's node; a tunnel device in metadata
+// mode (external, collect_md) gives each packet's outer addresses, which prove the sending node.  Other tunnels, and
+// the network itself, prove nothing.
 #pragma once
 
 #include "np_endpoint.h"
@@ -40,9 +40,9 @@ NP_INLINE int np_is_sent_by(struct __sk_buff *skb, struct np_outer *outer, __u32
     return sender && sender->node == node;
 }
 
-// Why a packet from outside may not have its source: the address belongs to this node, to a local workload, or to a
-// remote node that did not send the packet.  Link-local addresses are excepted, because many nodes have the same.
-// NP_REASON_NONE: the source is plausible.
+// The reason to drop a packet from outside because of its source address: the address belongs to this node, to a local
+// workload, or to a remote node that did not send the packet.  Link-local addresses are excepted, because many nodes
+// have the same. NP_REASON_NONE: the source is plausible.
 NP_INLINE int np_outside(struct __sk_buff *skb, struct np_ctx *ctx, struct np_outer *outer, const int version)
 {
     const __u32 *source = ctx->packet->source;

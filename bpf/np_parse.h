@@ -236,8 +236,8 @@ NP_INLINE int np_is_ip6_extension(__u8 protocol)
            protocol == NP_PROTOCOL_AUTHENTICATION || protocol == NP_PROTOCOL_DESTINATION;
 }
 
-// Parse the extension headers that a Linux receiver parses, at most NP_IP6_HEADERS; AH is among them.  ESP and mobility
-// headers end the chain as protocols, because the kernel parses no header behind them.
+// Parse the extension headers that a Linux receiver parses, AH included, at most NP_IP6_HEADERS of them.  An ESP or
+// mobility header ends the chain and counts as the packet's protocol: the kernel parses no header behind it.
 NP_INLINE int np_parse_ip6_headers(const struct np_bytes *bytes, struct np_packet *packet, __u8 next,
                                    __u32 stated_bytes)
 {

@@ -9,8 +9,7 @@
 // 1. No packet with a deferred verdict leaves by one of our hooks without that verdict.
 // 2. Where no hook follows, because the backend is a process of this node, the backend is judged at once.
 // 3. A packet that its sender may not send to the service's own address carries due_mark, so that no process of this
-// node
-//    receives it.
+//    node receives it.
 // 4. A sender tag that another program wrote can only add a verdict, never replace one.
 #pragma once
 
@@ -22,7 +21,8 @@
 
 #define NP_SENDER_TAG_MASK 0xffffu // a tag has 16 bits, as skb->tc_index has
 
-// The row of a service: of its own address, otherwise of a node port, which holds for each of the node's addresses.
+// The np_vip row of the tuple's destination: that of the service's own address, otherwise that of a node port, which
+// holds for each address of the node.
 NP_INLINE struct np_vip *np_vip_of(const struct np_ctx *ctx, struct np_tuple *tuple, const int version)
 {
     if (NP_LIKELY(!np_vip_filter_has(tuple->destination, version))) {

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Connections that are older than enforcement: policy judges each of them in the direction in which it was opened.
 
-Without an entry for a connection, the program takes the connection's next packet for the first packet of a new flow, in
-whichever direction it goes: policy would evaluate a reply as a request.  So before an interface gets the programs for
-the first time, the agent writes the node's connections into the connection tables, as allowed under no generation.  At
-the next packet of such a connection policy evaluates the connection's first packet.  An allowed connection goes on, any
-other one is cut.
+If the connection tables have no entry for a connection, the program treats its next packet as the first packet of a new
+flow: policy would judge a reply as a request.  So before an interface gets the programs for the first time, the agent
+writes the node's connections into the tables, with a generation that is never in force.  At the next packet of such a connection, policy
+judges the connection's first packet: an allowed connection goes on, any other is cut.
 
-The agent reads connection tracking and, for untracked TCP, sockets; a workload's sockets are evidence of its own
-connections alone.  Invariants: adoption lets only connections continue that policy allows to be opened, except where a
-workload's own sockets lie about who opened a connection before enforcement; an entry that a program made is not
-replaced, unless it took an answer for a request.  Must not fail: a failure to read is a warning.
+The agent reads the kernel's connection tracking and, for untracked TCP, sockets; a workload's sockets are evidence of
+its own connections only.  Invariants: only connections that policy allows to be opened continue, except if a workload's
+own sockets misrepresent who opened a connection; an entry that a program made is not replaced, unless the program
+mistook a reply for a request.  A failure to read is a warning and stops nothing.
 
-ICMP is left out: a query is over in seconds.
+ICMP is left out: a query ends within seconds.
 """
 
 from __future__ import annotations
@@ -33,19 +32,19 @@ from netpol_loader.kernel.clock import read_jiffies
 log = logging.getLogger(__name__)
 
 NO_GENERATION = 0
-"""Generation of adopted connections.
+"""Generation of old connections that the agent writes.
 
-The configuration never has it, so policy evaluates the connection at its next packet.
+The configuration never has this generation, so policy judges the connection at its next packet.
 """
 SHARE = 2
-"""The agent fills at most 1/SHARE of a connection table with old connections; arbitrary."""
+"""Old connections fill at most 1/SHARE of a connection table; arbitrary."""
 
 
 @dataclass(frozen=True, slots=True)
 class LiveConnections:
-    """The connections that a node knows.
+    """The connections that the node's kernel reports.
 
-    ``now_jiffies``: the time of the reading; ``unknown``: what could not be read, and why.
+    ``now_jiffies``: the time of the reading; ``unknown``: reasons why some could not be read, as text.
     """
 
     tracked: Collection[Tracked] = ()
@@ -61,7 +60,7 @@ class ConnectionAccess(Protocol):
     def maps(self) -> Mapping[str, KernelMap]: ...  # noqa: D102 - see `KernelNode`
 
     def live_connections(self, namespaces: Collection[int]) -> LiveConnections:
-        """The connections of this node, and those that sockets in these network namespaces show."""
+        """Read the connections of this node, and those of sockets in the network namespaces with these ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +132,11 @@ class OldConnection:
 
 @dataclass(slots=True)
 class Adoption:
-    """Knows which interfaces may have old connections: those that had no programs when the agent started.
+    """Writes old connections for interfaces that had no programs when the agent started.
 
-    The agent writes old connections twice. The first time is before the programs are attached, so that no packet of an
-    old connection meets an empty table. The second time is when everything is in force: it covers connections opened in
-    between, and connections to services, which the programs handle last.
+    It writes twice.  The first time is before the programs are attached, so that no packet of an old connection meets
+    an empty table.  The second time is when rows and programs are in force: for connections opened in between, and for
+    connections to services, which are written only then.
     """
 
     interfaces: set[int] = field(default_factory=set)
@@ -146,11 +145,11 @@ class Adoption:
 
     @property
     def concerned(self) -> set[int]:
-        """Interfaces that may have old connections and have not been searched yet."""
+        """Interfaces whose old connections are not all written yet."""
         return self.interfaces | self._begun
 
     def expect(self, interfaces: Iterable[int]) -> None:
-        """Mark interfaces that may have old connections."""
+        """Add interfaces that may have connections from before the agent's start; the agent then searches for them."""
         self.interfaces |= set(interfaces)
 
     def forget(self, interfaces: Iterable[int]) -> None:
@@ -161,7 +160,7 @@ class Adoption:
     def go_ahead(self, node: ConnectionAccess, workloads: Mapping[int, Workload], place: NodeAddresses) -> None:
         """Write old connections before the workloads have both their rows and the programs.
 
-        ``workloads``: by interface; the mapping may have further ones.
+        ``workloads``: by interface; only those in `concerned` count.
         """
         begun = {ifindex: one for ifindex, one in workloads.items() if ifindex in self.interfaces}
         if begun:
@@ -193,7 +192,7 @@ class Adoption:
             )
 
     def _write(self, maps: Mapping[str, KernelMap], wanted: Mapping[bytes, OldConnection], now_jiffies: int) -> int:
-        """Write rows where the table has none yet, or wrong ones; returns the number of rows written."""
+        """Write rows that the tables lack or have wrong; returns the number of rows written. ``wanted``: by key."""
         rows: dict[str, list[tuple[bytes, bytes]]] = {}
         for key, one in wanted.items():
             place = _place_of(maps, key, one)
@@ -222,9 +221,9 @@ class Adoption:
 def old_connections(
     live: LiveConnections, workloads: Iterable[Workload], place: NodeAddresses
 ) -> Iterator[OldConnection]:
-    """The connections as the workloads see them, the most certain evidence first.
+    """The connections as these workloads see them, most certain evidence first.
 
-    An end that belongs to another workload is left out.
+    An end is omitted if the only evidence is a socket of another workload.
     """
     owners = {address: one for one in workloads for address in one.addresses}
     for one in live.tracked:
@@ -235,7 +234,7 @@ def old_connections(
         if ours is not None:
             flags = _deferred(one.protocol, one.original, place)
             yield OldConnection(ours.number, one.protocol, one.original, abi.NP_DIRECTION_EGRESS, one.is_replied, flags)
-        if theirs is not None:  # which sees the addresses after translation
+        if theirs is not None:  # the other workload sees translated addresses
             is_exempt = one.original.source in place.addresses or ours is theirs
             flags = abi.NP_CONN_EXEMPT if is_exempt else 0
             ends = one.reply.reversed()
@@ -252,7 +251,10 @@ def old_connections(
 
 
 def _deferred(protocol: int, ends: Ends, place: NodeAddresses) -> int:
-    """The flags of a workload's connection to that destination."""
+    """Flags (enum np_conn_flag) of a workload's connection.
+
+    NP_CONN_DEFERRED and NP_CONN_TAGGED if the destination is a service; otherwise 0.
+    """
     keys = [VipKey(ends.destination, protocol, ends.destination_port)]
     if ends.destination in place.addresses:
         keys.append(VipKey(None, protocol, ends.destination_port))
@@ -261,7 +263,7 @@ def _deferred(protocol: int, ends: Ends, place: NodeAddresses) -> int:
 
 
 def _place_of(maps: Mapping[str, KernelMap], key: bytes, one: OldConnection) -> str | None:
-    """The table that must hold a connection's row; None: the table already has an equal row."""
+    """Name of the table in which a connection's row must be written; None: the row exists already."""
     for table in (f"np_conn{one.version}", f"np_unreplied{one.version}"):  # the order in which the program asks
         value = maps[table].get(key)
         if value is not None:
@@ -272,9 +274,9 @@ def _place_of(maps: Mapping[str, KernelMap], key: bytes, one: OldConnection) -> 
 
 
 def look_at_connections(namespaces: Collection[int]) -> LiveConnections:
-    """Read the connections that the kernel knows.
+    """Read the connections that the kernel reports.
 
-    Sockets that cannot be read are no loss where the kernel tracks connections.
+    Unreadable sockets are not reported if the kernel tracks connections.
     """
     unknown = []
     found: list[Tracked] = []

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers that take a walk through tables: each is worked out and sent by a child process, a fork of the agent.
+"""Answers that need a pass over whole tables: a child process, a fork of the agent, computes and sends each.
 
-The child sees the agent's state and the open maps as they are at the fork, and may take its time; the agent only begins it
-and notes its end.  Rejected: walking the tables in the agent's loop, in portions (they change between two portions), and answers
-that are kept (old, and still walked for in the loop).
+The child has the agent's state and the open maps as of the fork, and may take long; the agent only starts it and
+notices its end.  Rejected: passes in the agent's loop, in portions (the tables change between portions), and cached
+answers (outdated, and their computation would still block the loop).
 
-Invariants: a child changes nothing but its own memory, writes to one socket, and ends without running anything of the agent's: when
-it is done, when its time is up, when the agent ends.  One at a time for each user, MOST for all but root, one more for root.
+Invariants: a child changes nothing but its own memory, writes to one socket, and exits without running further agent
+code: when it has finished, when its time limit ends, or when the agent ends.  At most one child for each user; at most
+MOST for all users but root.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from netpol_ebpf.errors import NetpolError, PlatformError
 log = logging.getLogger(__name__)
 
 MOST = 3
-"""Children for users other than root; arbitrary."""
+"""Most children at a time for users other than root; arbitrary."""
 WORK_S = 30
 """How long a child may compute an answer; arbitrary: tables of a million rows take some seconds."""
 SEND_S = 5
@@ -42,7 +43,7 @@ Answer = Callable[[Mapping[str, Any]], Any]
 
 @dataclass(slots=True)
 class Answering:
-    """The running children, by the descriptors that become readable when they end."""
+    """The running children, each by a descriptor that becomes readable when the child ends (pidfd)."""
 
     _users: dict[int, int] = field(default_factory=dict)
     _processes: dict[int, int] = field(default_factory=dict)
@@ -52,11 +53,11 @@ class Answering:
         return list(self._users)
 
     def count(self, user: int | None = None) -> int:
-        """Number of running children of one user, or of all users."""
+        """Number of running children of ``user``, or of all users (None)."""
         return len(self._users) if user is None else sum(one == user for one in self._users.values())
 
     def has_room(self, user: int) -> bool:
-        """Whether a child may begin for a user."""
+        """Whether a child may be started for ``user``."""
         others = sum(one != 0 for one in self._users.values())
         return not self.count(user) and (user == 0 or others < MOST)
 
@@ -68,9 +69,9 @@ class Answering:
         request: Mapping[str, Any],
         foreign: Iterable[socket.socket],
     ) -> None:
-        """Have a child answer on a channel; this process may close the channel afterwards.
+        """Start a child that answers a request on ``channel``; this process may then close its copy of the channel.
 
-        ``foreign``: sockets that the child must close. Raises PlatformError when no child can be started now.
+        ``foreign``: sockets that the child must close. Raises PlatformError if no child can be started now.
         """
         agent = os.getpid()
         try:
@@ -109,12 +110,12 @@ class Answering:
 
 
 def encode_error(error: NetpolError) -> bytes:
-    """An error response that gives the cause."""
+    """Encode an error as a response line, with its message, hint and slug."""
     return encode({"error": error.message, "hint": error.hint, "slug": error.slug})
 
 
 def encode(value: Any) -> bytes:
-    """A value as the one line of JSON that is sent."""
+    """Encode a value as the one line of JSON that is sent."""
     return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 
@@ -125,7 +126,7 @@ def _work(
     request: Mapping[str, Any],
     foreign: Iterable[socket.socket],
 ) -> None:
-    """Everything that the child does. It never returns."""
+    """The child's whole work; it exits the process and never returns."""
     try:
         part_from(agent, WORK_S)
         os.nice(NICE)
@@ -134,7 +135,7 @@ def _work(
         line = _line(answer, request)
         signal.alarm(SEND_S)
         channel.setblocking(True)  # noqa: FBT003 - the library's
-        with contextlib.suppress(OSError):  # nobody reads any more
+        with contextlib.suppress(OSError):  # the client has disconnected
             channel.sendall(line)
             channel.shutdown(socket.SHUT_WR)
     finally:
@@ -142,7 +143,7 @@ def _work(
 
 
 def _line(answer: Answer, request: Mapping[str, Any]) -> bytes:
-    """The line to send. A bug while the answer is computed becomes an error for the reader, and ends nothing else."""
+    """Compute the response line. A bug in the computation becomes an error response, and ends nothing else."""
     try:
         return encode(answer(request))
     except NetpolError as error:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Interface assignments: whether an interface is the node's own or a workload's, and which workload it belongs to.
 
-An interface is assigned once, to one endpoint for as long as it exists, by the strongest `Evidence`.  A workload can
-forge only one kind of evidence: an address at the other end of a veth, where a workload with CAP_NET_ADMIN can add any.
-So only the addresses count that were there when the interface was first seen with some, and only for an interface
-without an assignment.
+An interface is assigned once, to one endpoint for as long as the interface exists, by the strongest `Evidence`.  A
+workload can forge only one kind of evidence: an address at the other end of a veth pair, where a workload with
+CAP_NET_ADMIN can add any.  So only the first addresses that were seen at an interface's other end count, and only for
+an interface without an assignment.
 
-Invariants: nothing inside a workload's namespace changes an assignment, and a conflict keeps the older assignment; an
-assigned interface is never treated as the node's own; an interface in doubt stays as it is and is reported.
-Assignments outlive the process in a file of the state directory; an entry of the file counts only if it has the form
-that an agent writes.  Makes no system call but for that file; must not know of programs.
+Invariants: nothing inside a workload's namespace changes an assignment; in a conflict the older assignment stays; an
+assigned interface never counts as the node's own; an interface in doubt stays as it is and is reported.  A file in the
+state directory keeps assignments across restarts; an entry of the file counts only if it has the form that an agent
+writes.  Makes no system call except for that file; must not know of programs.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Evidence(enum.IntEnum):
     """Evidence that an interface belongs to an endpoint, strongest first."""
 
     NAMED = 1
-    """The endpoint's own object names it."""
+    """The endpoint's own object names the interface."""
     CNI = 2
     """The result that the network's CNI plugin left on the node."""
     NAME = 3
@@ -73,7 +73,7 @@ class Evidence(enum.IntEnum):
 
 
 class InterfaceRole(enum.Enum):
-    """The role of an interface."""
+    """The role of an interface: the node's own or a workload's."""
 
     OWN = "own"
     WORKLOAD = "workload"
@@ -83,7 +83,7 @@ class InterfaceRole(enum.Enum):
 class Assignment:
     """The endpoint of an interface.
 
-    ``addresses``: the endpoint's addresses when it was last found here; None: not known.
+    ``addresses``: the endpoint's addresses when it was last located at this interface; None: not known.
     """
 
     key: EndpointKey
@@ -93,9 +93,9 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class InterfaceRecord:
-    """The stored facts of an interface.
+    """The stored facts about an interface.
 
-    ``first``: the oldest address of each family, from the first time that there were addresses at its other end.
+    ``first``: the oldest address of each family at its other end, when addresses were first seen there.
     """
 
     name: str
@@ -108,7 +108,7 @@ class InterfaceRecord:
 class LocatedEndpoints:
     """The result of a search for interfaces.
 
-    ``problems``: endpoints that cannot be given an interface although there is evidence of one, and why. An endpoint
+    ``problems``: endpoints that get no interface although there is evidence of one, with the reasons. An endpoint
     without interface and without problem is not on this node yet.
     """
 
@@ -128,12 +128,12 @@ class _Candidate:
 
 def may_be_workloads(link: Interface) -> bool:
     """Whether an interface is of a kind that workloads have: one end of a pair into another namespace, or a tap."""
-    is_tap = link.kind in TAP_KINDS and link.hardware == ETHERNET  # else it is a tunnel of the node's own
+    is_tap = link.kind in TAP_KINDS and link.hardware == ETHERNET  # without Ethernet headers it is the node's tunnel
     return link.peer is not None or is_tap
 
 
 def derived_hash(key: EndpointKey) -> str:
-    """The hash with which the derived name (`DERIVED_NAME`) of a pod's interface ends."""
+    """The hash at the end of the derived name (`DERIVED_NAME`) of a pod's interface."""
     return hashlib.sha1(f"{key.namespace}.{key.name}".encode(), usedforsecurity=False).hexdigest()[:11]
 
 
@@ -145,9 +145,9 @@ class InterfaceAssignments:
     """
 
     def __init__(self, workloads: Sequence[str] = (), own: Sequence[str] = ()) -> None:
-        """``workloads``: name patterns; if there are any, exactly the matching interfaces are workloads'.
+        """``workloads``: patterns of interface names; if there are any, exactly the matching interfaces are workloads'.
 
-        ``own``: name patterns of interfaces that are never a workload's.
+        ``own``: patterns of names of interfaces that are never a workload's.
         """
         self._workload_patterns, self._own_patterns = tuple(workloads), tuple(own)
         self._seen: dict[int, InterfaceRecord] = {}
@@ -157,7 +157,7 @@ class InterfaceAssignments:
         self._is_recalled = False
         self._written: dict[
             int, tuple[InterfaceRecord, str]
-        ] = {}  # as in the file, so that one new interface costs one
+        ] = {}  # encoded for the file, so that a new interface costs one encoding
 
     def look(
         self,
@@ -170,10 +170,10 @@ class InterfaceAssignments:
     ) -> LocatedEndpoints:
         """Decide the role of each interface and find the interface of each endpoint; earlier assignments stay.
 
-        ``node_addresses``: those that this node's Node object states.  ``results``: names of interfaces that plugins
-        made for pods, none where the plugin left nothing on the node.  ``is_contested``: whether others claim an
-        address of an endpoint, which then gets no other interface than the one it has.  Cost: linear in endpoints,
-        links and addresses.
+        ``node_addresses``: addresses that this node's Node object states.  ``results``: by pod, names of interfaces
+        that CNI plugins made; none if the plugin left no interface on the node.  ``is_contested``: whether other
+        workloads claim an address of an endpoint; such an endpoint gets no other interface than its present one.  Cost:
+        linear in endpoints, links and addresses.
         """
         self.forget([ifindex for ifindex, one in self._seen.items() if not self._is_there(ifindex, one, wiring)])
         bindable = {ifindex for ifindex, link in wiring.links.items() if self._may_be_bound(link)}
@@ -186,7 +186,7 @@ class InterfaceAssignments:
         traces = {endpoint.key: places.beyond_reach(endpoint) for endpoint in endpoints}
         self.doubts = {}
         self._decide_all(wiring, stated, {ifindex for _, found in traces.values() for ifindex in found})
-        first: _FirstAddresses | None = None  # few endpoints are found by it, if any
+        first: _FirstAddresses | None = None  # made only if an endpoint needs it
         problems: dict[EndpointKey, str] = {}
         wanted: dict[int, list[_Candidate]] = {}
         held = {one.assignment.key: ifindex for ifindex, one in self._seen.items() if one.assignment is not None}
@@ -210,9 +210,9 @@ class InterfaceAssignments:
         return LocatedEndpoints(interfaces, by, problems)
 
     def _release_named(self, wiring: Wiring, endpoints: Iterable[Endpoint]) -> None:
-        """Release an interface that was assigned by name when no object names it any more.
+        """Release interfaces that were assigned because an object named them, if no object does so any more.
 
-        Its workload cannot have caused that: the workload does not write the objects.
+        The workload cannot have caused that, since it does not write the objects.
         """
         named = {(one.key, one.interface) for one in endpoints}
         for ifindex, seen in self._seen.items():
@@ -223,7 +223,7 @@ class InterfaceAssignments:
                 self._keep(ifindex, replace(seen, side=None, assignment=None))
 
     def _release_unbindable(self, bindable: Collection[int]) -> None:
-        """Release interfaces that an earlier agent assigned and this one would not, since an option may have changed."""
+        """Release interfaces that an earlier agent assigned and that this agent's options exclude."""
         for ifindex, seen in self._seen.items():
             if (
                 seen.assignment is not None
@@ -235,13 +235,14 @@ class InterfaceAssignments:
     def _is_there(self, ifindex: int, seen: InterfaceRecord, wiring: Wiring) -> bool:
         """Whether an interface still exists and is the same one.
 
-        For an interface that another agent saw, the name decides; an interface known from rows alone has no name.
+        For an interface that an earlier agent saw, the name decides; an interface known only from rows has no recorded
+        name.
         """
         link = wiring.links.get(ifindex)
         return link is not None and (not self._is_recalled or seen.name in (link.name, ""))
 
     def is_curious(self, wiring: Wiring) -> bool:
-        """Whether some interface still waits for the first address at its other end."""
+        """Whether an interface without a known address at its other end may still get its first one."""
         peers = {ifindex for ifindex, link in wiring.links.items() if link.peer is not None}
         return any(
             seen.side is not InterfaceRole.OWN and seen.assignment is None and not seen.first and ifindex in peers
@@ -251,14 +252,14 @@ class InterfaceAssignments:
     # --- own or workload's ------------------------------------------------------------------------------------------
 
     def close_newborn(self, link: Interface) -> bool:
-        """Whether an interface that just appeared must stay closed; in doubt it must."""
+        """Whether an interface that just appeared must be closed; if its role is in doubt, it must."""
         if link.ifindex in self._seen or not self._is_possible(link):
             return False
         self._keep(link.ifindex, InterfaceRecord(link.name, InterfaceRole.WORKLOAD))
         return True
 
     def is_workload(self, ifindex: int) -> bool:
-        """Whether an interface is a workload's, and so closed while nothing is known about it."""
+        """Whether an interface counts as a workload's, so that it is closed until its workload is known."""
         seen = self._seen.get(ifindex)
         return seen is not None and seen.side is InterfaceRole.WORKLOAD
 
@@ -277,7 +278,7 @@ class InterfaceAssignments:
         """Decide the role of every interface.
 
         ``stated``: interfaces with an address that the Node object states; ``claimed``: interfaces of endpoints, by
-        strong evidence.
+        evidence that a workload cannot forge.
         """
         for link in wiring.links.values():
             if not may_be_workloads(link) and not self._workload_patterns:
@@ -296,7 +297,7 @@ class InterfaceAssignments:
     def _side(
         self, link: Interface, wiring: Wiring, seen: InterfaceRecord, *, is_stated: bool, is_claimed: bool
     ) -> InterfaceRole | None:
-        """The role of an interface; None: in doubt, and treated as the node's own until there is evidence."""
+        """The role of an interface; None: in doubt, so it is treated as the node's own until there is evidence."""
         if self._workload_patterns:
             return InterfaceRole.WORKLOAD if self._is_possible(link) else InterfaceRole.OWN
         if seen.assignment is not None or is_claimed:
@@ -320,7 +321,10 @@ class InterfaceAssignments:
         self, endpoint: Endpoint, evidence: Evidence, found: set[int], old: int | None, wiring: Wiring,
         is_contested: Callable[[EndpointKey], bool],
     ) -> tuple[_Candidate | None, str]:  # fmt: skip
-        """The interface that an endpoint would be assigned, and the problem with that. ``old``: its present interface."""
+        """The interface that an endpoint would get, and the problem with that, if any.
+
+        ``old``: its present interface.
+        """
         assignment = self._seen[old].assignment if old is not None else None
         kept = None
         if old is not None and assignment is not None and endpoint.interface is None and _is_same(assignment, endpoint):
@@ -342,9 +346,9 @@ class InterfaceAssignments:
     def _choose(
         self, ifindex: int, traces: Sequence[_Candidate], wiring: Wiring, problems: dict[EndpointKey, str]
     ) -> _Candidate | None:
-        """Decide which of several endpoints gets an interface that all of them have evidence for.
+        """Choose the endpoint of an interface for which several endpoints have evidence.
 
-        The others get a problem that says why not.
+        The other endpoints get a problem with the reason.
         """
         assignment = self._seen[ifindex].assignment if ifindex in self._seen else None
         if len(traces) == 1 and assignment is not None and traces[0].endpoint.key == assignment.key:
@@ -411,12 +415,15 @@ class InterfaceAssignments:
     # --- beyond the process -----------------------------------------------------------------------------------------
 
     def load(self, path: Path) -> Problem | None:
-        """Load the assignments of an earlier agent. A file that is damaged is kept aside and reported; its invalid entries are decided anew."""
+        """Load the assignments of an earlier agent.
+
+        A damaged file is kept aside and reported; interfaces with an invalid entry are assigned anew.
+        """
         self._seen, wrong = {}, []
         try:
             document = checked(parse_json(load_regular(path, MOST_BYTES)), dict, "it")
             if checked(document.get("format"), int, "the format") != FORMAT:
-                raise ValueError(f"format {document['format']} is not {FORMAT}")  # noqa: TRY301 - told like all others
+                raise ValueError(f"format {document['format']} is not {FORMAT}")  # noqa: TRY301 - reported like all others
             interfaces = checked(document.get("interfaces"), dict, "interfaces")
             self._is_recalled = True
         except FileNotFoundError:
@@ -426,7 +433,7 @@ class InterfaceAssignments:
         for ifindex, written in interfaces.items():
             try:
                 self._seen[_read_ifindex(ifindex)] = _read_seen(written)
-            except ValueError as error:  # noqa: PERF203 - each entry counts by itself
+            except ValueError as error:  # noqa: PERF203 - a faulty entry must not stop the others
                 wrong.append(f"interface {ifindex!r}: {error}")
         if not wrong:
             return None
@@ -438,9 +445,9 @@ class InterfaceAssignments:
         return Problem(Location(str(path)), "", message, severity="warning", slug="interfaces-file")
 
     def expect(self, key: EndpointKey, ifindex: int) -> None:
-        """Take an assignment of an earlier agent from the rows in the kernel, if the file has none.
+        """Restore an earlier agent's assignment from a row in the kernel, if the file had none.
 
-        ``ifindex``: NOWHERE when the interface is gone.
+        ``ifindex``: NOWHERE if the interface is gone.
         """
         seen = self._seen.get(ifindex)
         if ifindex == NOWHERE:
@@ -486,11 +493,11 @@ class _TrustedEvidence:
         *,
         closed_to_routes: Collection[int],
     ) -> None:
-        """``bindable``: interfaces that can be an endpoint's.
+        """``bindable``: interfaces that can be assigned to an endpoint.
 
-        ``closed_to_routes``: interfaces that are certainly the node's own, whatever route leads there. A route alone
-        proves nothing: the node's way to a macvlan pod may be a macvlan device of its own, which the pod's other
-        packets do not pass.
+        ``closed_to_routes``: interfaces that are certainly the node's own, although a route to an endpoint leads there.
+        A route alone proves nothing: the node's route to a macvlan pod may use a macvlan device of its own, which the
+        pod's other packets do not pass.
         """
         self._wiring, self._results, self._bindable, self._closed = wiring, results, bindable, closed_to_routes
         self._by_name = {link.name: link.ifindex for link in wiring.links.values()}
@@ -499,16 +506,16 @@ class _TrustedEvidence:
             for link in wiring.links.values()
             if link.ifindex in bindable and (match := DERIVED_NAME.fullmatch(link.name))
         }
-        self._ways = [(Evidence.ROUTE, self._by_route)]  # strongest first, without those that lead nowhere
+        self._ways = [(Evidence.ROUTE, self._by_route)]  # strongest first, only kinds that can apply here
         if self._by_hash:
             self._ways.insert(0, (Evidence.NAME, self._by_derived_name))
         if results:
             self._ways.insert(0, (Evidence.CNI, self._by_result))
 
     def beyond_reach(self, endpoint: Endpoint) -> tuple[Evidence, set[int]]:
-        """The strongest evidence of an endpoint's interface, and the interface.
+        """The strongest unforgeable evidence of an endpoint's interface, and the interfaces that it names.
 
-        For a plugin that left nothing on the node, the evidence says that there is no interface.
+        If a plugin left no interface on the node, the evidence names none.
         """
         if endpoint.interface is not None:
             named = self._by_name.get(endpoint.interface)
@@ -542,8 +549,8 @@ class _TrustedEvidence:
     def _by_subnet(self, address: IPAddress) -> int | None:
         """The one interface with a subnet that contains the address, unless it is one end of a veth pair.
 
-        The longest prefix decides. Behind a veth pair the prefix may hold many workloads. Only the addresses there tell
-        which one, and the workload chooses those.
+        The longest prefix decides. Behind a veth pair the prefix may hold many workloads; only the addresses there tell
+        which one, and the workload chooses these.
         """
         nets = [net for net in self._wiring.subnets if net.version == address.version and address in net]
         if not nets:
@@ -577,9 +584,9 @@ class _FirstAddresses:
         return free or found
 
     def _speaks_for(self, ifindex: int, endpoint: Endpoint) -> bool:
-        """Whether no first address contradicts.
+        """Whether the first addresses at an interface's other end fit the endpoint.
 
-        In each family that the endpoint has, the first address must be one of the endpoint's.
+        A first address of a family in which the endpoint has addresses must be one of these.
         """
         families = {address.version for address in endpoint.addresses}
         return all(one in endpoint.addresses for one in self._seen[ifindex].first if one.version in families)
@@ -596,7 +603,7 @@ def _oldest(addresses: Sequence[IPAddress]) -> tuple[IPAddress, ...]:
 
 
 def _is_same(assignment: Assignment, endpoint: Endpoint) -> bool:
-    """Whether an endpoint is still the assigned one: a new pod of that name has other addresses, and another interface."""
+    """Whether an endpoint is still the assigned one: a new pod of that name has another address and interface."""
     if assignment.addresses is None or assignment.addresses == endpoint.addresses:
         return True
     return bool(set(assignment.addresses) & set(endpoint.addresses))

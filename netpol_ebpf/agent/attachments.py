@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Attachments:
-    """Attaches and detaches programs. ``interfaces``: those known to have the programs; read-only for callers."""
+    """Attaches and detaches programs. ``interfaces``: indices with the programs on them; read-only for callers."""
 
     def __init__(self, node: ProgramAccess) -> None:
         self.interfaces: set[int] = set()
@@ -32,7 +32,7 @@ class Attachments:
         return self._stuck.values()
 
     def find(self) -> None:
-        """Read which interfaces have the programs, whoever attached them."""
+        """Read from the kernel which interfaces have the programs, also those that an earlier agent attached."""
         self.interfaces |= self._node.attached()
 
     def forget(self, gone: Collection[int]) -> None:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent's side of the second barrier: which part of it is in force when, and which part is missing.
+"""The agent's side of the second barrier: which parts of it are in force at what time, and which part is missing.
 
 `netpol_loader.host.barrier` defines the tables and the *sign*.
 
 Invariants: the programs set the sign before a table drops packets without it, and the tables stop dropping before the
-programs stop setting it; a barrier that cannot be installed is a problem that names what is open, and stops nothing
-else.  Must not choose workloads' interfaces.
+programs stop setting it; if the barrier cannot be installed, that is a problem that names what is open, and everything
+else goes on.  The module must not decide which interfaces are workloads'.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from netpol_loader.pins.drift import Drift
 log = logging.getLogger(__name__)
 
 RETRY_S = 5.0
-"""Interval of attempts to install what the kernel rejected; arbitrary."""
+"""Interval in seconds of attempts to install tables that the kernel rejected; arbitrary."""
 TOLD_S = 60.0
-"""How long a dropped packet of an interface with the program stays a problem; arbitrary."""
+"""How long, in seconds, packets dropped from an interface with the program remain a problem; arbitrary."""
 ASKED_A_LOOK = 5
-"""How many interfaces one pass searches for programs of others: each takes some milliseconds; arbitrary."""
+"""On how many interfaces one pass searches for other parties' programs: each takes milliseconds; arbitrary."""
 MARK_BITS = 32
 SIGNS = 3
 LONGEST_NAME = 15
@@ -38,7 +38,7 @@ ON, OFF = "nft", "off"
 class BarrierSettings:
     """Options of the barrier. ``is_on`` False: no packet is dropped for lack of the sign.
 
-    ``patterns``: names of interfaces that are closed from birth.
+    ``patterns``: names of interfaces (``cali*`` or whole) that are closed from their creation.
     """
 
     is_on: bool = True
@@ -63,7 +63,7 @@ class BarrierAccess(Protocol):
         """Whether the kernel prevents other processes from changing the tables."""
 
     def open(self) -> None:
-        """Find out what the kernel supports."""
+        """Detect the kernel's features for the tables."""
 
     def has_news(self) -> bool:
         """Whether something changed any table since the last call."""
@@ -100,9 +100,10 @@ class MarksWriter(Protocol):
 
 @dataclass(slots=True)
 class _Rise:
-    """Dropped packets of an interface that has the program.
+    """Packets that the barrier dropped from an interface with the program.
 
-    ``since_s``: when the last ones were seen; ``others``: programs of others on the interface, as found at ``asked_s``.
+    ``since_s``: when the last ones were dropped; ``others``: other parties' programs on the interface, as read at
+    ``asked_s``.
     """
 
     packets: int
@@ -116,7 +117,7 @@ class Barrier:
     """The barrier of a node.
 
     Call `sign` with each new set of maps, `reconcile` when interfaces changed, `look` at intervals. ``clock``: seconds.
-    ``others``: programs of others on the TC hook of an interface by which its packets come in.
+    ``others``: reads the names of other parties' programs on an interface's TC ingress hook.
     """
 
     settings: BarrierSettings
@@ -124,7 +125,7 @@ class Barrier:
     clock: Callable[[], float]
     others: Callable[[int], Sequence[str]]
     _writer: MarksWriter | None = None
-    _is_signed: bool = False  # the bits are in force, and a table can be made
+    _is_signed: bool = False  # the programs set the sign, and the kernel accepts a table
     _layout: BarrierSpec | None = None  # as last written whole
     _wanted: BarrierSpec | None = None
     _numbers: dict[str, int] = field(default_factory=dict)
@@ -151,12 +152,12 @@ class Barrier:
         writer.set_marks(self.settings.in_force)
 
     def _prepare(self, before: Marks) -> None:
-        """Leave tables that accept both the old marks and the new ones, or raise."""
+        """Make existing tables accept both the old marks and the new ones, or raise."""
         marks = self.settings.in_force
         base = without_sign(BarrierSpec(marks))
         self.tables.open()
         if not marks.seen or not self.tables.is_there():
-            self.tables.write(base)  # and where it is the first: the proof that tables can be made
+            self.tables.write(base)  # without tables, this proves that the kernel accepts one
             return
         if before.seen not in (0, marks.seen):
             workloads, known = self.tables.members()
@@ -171,7 +172,7 @@ class Barrier:
         try:
             return self.tables.is_there()
         except PlatformError:
-            return True  # nobody knows
+            return True  # the kernel does not tell
 
     def reconcile(self, wiring: Wiring, workloads: Collection[int], attached: Collection[int]) -> None:
         """Update the interfaces in the tables.
@@ -211,11 +212,14 @@ class Barrier:
     # --- now and then -----------------------------------------------------------------------------------------------
 
     def restore_reported(self) -> list[Drift]:
-        """Restore the tables at once when the kernel reports a change of any; returns what was restored."""
+        """Restore the tables at once if the kernel reported a change of any table; returns the restored differences."""
         return self._mend() if self._layout is not None and self.tables.has_news() else []
 
     def look(self) -> list[Drift]:
-        """Restore changed tables, retry what failed, record interfaces with dropped packets; returns what was restored."""
+        """Restore changed tables, retry failed writes, and record interfaces with dropped packets.
+
+        Returns the restored differences.
+        """
         now_s = self.clock()
         if self._failure is not None and now_s - self._tried_s >= RETRY_S:
             self._try_again()
@@ -252,12 +256,12 @@ class Barrier:
         before, self._unsigned = self._unsigned, self.tables.unsigned()
         known = {name: self._counted.get(name, (number, 0)) for name, number in self._numbers.items()}
         if self._unsigned == before and all(one[0] == self._numbers[name] for name, one in known.items()):
-            self._counted = known  # nothing was dropped since, so nothing of those that are new
+            self._counted = known  # nothing was dropped, so nothing from new interfaces
             return
         counted = self.tables.counts().by_interface
         for name, number in self._numbers.items():
             earlier, packets = self._counted.get(name), counted.get(name, 0)
-            # A new interface may have sent before it had the program: that is where counting begins.
+            # A new interface may have sent packets before it had the program: only later drops count.
             if earlier is not None and earlier[0] == number and packets > earlier[1]:
                 self._note_rise(name, number, packets - earlier[1], now_s)
         self._counted = {name: (number, counted.get(name, 0)) for name, number in self._numbers.items()}
@@ -318,7 +322,7 @@ class Barrier:
         }
 
     def _open(self) -> list[str]:
-        """The packets that the barrier does not stop on this node, as text."""
+        """The kinds of packets that the barrier does not stop on this node, as text."""
         found = []
         if not self.is_installed:
             found.append("packets of services that the node gives to a process of its own: they bear no mark")

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The holder of an address that several workloads claim.
 
-The first workload to claim an address holds it. For the others the address does not count: policy does not know them by
-it, they may not send from it, and a workload without any other address stays closed.  So a new pod never inherits what
-an address was allowed before, and an old pod never loses its address to whoever writes it into a manifest.
+The first workload to claim an address holds it. For the other claimants the address does not count: rules do not match
+them by it, they may not send from it, and a workload without any other address stays closed.  So a new pod never
+inherits what policy allowed its address's former holder, and an old pod never loses its address to a later manifest.
 
-The container runtime may assign an address before the objects say so: such an address is *lent* to the pod.
+The container runtime may assign an address before the pod's object has it: such an address is *lent* to the pod.
 
-Invariants: at most one workload holds an address; the holder loses it only by giving it up or, while it has no
-interface, to the pod that the runtime gave it to.  After a restart the workloads that an earlier agent knew count as
-older.  Knows nothing of interfaces.
+Invariants: at most one workload holds an address; the holder loses it only by giving it up or, while the holder has no
+interface, to the pod to which the runtime assigned it.  After a restart the workloads that an earlier agent knew count
+as older.  The module knows no interfaces.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from netpol_ebpf.policy.types import Changes, Endpoint, EndpointKey, EndpointKin
 
 
 class AddressClaims:
-    """Addresses of the workloads of a world. ``world`` is read whenever something of it changed (`apply_changes`)."""
+    """The holders of the addresses of a world's workloads. `apply_changes` must follow each change of ``world``."""
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._holders: dict[IPAddress, EndpointKey] = {}
-        self._others: dict[IPAddress, list[EndpointKey]] = {}  # of contested addresses: who claims it too, oldest first
+        self._others: dict[IPAddress, list[EndpointKey]] = {}  # contested address -> further claimants, oldest first
         self._addresses: dict[EndpointKey, tuple[IPAddress, ...]] = {}  # as claimed
         self._lent: dict[EndpointKey, tuple[IPAddress, ...]] = {}
 
@@ -36,9 +36,9 @@ class AddressClaims:
         return self._lent.keys()
 
     def lend(self, key: EndpointKey, addresses: tuple[IPAddress, ...]) -> bool:
-        """Lend addresses to an endpoint until its object has one of them, () for none.
+        """Lend addresses to an endpoint until its object has one of them; () ends the loan.
 
-        Returns whether something changed, so that `apply_changes` must be called.
+        Returns whether the loan changed, so that `apply_changes` must be called.
         """
         if self._lent.get(key, ()) == addresses:
             return False
@@ -56,13 +56,13 @@ class AddressClaims:
     ) -> None:
         """Update the claims from ``changes``, and put the endpoints with their effective addresses into ``changes``.
 
-        ``older``: of the endpoints that appear now, those that existed first.  ``is_idle``: whether an endpoint of this
-        node has no interface; its object's address is then out of date and passes to the pod that the runtime lent it
-        to.  The world must be that after the changes. Cost: linear in the changed endpoints and those that claim the
-        same addresses.
+        ``older``: new endpoints that existed before the other new ones.  ``is_idle``: whether an endpoint of this node
+        has no interface; its object's address is then out of date, and passes to the pod to which the runtime assigned
+        it.  The world must be that after the changes. Cost: linear in the changed endpoints and the claimants of their
+        addresses.
         """
         touched: dict[EndpointKey, None] = {}
-        # What goes makes room before what comes claims it: an address may pass from one to another in one change.
+        # Removed endpoints give up addresses before new ones claim them: an address may change hands in one change.
         for key in changes.endpoints:
             wanted = self._wanted(key)
             for address in set(self._addresses.get(key, ())) - set(wanted):
@@ -88,7 +88,7 @@ class AddressClaims:
             changes.endpoints.update({key: self.effective(key) for key in touched})
 
     def effective(self, key: EndpointKey) -> Endpoint | None:
-        """The endpoint with the addresses that count as its own; None when there is no such endpoint."""
+        """The endpoint with the addresses that it holds; None if there is no such endpoint."""
         endpoint = self._world.endpoints.get(key)
         if endpoint is None or not (self.is_contested(key) or key in self._lent):
             return endpoint
@@ -96,7 +96,7 @@ class AddressClaims:
         return endpoint if own == endpoint.addresses else replace(endpoint, addresses=own)
 
     def effective_world(self) -> World:
-        """The world in which every workload has the addresses that count as its own; to be read only."""
+        """The world in which every workload has the addresses that it holds; read-only for callers."""
         others = {key for line in self._others.values() for key in line} | self._lent.keys()
         if not others:
             return self._world
@@ -104,7 +104,7 @@ class AddressClaims:
         return replace(self._world, endpoints={**self._world.endpoints, **changed})
 
     def holder(self, address: IPAddress) -> EndpointKey | None:
-        """The workload that has an address."""
+        """The workload that holds an address; None if there is none."""
         return self._holders.get(address)
 
     def is_contested(self, key: EndpointKey) -> bool:
@@ -125,7 +125,7 @@ class AddressClaims:
         return lent if lent and set(lent).isdisjoint(endpoint.addresses) else endpoint.addresses
 
     def _give_up(self, key: EndpointKey, address: IPAddress) -> list[EndpointKey]:
-        """Remove a workload's claim of an address; returns the workloads that may hold it now."""
+        """Remove a workload's claim of an address; returns the workloads that may hold the address next."""
         line = [self._holders.pop(address), *self._others.pop(address, ())]
         line.remove(key)
         if line:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The results that CNI plugins left on the node about the interfaces that they made: libcni's cache.
+"""The cache of libcni: results that CNI plugins left on the node about the interfaces that they made.
 
 Runtimes (containerd, CRI-O, podman) keep each plugin's result in a directory, one file for each interface of each pod,
-until the pod goes.  The file names pod and interface, and no pod can write it.
+until the pod is removed.  The file names pod and interface, and no pod can write it.
 
-Invariant: a file counts only if root alone can write it; a file that cannot be read is a problem and counts for
-nothing.
+Invariant: a file counts only if root alone can write it; a file that cannot be read is a problem, and its content
+counts for nothing.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from netpol_ebpf.policy.types import EndpointKey, IPAddress
 DEFAULT_DIR = Path("/var/lib/cni/results")
 POD = "Pod"
 NAMES = ("K8S_POD_NAMESPACE", "K8S_POD_NAME")
-"""CNI arguments that runtimes give to every plugin."""
+"""CNI arguments that runtimes pass to every plugin: they identify the pod."""
 UNSEEN_TYPES = frozenset({"macvlan", "ipvlan", "vlan", "host-device", "sriov", "ib-sriov", "tap"})
-"""Plugin types with interfaces that have no end of their own on the node, or none that packets pass."""
+"""Plugin types whose interfaces have no end on the node, or none that packets pass."""
 MOST_BYTES = 1 << 20
 """Largest file that is read; arbitrary, real ones have some kilobytes."""
 
@@ -36,9 +36,9 @@ _Signature = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class CniResult:
-    """One interface of a pod.
+    """One interface of a pod, as its CNI plugin reported it.
 
-    ``names``: its interfaces on the node; ``inside``: its name in the pod; ``plugin``: the plugin's type.
+    ``names``: names of its interfaces on the node; ``inside``: its name in the pod; ``plugin``: the plugin's type.
     """
 
     pod: EndpointKey
@@ -63,7 +63,7 @@ class CniResultCache:
     _faulty: dict[str, Problem] = field(default_factory=dict)
 
     def look(self) -> list[CniResult]:
-        """The present results, none where there is no directory; only changed files are read."""
+        """Read the present results; empty if there is no directory. Only changed files are read again."""
         try:
             if not _is_trusted(self.directory.stat()):
                 raise PermissionError(0, "users other than root may write it", str(self.directory))
@@ -92,7 +92,7 @@ class CniResultCache:
             self._faulty.pop(name, None)
             self._read[name] = (signature, None)
             if not _is_trusted(status):
-                raise ValueError("users other than root may write it")  # noqa: TRY301 - told like all others
+                raise ValueError("users other than root may write it")  # noqa: TRY301 - reported like all others
             self._read[name] = (signature, parse_result(load_regular(path, MOST_BYTES)))
         except FileNotFoundError:
             self._read.pop(name, None)
@@ -127,7 +127,7 @@ def parse_result(text: bytes) -> CniResult | None:
 
 
 def _text(document: dict[Any, Any], name: str) -> str:
-    """A text field; absent and null count as empty, as in Go."""
+    """A string field of ``document``; absent and null count as "", as in Go."""
     return checked(document.get(name) or "", str, name)
 
 

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent's socket: requests about its state, and the flows it saw, for the command line on the same machine.
+"""The agent's control socket: state, flows and other answers for the command line on the same machine.
 
-Requests and answers are one JSON object a line.  A request is ``{"op": NAME, ...}``; ``status`` and the like get one
-line back, ``flows`` gets the recent flows and then each new one until the reader disconnects.
+Requests and answers are JSON, one object a line.  A request is ``{"op": NAME, ...}``.  ``status`` and the like get one
+line back; ``flows`` gets the recent flows and then each new one until the reader disconnects.
 
 Invariants: the agent answers only root, its own user and members of one group, if it has one (SO_PEERCRED,
-SO_PEERGROUPS: the kernel identifies the peer); a slow reader is dropped and never delays the agent; any request gets an
-answer and harms no other client; the connections of one user leave room for those of others.  Operations only read,
-except those of the CNI plugin, which only root may use.  This process walks no table for a client:
-`netpol_ebpf.agent.answering` does that in a child, and one pass begins at most one answer.  Runs no loop:
-`ControlSocket.poll` is one pass.
+SO_PEERGROUPS: the kernel identifies the peer).  A slow reader is disconnected and never delays the agent.  Every
+request gets an answer and harms no other client.  The connections of one user leave room for those of others.
+Operations only read, except those of the CNI plugin, which only root may use.  This process passes over no table for a
+client: `netpol_ebpf.agent.answering` does so in a child process, and one pass of the loop starts at most one.  Runs no
+loop: `ControlSocket.poll` is one pass.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ REQUEST_S = 5.0
 may take to read its flows; arbitrary.
 """
 BACKLOG_BYTES = 1 << 20
-"""Bytes that a reader may lag behind before it is dropped; arbitrary."""
+"""Most unsent bytes of a reader; a reader with more is disconnected; arbitrary."""
 SEND_BYTES = 1 << 16
-"""Bytes sent to one reader in one pass; arbitrary."""
+"""Most bytes sent to one reader in one pass; arbitrary."""
 READERS_OF_USER = 8
 """Connections that one user may have at a time; arbitrary.
 
@@ -69,14 +69,14 @@ CLIENT_TIMEOUT_S = 5.0
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Errors of a file system without room."""
 FLOWS = "flows"
-"""The operation that `ControlSocket` answers by itself."""
+"""The operation that `ControlSocket` answers itself, without a child."""
 MOST_WAITING = 256
 """Connections of root that may wait for a state to be reached; arbitrary, more than a node has pods, and far below
 1024.
 """
 
 Wait = Callable[[], Any]
-"""Checks whether the awaited state is reached: returns the answer, None: not yet. It may raise NetpolError.
+"""A check whether an awaited state is reached: returns the answer, or None: not yet. It may raise NetpolError.
 
 It must not block.
 """
@@ -88,10 +88,10 @@ _GROUPS_BYTES = 1024
 
 @dataclass(slots=True)
 class _Client:
-    """A connection. ``unsent``: lines, shared with all readers of the same flow.
+    """A client's connection. ``unsent``: queued lines, shared with all readers of the same flow.
 
-    ``request``: one that waits for a child. ``wait``: the state that the connection waits for, when this process
-    answers.
+    ``request``: a request that waits for a child to be started.  ``wait``: the check of the state for which the client
+    waits.
     """
 
     channel: socket.socket
@@ -125,11 +125,12 @@ class _Client:
 
 @dataclass(slots=True)
 class ControlSocket:
-    """The listening socket.
+    """The listening socket and its clients.
 
-    ``answers``: by operation, what a child computes the answer with; `ControlSocket` answers "flows" itself. ``group``:
-    number of a group whose members are answered as well.  ``waits``: by operation, for operations that change something
-    or wait; only root may use them, and they may raise NetpolError.  ``clock``: seconds.
+    ``answers``: functions by operation; a child calls them and sends the result; `ControlSocket` answers "flows"
+    itself. ``group``: id of a group whose members may use the socket, too.  ``waits``: functions by operation, for
+    operations that change something or wait; only root may use these, and they may raise NetpolError.  ``clock``:
+    seconds.
     """
 
     path: Path
@@ -144,7 +145,7 @@ class ControlSocket:
 
     @property
     def is_open(self) -> bool:
-        """Whether it listens."""
+        """Whether the socket is open."""
         return self._listener is not None
 
     def open(self) -> None:
@@ -179,7 +180,7 @@ class ControlSocket:
         self._listener = listener
 
     def close(self) -> None:
-        """Stop listening, drop all readers, end all answers, remove the socket."""
+        """Stop listening, disconnect all clients, end all children, remove the socket."""
         self._answering.close()
         for client in self._clients:
             client.channel.close()
@@ -193,7 +194,7 @@ class ControlSocket:
         """Descriptors to poll: for reading, and for writing."""
         heard = [
             client for client in self._clients if not client.is_answered or client.follows
-        ]  # what others send waits
+        ]  # data of other clients stays in the kernel's buffers
         readable = [*(client.channel.fileno() for client in heard), *self._answering.descriptors()]
         if self._listener is not None:
             readable.append(self._listener.fileno())
@@ -205,7 +206,7 @@ class ControlSocket:
         for _ in range(WELCOMES if self._listener is not None else 0):
             try:
                 channel, _address = self._listener.accept()  # type: ignore[union-attr]  # it is not None
-            except OSError:  # nobody is there, who was has gone, or no descriptor is left: the next look tries again
+            except OSError:  # no client, it has gone, or no descriptor is left: the next pass tries again
                 break
             self._welcome(channel)
         for client in list(self._clients):
@@ -250,7 +251,7 @@ class ControlSocket:
         return own >= READERS_OF_USER or (user != 0 and len(self._clients) + self._answering.count() >= READERS)
 
     def _serve(self, client: _Client) -> bool:
-        """Serve one reader without blocking; False when it must be dropped."""
+        """Serve one client without blocking; False if it must be disconnected."""
         try:
             if not client.is_answered:
                 self._receive(client)
@@ -267,7 +268,7 @@ class ControlSocket:
         return (bool(client.unsent) or not client.is_answered) and self.clock() - client.since_s < REQUEST_S
 
     def _look(self, client: _Client, wait: Wait) -> None:
-        """Answer a waiting connection if its state is reached, or cannot be reached any more."""
+        """Answer a client that waits for a state, if the state is reached or can no longer be reached."""
         try:
             answer = wait()
         except NetpolError as error:
@@ -281,9 +282,9 @@ class ControlSocket:
 
     @staticmethod
     def _is_gone(client: _Client) -> bool:
-        """Whether the other side has closed.
+        """Whether the client has closed the connection.
 
-        Data after the request is dropped, so that it does not wake the agent for ever.
+        Data after the request is discarded, so that it does not wake the agent again and again.
         """
         try:
             return client.channel.recv(REQUEST_BYTES) == b""
@@ -310,7 +311,7 @@ class ControlSocket:
             client.send(encode_error(error))
 
     def _hear(self, client: _Client, line: bytes) -> None:
-        """Answer a request, or queue it for a child."""
+        """Handle a request line: answer it, reject it, or queue it for a child."""
         try:
             request = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -355,7 +356,7 @@ class ControlSocket:
 
 
 def peer_user(channel: socket.socket) -> int:
-    """The user id of the process at the other end."""
+    """The user id of the process at the other end of the connection."""
     _, user, _ = struct.unpack("3i", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return int(user)
 
@@ -398,11 +399,9 @@ def ask(path: Path, request: Mapping[str, Any], *, timeout_s: float | None = CLI
         try:
             try:
                 channel.sendall(json.dumps(request).encode() + b"\n")
-            except (
-                BrokenPipeError
-            ) as error:  # who is not answered is told so before he has asked: that can be read still
+            except BrokenPipeError as error:  # a rejected client got the error before its request: read it
                 hung_up = error
-            is_answered = request.get("op") == FLOWS  # of which there may be none
+            is_answered = request.get("op") == FLOWS  # there may be no flow, so no line means no error
             with channel.makefile("rb") as lines:
                 for line in lines:
                     if not line.endswith(b"\n"):

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent, one step at a time: objects and interfaces in, enforcement out.
+"""The agent, one step at a time: it reads objects and interfaces, and updates enforcement.
 
 Each of its parts has a module: `ClusterObjects` (the source's objects), `LocalInterfaces` (the interface of each
 workload), `Enforcement` (compiled policy in maps), `EndpointBinder` with `Attachments` and `OwnInterfaces` (programs
 and rows on interfaces), `Barrier` (the tables behind the programs) and `Repair` (restores what others changed).  The
-agent calls them in order, and has no state of its own but the rejected changes.
+agent calls them in order; its only own state is the rejected changes.
 
 Invariants: the policy in force was compiled whole from one state of the objects; a step that fails leaves the previous
-state in force and reports so in `Agent.problems`; a workload's interface is never open without policy: until its
+state in force and is reported in `Agent.problems`; a workload's interface is never open without policy: until its
 workload is known, the program on it denies everything.
 
 Runs no loop and opens no files or sockets: `netpol_ebpf.agent.main` does, and tests work without both.
@@ -43,18 +43,18 @@ CLOSE_S = 15.0
 """How long a node on which nothing is in force waits for its objects before its workloads are closed; arbitrary, more than a source
 takes to fall back to its saved state."""
 SHOWN = 5
-"""Missing parts of a source that a message names; arbitrary, `status` has them all."""
+"""Most missing parts of a source that a message names; arbitrary; `status` shows all."""
 NOT_SYNCED = "not-synced"
 TELL_S = 60.0
-"""How often the log says what the agent waits for; arbitrary."""
+"""Interval in seconds of log lines that name what the agent waits for; arbitrary."""
 log = logging.getLogger(__name__)
 
 
 class Agent:
-    """Keeps enforcement on a node up to date with its objects and interfaces. `begin` or `start` once, then `step` again and again.
+    """Keeps enforcement on a node up to date. Call `begin` or `start` once, then `step` again and again.
 
-    ``is_started``: whether this agent has put a state in force; until then what an earlier one left is in force.  Its parts are for
-    reading.
+    ``is_started``: whether this agent has put a state in force; before that, the state of an earlier agent remains.
+    Callers may only read its parts.
     """
 
     def __init__(
@@ -92,27 +92,27 @@ class Agent:
         self._clock = clock
         self.is_started = False
         self._early: list[ObjectEvent] = []  # events of sources that synced before the others
-        self._early_handovers: list[Handover] = []  # what came before the start
+        self._early_handovers: list[Handover] = []  # handovers from before the start
         self._close_at_s = math.inf
         self._tell_at_s = math.inf
-        self._logged: frozenset[str] = frozenset()  # workloads that policy does not reach, as the log has them
+        self._logged: frozenset[str] = frozenset()  # unenforced workloads that the log names
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Apply the present objects, in one exchange with what an earlier agent left. Waits for the source to sync.
+        """Wait for the source to sync, then apply its objects, in one exchange with the state of an earlier agent.
 
-        Raises LimitError or MapFullError when the objects do not fit, InvalidInputError or UnreachableError when a
-        source cannot be read: an unreadable source is not an empty one.  After an error the previous state is in force.
+        Raises LimitError or MapFullError if the objects do not fit, InvalidInputError or UnreachableError if a source
+        cannot be read: an unreadable source is not an empty one.  After an error the previous state is in force.
         """
         self._open()
         self._take(self.source.sync())
         self._put_in_force()
 
     def begin(self) -> None:
-        """As `start`, without waiting for a server: a later `step` puts the objects in force, when the source has all of them.
+        """`start` without waiting for a server: a later `step` puts the objects in force, when the source has synced.
 
-        Until then what an earlier agent left stays in force.  Where nothing is in force, workloads are closed after `CLOSE_S`.
+        Until then the state of an earlier agent stays in force; if there is none, workloads are closed after `CLOSE_S`.
         """
         self._open()
         update = self.source.begin()
@@ -124,19 +124,19 @@ class Agent:
 
     @property
     def is_in_force(self) -> bool:
-        """Whether a state that the source gave is in force."""
+        """Whether a state of the source is in force."""
         return self.is_started and self.source.has_synced
 
     @property
     def keeps_enforcement(self) -> bool:
-        """Whether something is in force, be it what an earlier agent left."""
+        """Whether enforcement is in place, by this agent or an earlier one."""
         return self.is_started or bool(self._node.attached())
 
     def _open(self) -> None:
         self._ledger.open()
 
     def _take(self, update: SourceUpdate) -> bool:
-        """Take up an update; False when it was laid aside because the source has not all its objects yet."""
+        """Apply an update to the objects; False if it was queued because the source has not synced."""
         if not self.source.has_synced:
             self._early += update.events
             self.objects.note_problems(update.problems)
@@ -146,7 +146,7 @@ class Agent:
         return True
 
     def _put_in_force_if_due(self) -> None:
-        """Before the start: put the objects in force when they are there, or close the workloads when it is time."""
+        """Before the start: put the objects in force once the source has synced, or close workloads after `CLOSE_S`."""
         if self.source.has_synced:
             self._put_in_force()
             return
@@ -162,19 +162,19 @@ class Agent:
         self.interfaces.recall(self.enforcement.former_workloads(), self._node.attached())
         self.interfaces.look()
         self.interfaces.recall_handovers()
-        for handed in self._early_handovers:  # newer than those of the file
+        for handed in self._early_handovers:  # newer than the handovers in the file
             self.objects.handovers.add(handed)
-        self._take_changes()  # what the interfaces tell of tunnels is in the world already
-        self.interfaces.locate()  # pods that have their addresses by the CNI plugin alone
+        self._take_changes()  # the world has the interfaces' tunnels already
+        self.interfaces.locate()  # pods whose addresses only the CNI plugin reported
         self.binder.find_attached()
         self.enforcement.install()
         self.binder.take_over()
         self.is_started = True
 
     def step(self) -> list[ProgramEvent]:
-        """Do whatever there is to do now; returns the events that the program reported since the last step.
+        """Do all pending work; returns the events that the program reported since the last step.
 
-        Before the start it waits for the source. Raises what `start` raises, then.
+        Before the start it checks whether the source has synced, and raises what `start` raises.
         """
         if not self.is_started:
             update = self.source.step() if self.source.wait_s() <= 0 else None
@@ -186,10 +186,10 @@ class Agent:
         self.close_newborn()
         update = None
         if self.source.wait_s() <= 0:
-            update = self.source.step(self.close_newborn)  # what is born meanwhile is looked at below
+            update = self.source.step(self.close_newborn)  # interfaces that appear meanwhile are handled below
         if self._node.network.has_news() or self._is_searching():
             gone = self.binder.gone()
-            self.interfaces.forget(gone)  # before another interface with such a number is taken for the same
+            self.interfaces.forget(gone)  # before a new interface with that index counts as the same
             self._look()
             self.binder.forget(gone)
             self.binder.reconcile()
@@ -203,7 +203,7 @@ class Agent:
         return self.read_events()
 
     def hand_over(self, handed: Handover) -> None:
-        """Take up what the CNI plugin says of an interface; the next step acts on it, and `missing_for` says how far it is."""
+        """Record a handover of the CNI plugin; the next step applies it, and `missing_for` reports the progress."""
         if self.is_started:
             self.objects.handovers.add(handed)
         else:
@@ -215,7 +215,7 @@ class Agent:
         return self.objects.handovers.is_changed
 
     def missing_for(self, handed: Handover) -> str:
-        """Why policy for an interface that was handed over is not in force yet; empty: it is."""
+        """Why policy is not in force yet on an interface that was handed over; "": it is."""
         if not self.is_started:
             return self._not_synced().message
         if not self.interfaces.is_there(handed):
@@ -250,7 +250,7 @@ class Agent:
         return changes
 
     def _bring_into_force(self, changes: Changes) -> None:
-        """Compile and apply.
+        """Compile and apply changes.
 
         A change that does not fit is reported, and tried again with the next change, or when memory may be free again.
         """
@@ -270,7 +270,7 @@ class Agent:
             return
         self.rejected.accept()
         if self.binder.is_waiting() and not self.interfaces.has_looked:
-            self._look()  # an address inside a pod's namespace is not announced
+            self._look()  # the kernel does not notify about addresses in a pod's namespace
         else:
             self.interfaces.locate()
         self.binder.reconcile()
@@ -279,7 +279,7 @@ class Agent:
         self.interfaces.look(self.enforcement.bound)
 
     def _is_searching(self) -> bool:
-        """Whether a search is due for what no message announces, or a new attempt at what failed."""
+        """Whether a search for changes without notification is due, or a new attempt of a failed change."""
         return self.interfaces.is_search_due() and (
             bool(self.attachments.problems) or self.binder.is_waiting() or self.interfaces.is_curious()
         )
@@ -288,7 +288,7 @@ class Agent:
 
     @property
     def problems(self) -> list[Problem]:
-        """Everything that keeps the node from being as the objects say."""
+        """All reasons why the node does not enforce exactly what the objects state."""
         if not self.is_started:
             return [*self.objects.source_problems, self._not_synced()]
         own = self.own_interfaces
@@ -302,7 +302,7 @@ class Agent:
         return [*found, *self.objects.handovers.problems]
 
     def _not_synced(self) -> Problem:
-        """What the agent waits for before it applies anything, and what is in force meanwhile."""
+        """The problem that the source has not synced: its missing parts, and the policy in force meanwhile."""
         missing = [
             f"{one['source']} ({', '.join(one['waiting_for'][:SHOWN])}{', ...' if one['waiting_for'][SHOWN:] else ''})"
             for one in self.source.report()
@@ -323,7 +323,7 @@ class Agent:
         return [*found, *self.objects.without_namespace()]
 
     def _log_unenforced(self) -> None:
-        """Log the workloads that are newly unenforced: some become so by the passing of time alone."""
+        """Log newly unenforced workloads; some become so by the passing of time alone."""
         found = {str(one): one for one in self._unenforced()}
         for text in found.keys() - self._logged:
             log.log(logging.ERROR if found[text].severity == "error" else logging.WARNING, "%s", text)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Programs and rows on interfaces.
 
-The program closes a workload's interface, the row opens it to the policy of its workload. Invariants: a workload's
-interface has the programs before it has a row, so it is never open without policy; a row of an endpoint that does not
-fit closes no other one.  Must not assign interfaces to workloads.
+The program closes a workload's interface; the row opens it to the policy of its workload. Invariants: a workload's
+interface has the programs before it has a row, so it is never open without policy; a row that does not fit closes only
+its own endpoint.  Must not assign interfaces to workloads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from netpol_ebpf.policy.types import EndpointKey, EndpointKind
 
 
 class EndpointBinder:
-    """`take_over` once, with the first set of maps; then `reconcile` whenever interfaces, objects or policy changed."""
+    """Binds endpoints to interfaces.
+
+    Call `take_over` once, then `reconcile` when interfaces, objects or policy changed.
+    """
 
     def __init__(
         self,
@@ -59,9 +62,13 @@ class EndpointBinder:
     # --- the first set of maps --------------------------------------------------------------------------------------
 
     def find_attached(self) -> None:
-        """Before the first set of maps: find the programs of an earlier agent, and the interfaces that may have old connections."""
+        """Find an earlier agent's programs, and interfaces that may have old connections.
+
+        Must be called before the first set of maps is made.
+        """
         for ifindex in self._node.attached() - self._interfaces.wiring.links.keys():
-            # While no agent ran it went to another network namespace: the kernel leaves tcx programs on it.
+            # While no agent ran, the interface moved to another network namespace; the kernel leaves tcx programs
+            # attached.
             self._attachments.detach(ifindex, f"{ifindex}, which is not in this network namespace any more,")
         self._attachments.find()
         self._adoption.expect(self._interfaces.wanted() - self._attachments.interfaces)
@@ -77,7 +84,7 @@ class EndpointBinder:
     # --- the maps in force ------------------------------------------------------------------------------------------
 
     def reconcile(self) -> None:
-        """Attach programs to new interfaces, then write rows of found endpoints, then remove rows of endpoints that went."""
+        """Attach programs to new interfaces, write rows of located endpoints, remove rows of vanished endpoints."""
         wiring, applier = self._interfaces.wiring, self._enforcement.applier
         self._attachments.begin_round(wiring.links.keys())
         wanted = self._interfaces.wanted()
@@ -95,7 +102,7 @@ class EndpointBinder:
                 continue
             try:
                 applier.bind(key, binding)
-            except MapFullError as error:  # one endpoint's failure is not another's
+            except MapFullError as error:  # one failure must not stop the other endpoints
                 message = f"its interface {wiring.name_of(binding.ifindex)} stays as it is: {error.message}"
                 self._no_room[key] = Problem(
                     self._objects.location(key), "", message, obj=str(key), slug=error.slug
@@ -110,9 +117,9 @@ class EndpointBinder:
             self._attachments.attach(link.ifindex, link.name, is_newborn=True)
 
     def gone(self) -> set[int]:
-        """Interfaces that went since the last call.
+        """Interfaces that vanished since the last call.
 
-        After lost messages, all interfaces that no longer have our programs.
+        After lost notifications, all interfaces that no longer have our programs.
         """
         gone = self._node.network.take_gone()
         return self._attachments.interfaces - self._node.attached() if gone is None else gone
@@ -130,7 +137,7 @@ class EndpointBinder:
         return self._interfaces.problem_of(key) or "its policy is not in the kernel yet"
 
     def forget(self, gone: Collection[int]) -> None:
-        """Remove rows and programs of interfaces that went, even if new interfaces have their numbers now."""
+        """Remove rows and programs of interfaces that vanished, even if new interfaces have their indices now."""
         if not gone:
             return
         applier = self._enforcement.applier
@@ -150,7 +157,7 @@ class EndpointBinder:
         self._attachments.attach(ifindex, self._interfaces.wiring.name_of(ifindex))
 
     def _adoptable(self) -> tuple[dict[int, Workload], NodeAddresses]:
-        """Workloads with old connections to search, and the addresses and services that decide their direction.
+        """Workloads whose old connections must be written, and the node's addresses and services, which adoption needs.
 
         A workload counts only if its policy is in force.
         """

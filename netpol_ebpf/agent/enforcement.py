@@ -45,12 +45,12 @@ from netpol_ebpf.policy.types import (
 from netpol_loader import abi
 
 HOST_ENDPOINT = "HostEndpoint"
-"""Key of host endpoints, to which the applier binds no interface."""
+"""Kind in the keys of host endpoints, for which the applier writes no interface row."""
 
 
 @dataclass(slots=True)
 class NumberNames:
-    """The meaning of numbers in events, also after their rows are gone: an entry stays until its number is used again."""
+    """The meaning of numbers in events, also after their rows are removed: until a number is used again."""
 
     rules: dict[int, Cause] = field(default_factory=dict)
     log_lists: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -102,8 +102,8 @@ class Enforcement:
         self._names = NumberNames()
         self._compiler = Compiler()
         self._applier: Applier | None = None
-        self._is_behind = False  # the compiler dropped changes: hand it the whole world
-        self._is_ahead = False  # the kernel refused what the compiler holds: start over with new maps
+        self._is_behind = False  # the compiler dropped changes and needs the whole world
+        self._is_ahead = False  # the kernel rejected compiled tables: new maps are needed
 
     @property
     def applier(self) -> Applier:
@@ -138,9 +138,9 @@ class Enforcement:
         return not self._is_ahead and self.audit is not None
 
     def isolation(self, key: EndpointKey) -> dict[Direction, list[Policy]]:
-        """By direction, the enforced policies that isolate a local workload; none.
+        """By direction, the enforced policies that isolate a local workload.
 
-        The direction is allowed unless a profile denies.
+        A direction without any is allowed unless a profile denies.
         """
         policies = [one for one in self._compiler.policies_of(key) if one.staged is Staged.NO]
         return {way: [one for one in policies if way in one.types] for way in Direction}
@@ -148,14 +148,14 @@ class Enforcement:
     # --- changes ----------------------------------------------------------------------------------------------------
 
     def apply(self, changes: Changes) -> None:
-        """Compile and apply.
+        """Compile and apply changes.
 
-        Raises LimitError or MapFullError: then the previous state stays in force, and the next call applies everything
-        that is pending.
+        Raises LimitError or MapFullError: then the previous state stays in force, and the next call applies all pending
+        changes.
         """
         try:
             if self._is_ahead:
-                self._interfaces.locate()  # endpoints may have gone since
+                self._interfaces.locate()  # endpoints may have been removed since
                 self.install()
             else:
                 self._compile(changes)
@@ -199,7 +199,7 @@ class Enforcement:
         inputs = HostPolicyInputs.of(self._objects.world, compiler.tables, self._settings.node)
         own = self._own.initial_state(inputs, wiring, self._interfaces.wanted(), self._programs.attached())
         bindings = {**self._interfaces.bindings(), **own.bindings}
-        # Before maps and programs are made in vain.
+        # Checked before maps and programs are made, which would be in vain.
         require_room(compiler.tables, sizes, bindings, own.complete.elements())
         with self._maps.renewal() as maps:
             applier = Applier(maps)
@@ -298,7 +298,7 @@ class Enforcement:
 
 
 def limits_of(size: Mapping[str, int]) -> Limits:
-    """The compiler's limits that follow from the sizes of the maps, by their names."""
+    """The compiler's limits that follow from map sizes, by map name."""
     return Limits(
         peer_classes=size["np_peer_class"],
         addresses=size["np_addr4"] + size["np_addr6"],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory and pauses of a process that holds a whole cluster: one call before it grows, one when it has grown.
+"""Memory and pauses of a process that has a whole cluster's objects: a call before it allocates, and one afterwards.
 
 Invariant: no verdict depends on this module; without it the agent does the same with more memory and longer pauses.
 """
@@ -10,7 +10,7 @@ import ctypes
 import gc
 
 LARGE_BLOCK_BYTES = 1 << 20
-"""Arbitrary: tables of thousands of rows are larger, what a single change allocates is smaller."""
+"""Threshold in bytes; arbitrary: tables of thousands of rows are larger, allocations of a single change are smaller."""
 _M_MMAP_THRESHOLD = -3  # malloc.h of glibc
 
 
@@ -28,7 +28,7 @@ def give_back_large_blocks() -> None:
 def freeze() -> None:
     """Exclude all present objects from later garbage collections.
 
-    They stay, and a pass over them is a pause of half a second.
+    They live on anyway, and a collection that visits them pauses the process for half a second.
     """
     gc.collect()
     gc.freeze()

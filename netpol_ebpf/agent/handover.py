@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interfaces that the CNI plugin hands over.
+"""Handovers: the CNI plugin's messages about a pod's interface and its addresses.
 
-The pod of each interface and its addresses, before the cluster's objects have them. When a runtime makes a pod's
-interface, the Pod object has no address yet, or those of an earlier sandbox, or has not arrived.  A handover is
-evidence like the results that runtimes keep (`netpol_ebpf.agent.cni`), and its addresses count until the object has one
-of them.
+When a runtime makes a pod's interface, the Pod object has no address yet, or addresses of an earlier sandbox, or has
+not arrived.  A handover is evidence like the results that runtimes keep (`netpol_ebpf.agent.cni`), and its addresses
+count until the object has one of them.
 
-Invariant: a handover concerns one pod, by its UID where both sides have one, and one interface as long as it exists,
-also under the next agent: a file keeps it.  Knows no interface and no policy; `netpol_ebpf.agent.core` does.
+Invariant: a handover is about one pod (identified by its UID if both sides have it) and one interface, for as long as
+the interface exists; a file keeps it for the next agent.  The module knows neither the node's interfaces nor policy;
+`netpol_ebpf.agent.core` does.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ LONGEST_S = 600
 
 @dataclass(frozen=True, slots=True)
 class Handover:
-    """A pod's interface.
+    """One message of the CNI plugin: a pod's interface.
 
-    ``peer``: as in `wiring.Interface`; ``inside``: its name in the pod; ``uid``: empty where the plugin gave none.
+    ``peer``: as in `wiring.Interface`; ``inside``: its name in the pod; ``uid``: "" if the plugin gave none.
     """
 
     pod: EndpointKey
@@ -62,7 +62,7 @@ class Handover:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the interface with the addresses that policy knows the pod by."""
+        """Whether this is the pod's first interface, which has the addresses in the pod's status."""
         return self.inside == FIRST
 
     def is_of(self, uid: str) -> bool:
@@ -101,7 +101,7 @@ class Handovers:
         return [*self._by_pod.get(pod, {}).values()]
 
     def add(self, handover: Handover) -> None:
-        """Add a handover. It replaces one for the same interface of the pod, which was made anew."""
+        """Add a handover. It replaces an earlier one for the same interface of the pod, which was recreated."""
         if handover in self.of(handover.pod):
             return
         self.forget([handover.ifindex])
@@ -118,7 +118,7 @@ class Handovers:
             self._changed.add(one.pod)
 
     def take_changed(self) -> set[EndpointKey]:
-        """The pods with a handover that came or went since the last call.
+        """The pods with a handover that was added or removed since the last call.
 
         The file is written first, so that policy never precedes it.
         """
@@ -128,7 +128,10 @@ class Handovers:
         return changed
 
     def recall(self) -> None:
-        """Read the handovers of an earlier agent; entries that cannot be read are reported, and the file is kept aside."""
+        """Read the handovers of an earlier agent.
+
+        Entries that cannot be read are reported, and the file is kept aside.
+        """
         wrong = []
         try:
             written = [] if self._file is None else _read_all(load_regular(self._file, MOST_BYTES))
@@ -139,7 +142,7 @@ class Handovers:
         for one in written:
             try:
                 self.add(_read(one))
-            except ValueError as error:  # noqa: PERF203 - each counts by itself
+            except ValueError as error:  # noqa: PERF203 - a faulty entry must not stop the others
                 wrong.append(str(error))
         if self._file is not None and wrong:
             self._damage = (self._problem(f"is damaged ({told(wrong)}); {set_aside(self._file)}"),)
@@ -170,7 +173,7 @@ def parse_attach(request: Mapping[str, Any]) -> tuple[Handover, int]:
     try:
         wait_s = checked(request.get("timeout_s"), int, "timeout_s")
         if not 0 <= wait_s <= LONGEST_S:
-            raise ValueError("timeout_s is out of its range")  # noqa: TRY301 - told like all others
+            raise ValueError("timeout_s is out of its range")  # noqa: TRY301 - reported like all others
         return _read(request), wait_s
     except ValueError as error:
         raise UsageError(f"not an interface to attach: {error}") from error
@@ -205,7 +208,7 @@ def _read(written: Mapping[str, Any]) -> Handover:
 
 
 def _write(handed: Handover) -> dict[str, Any]:
-    """One handover in the form that `_read` parses."""
+    """Encode one handover in the form that `_read` parses."""
     return {
         "namespace": handed.pod.namespace, "name": handed.pod.name, "uid": handed.uid, "ifindex": handed.ifindex,
         "interface": handed.name, "peer": [*handed.peer], "inside": handed.inside,

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The own interfaces that have the programs, and the host endpoint of each: a pure function of one snapshot.
+"""Which of the node's own interfaces (all but workloads') get the programs, and the host endpoint of each.
 
-A host endpoint has the interface that it names, else those that have one of its addresses; a wildcard has all that no
-other has. Where several claim an interface, `claim_order` decides; the others are problems. Every own interface has the
-programs: a packet to a service can leave by any, and a packet with the source address of a local workload can arrive on
-any.  Own interfaces without a host endpoint pass everything else.
+A host endpoint applies to the interface that it names, otherwise to those that have one of its addresses; a wildcard
+host endpoint applies to all interfaces without another.  If several claim an interface, `claim_order` decides, and a
+claimant that loses is reported as a problem.
 
-A bridge has no programs unless a host endpoint names it: every packet through a bridge passes one of its ports. The
-loopback has no host endpoint.  Makes no system call.
+All own interfaces get the programs, except bridges and the loopback: a packet to a service can leave by any interface,
+and a packet with a forged source address of a local workload can arrive by any.  On an interface without a host
+endpoint the programs check only these two kinds of packets and let all others pass.  A bridge gets them only if a host
+endpoint names it or has one of its addresses, since every packet through a bridge also passes one of its ports.
+
+A pure function of one snapshot of the node; makes no system call.
 """
 
 from __future__ import annotations
@@ -20,14 +23,16 @@ from netpol_ebpf.policy.journey import WILDCARD, claim_order
 from netpol_ebpf.policy.types import Endpoint, EndpointKey
 
 LOOPBACK = 1
-"""The loopback's number in every network namespace."""
+"""Interface index of the loopback in every network namespace."""
 
 
 @dataclass(frozen=True, slots=True)
 class HostPlan:
-    """The plan. ``interfaces``: own interfaces that must have the programs, each with its host endpoint or None.
+    """The result of `plan_hosts`.
 
-    ``problems``: host endpoints that are not in force as they are written, and why.
+    ``interfaces``: own interfaces that must have the programs, each with its host endpoint; None: no policy applies.
+    ``wildcard``: the host endpoint for all other interfaces, if any.  ``problems``: host endpoints that are not in
+    force as written, and the reasons.
     """
 
     interfaces: Mapping[int, EndpointKey | None] = field(default_factory=dict)
@@ -47,7 +52,10 @@ def own_interfaces(wiring: Wiring, workloads: Collection[int]) -> set[int]:
 
 
 def plan_hosts(wiring: Wiring, endpoints: Iterable[Endpoint], workloads: Collection[int]) -> HostPlan:
-    """Plan which host endpoint applies to each interface. ``endpoints``: the host endpoints of this node; ``workloads``: interfaces of workloads."""
+    """Plan which host endpoint applies to each own interface.
+
+    ``endpoints``: the host endpoints of this node; ``workloads``: indices of workloads' interfaces.
+    """
     own = own_interfaces(wiring, workloads)
     by_name = {wiring.links[ifindex].name: ifindex for ifindex in own}
     wildcard: EndpointKey | None = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The world that the rows in the kernel were made of; the manifests are ahead of it while a change is rejected.
+"""The world from which the rows in the kernel were made; it lags behind the objects while a change is rejected.
 
 Invariant: `WorldInForce.world` is that of the last change that was applied whole.  Costs a reference for each object,
 not a copy.
@@ -14,7 +14,7 @@ from netpol_ebpf.policy.types import Changes, World
 
 @dataclass(slots=True)
 class WorldInForce:
-    """The world in force. ``world``: read-only for callers; its objects are those of the translation."""
+    """The world in force. ``world``: read-only for callers; it shares the objects of the translation."""
 
     world: World = field(default_factory=World)
     _awaited: Changes = field(default_factory=Changes)

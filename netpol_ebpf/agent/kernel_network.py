@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The node's network as the kernel reports it: netlink messages, and what the kernel reports only on request.
+"""The node's network as the kernel reports it: by notifications, and on request where it sends none.
 
-A `Follower` keeps interfaces, addresses and routes by messages.  Multicast groups, and addresses inside other network namespaces, have no
-messages: they are listed again at intervals.
+A `Follower` keeps interfaces, addresses and routes up to date by notifications.  The kernel sends none about multicast
+groups, and none about addresses in other network namespaces: both are listed at intervals.
 
-Invariant: what one interface costs is bounded, whatever is done at its other end.  Reads only.
+Invariant: the cost of one interface is bounded, whatever happens at its other end.  Reads only.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from netpol_loader.host.peers import load_peer_addresses
 from netpol_loader.host.routes import LocalRoute
 
 STACKED_KINDS = frozenset({"vlan", "macvlan", "ipvlan"})
-"""Kinds of devices that pass on packets of a lower device unchanged; the underlay device of a tunnel is none of these.
+"""Kinds of devices that pass packets of a lower device unchanged.
+
+A tunnel's underlay is no lower device in this sense.
 """
 GROUP = Meaning(LocalFlag.GROUP)
 IPV6 = 6
 SOLICITED = int(IPv6Address("ff02::1:ff00:0"))
 LOOPBACK_NET = ip_network("127.0.0.0/8")
 PEERS_A_LOOK = 50
-"""Interfaces that one pass looks behind, so that many of them do not delay a new one; arbitrary."""
+"""Most interfaces whose other ends one pass lists, so that many of them do not delay a new one; arbitrary."""
 GROUPS_S = 1.0
-"""Interval at which the joined multicast groups are listed; arbitrary."""
+"""Interval in seconds at which the joined multicast groups are listed; arbitrary."""
 PEERS_S = 0.25
-"""Interval at which the other end of an interface without a workload is listed again when nothing announced a change;
-arbitrary.
-"""
+"""Interval in seconds of lists of an interface's other end, if it has no workload and did not change; arbitrary."""
 
 
 class KernelNetwork:
@@ -49,13 +49,14 @@ class KernelNetwork:
         self._results = CniResultCache(plugin_results or DEFAULT_DIR)
         self._gone: set[int] | None = set()
         self._born: list[Interface] = []
-        self._is_news = False  # what was read and not looked at yet
-        self._groups: frozenset[IPAddress] = frozenset()  # but for those of addresses
-        self._not_joined: set[IPAddress] = set()  # of those of addresses
+        self._is_news = False  # whether notifications were read since the last `has_news`
+        self._groups: frozenset[IPAddress] = frozenset()  # joined groups, without those of addresses
+        self._not_joined: set[IPAddress] = set()  # groups of addresses that are not joined
         self._groups_s = -GROUPS_S
-        self._version: tuple[int, int] | None = None  # of the follower, when its news were read
+        self._version: tuple[int, int] | None = None  # the follower's version at the last read of notifications
         self._links: dict[int, tuple[Link, Interface]] = {}
-        # Behind each interface: the interface then, whether it had a host route, and when it was asked.
+        # By interface: the interface as it was at the last list of its other end, whether it had a host route, and the
+        # time.
         self._asked: dict[int, tuple[Link, bool, float]] = {}
         self._peer_addresses: dict[tuple[int, int], tuple[IPAddress, ...]] = {}
 
@@ -67,17 +68,17 @@ class KernelNetwork:
         self._follower.close()
 
     def fileno(self) -> int:
-        """A descriptor that is readable when messages wait."""
+        """A descriptor that is readable when notifications are queued."""
         return self._follower.fileno()
 
     @property
     def listed_again(self) -> Mapping[str, int]:
-        """How often all interfaces and routes were listed again since the start, by cause."""
+        """How often all interfaces and routes were listed again since the start, by reason."""
         return self._follower.listed_again
 
     @property
     def interfaces(self) -> Collection[int]:
-        """All interfaces, as of the last messages that were read."""
+        """Indices of all interfaces, as of the last notifications that were read."""
         return self._follower.links.keys()
 
     def has_news(self) -> bool:
@@ -106,7 +107,7 @@ class KernelNetwork:
             self._gone |= {one.link.ifindex for one in news if one.is_gone}
 
     def _look_at_groups(self) -> None:
-        """List the multicast groups that processes of the node joined: the kernel announces no change of them.
+        """List the multicast groups that the node's processes have joined: the kernel sends no notification of changes.
 
         Takes milliseconds.
         """
@@ -119,9 +120,9 @@ class KernelNetwork:
         self._is_news = self._is_news or self._groups != before
 
     def _address_groups(self) -> set[IPAddress]:
-        """Multicast groups that interfaces join for each of their addresses for neighbour discovery.
+        """Multicast groups that interfaces join for each of their addresses, for neighbour discovery.
 
-        None on links without it.
+        Interfaces on links without neighbour discovery join none.
         """
         anycast = (one.address for one in self._follower.local_routes if one.is_single)
         return {_solicited(one) for one in (*self._follower.addresses, *anycast) if one.version == IPV6}
@@ -132,7 +133,7 @@ class KernelNetwork:
         return gone
 
     def snapshot(self, bound: Collection[int] = ()) -> Wiring:
-        """See `NodeAccess`. As of the last messages that were read: later messages count for the next snapshot."""
+        """See `NodeAccess`. As of the last notifications that were read: later ones count for the next snapshot."""
         if self._version is None:
             self._read_news()
             self._look_at_groups()
@@ -155,7 +156,7 @@ class KernelNetwork:
         )
 
     def _known_links(self) -> dict[int, tuple[Link, Interface]]:
-        """The interfaces, as the kernel reports them and as the agent models them."""
+        """All interfaces by index, each as the kernel reports it and as the agent models it."""
         before = self._links
         self._links = {}
         for ifindex, one in self._follower.links.items():
@@ -164,10 +165,10 @@ class KernelNetwork:
         return self._links
 
     def _look_behind(self, links: Mapping[int, tuple[Link, Interface]], bound: Collection[int]) -> None:
-        """List the addresses at the other ends of pairs without a workload.
+        """List the addresses at the other ends of veth and netkit pairs without a workload.
 
-        At once where the pair changed, else every PEERS_S. Addresses behind a bound interface do not count.  The cost
-        of one interface is bounded, whatever happens at its other end.
+        At once for a pair that changed, otherwise every PEERS_S. Addresses behind a bound interface do not count.  The
+        cost of one interface is bounded, whatever happens at its other end.
         """
         now_s = time.monotonic()
         routed, uplinks = set(self._follower.host_routes.values()), self._follower.uplinks
@@ -204,7 +205,10 @@ def _link(link: Link) -> Interface:
 def _meanings(
     routes: Iterable[LocalRoute], groups: Iterable[IPAddress]
 ) -> tuple[dict[IPAddress, Meaning], frozenset[IPNetwork]]:
-    """Addresses that mean the node, and prefixes that are its own as a whole; the program has 127.0.0.0/8 built in."""
+    """Single addresses with their roles at the node, and prefixes that are the node's own; without 127.0.0.0/8.
+
+    The program treats 127.0.0.0/8 as the node's own without a row.
+    """
     found = dict.fromkeys(groups, GROUP)
     nets = set()
     for route in routes:

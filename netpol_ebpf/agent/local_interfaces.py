@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The interface of each local workload, in the last snapshot of the node's network.
 
-`InterfaceAssignments` decides; this module takes the snapshot, stores the decision and reports missing interfaces.
+`InterfaceAssignments` decides the assignments; this module takes the snapshot, stores the assignments and reports
+missing interfaces.
 
 Invariant: an assignment is in its file before the kernel has a row for it.  Must not attach programs or write maps.
 """
@@ -27,18 +28,18 @@ from netpol_ebpf.policy.types import Endpoint, EndpointKey, IPAddress
 log = logging.getLogger(__name__)
 
 SEARCH_S = 0.5
-"""Interval of searches for what no message announces (an address inside a pod's namespace); arbitrary."""
+"""Interval in seconds of searches for changes without a notification (addresses in a pod's namespace); arbitrary."""
 MISSING_S = 5.0
-"""How long a workload may be without an interface before that is a problem; arbitrary."""
+"""How long, in seconds, a workload may be without an interface before that is a problem; arbitrary."""
 SHOWN = 5
 """Largest number of names in a message; arbitrary."""
 
 
 class LocalInterfaces:
-    """`look` takes a snapshot and locates the workloads in it.
+    """Finds the interfaces of local workloads: `look` takes a snapshot and searches it, `locate` searches the last one.
 
-    `locate` uses the last snapshot, when only the objects changed. ``wiring``: the last snapshot; read-only for
-    callers.  ``has_looked``: whether there was a look since the owner last set this to False.
+    `locate` is enough if only the objects changed. ``wiring``: the last snapshot; read-only for callers.
+    ``has_looked``: whether `look` was called since the owner last set this to False.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class LocalInterfaces:
         self._located = LocatedEndpoints()
         # What each row was made of: the workload, its interface, and the one that this belongs to.
         self._bindings: dict[EndpointKey, tuple[Endpoint, Interface | None, Interface | None, Binding]] = {}
-        self._missed_s: dict[EndpointKey, float] = {}  # since when there has been no interface of these
+        self._missed_s: dict[EndpointKey, float] = {}  # since when a workload has had no interface
         self._looked_at_s = clock()
 
     # --- what was found ---------------------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ class LocalInterfaces:
         return self._located.evidence
 
     def is_workload(self, ifindex: int) -> bool:
-        """Whether an interface is a workload's, and so closed while nothing is known about it."""
+        """Whether an interface counts as a workload's, so that it is closed until its workload is known."""
         return self._assignments.is_workload(ifindex)
 
     def wanted(self) -> set[int]:
@@ -147,7 +148,7 @@ class LocalInterfaces:
         self._save()
 
     def is_there(self, handed: Handover) -> bool:
-        """Whether the node has the handed-over interface, with its other end where the plugin said."""
+        """Whether the node has the interface of a handover, with the other end that the plugin reported."""
         link = self.wiring.links.get(handed.ifindex)
         return link is not None and (link.name, link.peer) == (handed.name, handed.peer)
 
@@ -156,7 +157,7 @@ class LocalInterfaces:
         return self._located.problems.get(key)
 
     def is_search_due(self) -> bool:
-        """Whether a search for what no message announces is due."""
+        """Whether a search for changes without a notification is due."""
         return self._clock() - self._looked_at_s >= SEARCH_S
 
     def is_curious(self) -> bool:
@@ -177,7 +178,7 @@ class LocalInterfaces:
         return bool(self.wiring.links) and key in self._objects.local and key not in self.located
 
     def recall_handovers(self) -> None:
-        """Take up what the CNI plugin said to an earlier agent, of interfaces that are still there."""
+        """Restore handovers that an earlier agent got, for interfaces that still exist."""
         handovers = self._objects.handovers
         handovers.recall()
         known = [one for pod in handovers.pods for one in handovers.of(pod)]
@@ -200,7 +201,7 @@ class LocalInterfaces:
         for key in self._objects.handovers.pods:
             handed = self._objects.handed(key)
             if handed is not None and key in self._objects.local and self.is_there(handed):
-                found[key] = {handed.name}  # newer than what the runtime keeps of an interface before
+                found[key] = {handed.name}  # newer than the runtime's result for an earlier interface
         return found
 
     def _note_missing(self) -> None:
@@ -209,19 +210,20 @@ class LocalInterfaces:
         self._missed_s = {key: self._missed_s.get(key, now_s) for key in missed}
 
     def _is_expected(self, endpoint: Endpoint) -> bool:
-        """Whether a workload must be on this node: without a node name any workload may be elsewhere.
+        """Whether a workload must have an interface on this node.
 
-        Without an address it does not run.
+        Not if this node's name is not known: any workload may be elsewhere.  Not if the workload has no address: it
+        does not run.
         """
         return endpoint.node is not None and endpoint.node == self._settings.node and bool(endpoint.addresses)
 
     # --- beyond the process -----------------------------------------------------------------------------------------
 
     def recall(self, former: Mapping[EndpointKey, int], attached: Collection[int]) -> None:
-        """Restore the assignments of an earlier agent: those of its file, else those of the rows in the kernel.
+        """Restore the assignments of an earlier agent: from its file, otherwise from the rows in the kernel.
 
-        ``former``: workloads and interfaces of these rows.  ``attached``: interfaces that have the programs; any other
-        one is gone.
+        ``former``: interfaces of these rows, by workload.  ``attached``: interfaces with the programs; other interfaces
+        of the file or the rows are gone.
         """
         if self._file is not None:
             problem = self._assignments.load(self._file)
@@ -248,7 +250,7 @@ class LocalInterfaces:
     # --- problems ---------------------------------------------------------------------------------------------------
 
     def conflicts(self) -> Iterable[Problem]:
-        """Workloads that cannot have an interface although there is evidence of one, and interfaces in doubt."""
+        """Problems of workloads that get no interface although there is evidence of one, and of interfaces in doubt."""
         for key, message in sorted(self._located.problems.items()):
             yield Problem(self._objects.location(key), "", f"interface: {message}", obj=str(key), slug="interface")
         for message in self._assignments.doubts.values():

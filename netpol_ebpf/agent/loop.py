@@ -49,7 +49,7 @@ class AgentLoop:
     _opened_s: float = -math.inf
 
     def open(self) -> None:
-        """Open the socket; if the file system has no room for it, as soon as there is. Raises PlatformError."""
+        """Open the control socket, or try again later if the file system has no room for it. Raises PlatformError."""
         self._opened_s = self.clock()
         try:
             self.control_socket.open()
@@ -65,7 +65,7 @@ class AgentLoop:
         from netpol_ebpf.apply.events import FlowEvent
 
         readable, writable = self.control_socket.descriptors()
-        # Before the start nothing is done about interfaces: what is in force is what an earlier agent left.
+        # Before the start interfaces stay as they are: the state of an earlier agent is in force.
         network = self.node.network.fileno() if self.agent.is_started else None
         barrier = self.node.barrier.fileno() if self.agent.is_started else None
         objects = self.agent.source.fileno()
@@ -79,7 +79,7 @@ class AgentLoop:
             self._is_news = True
         if objects in woken:
             self.agent.source.note_news()
-        # All interfaces are not looked at while the last look is recent, lest a busy node keep us busy.
+        # After a recent pass over all interfaces the next one waits, so that a busy node does not occupy the agent.
         if self._wait_s() <= 0:
             self._is_news = False
             self._stepped_s = self.clock()
@@ -93,7 +93,7 @@ class AgentLoop:
         self._is_news = self._is_news or self.agent.has_handovers
 
     def note_progress(self) -> None:
-        """Say once that enforcement is in place, and once that the objects are in force."""
+        """Report once that enforcement is in place, and once that the objects are in force."""
         if not self._is_ready and self.agent.keeps_enforcement:
             self._is_ready = True
             notify_ready()
@@ -147,7 +147,7 @@ def wakened_by(*signals: signal.Signals) -> Iterator[tuple[list[int], int]]:
 
 
 def notify_ready() -> None:
-    """Tell a service manager that waits for it (sd_notify(3)) that policy is in force, or that workloads are closed."""
+    """Notify the service manager (sd_notify(3)): policy is in force, or workloads are closed."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
         import socket

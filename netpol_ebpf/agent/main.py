@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`netpol-agent`: enforces the policies of a cluster, or of a directory of manifests, on the workloads of this node.
 
-Ending it, by whatever signal, leaves enforcement as it is; the next one takes it over.  `netpolctl cleanup` ends enforcement.
+Enforcement continues when the agent ends, by whatever signal; the next agent takes it over.  `netpolctl cleanup` ends
+enforcement.
 
 Invariant: everything that can fail at start has failed, with one line, before any packet is judged differently.
 """
@@ -39,7 +40,7 @@ BARRIER_MARKS = "0x20,0x40,0x10"
 WORKLOAD_TO_HOST = {"allow": "allow", "deny": "deny", "policy": "pass"}
 """Values of --workload-to-host, as values of `netpol_ebpf.policy.types.Action`."""
 MOST_ENTRIES = 0xFFFF_FFFF
-"""Largest number of entries: the kernel has 32 bits for it, and would drop upper bits of a larger one."""
+"""Most entries of a map: the kernel has 32 bits for the number, and would drop upper bits of a larger one."""
 PRIVATE_UMASK = 0o077
 """Umask of everything that the agent creates: access for others is granted explicitly."""
 IN_USE_HINT = "Stop it, or give this one a --state-dir and a --pin-root of its own."
@@ -48,7 +49,7 @@ LEDGER_NAME = "numbers"
 INTERFACES_NAME = "interfaces"
 HANDOVERS_NAME = "handovers"
 IN_FORCE = {"in_force": True}
-"""The answer that the CNI plugin waits for (cni/agent.c)."""
+"""The answer for which the CNI plugin waits (cni/agent.c)."""
 
 log = logging.getLogger("netpol-agent")
 
@@ -178,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.hint:
             say(paragraph(f"netpol-agent: hint: {error.hint}"), file=sys.stderr)
         return error.exit_code
-    except OSError as error:  # no room, no permission, a name that is taken: the machine's state, not a bug
+    except OSError as error:  # no room, no permission, an existing file: a fault of the machine, not a bug
         if arguments.debug:
             say(traceback.format_exc(), file=sys.stderr)
         what = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror or str(error)
@@ -269,7 +270,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def claimed(pin_root: Path) -> Iterator[None]:
-    """Hold the lock of a pin root, which is created: one agent, or one `netpolctl cleanup`, at a time.
+    """Create a pin root and hold its lock: only one agent or `netpolctl cleanup` can use it at a time.
 
     Raises PlatformError.
     """
@@ -287,7 +288,7 @@ def claimed(pin_root: Path) -> Iterator[None]:
 
 
 def open_to_group(state_dir: Path, pin_root: Path, group: int | None) -> None:
-    """Let the group pass through the state directory to the socket, and to nothing else there. Raises PlatformError."""
+    """Give the group access to the socket in the state directory, and to nothing else there. Raises PlatformError."""
     from netpol_loader.pins import access
 
     try:
@@ -308,7 +309,10 @@ def open_to_group(state_dir: Path, pin_root: Path, group: int | None) -> None:
 
 
 def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) -> dict[str, Answer]:
-    """The operations that the agent answers. They run in children of this process (`netpol_ebpf.agent.answering`)."""
+    """The operations that the agent answers, by name.
+
+    Children of this process run them (`netpol_ebpf.agent.answering`).
+    """
     from netpol_ebpf.agent import report
     from netpol_ebpf.agent.questions import answer_question
 
@@ -342,7 +346,7 @@ def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) 
 
 
 def waits_of(agent: Any, clock: Callable[[], float] = time.monotonic) -> dict[str, Callable[[Mapping[str, Any]], Wait]]:
-    """The operations of the CNI plugin; the agent's own loop answers them. ``clock``: seconds."""
+    """The operations of the CNI plugin, by name; the agent's own loop answers them. ``clock``: seconds."""
     from netpol_ebpf.agent.handover import parse_attach
 
     def attach(request: Mapping[str, Any]) -> Wait:
@@ -370,15 +374,15 @@ def waits_of(agent: Any, clock: Callable[[], float] = time.monotonic) -> dict[st
 
 @contextlib.contextmanager
 def exclusive(state_dir: Path, *, hint: str = IN_USE_HINT) -> Iterator[None]:
-    """Hold the lock of a state directory: one agent at a time; the lock ends with the process.
+    """Hold the lock of a state directory, so that only one agent uses it; the lock ends with the process.
 
-    Raises PlatformError, with ``hint``, when another agent runs.
+    Raises PlatformError, with ``hint``, if another agent runs.
     """
     from netpol_loader.pins.lock import locked_alone
 
     state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     fd = os.open(state_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
-    os.fchmod(fd, 0o600)  # who can open it can hold it, and a group may pass through the directory
+    os.fchmod(fd, 0o600)  # a process that can open the file can hold the lock; a group may enter the directory
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked_alone(fd))
@@ -388,7 +392,7 @@ def exclusive(state_dir: Path, *, hint: str = IN_USE_HINT) -> Iterator[None]:
 
 
 def parse_mark(text: str | None) -> int:
-    """Parse a mask of 16 adjacent bits: its lowest bit, 0 without a mask. Raises UsageError."""
+    """Parse a mask of 16 adjacent bits; returns its lowest bit, or 0 without a mask. Raises UsageError."""
     if text is None:
         return 0
     try:
@@ -402,7 +406,7 @@ def parse_mark(text: str | None) -> int:
 
 
 def parse_tunnel(text: str) -> tuple[int, int]:
-    """Parse ``udp:PORT`` or the name of an IP protocol: protocol number, and port or 0. Raises UsageError."""
+    """Parse ``udp:PORT`` or the name of an IP protocol; returns (protocol number, port or 0). Raises UsageError."""
     name, _, port = text.lower().partition(":")
     if name == "udp" and port.isdecimal() and 0 < int(port) <= 0xFFFF:  # noqa: PLR2004 - a port has 16 bits
         return TUNNEL_PROTOCOLS["udp"], int(port)
@@ -421,7 +425,7 @@ def parse_router(text: str) -> str:
 
 
 def parse_group(name: str | None) -> int | None:
-    """The number of a group given by name or number, None without one. Raises UsageError."""
+    """Parse a group given by name or number; returns its id, None without a group. Raises UsageError."""
     if name is None:
         return None
     try:
@@ -431,7 +435,7 @@ def parse_group(name: str | None) -> int | None:
 
 
 def parse_sizes(texts: Sequence[str]) -> dict[str, int]:
-    """Parse ``MAP=ENTRIES`` pairs: sizes by map. Raises UsageError."""
+    """Parse ``MAP=ENTRIES`` pairs; returns sizes by map name. Raises UsageError."""
     from netpol_loader.tables.buckets import SIZED
 
     sizes: dict[str, int] = {}

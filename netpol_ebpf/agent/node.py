@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The node in the kernel: its network, and the dataplane on its interfaces.
+"""The node's kernel: its network, and the dataplane on its interfaces.
 
 The agent changes the kernel through this module alone. Invariant: enforcement outlives this object; only `netpolctl
 cleanup` ends it.
@@ -31,14 +31,14 @@ from netpol_loader.tables.events import EventRecord
 POLICY_MAPS = frozenset(
     abi.maps_of(abi.MapRole.ENDPOINT, abi.MapRole.ENDPOINT_CACHE, abi.MapRole.NODE, abi.MapRole.TABLE)
 )
-"""Maps of policy and of what the program cached of it.
+"""Maps of policy, and the program's caches of policy.
 
 All other maps hold connections, counters and settings, and outlive an exchange of policy maps.
 """
 
 
 EVENTS_A_LOOK = 1000
-"""Events read in one pass, so that a flood of them does not delay everything else; arbitrary."""
+"""Most events read in one pass, so that a flood of them does not delay everything else; arbitrary."""
 CLSACT_TURN = 10
 """Interfaces with clsact that one audit checks; arbitrary."""
 
@@ -55,7 +55,7 @@ class KernelNode:
         timeouts_s: Mapping[str, int] | None = None,
         plugin_results: Path | None = None,
     ) -> None:
-        """``group``: the number of a group that may read the maps.
+        """``sizes``: max_entries by map name. ``group``: id of a group that may read the maps.
 
         ``timeouts_s``: time-outs that differ from the default (`timeouts`). ``plugin_results``: the directory of
         `CniResultCache`.
@@ -69,7 +69,7 @@ class KernelNode:
         self._consume: Callable[[EventRecord], None] = lambda _event: None
         self._others = OtherPrograms()
         self._upgrade: Upgrade | None = None  # until it has taken over
-        self.upgraded = ""  # what an upgrade of the pins did, for people; empty: there was none
+        self.upgraded = ""  # result of an upgrade of the pins, as text; "": none
         self._barrier = BarrierTables(str(pin_root.absolute()))
 
     def __enter__(self) -> KernelNode:  # noqa: PYI034 - typing.Self comes with Python 3.11
@@ -93,7 +93,7 @@ class KernelNode:
 
     @property
     def pin_dir(self) -> Path:
-        """Where the maps are pinned."""
+        """The directory of the pinned maps."""
         return self._dataplane.pin_dir
 
     @property
@@ -116,7 +116,7 @@ class KernelNode:
         """See `NodeAccess`."""
         if self._upgrade is not None:
             yield self._dataplane.maps
-            self._set_timeouts()  # before: an upgrade is no moment at which connections are given up earlier than asked
+            self._set_timeouts()  # before the exchange, so that no connection expires early in an upgrade
             self._upgrade.take_over()
             self._upgrade = None
             access.grant(self._dataplane, self._group)
@@ -143,7 +143,7 @@ class KernelNode:
         self._dataplane.set_config(config)
 
     def _is_new(self) -> bool:
-        """Whether these maps hold no policy yet and nothing is attached: then there is nothing to take over."""
+        """Whether these maps have no policy yet and no interface has programs: then there is no state to take over."""
         return next(iter(self._dataplane.maps["np_rule"].items()), None) is None and not self.attached()
 
     def former_numbers(self) -> Mapping[int, int]:
@@ -179,7 +179,10 @@ class KernelNode:
         attach.prune(self._dataplane, self._network.interfaces)
 
     def mend(self, ifindexes: Collection[int]) -> list[Drift]:
-        """See `NodeAccess`. The interfaces are checked in turns (`Turns`), those with clsact CLSACT_TURN at a time: that check is slow."""
+        """See `NodeAccess`.
+
+        Checks interfaces in turns (`Turns`), at most CLSACT_TURN of those with clsact, whose check is slow.
+        """
         found = mend_pins(self._dataplane)
         restored = {one.where for one in found}
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent's view of the node, one protocol for each subject.
+"""The agent's view of the node: one protocol for each subject.
 
 `netpol_ebpf.agent.node` implements it on the kernel; tests have another implementation.
 """
@@ -33,16 +33,19 @@ class NetworkAccess(Protocol):
         """Whether interfaces, routes or addresses may have changed since the last call."""
 
     def take_born(self) -> list[Interface]:
-        """Interfaces that the kernel reported since the last call, new ones among them; all other messages stay queued."""
+        """Interfaces that the kernel reported since the last call, new ones included.
+
+        All other notifications stay queued.
+        """
 
     def take_gone(self) -> set[int] | None:
-        """Interfaces that went since the last call, even if new interfaces have their numbers now; None.
+        """Interfaces that vanished since the last call, even if new interfaces have their indices now.
 
-        Messages were lost.
+        None: notifications were lost.
         """
 
     def interface_towards(self, address: IPAddress) -> int | None:
-        """The interface by which the node would send to an address, None where there is no route."""
+        """The interface by which the node would send to ``address``; None if there is no route."""
 
 
 class ProgramAccess(Protocol):
@@ -58,7 +61,7 @@ class ProgramAccess(Protocol):
         """Detach our programs from an interface."""
 
     def prune(self) -> None:
-        """Forget interfaces that are gone; detach programs from interfaces that moved to another network namespace."""
+        """Remove pins of interfaces that are gone; detach programs from interfaces that left this network namespace."""
 
 
 class MapAccess(Protocol):
@@ -74,11 +77,11 @@ class MapAccess(Protocol):
         """The sizes in rows of the maps that the next `renewal` gives."""
 
     def former_numbers(self) -> Mapping[int, int]:
-        """Endpoint numbers in force by interface, also those of an agent of another version."""
+        """Endpoint numbers of the rows in force, by interface; also of an agent of another version."""
 
 
 class RepairAccess(Protocol):
-    """Detection and repair of what others changed or added."""
+    """Detection and repair of changes by other programs."""
 
     def mend(self, ifindexes: Collection[int]) -> list[Drift]:
         """Restore pins, and our programs on the next of these interfaces, where something removed or changed them.
@@ -88,11 +91,14 @@ class RepairAccess(Protocol):
         """
 
     def other_programs(self, attached: Collection[int]) -> list[Other]:
-        """Programs of others where packets pass the node's interfaces, as each was last seen. ``attached``: those with our programs."""
+        """Other parties' programs on the node's interfaces, as last read.
+
+        ``attached``: interfaces with our programs.
+        """
 
 
 class NodeAccess(ProgramAccess, MapAccess, RepairAccess, ConnectionAccess, Protocol):
-    """The whole node, which `Agent` hands on to its parts."""
+    """All access to the node; `Agent` passes the parts of it to its own parts."""
 
     @property
     def network(self) -> NetworkAccess:
@@ -103,7 +109,7 @@ class NodeAccess(ProgramAccess, MapAccess, RepairAccess, ConnectionAccess, Proto
         """The tables of the second barrier in this node's network namespace."""
 
     def others(self, ifindex: int) -> list[str]:
-        """Programs of others on the hook by which an interface's packets come in, as text for messages."""
+        """Other parties' programs on the TC ingress hook of an interface, as text for messages."""
 
     def read_events(self, consume: Callable[[EventRecord], None]) -> int:
-        """Hand over the waiting events, or the first of very many; returns their number."""
+        """Pass queued events to ``consume``, at most a bounded number; returns how many."""

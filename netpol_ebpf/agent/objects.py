@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The objects of the source: translated, each address given to one workload, and the world that is in force.
+"""The translated objects of the source, the holder of each contested address, and the world that is in force.
 
-Invariants: an address that several workloads claim counts for the one that had it first (`AddressClaims`); `ClusterObjects.world_in_force`
-is the world of the last change that was applied whole.  Knows no interface and no map.
+Invariants: an address that several workloads claim counts for its holder only (`AddressClaims`);
+`ClusterObjects.world_in_force` is the world of the last change that was applied whole.  The module knows no interface
+and no map.
 """
 
 from __future__ import annotations
@@ -68,7 +69,10 @@ class ClusterObjects:
     # --- changes ----------------------------------------------------------------------------------------------------
 
     def take(self, update: SourceUpdate) -> None:
-        """Take up what changed, and log the problems that are new. Nothing of the update is kept: for a cluster it is large."""
+        """Translate the changed objects of an update, and log new problems.
+
+        Keeps no reference to the update, which is large.
+        """
         self.note_problems(update.problems)
         for event in update.events:
             if isinstance(event, Upsert):
@@ -77,7 +81,7 @@ class ClusterObjects:
                 self.derivation.remove(*event.key)
 
     def note_problems(self, problems: tuple[Problem, ...]) -> None:
-        """Take up what the source reports now, and log what is new of it."""
+        """Replace the source's problems by the present ones, and log the new ones."""
         known = set(self._source_problems)
         for problem in problems:
             if problem not in known:
@@ -85,7 +89,7 @@ class ClusterObjects:
         self._source_problems = problems
 
     def take_changes(self, older: Collection[EndpointKey], is_idle: Callable[[EndpointKey], bool]) -> Changes:
-        """What changed since the last call, each address given to the workload that had it first.
+        """The changes since the last call, with each contested address given to its holder only.
 
         ``older``, ``is_idle``: see `AddressClaims.apply_changes`.
         """
@@ -128,7 +132,7 @@ class ClusterObjects:
         self._in_force.accept()
 
     def set_tunnels(self, encapsulations: Iterable[tuple[int, int]]) -> None:
-        """Set the encapsulations that nodes take from anyone, as IP protocol and UDP port, besides those of all nodes."""
+        """Set the tunnels (IP protocol, UDP port) that nodes accept from any sender, besides those of all nodes."""
         self.derivation.set_tunnels(TUNNELS.union(Tunnel(*one) for one in encapsulations))
 
     # --- questions --------------------------------------------------------------------------------------------------
@@ -153,14 +157,14 @@ class ClusterObjects:
         return self._claims.effective_world()
 
     def nodes_here(self) -> list[ClusterNode]:
-        """The Node object of this node; all of them where its name is not known."""
+        """The Node object of this node; all Node objects if this node's name is not known."""
         nodes = self.world.nodes
         if self._settings.node is None:
             return list(nodes.values())
         return [nodes[one] for one in (self._settings.node,) if one in nodes]
 
     def owner_of(self, address: IPAddress) -> str | None:
-        """The workload, or else the host endpoint or the node, that has an address; of several the first by name."""
+        """The workload that has an address, otherwise the host endpoint or node; of several the first by name."""
         holder = self._claims.holder(address)
         if holder is not None:
             return str(holder)
@@ -172,13 +176,13 @@ class ClusterObjects:
         return self._other_owners.get(address)
 
     def handed(self, key: EndpointKey) -> Handover | None:
-        """The first interface of the pod that the cluster has under this name now, as the CNI plugin handed it over."""
+        """The handover of a pod's first interface; None if there is none for the pod that now has this name."""
         pod = self._resource(key)
         first = (one for one in self.handovers.of(key) if one.is_first)
         return next((one for one in first if isinstance(pod, Pod) and one.is_of(pod.uid)), None)
 
     def missing_for(self, handed: Handover) -> str:
-        """Why the objects keep policy for a handed-over interface from being in force; empty: they do not."""
+        """Why the objects do not allow policy to be in force on a handed-over interface yet; "": they do."""
         key = handed.pod
         if not handed.is_first:
             return f"{handed.inside} is a further interface, and policy knows a workload by its first"
@@ -197,7 +201,7 @@ class ClusterObjects:
         return "; ".join(others)
 
     def is_in_force(self, key: EndpointKey) -> bool:
-        """Whether the world in force has a local workload in its present form."""
+        """Whether the world in force has a local workload exactly as the objects now describe it."""
         return self.world_in_force.endpoints.get(key) == self.local.get(key)
 
     def _resource(self, key: EndpointKey) -> Resource | None:
@@ -220,7 +224,7 @@ class ClusterObjects:
         """Addresses that several workloads claim."""
         for address, holder, other in self._claims.disputes():
             message = _dispute(address, holder, other)
-            severity = "error" if other in self.local else "warning"  # elsewhere it is that node's
+            severity = "error" if other in self.local else "warning"  # the other workload's node reports the error
             yield Problem(self.location(other), "", message, obj=str(other), severity=severity, slug="address-claimed")
 
     def without_namespace(self) -> Iterable[Problem]:

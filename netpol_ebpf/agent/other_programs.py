@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Problems for programs of others on the node's interfaces: which of them may let packets bypass policy.
+"""Problems for other parties' programs on the node's interfaces that may let packets bypass policy.
 
-Invariant: a program that only counts, passes or drops behind ours is no problem; a program that cannot be examined is
-never taken for a harmless one.  Reads nothing from the kernel.
+Invariant: a program that only counts, passes or drops packets behind ours is no problem; a program that cannot be
+examined never counts as harmless.  Reads nothing from the kernel.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ SAID: dict[tuple[bool, Reach], tuple[str, str, str]] = {
         REDIRECT, "warning", "cannot tell whether programs of others redirect packets past policy: {}; " + WHY_UNKNOWN,
     ),
 }  # fmt: skip
-"""Kind of problem, severity and message, by whether the program is an XDP program and by what it can do."""
+"""(kind of problem, severity, message) by whether the program is an XDP program and by its `Reach`."""
 FIRST = (OVERTAKEN, "error", "programs of others run before policy, which does not see what they let pass: {}")
 SHOWN = 10
 """Largest number of programs named in a message; arbitrary."""
 
 
 def problems_of(found: Iterable[Other], name_of: Callable[[int], str]) -> list[Problem]:
-    """One problem for each kind of finding, with its programs. ``name_of``: the name of an interface."""
+    """One problem for each kind of finding, with all its programs. ``name_of``: name of an interface by its index."""
     told: dict[tuple[str, str, str], list[str]] = {}
     for one in found:
         said = _said(one)
@@ -55,6 +55,6 @@ def problems_of(found: Iterable[Other], name_of: Callable[[int], str]) -> list[P
 
 
 def _said(one: Other) -> tuple[str, str, str] | None:
-    if one.hook == XDP:  # one that only passes or drops matters where policy runs after it
+    if one.hook == XDP:  # one that cannot redirect matters only where policy runs after it
         return SAID[True, one.reach] if one.is_first or one.reach is not Reach.NONE else None
     return FIRST if one.is_first else SAID.get((False, one.reach))

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows and programs of the node's own interfaces, and the node's addresses in the maps.
 
-Host endpoints and services need both.
+Both serve host endpoints and services.  `netpol_ebpf.agent.hosts` plans which interfaces have the programs, and which
+host endpoint applies to each; this module executes the plan.
 
-`netpol_ebpf.agent.hosts` plans which interfaces have the programs, and which host endpoint applies to each; this module
-carries out the plan.
-
-Invariants: an own interface has its row before it has the programs, and keeps it as long as them, since the programs
-close an interface without a row; the programs defer verdicts on services only while every exit has them; while an exit
-cannot have them, services are closed.
+Invariants: an own interface has its row before it has the programs, and keeps the row as long as the programs, since
+the programs deny everything on an interface without a row; the programs defer verdicts on packets to services only
+while every exit has them; while an exit cannot have them, packets of workloads to services are denied.
 
 Must not touch workloads' interfaces.
 """
@@ -40,9 +38,8 @@ HOST_BINDING = Binding(NOWHERE, EndpointKind.HOST)
 class HostPolicyInputs:
     """The inputs of host policy that are in force on the node's own interfaces.
 
-    Host endpoints with their numbers, services, and the addresses of all nodes with these nodes' numbers, 0: none.
-
-    Kept apart from the manifests and the compiler's tables, which are ahead of it while a change is rejected.
+    They are: host endpoints with their numbers; services; and the addresses of all nodes with the nodes' numbers (0:
+    none). They are kept apart from the objects and the compiler's tables, which are newer while a change is rejected.
     """
 
     hosts: Mapping[EndpointKey, Endpoint] = field(default_factory=dict)
@@ -52,7 +49,10 @@ class HostPolicyInputs:
 
     @classmethod
     def of(cls, world: World, tables: CompiledTables, node: str | None) -> HostPolicyInputs:
-        """The inputs from the manifests and the tables compiled from them, on the node of that name (None: not known)."""
+        """Derive the inputs from the objects and the tables compiled from them.
+
+        ``node``: this node's name; None: not known.
+        """
         rows = tables.endpoints
         hosts = {key: one for key, one in world.endpoints.items() if one.kind is EndpointKind.HOST and key in rows}
         nodes = {address: tables.nodes.get(name) or 0 for name, one in world.nodes.items() for address in one.addresses}
@@ -60,7 +60,7 @@ class HostPolicyInputs:
         return cls(hosts, {key: rows[key].number for key in hosts}, vips, nodes)
 
     def without_removed(self, after: HostPolicyInputs) -> HostPolicyInputs:
-        """These inputs without the host endpoints that are about to go: interfaces lose them before their rows go.
+        """These inputs without host endpoints that ``after`` lacks: interfaces lose them before their rows are removed.
 
         Nodes have their old and new addresses, since rows of their workloads are written in between.
         """
@@ -72,7 +72,7 @@ class HostPolicyInputs:
 class InitialState:
     """The first content of a new set of maps.
 
-    ``surroundings``: at first; ``complete``: when every exit has the programs.
+    ``surroundings``: the node's addresses before every exit has the programs; ``complete``: the same afterwards.
     """
 
     inputs: HostPolicyInputs
@@ -87,17 +87,17 @@ class InitialState:
 
 
 class OwnInterfaces:
-    """Own interfaces under policy.
+    """The own interfaces under policy.
 
     `initial_state` and `take_over` fill the first maps; `place` and `reconcile` change the maps in force. ``inputs``:
-    the present inputs; whoever changes them calls `place` or `reconcile`.  ``no_room``: why the maps do not hold what
-    they should; ``no_exit``: why services are closed.
+    the present inputs; the caller that changes them must call `place` or `reconcile`.  ``no_room``: why the maps lack
+    desired rows; ``no_exit``: why packets to services are denied.
     """
 
     def __init__(self, node: str | None, attachments: Attachments, tunnels: Collection[tuple[int, int]] = ()) -> None:
-        """``node``: its name; None: host endpoints are recognised as this node's by their addresses.
+        """``node``: the node's name; None: host endpoints are recognised as this node's by their addresses.
 
-        ``tunnels``: encapsulation that nodes take from anyone, besides that of this node's devices.
+        ``tunnels``: tunnels that nodes decapsulate from any sender, besides those of this node's devices.
         """
         self._tunnels = frozenset(tunnels)
         self.inputs = HostPolicyInputs()
@@ -121,7 +121,10 @@ class OwnInterfaces:
     def problems(
         self, endpoints: Mapping[EndpointKey, Endpoint], locate: Callable[[EndpointKey], Location]
     ) -> Iterator[Problem]:
-        """Host endpoints and services that are not in force as written. ``endpoints``: those of the manifests."""
+        """Problems of host endpoints and services that are not in force as written.
+
+        ``endpoints``: by key, as in the objects.
+        """
         for key, message in self._plan.problems.items():
             yield _warning(key, message, locate)
         if self._node is None:
@@ -139,7 +142,7 @@ class OwnInterfaces:
     ) -> InitialState:
         """The required content of a new set of maps.
 
-        ``bearing``: the interfaces that have programs, of this set or an older one.
+        ``bearing``: interfaces with programs, of this set or an older one.
         """
         plan = self._planned(inputs, wiring, workloads)
         own = own_interfaces(wiring, workloads)
@@ -150,7 +153,7 @@ class OwnInterfaces:
     def take_over(
         self, initial: InitialState, maps: Mapping[str, KernelMap], applier: Applier, surroundings: SurroundingsWriter
     ) -> None:
-        """Adopt maps that were filled with ``initial`` and are in force now, and their writers."""
+        """Use maps that were filled with ``initial`` and are in force now, and their writers, from now on."""
         self.inputs, self._plan = initial.inputs, initial.plan
         self._in_force = maps, applier, surroundings
 
@@ -168,9 +171,9 @@ class OwnInterfaces:
             raise too_small("np_host", size, hosts)
 
     def reconcile(self, wiring: Wiring, workloads: Collection[int]) -> None:
-        """Bring rows, programs and addresses to the desired state, or report why not.
+        """Bring rows, programs and addresses to the desired state; a failure becomes a problem.
 
-        ``workloads``: interfaces of workloads; all others are own ones.
+        ``workloads``: interfaces of workloads; all others are the node's own.
         """
         try:
             self.place(wiring, workloads)
@@ -186,7 +189,10 @@ class OwnInterfaces:
             self.no_room = problem
 
     def place(self, wiring: Wiring, workloads: Collection[int]) -> None:
-        """Write rows, then attach programs, where they are wanted; detaches no programs. Raises MapFullError."""
+        """Write rows, then attach programs, on all interfaces of the plan; detaches no programs.
+
+        Raises MapFullError.
+        """
         (_, applier, _), attachments = self._writers(), self._attachments
         self._plan = plan = self._planned(self.inputs, wiring, workloads)
         for key in sorted(plan.in_force):
@@ -232,9 +238,9 @@ class OwnInterfaces:
         *,
         are_exits_known: bool = False,
     ) -> Surroundings:
-        """The node as the program must know it. ``bearing``: the own interfaces that must have a row.
+        """The node's addresses and services for the maps. ``bearing``: own interfaces that must have rows.
 
-        Service addresses are included only when every exit has the programs, or is known to lack them: until then the
+        Service addresses are included only if every exit has the programs, or is known to lack them: until then the
         program judges packets to services like all others.
         """
         are_exits_known |= plan.interfaces.keys() <= self._attachments.interfaces or self.no_exit is not None
@@ -266,10 +272,10 @@ class OwnInterfaces:
 
 
 def _is_outside(link: Interface) -> bool:
-    """Whether packets from an own interface, which is on top of no other, come from outside the node.
+    """Whether packets from an own interface come from outside the node. ``link``: not stacked on another device.
 
-    Not from a bridge, since its ports have judged the packet, nor from a veth pair with both ends in the node, since
-    the packet left there.
+    Not for a bridge, since its ports have judged the packet, nor for a veth pair with both ends in the node, since the
+    packet left the node's stack there.
     """
     is_inner = link.kind in PAIR_KINDS and link.peer is None
     return link.kind != BRIDGE_KIND and not is_inner

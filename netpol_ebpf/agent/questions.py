@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl explain` answered by the agent: from the objects in force here, with the agent's settings.
+"""Answers `netpolctl explain` in the agent: from the objects in force on this node, with the agent's settings.
 
-Invariant: where this node does not do what policy alone says, or its behaviour is unknown, the question is rejected
-with the reason.  Reads only; runs in a child of the agent.
+Invariant: if this node enforces anything else than policy alone, or if its behaviour is unknown, the question is
+rejected with the reason.  Reads only; runs in a child of the agent.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from netpol_ebpf.policy.types import (
 
 BROADCAST = ip_address("255.255.255.255")
 ICMP_ERRORS = frozenset({*((ICMP, kind) for kind in (3, 4, 5, 11, 12)), *((ICMPV6, kind) for kind in (1, 2, 3, 4))})
-"""Types of messages about another packet (bpf/np_parse.h)."""
+"""ICMP types of errors, which are about another packet (bpf/np_parse.h)."""
 STATUS_HINT = "`netpolctl status` says what is in the way."
 
 
@@ -58,7 +58,7 @@ def answer_question(agent: Agent, request: Mapping[str, Any]) -> dict[str, Any]:
 class NodeTopology(Topology):
     """Topology of this node: addresses, devices and interfaces.
 
-    A packet takes the interface by which the node would send to its other end.
+    A packet passes the interface by which the node would send to the packet's other end.
     """
 
     def __init__(self, world: World, agent: Agent) -> None:
@@ -95,7 +95,7 @@ class NodeTopology(Topology):
 
 
 def _enforced(agent: Agent) -> World:
-    """The world in force, without the host endpoints of this node that have no interface here."""
+    """The world in force, without this node's host endpoints that apply to no interface here."""
     world, here = agent.objects.world_in_force, agent.own_interfaces.plan.in_force
 
     def is_absent(key: EndpointKey) -> bool:
@@ -106,9 +106,9 @@ def _enforced(agent: Agent) -> World:
 
 
 def _require_enforced(agent: Agent, journey: Journey) -> None:
-    """Raise an error where the answer depends on policy that this node does not enforce.
+    """Raise an error if the answer depends on policy that this node does not enforce.
 
-    The same holds where the node denies what a workload sends to services.
+    Also if the node currently denies all packets of workloads to services.
     """
     no_exit = agent.own_interfaces.no_exit
     for key in dict.fromkeys(question.endpoint for question in journey.questions()):
@@ -120,7 +120,7 @@ def _require_enforced(agent: Agent, journey: Journey) -> None:
 
 
 def _unenforced(agent: Agent, key: EndpointKey) -> str:
-    """Why policy of an endpoint is not enforced here; empty: it is, or the endpoint is on another node."""
+    """Why this node does not enforce the policy of an endpoint; "": it does, or the endpoint is on another node."""
     own = agent.own_interfaces.plan.interfaces
     bearing = {ifindex for ifindex, one in own.items() if one == key}
     binding = agent.enforcement.applier.bindings.get(key)

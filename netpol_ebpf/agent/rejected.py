@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes that were rejected because they did not fit.
+"""Changes that were rejected because they did not fit: their number, the map without room, and the next attempt.
 
-How many, which map lacked room, and what waits for the next attempt. Invariant: counters only grow, and every count has
-its line in the log.
+Invariant: counters only grow, and every count has its line in the log.
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ MAPS_BY_LIMIT = {
     "verdicts": "np_verdict",
     "rules": "np_rule, np_rule_count",
 }
-"""The maps that determine a limit of the compiler."""
+"""By limit of the compiler, the maps whose sizes determine it."""
 
 
 @dataclass(slots=True)
 class RejectedChanges:
-    """Changes that did not fit.
+    """Changes that did not fit into a map or a limit.
 
-    ``objects``: what is not in force yet, with its file and line; ``count``: rejections so far; ``by_map``: the same
-    for each map; ``full``: the map (or limit) without room now.  ``retry_at_s``: when to try again without a new
-    change, None: with the next change.
+    ``objects``: the changed objects that are not in force yet, with file and line; ``count``: number of rejections;
+    ``by_map``: the same for each map; ``full``: the map (or limit) without room now.  ``retry_at_s``: time of the next
+    attempt; None: at the next change.
     """
 
     objects: dict[str, Location] = field(default_factory=dict)
@@ -84,7 +83,7 @@ class RejectedChanges:
         message += f" without {named}" if named else ""
         place = next(iter(self.objects.values()), Location(""))
         self.problem = Problem(place, "", message, obj=names[0] if names else "", slug=error.slug)
-        self.retry_at_s = None  # what exceeds a limit does so until something changes
+        self.retry_at_s = None  # only another change can end the excess over a limit
         if isinstance(error, MapFullError):
             self.retry_at_s = now_s + self._gap_s
             self._gap_s = min(2 * self._gap_s, LONGEST_RETRY_S)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Repair: programs, pins, rows and tables are restored where another program changed them.
+"""Repair: restores programs, pins, rows and tables that another program changed.
 
-Programs of others that may keep packets from policy are reported and stay: two programs that each insist on being first
-would replace each other for ever.
+Other parties' programs that may let packets bypass policy are reported and stay: two programs that each insist on
+running first would replace each other for ever.
 
 Invariants: counters only grow, and every count has its line in the log; rows are compared only with tables that are in
 force.
@@ -26,16 +26,16 @@ from netpol_loader.pins.drift import Drift, PartlyMendedError
 log = logging.getLogger(__name__)
 
 AUDIT_S = 1.0
-"""Interval of checks of programs, pins and the next rows; arbitrary."""
+"""Interval in seconds of checks of programs, pins and the next part of the rows; arbitrary."""
 ROUND_S = 5.0
-"""Least time between the beginnings of two rounds through all rows; arbitrary."""
+"""Least time in seconds between the starts of two rounds through all rows; arbitrary."""
 REMEMBERED = 20
-"""Repairs that `status` shows; arbitrary."""
+"""Most repairs that `status` shows; arbitrary."""
 
 
 @dataclass(slots=True)
 class DriftLog:
-    """Drift that was repaired. ``recent``: (seconds of the agent's clock, what), oldest first."""
+    """Log of repaired drift. ``recent``: (seconds of the agent's clock, the repair), oldest first."""
 
     counts: Counter[str] = field(default_factory=Counter)
     recent: deque[tuple[float, Drift]] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
@@ -49,7 +49,7 @@ class DriftLog:
 
 
 class Repair:
-    """Repairs drift. Call `step` at every step of the agent. ``drift``: what was restored."""
+    """Repairs drift. Call `step` in every step of the agent. ``drift``: log of the repairs."""
 
     def __init__(
         self,
@@ -74,24 +74,24 @@ class Repair:
 
     @property
     def other_programs(self) -> Sequence[Problem]:
-        """Programs of others that may keep packets from policy, as last seen."""
+        """Problems for other parties' programs that may let packets bypass policy, as last seen."""
         return self._other_programs
 
     @property
     def failure(self) -> Problem | None:
-        """What could not be restored at the last attempt."""
+        """The problem that the last repair failed; None: it did not."""
         return self._failure
 
     @property
     def rounds(self) -> int:
-        """How many times every row in force was compared."""
+        """Number of completed rounds; each compares every row in force."""
         audit = self._enforcement.audit
         return 0 if audit is None else audit.rounds
 
     def step(self) -> bool:
-        """Restore what the kernel reported as changed and, every AUDIT_S, all other drift.
+        """Restore state that the kernel reported as changed and, every AUDIT_S, all other drift.
 
-        Each audit compares the next rows. Returns whether AUDIT_S were over.
+        Each audit compares the next part of the rows. Returns whether this step made an audit.
         """
         now_s = self._clock()
         self.drift.note(self._barrier.restore_reported(), now_s)
@@ -120,7 +120,7 @@ class Repair:
     def _note_programs(self, found: Collection[Drift], now_s: float) -> None:
         self.drift.note(found, now_s)
         if any(one.kind == "program" for one in found):
-            self._enforcement.applier.bump_generation()  # nothing is known of what passed meanwhile
+            self._enforcement.applier.bump_generation()  # packets may have passed unjudged meanwhile
 
     def _restore_rows(self, now_s: float) -> None:
         audit = self._enforcement.audit

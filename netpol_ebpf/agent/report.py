@@ -42,10 +42,10 @@ def status(
     others: Iterable[Problem] = (),
     listed_again: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """The whole state.
+    """The agent's whole state, for `netpolctl status`.
 
-    ``place``: the agent's process, and the directories of its options, by name; ``others``: more problems.
-    ``listed_again``: see `KernelNode`.
+    ``place``: facts about the agent's process, and the directories of its options, by name; ``others``: further
+    problems. ``listed_again``: see `KernelNode`.
     """
     world = agent.objects.world
     endpoints = local_endpoints(agent)
@@ -91,7 +91,7 @@ def status(
 
 
 def waiting(agent: Agent, place: Mapping[str, Any], others: Iterable[Problem] = ()) -> dict[str, Any]:
-    """The state of an agent that has put nothing in force yet. ``waiting``: why. The arguments are those of `status`."""
+    """The state of an agent that has put nothing in force yet. ``waiting``: the reason. Arguments as for `status`."""
     return {
         "version": __version__,
         "node": agent.settings.node,
@@ -109,7 +109,7 @@ def sources(agent: Agent) -> list[dict[str, Any]]:
 
 
 def flow(agent: Agent, event: FlowEvent) -> dict[str, Any]:
-    """A flow, with the endpoints at both ends and the file and line of the rule that decided."""
+    """A flow event, with the endpoints at both ends, and the file and line of the rule that decided."""
     plain = event.as_dict()
     if event.packet is not None:
         plain["source_name"] = agent.objects.owner_of(event.packet.source)
@@ -133,7 +133,7 @@ def problem(one: Problem) -> dict[str, Any]:
 
 
 def local_endpoints(agent: Agent) -> list[dict[str, Any]]:
-    """Local workloads and where they are. ``state``: enforced, or waiting for their interface."""
+    """Local workloads and their interfaces. ``state``: enforced, or waiting for an interface."""
     found = []
     for endpoint in sorted(agent.objects.local.values(), key=lambda one: one.key):
         binding = agent.enforcement.applier.bindings.get(endpoint.key)
@@ -155,7 +155,7 @@ def local_endpoints(agent: Agent) -> list[dict[str, Any]]:
 
 
 def evidence(agent: Agent, key: EndpointKey) -> str | None:
-    """The evidence of a workload's interface; "address (weak)" where the workload could have influenced it."""
+    """The evidence for a workload's interface; "address (weak)" if the workload could have influenced the evidence."""
     found = agent.interfaces.evidence.get(key)
     if found is None:
         return None
@@ -163,7 +163,10 @@ def evidence(agent: Agent, key: EndpointKey) -> str | None:
 
 
 def interfaces(agent: Agent) -> list[dict[str, Any]]:
-    """Interfaces with programs. ``state``: enforced, own (the node's), or closed: a workload's, without a known workload."""
+    """Interfaces with programs.
+
+    ``state``: enforced; own (the node's); or closed (a workload's, of an unknown workload).
+    """
     owners = {binding.ifindex: str(key) for key, binding in agent.enforcement.applier.bindings.items()}
     found = []
     for ifindex in sorted(agent.attachments.interfaces):
@@ -181,7 +184,7 @@ def name_of(agent: Agent, ifindex: int) -> str | None:
 
 
 def rules(agent: Agent, maps: Mapping[str, KernelMap]) -> list[dict[str, Any]]:
-    """Rules in force, with what they decided since the counters were made.
+    """Rules in force, with the packets and bytes that they decided since the counters were made.
 
     ``staged_packets``: packets judged by policy that the rule would decide if staged policies were enforced.
     """
@@ -228,7 +231,7 @@ def connections(agent: Agent, maps: Mapping[str, KernelMap]) -> dict[str, Any]:
                 yield table, raw_key, raw_row
 
     found: list[dict[str, Any]] = []
-    # Sorted by what they are: the order in which the tables have them tells the secret of their hash.
+    # Sorted by key: the order in the tables would reveal the secret of their hash.
     for table, raw_key, raw_row in heapq.nsmallest(CONNECTIONS, rows()):
         name, form = CONNECTION_TABLES[table]
         kind = abi.np_conn4_key if name.endswith("4") else abi.np_conn6_key

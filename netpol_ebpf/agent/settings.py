@@ -18,15 +18,15 @@ from netpol_ebpf.policy.types import Action, EndpointKey
 class AgentSettings:
     """The options of the agent.
 
-    ``node``: name of this node, None: every workload that is found here is local.  ``interfaces``: patterns of workload
-    interfaces, () for the built-in rule (`assignments.may_be_workloads`); ``own_interfaces``: patterns of those that are the node's.
-    ``borrow_sources``: honour a pod's allowed source prefixes.
-    ``keep_revoked``: connections that policy no longer allows live on until they end.  ``workload_to_host``: what becomes of
-    packets of workloads to their own node, PASS: a wildcard host endpoint's policy decides.  ``mark_shift``: lowest of 16
-    bits of the packets' mark that are ours, 0: none.  ``tunnels``: encapsulation, as IP protocol and UDP port, that nodes take
-    from anyone, besides that of this node's devices; between known nodes it passes host endpoints.  ``routers``: patterns of ``NAMESPACE/NAME`` of workloads that others
-    route through.  ``hairpin``: what comes from outside may have the source of a workload of this node.  ``barrier``: what
-    stands behind the programs.
+    ``node``: name of this node; None: every workload that is found here is local.  ``interfaces``: patterns of
+    workloads' interfaces; (): the built-in rule (`assignments.may_be_workloads`).  ``own_interfaces``: patterns of the
+    node's interfaces. ``borrow_sources``: honour a pod's allowed source prefixes.  ``keep_revoked``: connections that
+    policy no longer allows live until they end.  ``workload_to_host``: the action on packets from workloads to their
+    own node; PASS: a wildcard host endpoint's policy decides.  ``mark_shift``: lowest of the 16 bits of the packet mark
+    for the sender tag; 0: none.  ``tunnels``: encapsulation (IP protocol, UDP port) that nodes accept from any sender,
+    besides that of this node's devices; between known nodes it passes host endpoints.  ``routers``: patterns of
+    ``NAMESPACE/NAME`` of workloads that are routers.  ``hairpin``: a packet from outside may have the source address of
+    a local workload.  ``barrier``: options of the second barrier.
     """
 
     node: str | None = None
@@ -42,5 +42,5 @@ class AgentSettings:
     barrier: BarrierSettings = BarrierSettings()
 
     def is_router(self, key: EndpointKey) -> bool:
-        """Whether others route through a workload."""
+        """Whether a workload is a router for other hosts."""
         return any(fnmatchcase(f"{key.namespace}/{key.name}", pattern) for pattern in self.routers)

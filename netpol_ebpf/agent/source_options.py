@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the agent's objects come from, as the command line says: a directory of manifests, the API of a cluster, or both.
+"""Options for the origin of the agent's objects: a directory of manifests, the API of a cluster, or both.
 
-Invariant: what is wrong with the options, with a kubeconfig or with the installation is told before anything is touched.
+Invariant: a fault in the options, in a kubeconfig or in the installation is reported before anything is changed.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from netpol_ebpf.sources.source import Source
 
 COPIES_NAME = "manifests"
 NODE_VARIABLE = "NODE_NAME"
-"""Where a pod is told the name of its node, by the downward API."""
+"""Environment variable with the name of the pod's node, set by the downward API."""
 DEFAULT_SAVED_STATE = Path("/var/lib/netpol-ebpf/cluster")
-"""On a disk, unlike the agent's other state: it is for the start of a node while the API server is away."""
+"""Default file of the saved state. On a disk, unlike other state: for the start of a node without an API server."""
 
 OpenSource = Callable[[bool], Source]
-"""Makes the source. The argument: whether nothing is in force on this node, so that the saved state of the cluster may be."""
+"""Makes the source. Argument: whether nothing is in force on this node, so that the saved state may be used."""
 
 log = logging.getLogger("netpol-agent")
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say where objects come from."""
+    """Add the options for the origin of objects."""
     parser.add_argument(
         "--manifests", type=Path, metavar="DIR",
         help="directory (or file) of Kubernetes objects and policies; the agent watches it for changes",
@@ -58,9 +58,9 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
 
 
 def node_name(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> str | None:
-    """The name of this node: of ``--node``, in a cluster else of `NODE_VARIABLE`; None: not given, and not needed.
+    """The name of this node: from ``--node``, or with a cluster from `NODE_VARIABLE`; None: not given, and not needed.
 
-    Raises UsageError where it is needed: an API server tells of the pods of all nodes.
+    Raises UsageError if it is needed: an API server lists the pods of all nodes.
     """
     if arguments.node:
         return str(arguments.node)
@@ -72,9 +72,9 @@ def node_name(arguments: argparse.Namespace, environment: Mapping[str, str] = os
 
 
 def plan_source(arguments: argparse.Namespace, state_dir: Path) -> OpenSource:
-    """How to make the source that the options name; of an object that both have, that of the API is in force.
+    """Check the options; returns a function that makes the source. If both origins have an object, the API's counts.
 
-    Raises UsageError, InvalidInputError, and PlatformError when a package is missing.
+    Raises UsageError, InvalidInputError, and PlatformError if a package is missing.
     """
     plans: list[OpenSource] = []
     if arguments.kubernetes or arguments.kubeconfig is not None:
@@ -122,7 +122,7 @@ def _plan_cluster(arguments: argparse.Namespace) -> OpenSource:
 
 
 def _open_watch() -> DirectoryWatch | None:
-    """A watch for the manifests; None where the user has too many: then time alone says when to look."""
+    """A watch for the manifests; None if the user has too many: then the directory is only scanned at intervals."""
     try:
         return DirectoryWatch()
     except OSError as error:

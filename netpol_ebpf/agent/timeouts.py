@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the packet path keeps a connection without packets: by state, in seconds.
+"""Time-outs of connections without packets, by state, in seconds.
 
-Invariant: a state without an option has its default, whatever an earlier agent on the same maps used.  The kernel's
+Invariant: a state without an option has its default, whatever an earlier agent set in the same maps.  The kernel's
 units (jiffies) appear here and in `netpol_loader.pins.dataplane` alone.
 """
 
@@ -23,7 +23,7 @@ STATES: Mapping[str, int] = {
     "other": abi.NP_CONN_OTHER,
     "fragment": abi.NP_CONN_FRAGMENT,
 }
-"""States of a connection (enum np_conn_state), and the record of a datagram's first fragment."""
+"""Names of states (enum np_conn_state); the last one is for the record of a datagram's first fragment."""
 
 SHORTEST_S = 2
 """Shortest time-out: a connection's time is updated at most once a second and read as rarely, so a busy connection

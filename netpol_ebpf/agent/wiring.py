@@ -21,23 +21,23 @@ xfrm).
 """
 BRIDGE_KIND = "bridge"
 PAIR_KINDS = frozenset({"veth", "netkit"})
-"""Kinds of devices that come in pairs, one end in a workload's namespace."""
+"""Kinds of devices that come in pairs, with one end in a workload's namespace."""
 TAP_KINDS = frozenset({"tun"})
 """The kernel's names for a tap or tun device; a tap is a virtual machine's interface."""
 MOST_STACKED = 8
 """Largest number of stacked devices: the kernel's MAX_NEST_DEV."""
 NOWHERE = 0
-"""Stands for no interface in place of an interface index."""
+"""An interface index that stands for no interface."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interface:
     """An interface.
 
-    ``peer``: (namespace id, interface index there) of a veth or netkit whose other end is in another namespace.  ``master``: the
-    bridge or VRF that it belongs to.  ``hardware``: ARPHRD_*.  ``takes``: encapsulation that it takes from anyone, as protocol and
-    port; ``is_external``: it keeps the outer addresses of what it takes.  ``lower``: the device in this namespace that a VLAN,
-    macvlan or ipvlan device is on.
+    ``peer``: (namespace id, interface index there) of the other end of a veth or netkit pair, if that is in another
+    namespace.  ``master``: index of its bridge or VRF.  ``hardware``: ARPHRD_*.  ``takes``: tunnels (protocol, port)
+    that it decapsulates from any sender; ``is_external``: tunnel device in metadata mode, with the outer addresses
+    given per packet.  ``lower``: index of the device in this namespace under a VLAN, macvlan or ipvlan device.
     """
 
     ifindex: int
@@ -53,14 +53,15 @@ class Interface:
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
-    """A snapshot of the node.
+    """A snapshot of the node's network.
 
-    ``host_routes``: interface of each directly connected single address.  ``subnets``: interfaces of each directly connected
-    prefix.  ``uplinks``: interfaces of default routes; ``next_hops``: of other routes with a next hop; ``shared``: those with
-    an address of the node in a prefix; none of them by what a router announced.  ``peer_addresses``: by (namespace id,
-    interface index there), in the order in which they were added.  ``addresses``: the node's own and the interface each is
-    on; ``meanings``: all single addresses that mean the node; ``local_nets``: prefixes that are its own.  ``results``: the
-    interfaces that plugins of container networks made for pods; ``problems``: what of that could not be read.
+    ``host_routes``: interface of each directly connected single address.  ``subnets``: interfaces of each directly
+    connected prefix.  ``uplinks``: interfaces of default routes; ``next_hops``: interfaces of other routes with a next
+    hop; ``shared``: interfaces with an address of the node in a prefix.  Routes and prefixes of router advertisements
+    do not count for these. ``peer_addresses``: by (namespace id, interface index there), in the order in which they
+    were added.  ``addresses``: the node's own addresses, each with its interface; ``meanings``: roles of all single
+    addresses at the node; ``local_nets``: prefixes that are the node's own.  ``results``: interfaces that CNI plugins
+    made for pods; ``problems``: results that could not be read.
     """
 
     links: Mapping[int, Interface] = field(default_factory=dict)
@@ -78,7 +79,7 @@ class Wiring:
 
     @property
     def tunnels(self) -> frozenset[tuple[int, int]]:
-        """Encapsulation that the node's devices take from anyone, as protocol and port."""
+        """Tunnels (protocol, port) that the node's devices decapsulate from any sender."""
         return frozenset(one for link in self.links.values() for one in link.takes)
 
     def link_of(self, ifindex: int) -> int:
@@ -88,19 +89,19 @@ class Wiring:
         return master.ifindex if master is not None and master.kind == BRIDGE_KIND else ifindex
 
     def lowest(self, link: Interface) -> Interface:
-        """The lowest device under a stacked one, by which its packets come in; itself where it is not stacked."""
+        """The lowest device under a stacked one, where its packets enter the node; ``link`` if it is not stacked."""
         for _ in range(MOST_STACKED):
             link = self.links.get(link.lower, link)
         return link
 
     def name_of(self, ifindex: int) -> str:
-        """An interface's name; its number when it is gone."""
+        """An interface's name; its index as text if it is gone."""
         link = self.links.get(ifindex)
         return str(ifindex) if link is None else link.name
 
 
 def device_flags(link: Interface | None) -> EndpointFlag:
-    """Flags of a device that the program needs to read its packets."""
+    """Endpoint flags of a device: the program needs them to parse the device's packets."""
     if link is None or link.hardware == ETHERNET:
         return EndpointFlag.NONE
     return EndpointFlag.LAYER3 if link.hardware in LAYER3_HARDWARE else EndpointFlag.UNREADABLE

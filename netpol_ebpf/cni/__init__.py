@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chained CNI plugin on a node: its place among the runtime's plugins. `make -C cni` puts the program itself here."""
+"""Installation of the chained CNI plugin on a node. `make -C cni` puts the program itself into this directory."""

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CNI plugin in its place on a node: the program among the runtime's plugins, and the last one of the network's list.
+"""Installs the CNI plugin on a node: the program among the runtime's plugins, and an entry in the network's list.
 
-A runtime takes the first configuration by name.  A list of plugins gets ours at its end; the configuration of a single plugin is
-made a list, and kept beside it under a name that no runtime reads.
+A runtime uses the first configuration by file name.  In a list of plugins, ours becomes the last; the configuration of
+a single plugin is converted to a list, and its original is kept under a name that no runtime reads.
 
-Invariants: each file is replaced whole or not at all, the program before any configuration that names it; what others wrote in a
-configuration stays; what cannot be understood is left alone and told.
+Invariants: each file is replaced whole or not at all, the program before any configuration that names it; other entries
+of a configuration stay; a configuration that cannot be understood is reported and stays as it is.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from netpol_ebpf.errors import InvalidInputError, PlatformError
 
 TYPE = "netpol-cni"
 PROGRAM = Path(__file__).with_name(TYPE)
-"""Where `make -C cni` puts it, and images and packages have it."""
+"""Path of the program as built by `make -C cni`, and in images and packages."""
 DEFAULT_BIN_DIR, DEFAULT_CONF_DIR = Path("/opt/cni/bin"), Path("/etc/cni/net.d")
-"""Where containerd, CRI-O and others look."""
+"""Directories of plugins and configurations of containerd, CRI-O and other runtimes."""
 VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
-"""Of the specification, those that the plugin knows (cni/netpol_cni.c)."""
+"""Versions of the CNI specification that the plugin supports (cni/netpol_cni.c)."""
 LIST, SINGLE = ".conflist", (".conf", ".json")
-"""How the names of configurations end that libcni reads: of lists, and of single plugins."""
+"""File name extensions of the configurations that libcni reads: of lists, and of single plugins."""
 SAVED = ".netpol-saved"
-"""At the end of the name of a single plugin's configuration that was made a list."""
+"""Suffix of the name of a single plugin's original configuration that was converted to a list."""
 BUILD_HINT = "Build it (make -C cni), or use an image or a package of this architecture that has it."
 MOST_BYTES = 1 << 20
-"""Of a configuration; arbitrary, real ones have some kilobytes."""
+"""Largest configuration in bytes; arbitrary, real ones have some kilobytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class PluginSettings:
-    """What the plugin is told by its configuration. ``posture``: "closed" or "open"."""
+    """The plugin's settings in its configuration. ``posture``: "closed" or "open"."""
 
     socket: Path
     timeout_s: int
     posture: str
 
     def render(self) -> dict[str, Any]:
-        """The plugin's part of a list."""
+        """The plugin's entry in a list of plugins."""
         return {"type": TYPE, "socket": str(self.socket), "timeout": self.timeout_s, "posture": self.posture}
 
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """Something of ours on the node. ``remove`` raises OSError or InvalidInputError."""
+    """One installed file or entry of ours. ``remove`` removes it, and raises OSError or InvalidInputError."""
 
     kind: str
     path: Path
@@ -61,10 +61,10 @@ class Installed:
 
 
 def install(bin_dir: Path, conf_dir: Path, settings: PluginSettings) -> list[Path]:
-    """Put everything in its place; the files that were written, none when all was there.
+    """Install the program and the configuration entry; returns the files that were written, none if all was there.
 
-    Raises PlatformError when the program is not there, does not run here, or cannot be written, InvalidInputError when there is no configuration, or
-    one that ours cannot be the last plugin of.
+    Raises PlatformError if the program does not exist, does not run here, or cannot be written, InvalidInputError if
+    there is no configuration, or one in which our plugin cannot be the last.
     """
     program = _load_program()
     written = []
@@ -85,7 +85,7 @@ def install(bin_dir: Path, conf_dir: Path, settings: PluginSettings) -> list[Pat
 
 
 def _load_program() -> bytes:
-    """The program, which runs here and speaks the versions that are known here. Raises PlatformError."""
+    """Load the program, and check that it runs here and supports VERSIONS. Raises PlatformError."""
     try:
         done = subprocess.run(
             [PROGRAM], env={"CNI_COMMAND": "VERSION"}, stdin=subprocess.DEVNULL, capture_output=True, check=False
@@ -94,14 +94,14 @@ def _load_program() -> bytes:
         if found != [*VERSIONS]:
             raise PlatformError(f"{PROGRAM} is not the CNI plugin of this version", hint=BUILD_HINT)
         return PROGRAM.read_bytes()
-    except OSError as error:  # not there, or of another architecture
+    except OSError as error:  # the program does not exist, or is of another architecture
         raise PlatformError(f"the CNI plugin cannot be run: {PROGRAM}: {error.strerror}", hint=BUILD_HINT) from error
     except (ValueError, LookupError, TypeError) as error:
         raise PlatformError(f"{PROGRAM} is not the CNI plugin", hint=BUILD_HINT) from error
 
 
 def first_configuration(conf_dir: Path) -> Path:
-    """The one that runtimes take. Raises InvalidInputError when there is none, OSError."""
+    """The path of the configuration that runtimes use. Raises InvalidInputError if there is none, OSError."""
     names = sorted(one.name for one in conf_dir.iterdir() if one.is_file()) if conf_dir.is_dir() else []
     for name in names:
         if Path(name).suffix in (LIST, *SINGLE):
@@ -113,7 +113,7 @@ def first_configuration(conf_dir: Path) -> Path:
 
 
 def find_installed(bin_dir: Path, conf_dir: Path) -> Iterator[Installed]:
-    """What is ours, in the order in which it must be removed. Raises OSError."""
+    """All installed files and entries of ours, in the order in which they must be removed. Raises OSError."""
     for path in sorted(conf_dir.glob(f"*{LIST}")) if conf_dir.is_dir() else []:
         if path.is_file() and not path.is_symlink() and _names_ours(path):
             yield Installed("CNI configuration", path, lambda path=path: _take_out(path))  # type: ignore[misc]
@@ -123,7 +123,7 @@ def find_installed(bin_dir: Path, conf_dir: Path) -> Iterator[Installed]:
 
 
 def _names_ours(path: Path) -> bool:
-    """Whether a list has our plugin; of a file that is no list, whether it may."""
+    """Whether a list includes our plugin; for a file that is no list, whether the plugin's name occurs in it."""
     try:
         return any(one.get("type") == TYPE for one in _plugins(_load(path), path))
     except InvalidInputError:
@@ -131,7 +131,7 @@ def _names_ours(path: Path) -> bool:
 
 
 def _extend(path: Path, settings: PluginSettings) -> list[Path]:
-    """Have ours be the last plugin of a list."""
+    """Make our plugin the last one of a list; returns the written files."""
     document = _load(path)
     others = [one for one in _plugins(document, path) if one.get("type") != TYPE]
     if not others:
@@ -145,7 +145,7 @@ def _extend(path: Path, settings: PluginSettings) -> list[Path]:
 
 
 def _convert(path: Path, settings: PluginSettings) -> list[Path]:
-    """Make the configuration of a single plugin a list with ours at its end."""
+    """Convert the configuration of a single plugin to a list with our plugin at its end; returns the written files."""
     document = _load(path)
     target = path.with_suffix(LIST)
     if not isinstance(document.get("type"), str):
@@ -164,7 +164,7 @@ def _convert(path: Path, settings: PluginSettings) -> list[Path]:
 
 
 def _take_out(path: Path) -> None:
-    """A list without our plugin, or the configuration that it was made of."""
+    """Remove our plugin from a list, or restore the configuration from which the list was made."""
     for suffix in SINGLE:
         saved = path.with_name(path.stem + suffix + SAVED)
         if saved.exists():
@@ -188,7 +188,7 @@ def _require_version(document: dict[str, Any], path: Path) -> None:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """Raises InvalidInputError, and OSError for what is not there."""
+    """Load a JSON object from a file. Raises InvalidInputError, and OSError if the file cannot be read."""
     try:
         return checked(parse_json(load_regular(path, MOST_BYTES)), dict, "the file")
     except ValueError as error:
@@ -207,7 +207,7 @@ def _encode(document: dict[str, Any]) -> bytes:
 
 
 def _is_program(path: Path, program: bytes) -> bool:
-    """Whether a file has this content and may be run."""
+    """Whether a file has this content and is executable."""
     try:
         return os.access(path, os.X_OK) and path.read_bytes() == program
     except FileNotFoundError:
@@ -215,7 +215,10 @@ def _is_program(path: Path, program: bytes) -> bool:
 
 
 def _replace(path: Path, content: bytes, mode: int | None) -> None:
-    """Put a file in place in one step, under a name that no runtime reads until then. ``mode``: None keeps what the file has."""
+    """Write a file under a name that no runtime reads, then rename it.
+
+    ``mode``: mode of the file; None keeps mode and owner of the present file.
+    """
     draft = path.with_name(f".{path.name}.draft")
     draft.unlink(missing_ok=True)
     owner = path.stat() if mode is None else None

@@ -14,12 +14,12 @@ from netpol_ebpf.lab.topology import IPAddress
 
 
 class Reachability(enum.Enum):
-    """The observation at the source."""
+    """The outcome of an attempt, as observed at the source."""
 
     REACHED = "reached"  # an echo came back, over the same connection
     SILENT = "silent"  # nothing came back before the deadline
-    REFUSED = "refused"  # the destination answered that nobody listens there
-    UNREACHABLE = "unreachable"  # a router, or the source itself, reported that there is no way
+    REFUSED = "refused"  # the destination answered that no socket listens on the port
+    UNREACHABLE = "unreachable"  # a router, or the source's own kernel, reported no route
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class AttemptResult:
-    """Outcome of an attempt, after ``seconds``."""
+    """Outcome of an attempt, known after ``seconds``."""
 
     attempt: Attempt
     outcome: Reachability

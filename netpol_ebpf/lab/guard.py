@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Removal of a laboratory, by a process that outlives whoever built it.
+"""Removal of a laboratory, by a process that outlives the laboratory's builder.
 
-The builder starts this module as a child in a session of its own and writes one JSON line for each thing it is about
-to create.  When the pipe ends, because the builder closed it or because it died in any way, SIGKILL included, the
+The builder starts this module as a child in a session of its own, and writes one JSON line for each namespace or
+directory that it is about to create.  When the pipe ends, because the builder closed it or died (also by SIGKILL), the
 guard ends every process inside the recorded namespaces, deletes them and the recorded directories, and exits.
 
-Invariant: only what was recorded is removed, and there is this one way of removing it.  Standard library only.
+Invariant: only recorded objects are removed, and nothing else removes them.  Standard library only.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _kill_all(namespace: str) -> None:
 def remove(namespaces: Iterable[str], directories: Iterable[Path] = ()) -> list[str]:
     """Remove namespaces (with the processes inside) and directories; missing ones are skipped.
 
-    All removals are tried; the returned list has one line for each thing that could not be removed.
+    All removals are tried; the returned list has one line for each object that could not be removed.
     """
     failures = []
     for namespace in namespaces:
@@ -82,7 +82,10 @@ def remove(namespaces: Iterable[str], directories: Iterable[Path] = ()) -> list[
 
 
 def main() -> int:
-    """Read records from standard input until it ends, then remove them. 0: all gone; 5: something is left."""
+    """Read records from standard input until it ends, then remove the objects.
+
+    Returns 0: all removed; 5: some remain.
+    """
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     namespaces: list[str] = []

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build a planned network out of namespaces, run processes and connections in it, take it away again.
+"""Builds a planned network of namespaces, runs processes and connections in it, and removes it again.
 
-Invariants: names carry a random token, so laboratories do not meet; every interface is born inside a namespace of the
-laboratory, so the machine's own are never touched; what is created was recorded with the guard process first, so it
-goes away however this process ends.  Needs root.
+Invariants: names contain a random token, so that laboratories do not collide; every interface is created inside a
+namespace of the laboratory, so that the machine's own interfaces are never touched; every object is recorded with the
+guard process before its creation, so that it is removed however this process ends.  Needs root.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SETTINGS_ALL = (
     ("ipv6/conf/default/accept_ra", "0"),
     ("ipv6/conf/default/router_solicitations", "0"),
     ("ipv4/ping_group_range", "0 2147483647"),  # echo requests from datagram sockets
-    # What is dropped, the program under test drops: no second judge of source addresses.
+    # Only the program under test may drop packets: no reverse path filter, which also judges source addresses.
     ("ipv4/conf/all/rp_filter", "0"),
     ("ipv4/conf/default/rp_filter", "0"),
 )
@@ -53,10 +53,10 @@ SETTINGS_ROUTER = (("ipv4/ip_forward", "1"), ("ipv6/conf/all/forwarding", "1"))
 
 
 class Lab:
-    """A running laboratory; use it as a context manager.
+    """A running laboratory; a context manager.
 
     ``directories`` are removed with it, such as a pin directory of the dataplane under test.  Raises PrivilegeError
-    without root, PlatformError when a tool is missing or a step fails; nothing is left in either case.
+    without root, PlatformError if a tool is missing or a step fails; nothing remains in either case.
     """
 
     def __init__(self, hosts: Iterable[Host] | Plan, *, directories: Sequence[Path] = ()) -> None:
@@ -111,9 +111,10 @@ class Lab:
     def _await_links(self) -> None:
         """Wait until every interface of the plan can send.
 
-        An interface with a peer that comes up later can send only after a kernel worker has noticed, which takes a
-        while when others create and remove namespaces; until then it drops everything silently.  Interfaces outside the
-        plan do not count: a kernel with built-in tunnels puts `sit0` and the like into every new namespace, never up.
+        If a veth's peer comes up later, the veth can send only after a kernel worker has noticed it, which takes a
+        while if others create and remove namespaces; until then it drops all packets silently.  Interfaces outside the
+        plan do not count: a kernel with built-in tunnels puts `sit0` and the like into every new namespace, and these
+        are never up.
         """
         deadline = time.monotonic() + scaled(LINKS_DEADLINE_S)
         for host in self.plan.hosts:
@@ -124,7 +125,7 @@ class Lab:
                 time.sleep(scaled(POLL_S))
 
     def _sending(self, host: str) -> set[str]:
-        """Names of the host's interfaces that are in operation."""
+        """Names of the host's interfaces that are operationally up."""
         links = json.loads(self.run(host, ["ip", "-json", "link", "show"]).stdout)
         return {link["ifname"] for link in links if link["operstate"] == "UP"}
 
@@ -141,7 +142,7 @@ class Lab:
             _run_batch(self.command(batch.host, ["ip", *options, "-batch", "-"]), "\n".join(lines) + "\n")
 
     def record(self, *, namespaces: Iterable[str] = (), directories: Iterable[Path] = ()) -> None:
-        """Have the guard remove these namespaces and directories as well, whatever happens.
+        """Record namespaces and directories that the guard must remove, whatever happens.
 
         Must be called before they are created.
         """
@@ -166,7 +167,7 @@ class Lab:
         if warden is None:
             return
         if warden.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):  # it was killed: its return code tells, below
+            with contextlib.suppress(BrokenPipeError):  # the guard was killed; its return code is checked below
                 warden.stdin.close()
         try:
             code = warden.wait(scaled(GUARD_DEADLINE_S))

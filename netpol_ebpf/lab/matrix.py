@@ -81,7 +81,7 @@ class Matrix:
         ]
 
     def attempts_of(self, source: str, service: ProbedService) -> list[Attempt]:
-        """The attempts of one cell."""
+        """The attempts of one cell: one for each address family that source and service have in common."""
         if source == service.host:
             return []
         families = {address.version for address in self.plan.hosts[source].addresses}
@@ -110,7 +110,10 @@ class Observation:
         return sum(result.reached for result in self.results.values())
 
     def mismatches(self, predict: Callable[[Attempt], bool]) -> list[Mismatch]:
-        """The attempts that did not end as predicted. An outcome other than an echo or silence always counts."""
+        """The attempts with another outcome than ``predict`` says.
+
+        An outcome other than an echo or silence always counts.
+        """
         found = []
         for attempt, result in self.results.items():
             expected = predict(attempt)
@@ -132,7 +135,7 @@ class Observation:
         ]
 
     def as_rows(self) -> dict[str, dict[str, str]]:
-        """Rows for JSON: source to ``host:label`` to reached, silent, or the outcome of each family."""
+        """The matrix for JSON: by source and ``host:label``, "reached", "silent", or the outcome of each family."""
         rows: dict[str, dict[str, str]] = {}
         for source in self.matrix.sources:
             row = rows[source] = {}
@@ -176,7 +179,7 @@ def _protocol(protocol: int, version: int) -> int:
 
 
 def _groups(services: Iterable[ProbedService]) -> list[tuple[str, list[ProbedService]]]:
-    """Neighbouring services of one host together."""
+    """Group consecutive services of the same host: (host, its services)."""
     groups: list[tuple[str, list[ProbedService]]] = []
     for service in services:
         if not groups or groups[-1][0] != service.host:
@@ -186,7 +189,7 @@ def _groups(services: Iterable[ProbedService]) -> list[tuple[str, list[ProbedSer
 
 
 def _sign(outcomes: tuple[Reachability, ...], *, ascii_only: bool) -> tuple[str, str]:
-    """One character for a cell, and its colour."""
+    """One character for a cell's outcomes, and its colour."""
     if not outcomes:
         return ("." if ascii_only else "·"), DIM
     if any(outcome not in {Reachability.REACHED, Reachability.SILENT} for outcome in outcomes):

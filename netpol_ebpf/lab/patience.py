@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """One factor for every time limit of the laboratory and the demonstration, for slow machines.
 
-An emulated processor is ten to thirty times slower. A limit that fits both it and real hardware would make every denial
-on real hardware take seconds, since a denial is observed as silence until the limit.
+An emulated processor is ten to thirty times slower. A limit for both it and real hardware would make every denial on
+real hardware take seconds, since a denial is observed as silence until the limit.  The interval of polling is scaled,
+too: each poll costs the observed process as much as the observer.
 
-The interval of polling is scaled as well: each poll costs the observed process as much as the observer.
-
-Invariant: limits are scaled where they are set, by `scaled`, and nowhere twice.  Measurements are never scaled.
+Invariant: each limit is scaled once, where it is set, by `scaled`.  Measurements are never scaled.
 """
 
 from __future__ import annotations

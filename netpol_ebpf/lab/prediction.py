@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The predicted outcome of an attempt: the reference model's verdict on the attempt's packet.
 
-Invariant: this module shares nothing with the compiler, the tables or the kernel; a laboratory that agrees with it
-agrees with the plain reading of the manifests.
+Invariant: this module shares no code with the compiler, the tables or the kernel's program, so agreement of a
+laboratory with it is evidence that the enforced policy is that of the manifests.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Prediction:
         self._topology = Topology(self._world)
 
     def reached(self, attempt: Attempt) -> bool:
-        """Whether policy allows the attempt at every endpoint on its way."""
+        """Whether policy allows the attempt at every endpoint that its packets pass."""
         return self.finding(attempt).allowed
 
     def finding(self, attempt: Attempt) -> Finding:

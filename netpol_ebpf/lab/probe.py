@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real sockets in the namespaces of a laboratory: echo servers, attempts with a deadline, connections held open.
 
-A socket belongs for ever to the network namespace in which its thread created it.  So one thread with one event loop
-serves every host: it enters a host's namespace and creates the socket.  The rejected alternative, a helper process per
-host, costs a tenth of a second of CPU each and an exchange of messages.
+A socket always belongs to the network namespace in which its thread created it.  So one thread with one event loop
+serves all hosts: it enters a host's namespace and creates the socket there.  Rejected: a helper process for each host,
+which costs a tenth of a second of CPU, and messages between the processes.
 
-Invariant: only the prober's own thread changes its namespace, and it creates no socket without having entered one.
+Invariant: only the prober's own thread changes its namespace, and it enters a host's namespace before it creates a
+socket.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ CLONE_NEWNET = 0x40000000  # linux/sched.h; os.setns comes with Python 3.12
 DEADLINE_S = 0.4
 HOLD_DEADLINE_S = 5.0  # to open a connection that is expected to open: silence proves nothing here
 RESENDS = 4  # datagrams per deadline: one lost on a busy machine is no denial
-LAST_TURNS = 3  # of the event loop, before what did not answer counts as silent; arbitrary
+LAST_TURNS = 3  # passes of the event loop before an attempt without answer counts as silent; arbitrary
 JOIN_DEADLINE_S = 5.0
 ANSWER_DEADLINE_S = 120.0  # for a whole batch; only a bug exceeds it
 _UNREACHABLE = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EACCES, errno.EPERM, errno.EHOSTDOWN}
@@ -62,13 +63,13 @@ class Held:
         return self._prober.call(self._prober.echo_stream(self._sock, scaled(deadline_s)))
 
     def close(self) -> None:
-        """Close the socket; the peer's reply to that may never be delivered."""
+        """Close the socket. The peer's answer to the FIN may never be delivered."""
         self._sock.close()
 
 
 @dataclass(slots=True)
 class _Batch:
-    """Attempts made at once. ``moved_s``: when one of them last made progress, by the event loop's clock."""
+    """Attempts made at the same time. ``moved_s``: when one of them last made progress, by the event loop's clock."""
 
     moved_s: float
 
@@ -230,7 +231,7 @@ class Prober:
                 continue
             except OSError as error:
                 if error.errno not in _UNREACHABLE | {errno.ECONNREFUSED}:
-                    raise  # the others report an earlier answer's fate, which is the client's to see
+                    raise  # the ignored errors are ICMP errors about an earlier answer, which the client observes
 
     async def _attempt_all(self, attempts: Sequence[Attempt], deadline_s: float) -> list[AttemptResult]:
         """Make attempts until all have an outcome, or until none has made progress for ``deadline_s``.
@@ -247,7 +248,7 @@ class Prober:
                 _, waiting = await asyncio.wait(waiting, timeout=left_s)
                 continue
             seen_s = batch.moved_s
-            for _ in range(LAST_TURNS):  # what arrived while the loop was busy is still to be read
+            for _ in range(LAST_TURNS):  # reads answers that arrived while the loop was busy
                 await asyncio.sleep(0)
             if batch.moved_s == seen_s:
                 break
@@ -260,7 +261,7 @@ class Prober:
         try:
             done = await self._try(attempt, batch, deadline_s)
             outcome = Reachability.REACHED if done else Reachability.SILENT
-        except asyncio.CancelledError:  # by the end of the batch
+        except asyncio.CancelledError:  # the batch has ended
             outcome = Reachability.SILENT
         except ConnectionRefusedError:
             outcome = Reachability.REFUSED
@@ -301,7 +302,7 @@ class Prober:
             if kind == socket.SOCK_STREAM:
                 await self._loop.sock_connect(sock, peer)
             else:
-                sock.connect(peer)  # only sets the peer; the event loop would look up what kind of socket pings
+                sock.connect(peer)  # only sets the peer; the event loop's connect would call getaddrinfo for it
         except BaseException:
             sock.close()
             raise

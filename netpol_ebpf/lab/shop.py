@@ -33,7 +33,7 @@ OUTSIDE = (
     ),
 )
 TWINS = (
-    # A second node, which no agent is on: what two pods do there is what they would do without enforcement.
+    # A second node without an agent: its two pods show connections without enforcement.
     Host("node-2", INTERNET, (ip_address("172.30.0.20"),), interface="node-2"),
     Host("twin/client", "node-2", (ip_address("10.244.2.1"),)),
     Host("twin/server", "node-2", (ip_address("10.244.2.2"),)),
@@ -113,7 +113,7 @@ spec:
 
 
 def manifests_dir() -> Path:
-    """Where the manifests are: beside this module in an installed package, in examples/ in a checkout."""
+    """Directory of the manifests: beside this module in an installed package, in examples/ in a checkout."""
     packaged = Path(__file__).parent / "demo"
     checkout = Path(__file__).parents[2] / "examples" / "demo"
     for candidate in (packaged, checkout):
@@ -126,9 +126,9 @@ def manifests_dir() -> Path:
 
 
 def shop_plan(resources: Iterable[Resource]) -> Plan:
-    """The laboratory for the manifests, with the outside and the second node.
+    """The plan of the laboratory for the manifests, with the outside hosts and the second node.
 
-    Raises InvalidInputError when a pod or node is missing that the demonstration speaks of.
+    Raises InvalidInputError if a pod or node that the demonstration uses is missing.
     """
     plan = plan_for(resources, (*OUTSIDE, *TWINS))
     missing = sorted(NAMES.keys() - plan.hosts.keys())

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan of a laboratory network: a tree of network namespaces, each link routed, both address families.
 
-The root stands for everything outside the cluster; nodes and outside hosts hang off it, pods hang off nodes.  A child
-has one interface, ``eth0``, with /32 and /128 addresses and a default route through its parent's end of the veth; the
-parent has one host route per address below that child.  There is no bridge, as in clusters that route to pods.
+The root stands for everything outside the cluster; nodes and outside hosts are its children, pods are children of
+nodes.  A child has one interface, ``eth0``, with /32 and /128 addresses and a default route through its parent's end of
+the veth pair; the parent has one host route for each address below that child.  There is no bridge, as in clusters that
+route to pods.
 
-Invariant: a plan is pure data; rendering it names only namespaces and interfaces of the plan itself, never one of the
-machine's own.  This module runs nothing: `netpol_ebpf.lab.laboratory` does.
+Invariant: a plan is pure data; its commands name only namespaces and interfaces of the plan itself, never the machine's
+own.  This module runs nothing: `netpol_ebpf.lab.laboratory` does.
 """
 
 from __future__ import annotations

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where objects come from: a directory of manifests, later the API server."""
+"""Sources of objects: a directory of manifests, and the API of a cluster."""

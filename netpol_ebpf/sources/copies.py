@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copies of the last good text of each manifest file, so that a restart with a broken file changes no policy.
 
-Invariant: a copy is complete or absent; nothing in the directory of the copies can block a reader, whatever it is.
+Invariant: a copy is complete or absent; no special file (such as a pipe) in the directory of copies can block a reader.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from pathlib import Path
 from netpol_ebpf.resources.manifest_files import DirectoryId, read_regular
 
 DIRECTORIES = "directories"
-"""Name of the file with the directories' identities; it is no hash, so it is no copy's name."""
+"""Name of the file with the directories' identities. It is no hash, so no copy has this name."""
 
 
 @dataclass(slots=True)
 class LastGoodCopies:
-    """The copies in one directory, which is created when the first copy is stored.
+    """The copies in one directory, which is created for the first copy.
 
-    File names are hashes, since a manifest may have any name; each copy has the manifest's name beside it.  All methods
-    but `directories` raise OSError.
+    File names are hashes of manifest names, since a manifest may have any name; the manifest's name is in a file beside
+    each copy.  All methods but `directories` raise OSError.
     """
 
     directory: Path
@@ -34,7 +34,7 @@ class LastGoodCopies:
         return self.directory / hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
 
     def load(self, name: str) -> str | None:
-        """The copy, or None when there is none. Raises UnicodeDecodeError, too."""
+        """Load the copy for the manifest ``name``; None if there is none. Raises OSError, UnicodeDecodeError."""
         try:
             return read_regular(self._path(name)).decode("utf-8")
         except FileNotFoundError:
@@ -54,7 +54,7 @@ class LastGoodCopies:
         if not self.directory.is_dir():
             return []
         found = [(_content(path) or b"").decode(errors="surrogateescape") for path in self.directory.glob("*.name")]
-        return [name for name in found if self._path(name).exists()]  # a name that was written in part has no copy
+        return [name for name in found if self._path(name).exists()]  # a partly written name has no copy
 
     def forget(self, name: str) -> None:
         """Remove the copy, if there is one."""
@@ -62,7 +62,7 @@ class LastGoodCopies:
             path.unlink(missing_ok=True)
 
     def keep_only(self, names: Mapping[str, object]) -> None:
-        """Forget the copies of all other files."""
+        """Remove all copies except those of the manifests in ``names``."""
         if not self.directory.is_dir():
             return
         wanted = {self._path(name).name for name in names}
@@ -73,7 +73,7 @@ class LastGoodCopies:
     def store_directories(self, directories: Mapping[str, DirectoryId]) -> None:
         """Store the identities of the directories with manifests.
 
-        After a restart a directory of the same name may be another one.
+        They show after a restart whether another directory has taken a directory's name.
         """
         path = self.directory / DIRECTORIES
         if directories:
@@ -83,7 +83,7 @@ class LastGoodCopies:
             path.unlink(missing_ok=True)
 
     def directories(self) -> dict[str, DirectoryId] | None:
-        """The stored identities of directories, none where nothing was stored; None when the file is damaged."""
+        """Load the stored identities of directories; {} if nothing was stored; None if the file is damaged."""
         path = self.directory / DIRECTORIES
         if not path.exists():
             return {}
@@ -103,7 +103,7 @@ def _content(path: Path) -> bytes | None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Replace a file atomically, by way of a new file: an existing draft may be a pipe."""
+    """Replace a file atomically, by a new temporary file: an existing file under the temporary name may be a pipe."""
     draft = path.with_suffix(".draft")
     draft.unlink(missing_ok=True)
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A descriptor that becomes readable when something changes in one of a set of directories.
 
-Inotify(7) as a wake-up alone. The watch does not read which file changed, or how: its user then reads the directories.
-So neither a queue overflow nor the order of events can lead to a wrong state.
+It uses inotify(7) only as a wake-up.  The watch does not read which file changed, or how: its user then scans the
+directories. So neither a queue overflow nor the order of events can lead to a wrong state.
 
-Invariant: `DirectoryWatch.is_complete` is True only where the kernel reports every change of an entry of the
-directories.  The kernel does not on network and FUSE file systems, where other machines or processes make changes.
+Invariant: `DirectoryWatch.is_complete` is True only if the kernel reports every change of the directories' entries. The
+kernel does not do so on network and FUSE file systems, where other machines or processes make changes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LOCAL_FILE_SYSTEMS = frozenset({
 to ext4, XFS, Btrfs, F2FS, ZFS, bcachefs, tmpfs, ramfs, overlayfs.
 """
 _STATFS_BYTES = 256
-"""More than any architecture's struct statfs."""
+"""Buffer size in bytes; larger than struct statfs on every architecture."""
 
 
 @functools.cache
@@ -42,12 +42,12 @@ def _libc() -> ctypes.CDLL:
 
 
 class DirectoryWatch:
-    """Watches the directories, and single files, of the last `watch`."""
+    """Watches the directories and single files that the last call of `watch` named."""
 
     def __init__(self) -> None:
         """Raises OSError when the user has too many inotify instances (fs.inotify.max_user_instances)."""
         self._descriptor = _checked(_libc().inotify_init1(IN_NONBLOCK | IN_CLOEXEC), None)
-        self._local: dict[int, bool] = {}  # by the number of a watch: whether the kernel sees every change there
+        self._local: dict[int, bool] = {}  # watch descriptor -> whether the kernel reports every change there
 
     def fileno(self) -> int:
         """A descriptor that is readable when something changed."""
@@ -74,7 +74,9 @@ class DirectoryWatch:
                     found[number] = before[number] if number in before else _is_local(path)
         finally:
             for number in before.keys() - found.keys():
-                _libc().inotify_rm_watch(self._descriptor, number)  # of a directory that is gone the kernel did it
+                _libc().inotify_rm_watch(
+                    self._descriptor, number
+                )  # the kernel itself removes watches of directories that are gone
         self._local = found
         return not found.keys() <= before.keys()
 

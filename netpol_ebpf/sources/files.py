@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objects from a directory of manifests, as it changes: the source behind ``--manifests DIR``.
+"""Objects from a directory of manifests, as it changes: the source for ``--manifests DIR``.
 
-A scan of the directory (name, inode, size and times of every file) finds the changes: it sees atomic renames, symlink
-swaps of mounted ConfigMaps and network file systems alike, and has no queue that can overflow.  inotify only says when
-to scan.  It does not report changes that another machine makes on a network file system, or changes below a path
-outside the watched directories.  So a directory at rest is scanned every SAFETY_NET_S seconds, and every INTERVAL_S
-seconds where inotify is known to miss changes.
+A scan of the directory (name, inode, size and times of every file) finds the changes: it detects atomic renames,
+symlink swaps of mounted ConfigMaps, and changes on network file systems, and has no queue that can overflow.  Inotify
+only triggers scans.  It does not report changes that another machine makes on a network file system, or changes below a
+path outside the watched directories.  So a directory without changes is scanned every SAFETY_NET_S seconds, and every
+INTERVAL_S seconds if inotify is known to miss changes.
 
-Invariants: one scan gives one batch, so objects that change together arrive together.  A file that cannot be read, is
-not valid, or is empty keeps the objects of its last good state (also over a restart, with a directory for copies) and
-is reported until it is corrected; so does everything below a place that cannot be read.  Objects go when their file
-goes or says so: by leaving them out, or by ``---`` or an empty List where it has no others.  If an object is written
-twice, the first by file name counts and the others are reported; if it is given in Calico's stored form and as
-projectcalico.org/v3, the latter counts.
+Invariants.  One scan gives one batch, so objects that change together arrive together.  A file that cannot be read, is
+not valid, or is empty keeps the objects of its last good state (also over a restart, if there is a directory for
+copies) and is reported until it is corrected; the same holds for all files below a directory that cannot be read.
+Objects are removed when their file is removed, when the file no longer contains them, or when it states that it has
+none (``---`` or an empty List).  If several files have an object, the first by file name counts and the others are
+reported; if an object is given in Calico's stored form and as projectcalico.org/v3, the latter counts.
 
-A directory is applied when two scans in a row saw the same, so neither a half-written file nor the moment between the
-removal of a file and the appearance of its successor becomes policy.  This module runs no loop:
+A directory is applied when two scans in a row had the same result, so neither a half-written file nor the moment
+between the removal of a file and the appearance of its successor becomes policy.  This module runs no loop:
 `ManifestDirectory.step` is one scan.
 """
 
@@ -56,19 +56,19 @@ MAX_UNSETTLED_LOOKS = 3
 """A directory that never stops changing is applied as it is after this many scans."""
 
 RACY_S = 2.0
-"""A file younger than this when read may change again without its times or size showing it; it is compared by content."""
+"""Age in seconds. A younger file may change again without a change of its times or size, so its content is compared."""
 
 RETRY_S = 60.0
 """Interval after which a file is read again when another process ended its reading; arbitrary."""
 
 SLOW_S = 5.0
-"""How long a file may take to be read before that is reported as a problem; arbitrary."""
+"""Time in seconds after which a slow reading of files is reported as a problem; arbitrary."""
 
 MOST_TOLD = 1000
-"""Largest number of problems; arbitrary. Each scan goes through all of them."""
+"""Most problems that the source reports; arbitrary. Each scan goes through all of them."""
 
 MOST_BYTES_IN_ALL = 256 << 20
-"""Bytes read of one directory: four of the largest files."""
+"""Most bytes of one directory: four of the largest files."""
 
 _UNKNOWN: DirectoryId = (0, 0)
 """An identity that no directory has."""
@@ -108,14 +108,14 @@ class _File:
 
 @dataclass(frozen=True, slots=True)
 class _Scan:
-    """One scan: manifests by name ("" for a root that is a file), and why other places could not be read, by name."""
+    """One scan: manifests by name ("" for a root that is a file), and unreadable paths with the reasons."""
 
     files: dict[str, Signature]
     hidden: dict[str, str]
     directories: dict[str, DirectoryId] = field(default_factory=dict, compare=False)
 
     def is_hidden(self, name: str) -> bool:
-        """Whether a file may exist at or below a place that could not be read."""
+        """Whether a file may exist at or below a path that could not be read."""
         return not self.hidden.keys().isdisjoint(_with_parents(name))
 
 
@@ -123,7 +123,7 @@ class _Scan:
 class _Pending:
     """A scan that was not applied yet: the files to read, the time of the scan, and the reader.
 
-    ``reading``: None where this process reads.
+    ``reading``: the reader in a child process; None: this process reads.
     """
 
     scan: _Scan
@@ -139,10 +139,10 @@ ObjectPosition = tuple[bool, str, int]
 
 @dataclass(slots=True)
 class _MergedFiles:
-    """The objects of all files, maintained file by file: a change costs what it touches, not the total.
+    """The objects of all files, updated file by file: the cost of a change depends on the changed files alone.
 
-    Invariant: ``homes`` has for each key the least position that gives it, ``others`` the further ones, in order; a key
-    that is given once is not in ``others``.  ``given``: the version and the applied objects of each file.
+    Invariant: ``homes`` has for each key the least position that gives the object, ``others`` the further positions, in
+    order; a key with one position is not in ``others``.  ``given``: the version and the applied objects of each file.
     """
 
     given: dict[str, tuple[str, tuple[Resource, ...]]] = field(default_factory=dict)
@@ -150,7 +150,10 @@ class _MergedFiles:
     others: dict[ResourceKey, list[ObjectPosition]] = field(default_factory=dict)
 
     def replace(self, files: Mapping[str, tuple[str, tuple[Resource, ...]]]) -> tuple[ObjectEvent, ...]:
-        """Take up files given as name to version and objects, none for one that went. Removals come first; each part in file order."""
+        """Replace the objects of ``files``: (version, objects) by file name; without objects for a removed file.
+
+        Returns the events: removals first, each part in file order.
+        """
         was: dict[ResourceKey, tuple[ObjectPosition, Resource, str] | None] = {}
         for name in files:
             for number, resource in enumerate(self.given.get(name, _NOTHING)[1]):
@@ -178,9 +181,9 @@ class _MergedFiles:
         return tuple(event for part in (removals, upserts) for _, event in sorted(part, key=lambda one: one[0]))
 
     def duplicates(self) -> Iterator[Problem]:
-        """A problem for each position but the first of each object.
+        """A problem for each position of an object but the first.
 
-        None where Calico's stored form is given beside the object.
+        No problem if an object in Calico's stored form is overridden by its projectcalico.org/v3 form.
         """
         for key in nsmallest(MOST_TOLD, self.others):
             home = self._at(self.homes[key])
@@ -220,7 +223,7 @@ class _MergedFiles:
 class ManifestDirectory:
     """Watches one directory (or one file) of manifests.
 
-    ``copies``: keep last good states across restarts; None keeps them in memory only.  ``clock``: wall-clock seconds,
+    ``copies``: stores last good states across restarts; None: they are in memory only.  ``clock``: wall-clock seconds,
     comparable with file times.  ``watch``: wakes the agent when a file changes; None: the directory is scanned every
     ``interval_s`` seconds of the ``monotonic`` clock.  ``close`` closes the watch.
     """
@@ -233,7 +236,7 @@ class ManifestDirectory:
     monotonic: Callable[[], float] = time.monotonic
     _looked_s: float = -math.inf  # by the monotonic clock
     _has_news: bool = False  # the watch reported a change since the last look
-    _watched: _Scan | None = None  # of which the directories are watched
+    _watched: _Scan | None = None  # the scan with the watched directories
     _watch_failure: str = ""
     _files: dict[str, _File] = field(default_factory=dict)
     _taken: dict[str, Signature] = field(default_factory=dict)
@@ -243,14 +246,14 @@ class ManifestDirectory:
     _unmerged: set[str] = field(default_factory=set)
     _merged: _MergedFiles = field(default_factory=_MergedFiles)
     _uncopied: dict[str, str | None] = field(default_factory=dict)  # texts to be copied, None: a copy to be removed
-    _is_swept: bool = False  # of copies of files that went while nobody looked
+    _is_swept: bool = False  # copies of files removed while no agent ran are deleted
     _copy_problems: tuple[Problem, ...] = ()
     _directory_problems: tuple[Problem, ...] = ()
     _process_problems: tuple[Problem, ...] = ()
     _homes: dict[str, DirectoryId] | None = field(default_factory=dict)  # directories with manifests; None: not known
     _copied_homes: dict[str, DirectoryId] | None = None
-    _too_many: frozenset[str] = frozenset()  # files beyond what is read in all
-    _retries: dict[str, float] = field(default_factory=dict)  # files to be read again though they do not change: when
+    _too_many: frozenset[str] = frozenset()  # files beyond MOST_BYTES_IN_ALL
+    _retries: dict[str, float] = field(default_factory=dict)  # unchanged files to read again -> time
     _pending: _Pending | None = None
     _seen: _Scan | None = None
     _unsettled_looks: int = 0
@@ -303,7 +306,10 @@ class ManifestDirectory:
         return tuple(found)
 
     def begin(self) -> SourceUpdate:
-        """See `Source`. The same as `sync`: files are there, or are not."""
+        """See `Source`.
+
+        The same as `sync`: a directory needs no connection, so its first scan already gives all files.
+        """
         return self.sync()
 
     def report(self) -> tuple[Mapping[str, Any], ...]:
@@ -334,8 +340,8 @@ class ManifestDirectory:
     def wait_s(self) -> float:
         """See `Source`.
 
-        Two scans are at least `interval_s` apart, however often the watch wakes: else a half-written file could be
-        applied.
+        Two scans are at least `interval_s` apart, however often the watch wakes the agent; otherwise a half-written
+        file could be applied.
         """
         is_at_rest = (
             self._watched is not None
@@ -396,7 +402,7 @@ class ManifestDirectory:
         return _Scan(files, found.hidden, found.directories)
 
     def _watch(self, scan: _Scan) -> None:
-        """Watch the places of a scan. Where that is not possible, the directory is scanned at intervals alone."""
+        """Watch the directories of a scan. If that is not possible, the directory is only scanned at intervals."""
         last = self._watched
         if self.watch is None or (
             last is not None and (last.files, last.directories) == (scan.files, scan.directories)
@@ -404,7 +410,7 @@ class ManifestDirectory:
             return
         failure, self._watched = "", None
         try:
-            # What comes into a directory between the look and the first watch of it is seen by the next look.
+            # An entry that appears in a directory between the scan and the first watch of it is found by the next scan.
             self._has_news |= self.watch.watch(self._places(scan))
             self._watched = scan
         except OSError as error:
@@ -417,10 +423,9 @@ class ManifestDirectory:
         self._watch_failure = failure
 
     def _places(self, scan: _Scan) -> set[Path]:
-        """The directories of all files, by name with device and inode.
+        """The paths to watch: the directories of a scan, and those of the files that symbolic links lead to.
 
-        A file that was not found but may still exist counts, and a place that could not be read keeps its earlier
-        identity.
+        Before the first directory was found: the root and its parent.
         """
         if not scan.directories:
             return {self.root, self.root.parent}
@@ -429,7 +434,7 @@ class ManifestDirectory:
         return {self.root / name for name in scan.directories} | links
 
     def _look_for_displaced(self, scan: _Scan) -> None:
-        """Add to a scan the files that were not found and are not known to be gone. Raises OSError."""
+        """Add to a scan the files that were not found, unless their absence is certain. Raises OSError."""
         if not self._is_read and self.copies is not None:
             self._homes = self.copies.directories()
         missing = [name for name in self._known() if name not in scan.files]
@@ -441,7 +446,10 @@ class ManifestDirectory:
                 scan.files[name] = UNREAD
 
     def _known(self) -> list[str]:
-        """The applied files, or before there are any those of an earlier agent. Raises OSError."""
+        """Names of the applied files; before the first application, of those that an earlier agent applied.
+
+        Raises OSError.
+        """
         return list(self._taken) if self._is_read or self.copies is None else sorted(self.copies.names())
 
     def _is_due(self, scan: _Scan) -> bool:
@@ -476,7 +484,7 @@ class ManifestDirectory:
         before, place = self._files.get(name), self._path(name)
         copy = before is None and self.copies is not None
         digest = b"" if before is None else before.digest
-        if signature == UNREAD:  # its place is a problem, once for all below it
+        if signature == UNREAD:  # the unreadable directory is one problem for all files below
             return ReadTask(name, place, None, digest, copy, 0)
         if name in self._too_many:
             reason = (
@@ -511,7 +519,7 @@ class ManifestDirectory:
             reading.close()
 
     def _slowness(self) -> Iterator[Problem]:
-        """A problem that a change is not in force yet, when reading takes long."""
+        """A problem if reading takes long: the change is not in force yet."""
         reading = None if self._pending is None else self._pending.reading
         if reading is not None and time.monotonic() - reading.began_s >= SLOW_S:
             message = (
@@ -520,7 +528,7 @@ class ManifestDirectory:
             yield Problem(Location(str(self.root)), "", message, severity="warning", slug="reading")
 
     def _take_up(self, pending: _Pending, outcomes: Iterator[tuple[ReadTask, ReadResult]]) -> tuple[ObjectEvent, ...]:
-        """Take over what was read and forget what went; what that makes of the objects."""
+        """Update the files' states from the read results, and forget removed files; returns the resulting events."""
         scan = pending.scan
         for name in self._taken.keys() - scan.files.keys():
             self._unmerged.add(name)
@@ -548,8 +556,8 @@ class ManifestDirectory:
         return events
 
     def _entry(self, signature: Signature, began_s: float, before: _File | None, outcome: ReadResult) -> _File | None:
-        """The new state of a file; a file that is not valid keeps its objects. None: nothing is known of it yet."""
-        if outcome.state == "gone":  # after the look; the next look shows that
+        """The new state of a file; an invalid file keeps its objects. None: no state of the file is known yet."""
+        if outcome.state == "gone":  # removed after the scan; the next scan shows that
             return before
         entry = _File(signature, began_s) if before is None else replace(before, signature=signature, read_at_s=began_s)
         if outcome.state == "same":
@@ -559,9 +567,9 @@ class ManifestDirectory:
         if outcome.state == "good":
             self._uncopied[outcome.name] = outcome.text
         if outcome.state == "unreadable":
-            entry.signature = UNREAD  # whatever the reason, the next look tries again
+            entry.signature = UNREAD  # the next scan tries again in any case
         if outcome.state == "kept":
-            entry.read_at_s = self.clock()  # what failed is not tried again for its age
+            entry.read_at_s = self.clock()  # a failure alone is no reason to read again soon
         if outcome.state != "kept" or outcome.problems:
             entry.digest, entry.problems = outcome.digest, outcome.problems
         self._retries.pop(outcome.name, None)
@@ -589,9 +597,9 @@ class ManifestDirectory:
             self._copy_problems = (_uncopied(self.copies, error),)
 
     def _sweep_copies(self) -> None:
-        """Remove copies of files that went while no agent ran.
+        """Remove copies of files that were removed while no agent ran.
 
-        Once, when all files have been read and nothing is hidden.
+        Once, when all files have been read and no path is unreadable.
         """
         if self.copies is None or self._is_swept or self._copy_problems or self._hidden:
             return
@@ -602,7 +610,7 @@ class ManifestDirectory:
             self._copy_problems = (_uncopied(self.copies, error),)
 
     def _note(self, name: str, entry: _File | None, before: _File | None) -> None:
-        """Cache what every scan needs of all files, so that it need not visit each of them."""
+        """Cache per-file facts that every scan needs, so that a scan need not visit each file."""
         if entry is None:
             return
         self._files[name] = entry
@@ -628,9 +636,10 @@ class ManifestDirectory:
 
 @dataclass(slots=True)
 class _DirectoryHistory:
-    """What one scan says about places: the directories with manifests, and the files that are not known to be gone.
+    """Result of one scan: the directories that contain manifests, and the files that exist or could not be checked.
 
-    ``known``: the directories that had manifests when they were last applied, None when that record was lost.
+    ``known``: the directories that contained manifests when the source was last applied; None if the file that records
+    them was lost.
     """
 
     scan: _Scan
@@ -643,11 +652,14 @@ class _DirectoryHistory:
         found = {name.rpartition("/")[0] for name, signature in self.scan.files.items() if signature != UNREAD}
         holders = {directories[above] for one in found & directories.keys() for above in _with_parents(one)}
         for name in directories:
-            if directories[name] in holders:  # under whatever name its files are
+            if directories[name] in holders:  # whatever names its files have now
                 self._with_manifests.update(_with_parents(name))
 
     def displaced(self, name: str) -> dict[str, str]:
-        """The place of a file that was not found, and what is there now; None when the file, or its directory, is gone."""
+        """For a file that was not found: the path that replaced it or a directory above it, with a description.
+
+        Empty if the file, or its directory, was removed: then its objects may go.
+        """
         directories = self.scan.directories
         if name in directories:
             return (
@@ -692,7 +704,7 @@ def _with_parents(name: str) -> list[str]:
 
 
 def _beyond_all(files: Mapping[str, Signature]) -> frozenset[str]:
-    """The files, last by name, that exceed the total size together with those before them."""
+    """The files that exceed MOST_BYTES_IN_ALL together with all files before them by name."""
     left, beyond = MOST_BYTES_IN_ALL, set()
     if sum(signature[2] for signature in files.values()) <= left:
         return frozenset()

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several sources as one: for an object that several sources have, the first source in the given order wins.
 
-The others' objects are reported as problems, and are applied when the winner removes its object.  So the objects in
-force follow from the sources' content, not from the order of their reports.
+The other sources' objects are reported as problems; they are applied when the winner removes its object.  So the
+objects in force follow from the sources' content, not from the order of their updates.
 
-Invariant: a source that has not synced contributes nothing, neither objects nor removals; when it syncs, all its
-objects come in with one update.
+Invariant: a source that has not synced contributes nothing, neither objects nor removals; when it syncs, one update
+adds all its objects.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from netpol_ebpf.resources.manifest_files import never_pause
 from netpol_ebpf.sources.source import ObjectEvent, Remove, Source, SourceUpdate, Upsert
 
 SHOWN = 1000
-"""Largest number of reported objects that several sources have, the first by key; arbitrary."""
+"""Most objects that are reported because several sources have them, the first by key; arbitrary."""
 
 
 class MergedSources:
     """A `Source` that merges other sources, and closes them."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
-        """``sources``: the first wins."""
+        """``sources``: in order of precedence; for an object in several of them the first wins."""
         self._sources = tuple(sources)
         self._objects: tuple[dict[ResourceKey, Upsert], ...] = tuple({} for _ in sources)
         self._merged: set[int] = set()  # sources that contribute
@@ -52,7 +52,7 @@ class MergedSources:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """The sums of all sources."""
+        """Numbers of objects of kinds that are not read, summed over all sources, by apiVersion and kind."""
         total: Counter[str] = Counter()
         for one in self._sources:
             total.update(one.skipped)
@@ -109,7 +109,11 @@ class MergedSources:
         return self._epoll
 
     def _merge(self, reported: dict[int, Sequence[ObjectEvent]]) -> tuple[ObjectEvent, ...]:
-        """What becomes of the merged objects, removals first. Cost: linear in the events, and in the objects of a source that has just synced."""
+        """Merge the events that the sources reported; returns the events of the merged objects, removals first.
+
+        ``reported``: by index of the source.  Cost: linear in the events, and in the objects of a source that has just
+        synced.
+        """
         touched: dict[ResourceKey, None] = {}
         for number, events in reported.items():
             objects = self._objects[number]

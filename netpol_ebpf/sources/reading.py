@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Manifest files to objects.
+"""Reads manifest files into objects: in this process if that takes milliseconds, otherwise in a forked child process.
 
-In this process where that takes milliseconds, else in a child process, a fork of this one. A megabyte of YAML takes
-seconds, and may take a hundred times its size of memory.  The child has limits of both; its parent continues, polls for
-the end of the child, and reads the results from a file in memory.  Rejected: portions in the loop (a comment of 30 MB
-is one step of the parser), threads (the parser holds the interpreter's lock).
+Parsing a megabyte of YAML takes seconds of CPU time, and can take a hundred megabytes of memory; the child has a limit
+on each.  The parent goes on with its work, polls for the child's exit, and reads the results from a memfd.  Rejected:
+parsing in portions in the event loop (a comment of 30 MB is one step of the parser), threads (the parser holds the
+GIL).
 
-Invariant: both ways give the same result, in the order of the tasks.  A file on which the child fails is a problem, and
-keeps no other file from being read.
+Invariant: both ways give the same results, in the order of the tasks.  A file on which the child fails is reported as a
+problem; all other files are still read.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from netpol_ebpf.resources.yamltree import read_documents
 from netpol_ebpf.sources.copies import LastGoodCopies
 
 IN_PLACE_BYTES = 4096
-"""Total size that is read in this process: a few milliseconds. A child costs as much."""
+"""Largest total size, in bytes, that is read in this process: a few milliseconds, the cost of a child."""
 READ_S = 300
 """Time limit in seconds for one file; 64 MiB of a cluster's objects take half of it on a slow processor."""
 CHILD_BYTES = 2 << 30
-"""Memory limit of the child beside what it shares; 64 MiB of a cluster's objects need half of it."""
+"""Memory limit of the child in bytes, besides what it shares; 64 MiB of a cluster's objects need half of it."""
 MOST_PROBLEMS = 100
 """Largest number of reported problems of one file; arbitrary."""
 TAKEN_TOGETHER = 250
@@ -49,7 +49,7 @@ TAKEN_TOGETHER = 250
 
 _DOCUMENT_MARK = re.compile(r"^---(?:\s|$)", re.MULTILINE)
 _ALIAS = re.compile(rb"[&*]\w")
-"""Finds aliases: a small text with aliases may stand for large values."""
+"""Finds YAML aliases: a small text with aliases may expand to large values."""
 
 _LENGTH_BYTES = 8
 _STANDARD_ERROR = 2
@@ -63,10 +63,10 @@ log = logging.getLogger(__name__)
 class ReadTask:
     """A file to read.
 
-    ``path``: None for a file that must not be read; only its last good state can be.  ``digest``: of the text last
-    read, b"" for none.  ``copy``: read the last good state if the file is not valid.  ``size_bytes``: as the scan found
-    it.  ``problems``: why the file is not read; ``again``: whether a later attempt may succeed although the file does
-    not change.
+    ``path``: None for a file that must not be read; then only its last good state can be read.  ``digest``: of the text
+    last read; b"" for none.  ``copy``: read the last good state if the file is not valid.  ``size_bytes``: size from
+    the scan. ``problems``: why the file is not read; ``again``: whether a later attempt may succeed although the file
+    does not change.
     """
 
     name: str
@@ -83,10 +83,10 @@ class ReadTask:
 class ReadResult:
     """The result for a file.
 
-    ``state``: "good", "bad", "same" as last read, "gone", "unreadable", or "kept" when it was not read.  ``resources``
-    and ``skipped`` of a file that is not good are those of its last good state, if the task included that; ``version``:
-    the digest of the text that gave them, in hexadecimal digits.  ``text``: of a good file, for its copy. ``again``: as
-    in the task.
+    ``state``: "good"; "bad"; "same" as last read; "gone"; "unreadable"; "kept": not read.  ``resources`` and
+    ``skipped``: the file's objects, and the objects of other kinds; for a file that is not good those of its last good
+    state, if the task asked for it.  ``version``: hex digest of the text with these objects.  ``text``: of a good file,
+    for its copy. ``again``: as in the task.
     """
 
     name: str
@@ -108,7 +108,7 @@ def can_read_in_place(tasks: Sequence[ReadTask]) -> bool:
 
 
 def _has_aliases(path: Path) -> bool:
-    with contextlib.suppress(OSError):  # reading it finds and reports the same
+    with contextlib.suppress(OSError):  # `read` meets and reports the same error
         return len(_ALIAS.findall(read_regular(path))) > 1
     return False
 
@@ -137,7 +137,7 @@ def read(task: ReadTask, copies: LastGoodCopies | None) -> ReadResult:
 
 
 def _with_last_good(outcome: ReadResult, task: ReadTask, copies: LastGoodCopies | None) -> ReadResult:
-    """Add the state that an earlier agent stored, for a file that this process has never found valid."""
+    """The outcome, completed by the last good state that an earlier agent stored, if this process knows none."""
     if not task.copy or copies is None:
         return outcome
     try:
@@ -150,7 +150,7 @@ def _with_last_good(outcome: ReadResult, task: ReadTask, copies: LastGoodCopies 
         good = parse_documents(text, str(task.place))
         outcome.resources, outcome.skipped = tuple(good.resources), good.skipped
         outcome.version = hashlib.sha256(text.encode()).hexdigest()
-        if good.errors:  # another version of the agent took it for good
+        if good.errors:  # valid for another version of the agent only
             outcome.problems += (_no_longer_good(task.place, good),)
     return outcome
 
@@ -163,7 +163,7 @@ class Reading:
     copies: LastGoodCopies | None
     began_s: float = field(default_factory=time.monotonic)
     _left: list[ReadTask] = field(default_factory=list)
-    _done: list[tuple[ReadTask, int]] = field(default_factory=list)  # and in which of the results
+    _done: list[tuple[ReadTask, int]] = field(default_factory=list)  # task, and index of the results file that has it
     _results: list[io.BufferedReader] = field(default_factory=list)
     _process: int = 0
 
@@ -173,7 +173,7 @@ class Reading:
         return bool(self._results)
 
     def begin(self) -> None:
-        """Have a child read the files. Raises OSError when no child can be started now."""
+        """Start a child that reads the files. Raises OSError if no child can be started now."""
         self._left = list(self.tasks)
         self._fork()
 
@@ -185,9 +185,9 @@ class Reading:
             _work(parent, results, self._left, self.copies)
 
     def has_ended(self, *, wait: bool = False) -> bool:
-        """Whether all files have been read. Blocks only to ``wait``.
+        """Whether all files have been read. ``wait``: block until they are.
 
-        Raises OSError when no further child can be started now.
+        Raises OSError if no further child can be started now.
         """
         while self._left:
             done, status = os.waitpid(self._process, 0 if wait else os.WNOHANG)
@@ -198,7 +198,7 @@ class Reading:
         return True
 
     def _note_end(self, code: int) -> None:
-        """After the end of a child: start another one for the remaining files, without the file that ended the child."""
+        """Handle the end of a child: start another one for the remaining files, without the one on which it ended."""
         number, results = len(self._results) - 1, self._results[-1]
         results.seek(0)
         while self._left and _skip(results):
@@ -215,7 +215,7 @@ class Reading:
 
     def outcomes(self, pause: Callable[[], None] = never_pause) -> Iterator[tuple[ReadTask, ReadResult]]:
         """The results of all files, in the order of the tasks. ``pause`` is called every few milliseconds."""
-        # Without `peek` an unpickler reads no further than its object.
+        # A file object without `peek` keeps the unpickler from reading beyond its object.
         feeds = [SimpleNamespace(read=one.read, readline=one.readline) for one in self._results]
         unpicklers = [pickle.Unpickler(one) for one in feeds]  # noqa: S301 - written by our own child
         for task, number in self._done:
@@ -257,7 +257,7 @@ def _load(results: io.BufferedReader, unpickler: pickle.Unpickler, pause: Callab
 
 
 def _work(parent: int, results: int, tasks: Sequence[ReadTask], copies: LastGoodCopies | None) -> NoReturn:
-    """Everything that the child does."""
+    """The child's whole work; it never returns."""
     code = _BUG
     try:
         part_from(parent, READ_S)
@@ -274,10 +274,10 @@ def _work(parent: int, results: int, tasks: Sequence[ReadTask], copies: LastGood
 
 
 def _let_go_of_all_but(results: int) -> None:
-    """Close the agent's descriptors: a peer that waits for the end of a connection waits for every holder."""
+    """Close the agent's descriptors: a connection ends for its peer only when no process has it open."""
     for name in os.listdir("/proc/self/fd"):
         if int(name) > _STANDARD_ERROR and int(name) != results:
-            with contextlib.suppress(OSError):  # that of the list itself
+            with contextlib.suppress(OSError):  # the descriptor of the listed directory
                 os.close(int(name))
 
 
@@ -292,7 +292,7 @@ def _limit_memory() -> None:
 
 def _leave_all(results: int, tasks: Sequence[ReadTask], copies: LastGoodCopies | None) -> None:
     with os.fdopen(results, "wb", closefd=False) as file:
-        pickler = pickle.Pickler(file, pickle.HIGHEST_PROTOCOL)  # one for all: what objects share stays shared
+        pickler = pickle.Pickler(file, pickle.HIGHEST_PROTOCOL)  # one pickler for all files: shared values stay shared
         for task in tasks:
             signal.alarm(READ_S)
             begin = file.tell()
@@ -334,7 +334,7 @@ def _parse(raw: bytes, path: Path) -> LoadResult:
         line = raw.count(b"\n", 0, error.start) + 1
         message = f"is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8"
         return LoadResult(resources=[], problems=[Problem(Location(str(path), line), "", message, slug="encoding")])
-    blank = not text.removeprefix("\ufeff").strip()  # tabs as well, which YAML would find fault with
+    blank = not text.removeprefix("\ufeff").strip()  # a text of tabs is blank, too; YAML would reject it
     result = parse_documents("" if blank else text, str(path))
     if not result.resources and not result.errors and not _says_none(text, str(path)):
         message = (
@@ -346,7 +346,7 @@ def _parse(raw: bytes, path: Path) -> LoadResult:
 
 
 def _says_none(text: str, file: str) -> bool:
-    """Whether a text without objects explicitly says so: it begins a document, or has an empty List."""
+    """Whether a text without objects explicitly states that it has none: by a document start, or an empty List."""
     has_mark = _DOCUMENT_MARK.search(text.removeprefix("\ufeff")) is not None
     return has_mark or any(True for _ in read_documents(text, file, []))
 

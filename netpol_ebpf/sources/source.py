@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The protocol of a source of objects: Kubernetes objects and policies, as events, with their problems.
+"""The protocol of a source of objects: it gives Kubernetes objects and policies as events, and reports its problems.
 
 A source may read files, or watch an API from threads of its own.  The agent receives events only, and only in its own
 thread.
 
-Invariants: an update holds objects that change together; a source that cannot be read keeps its objects and reports a
-problem; the agent applies nothing of a source that has not synced.
+Invariants: an update contains objects that change together; a source that cannot be read keeps its objects and reports
+a problem; the agent applies nothing of a source that has not synced.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from netpol_ebpf.resources.types import Resource
 
 @dataclass(frozen=True, slots=True)
 class Upsert:
-    """An object appeared, changed, or moved to another place of its source.
+    """An object appeared, changed, or moved to another position in its source.
 
-    ``key``: (kind, namespace, name).  ``version``: the source's name for this state of the object; different states of
-    one key have different versions.
+    ``key``: (kind, namespace, name).  ``version``: the source's id of this state of the object; different states of one
+    key have different versions.
     """
 
     resource: Resource
@@ -35,7 +35,7 @@ class Upsert:
 
 @dataclass(frozen=True, slots=True)
 class Remove:
-    """An object is gone. ``resource`` and ``version`` are those of its last state."""
+    """An object was removed. ``resource`` and ``version`` are those of its last state."""
 
     resource: Resource
     key: ResourceKey
@@ -65,9 +65,9 @@ class Source(Protocol):
 
     @property
     def has_synced(self) -> bool:
-        """Whether `begin`, `sync` or `step` has returned all objects of the source at least once. It never becomes False again.
+        """Whether the source has returned all its objects at least once. Never becomes False again.
 
-        It becomes True with the update that completes them, not before the agent has that update.
+        It becomes True with the return of the update (of `begin`, `sync` or `step`) that completes the objects.
         """
 
     @property
@@ -79,33 +79,33 @@ class Source(Protocol):
         """All present problems of the source."""
 
     def begin(self) -> SourceUpdate | None:
-        """Begin to read, and return what is known without waiting for a server; the rest comes with `step`.
+        """Begin to read, and return the objects that are known without waiting for a server; `step` returns the rest.
 
-        Raises InvalidInputError when the source cannot be read at all.
+        Raises InvalidInputError if the source cannot be read at all.
         """
 
     def sync(self) -> SourceUpdate:
-        """Begin, and wait until the source has all its objects, and return them.
+        """Begin to read, wait until the source has all its objects, and return them.
 
-        Raises InvalidInputError or UnreachableError when the source cannot be read: then nothing is known, which is not the same as no
-        objects.
+        Raises InvalidInputError or UnreachableError if the source cannot be read: its objects are then unknown, which
+        differs from having none.
         """
 
     def report(self) -> tuple[Mapping[str, Any], ...]:
-        """What ``status`` shows of each source in this one, as values that JSON can hold.
+        """The data that ``status`` shows for this source, or for each source in it: values that JSON can hold.
 
-        ``source``: its name; ``type``; ``synced``; ``waiting_for``: what is missing until it has synced.  Takes no lock: a fork of the
-        agent calls it, in which no other thread runs that could give one back.
+        ``source``: its name; ``type``; ``synced``; ``waiting_for``: missing parts until it has synced.  Takes no lock:
+        a forked child of the agent calls it, in which no other thread runs that could release one.
         """
 
     def fileno(self) -> int | None:
-        """A descriptor that becomes readable when the source has news; None: the source has none."""
+        """A descriptor that becomes readable when the source has new events; None: the source has no descriptor."""
 
     def note_news(self) -> None:
-        """Make the descriptor unreadable again; `wait_s` then says when a step is due."""
+        """Make the descriptor unreadable again; `wait_s` then gives the time of the next step."""
 
     def wait_s(self) -> float:
-        """Seconds until the source needs the next `step` at the latest, whatever the descriptor says; 0: now."""
+        """Seconds after which `step` must be called even if the descriptor is not readable; 0: now."""
 
     def step(self, pause: Callable[[], None] = never_pause) -> SourceUpdate | None:
         """Do a bounded piece of work; returns the changes, or None.

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second barrier behind the programs: two nf_tables tables that drop what a workload sent past its TC hook.
+"""The second barrier: two nf_tables tables that drop packets of workloads which bypassed the program at the TC hook.
 
-The program sets one bit of the packet's mark (the *sign*) on everything that it lets into the node.  The tables take the sign
-off at once, and drop packets without it that came by a workload's interface: the interface has lost its program, or never had
-one, or the packet skipped the hook.  A workload cannot forge the sign: the kernel zeroes the mark at every change of network
-namespace.
+The program sets one bit of the packet's mark (the *sign*) on each packet that it lets into the node.  The tables clear
+the sign at once, and drop packets without it that came by a workload's interface: the interface has lost its program,
+or never had one, or the packet skipped the hook.  A workload cannot forge the sign: the kernel zeroes the mark at every
+change of network namespace.
 
     table inet np_barrier
-      prerouting (-450)   sign: take it off, accept.  Interface of a workload, or a new one by its name: count, drop
+      prerouting (-450)   sign: clear it, accept.  Interface of a workload, or a new interface by its name: count, drop
       input (225)         mark of a deferred verdict that no process of the node may receive: count, drop
-      output (300)        mark what the node's own processes send
-      postrouting (250)   to a new interface by its name, and not of the node itself: count, drop
+      output (300)        mark the packets of the node's own processes
+      postrouting (250)   to a new interface by its name, and not from the node itself: count, drop
     table bridge np_barrier
       prerouting, postrouting: the same for the ports of bridges, which the inet table does not see
 
-Invariants: a change is one transaction, so no packet meets half of a table; a table with another's remark, or held by
-another process, is never touched; counters are kept when a table is written anew.  The module must not decide which
-interfaces are workloads'.
+Invariants: a change is one transaction, so no packet meets half of a table; a table with the comment of another owner,
+or owned by the socket of another process, is never changed; counters are kept when a table is rewritten.  The module
+must not decide which interfaces are workloads'.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from netpol_loader.host.nftables import BRIDGE, INET, Nftables, NftChain, NftMes
 TABLE = "np_barrier"
 FAMILIES: Mapping[int, str] = {INET: "inet", BRIDGE: "bridge"}
 WORKLOADS, KNOWN = "workloads", "known"
-"""Sets: names of workloads' interfaces; numbers of interfaces that are not new."""
+"""Sets: names of workloads' interfaces; indices of interfaces that are known, that is, not new."""
 UNSIGNED, NEWBORN, DUE = "unsigned", "newborn", "due"
-"""Counters of dropped packets: without the sign; to a new interface; which no process of the node may receive."""
+"""Counters of dropped packets: without the sign; to a new interface; that no process of the node may receive."""
 
 BEFORE_ALL, AFTER_IPVS, BEHIND_MANGLE, BEFORE_LAST = -450, 225, 300, 250
-"""Priorities of the chains.
+"""Priorities of the chains, in this order.
 
-Before defragmentation (-400), so before other parties' marks; after IPVS (98 to 102), which may redirect the packet;
+Before defragmentation (-400), so before marks of other programs; after IPVS (98 to 102), which may redirect the packet;
 after mangle and NAT, whose rules may overwrite the whole mark; after NAT (100).
 """
 ARP = 0x0806
 LONGEST_REMARK = 120
-"""In bytes; `nft` shows 128 of a comment."""
+"""Longest comment in bytes; `nft` shows 128."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +64,12 @@ class Marks:
 
 @dataclass(frozen=True, slots=True)
 class BarrierSpec:
-    """What the tables must hold.
+    """The desired content of the tables.
 
-    ``marks.seen`` 0: nothing is dropped for want of the sign.  ``also_seen``: an older sign that counts as well, while the
-    programs pass from one to the other.  ``patterns``: names of interfaces (``cali*`` or whole) that are closed until they are in
-    ``known`` (their numbers).  ``workloads``: names of interfaces whose programs sign.
+    ``marks.seen`` 0: no packet is dropped for lack of the sign.  ``also_seen``: an older bit of the sign that counts as
+    well, while interfaces change from old programs to new ones.  ``patterns``: names of interfaces (``cali*`` or whole)
+    that are closed until their indices are in ``known``.  ``workloads``: names of interfaces with programs that set the
+    sign.
     """
 
     marks: Marks
@@ -80,7 +81,7 @@ class BarrierSpec:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A difference between a table and what was written. ``was``: missing, changed or foreign."""
+    """A difference between a table and its desired content. ``was``: missing, changed or foreign."""
 
     where: str
     was: str
@@ -88,18 +89,18 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Dropped packets, by counter and family; unsigned ones by interface."""
+    """Dropped packets by counter and table family; packets without the sign also by interface."""
 
     by_counter: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     by_interface: Mapping[str, int] = field(default_factory=dict)
 
 
 class TakenError(PlatformError):
-    """The table belongs to another owner."""
+    """The table exists and belongs to another owner (its comment names another)."""
 
 
 class HeldError(TakenError):
-    """The table is ours, but another process holds it."""
+    """The table is ours by its comment, but another process's socket owns it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,7 @@ class _BarrierRule:
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """The desired content of a table. ``rules``: by chain, the chain itself included."""
+    """The desired content of a table. ``rules``: by chain; each list includes the chain itself."""
 
     rules: Mapping[str, tuple[NftChain, tuple[_BarrierRule, ...]]]
     sets: Mapping[str, frozenset[bytes]]
@@ -129,22 +130,23 @@ class _Found:
 
 
 class BarrierTables:
-    """The tables of one owner in the network namespace of this process. Opened by `open` or the first use, closed by `close`.
+    """The tables of one owner in the network namespace of this process. `open` or the first use opens, `close` closes.
 
-    What `write` brings about lasts until `remove`, however the process ends; from Linux 6.9 on nobody else can change the
-    tables while it lives.  All methods but `close` raise PlatformError: TakenError when a table is somebody else's.
+    The effect of `write` lasts until `remove`, however the process ends; from Linux 6.9 on no other process can change
+    the tables while this one lives.  All methods but `close` raise PlatformError: TakenError if a table belongs to
+    another owner.
     """
 
     def __init__(self, owner: str) -> None:
-        """``owner``: the same text for all processes that may take over these tables."""
+        """``owner``: a text that is the same for all processes that may take over these tables."""
         self._remark = remark_of(owner)
         self._socket: Nftables | None = None
         self._news: nftables.TableNotifications | None = None
         self._is_news = False
         self._flags = 0
         self._families: tuple[int, ...] = ()
-        self._verified: int | None = None  # generation at which the tables were as they should be
-        self._written = BarrierSpec(Marks())  # what that was
+        self._verified: int | None = None  # generation at which the tables had the desired content
+        self._written = BarrierSpec(Marks())  # the desired content at that time
 
     # --- opening ----------------------------------------------------------------------------------------------------
 
@@ -165,7 +167,7 @@ class BarrierTables:
             if _is_possible(channel, BRIDGE, self._flags):
                 families.append(BRIDGE)
             self._families = tuple(families)
-            if not self._flags and self._news is None:  # what is held nobody else changes
+            if not self._flags and self._news is None:  # nobody else can change tables that this socket owns
                 self._news = nftables.TableNotifications()
         except BaseException:
             channel.close()
@@ -181,7 +183,7 @@ class BarrierTables:
         self._verified = None
 
     def part(self) -> None:
-        """Open a socket of its own; for a fork of the process that opened the tables.
+        """Replace the shared socket by a new one; for a fork of the process that opened the tables.
 
         The parent keeps using the shared socket, which owns the tables.
         """
@@ -196,11 +198,11 @@ class BarrierTables:
 
     @property
     def is_held(self) -> bool:
-        """Whether the kernel keeps others from changing the tables."""
+        """Whether the kernel keeps other processes from changing the tables (from Linux 6.9 on)."""
         return bool(self._flags)
 
     def fileno(self) -> int | None:
-        """Readable after a change of any table of the namespace; None if nobody else can change ours."""
+        """A descriptor that is readable after a change of any table; None if nobody else can change ours."""
         return None if self._news is None else self._news.fileno()
 
     def note_news(self) -> None:
@@ -214,7 +216,7 @@ class BarrierTables:
         return is_news
 
     def has_changed(self) -> bool:
-        """Whether our tables may have changed since they were last as desired. Costs one short request."""
+        """Whether our tables may have changed since they last had the desired content. Costs one short request."""
         return self._verified is None or self._verified != self._channel().generation()
 
     # --- reading ----------------------------------------------------------------------------------------------------
@@ -228,7 +230,7 @@ class BarrierTables:
         return [FAMILIES[family] for family, found in self._read().items() if found.table is not None]
 
     def members(self) -> tuple[frozenset[str], frozenset[int]]:
-        """Names of workloads' interfaces and numbers of known ones, as the tables have them."""
+        """Names of workloads' interfaces, and indices of known interfaces, in the tables."""
         names: set[str] = set()
         numbers: set[int] = set()
         for found in self._read().values():
@@ -298,7 +300,7 @@ class BarrierTables:
     # --- writing ----------------------------------------------------------------------------------------------------
 
     def write(self, layout: BarrierSpec) -> list[Difference]:
-        """Make the tables as desired, in one transaction; returns the differences found. Keeps the counters."""
+        """Give the tables the desired content in one transaction; returns the differences found. Keeps the counters."""
         channel = self._channel()
         generation = channel.generation()
         known = self._changes(layout) if generation == self._verified else None
@@ -322,9 +324,9 @@ class BarrierTables:
         return messages, differences
 
     def _changes(self, layout: BarrierSpec) -> tuple[list[NftMessage], list[Difference]] | None:
-        """As `_compared`, without reading the tables, which is slow; only for tables unchanged since the last write.
+        """As `_compared`, without reading the tables, which is slow; only if they are unchanged since the last write.
 
-        None: more than the sets' elements must change.
+        None: the difference is more than elements of sets.
         """
         messages: list[NftMessage] = []
         differences: list[Difference] = []
@@ -355,7 +357,7 @@ class BarrierTables:
             yield from self._whole(family, found, content)
             return
         if self._flags and not found.table.flags & nftables.OWNER and found.table.flags & nftables.PERSIST:
-            yield nftables.new_table(family, TABLE, self._flags, self._remark)  # its owner has ended
+            yield nftables.new_table(family, TABLE, self._flags, self._remark)  # the process that owned it has ended
         for name, keys in content.sets.items():
             yield from _set_changes(family, name, found.sets[name].keys(), keys)
 
@@ -397,7 +399,7 @@ def remark_of(owner: str) -> str:
 
 
 def _is_possible(channel: Nftables, family: int, flags: int) -> bool:
-    """Whether the kernel has tables of that family with these flags."""
+    """Whether the kernel supports tables of ``family`` with these flags."""
     try:
         channel.commit([nftables.new_table(family, f"{TABLE}_trial", flags, "")], is_trial=True)
     except NetlinkError as error:
@@ -468,7 +470,7 @@ def _postrouting(layout: BarrierSpec, family: int) -> Iterator[_BarrierRule]:
     for pattern in layout.patterns:
         look = [*_matches(nftables.OUT_NAME, pattern), *_is_new(nftables.OUT_INDEX)]
         look += [nftables.load_meta(nftables.MARK), nftables.bitwise(layout.marks.node), nftables.compare(bytes(4))]
-        if family == BRIDGE:  # the node's ARP passes no hook that could mark it, and an address is no secret
+        if family == BRIDGE:  # the node's ARP passes no hook that could mark it; ARP reveals only addresses
             arp = struct.pack("!H", ARP)
             look += [nftables.load_meta(nftables.PROTOCOL), nftables.compare(arp, nftables.UNEQUAL)]
         yield _rule(f"to a new interface {pattern}", *look, *_drop(NEWBORN))
@@ -489,7 +491,7 @@ def _drop(counter: str) -> tuple[bytes, bytes]:
 
 
 def _without(bit: int) -> int:
-    """The mask of all bits of the mark but this one."""
+    """The mask of all bits of the mark except ``bit``."""
     return ~bit & 0xFFFF_FFFF
 
 
@@ -508,7 +510,7 @@ def _is_new(key: int) -> tuple[bytes, bytes]:
 
 @lru_cache(maxsize=4096)
 def raw_name(name: str) -> bytes:
-    r"""A name as the kernel has it. `netpol_loader.host.netlink` writes bytes that are no UTF-8 as ``\xNN``."""
+    r"""The bytes of an interface name. `netpol_loader.host.netlink` writes bytes that are no UTF-8 as ``\xNN``."""
     raw = re.sub(rb"\\x([0-9a-f]{2})", lambda one: bytes.fromhex(one[1].decode()), name.encode())
     return raw[: nftables.NAME_BYTES - 1].ljust(nftables.NAME_BYTES, b"\0")
 

@@ -32,9 +32,9 @@ from netpol_loader.kernel.hook import Hook
 
 PARENTS: Mapping[Hook, int] = {Hook.TC_INGRESS: 0xFFFF_FFF2, Hook.TC_EGRESS: 0xFFFF_FFF3}
 FILTER_PRIORITY = 1
-"""The first priority, because another party's filter that ends the chain must not come before policy."""
+"""Priority of our filter, the first: policy must run before another party's filter that ends the chain."""
 FILTER_HANDLE = 0x4E50
-"""Identifies our filter among those of its priority; arbitrary ("NP")."""
+"""Handle of our filter among the filters of its priority; arbitrary ("NP")."""
 # include/uapi/linux/rtnetlink.h
 _NEW_QDISC, _DELETE_QDISC, _GET_QDISC = 36, 37, 38
 _NEW_FILTER, _DELETE_FILTER, _GET_FILTER = 44, 45, 46
@@ -48,16 +48,20 @@ _ALL_PROTOCOLS = 0x0003
 
 @dataclass(frozen=True, slots=True)
 class ClsactFilter:
-    """A filter of ours. ``prog_id``: as its name says."""
+    """One of our filters.
+
+    ``prog_id``: id of the BPF program that it ran when it was attached; part of the filter's name.
+    """
 
     hook: Hook
     prog_id: int
 
 
 def add(ifindex: int) -> bool:
-    """Give an interface the clsact discipline; False when it has one. Raises PlatformError, also where another is in its place.
+    """Add the clsact discipline to an interface; False if it has one already. Raises PlatformError.
 
-    To the older *ingress* discipline the kernel would let filters of both hooks be added, and run all of them at ingress.
+    That includes an interface with another discipline in its place, such as the older *ingress*: on that, the kernel
+    would accept filters of both hooks, and run all of them at ingress.
     """
     try:
         with RouteChannel() as channel:
@@ -80,7 +84,7 @@ def _clsact(ifindex: int) -> bytes:
 
 
 def interfaces() -> set[int]:
-    """The interfaces with a clsact discipline."""
+    """Indices of the interfaces with a clsact discipline."""
     with RouteChannel() as channel:
         found = channel.dump(_GET_QDISC, _TC_HEADER.pack(socket.AF_UNSPEC, 0, 0, 0, 0))
     disciplines = ((_TC_HEADER.unpack_from(one)[1], attributes(one, _TC_HEADER.size)) for one in found)
@@ -88,12 +92,12 @@ def interfaces() -> set[int]:
 
 
 def is_on(ifindex: int) -> bool:
-    """Whether an interface exists and has the discipline."""
+    """Whether an interface exists and has the clsact discipline."""
     try:
         with RouteChannel() as channel:
             channel.ask(_GET_QDISC, _clsact(ifindex))
     except NetlinkError as error:
-        if error.code in (errno.ENODEV, errno.ENOENT, errno.EINVAL):  # no interface; none; another in its place
+        if error.code in (errno.ENODEV, errno.ENOENT, errno.EINVAL):  # no interface; no discipline; another discipline
             return False
         raise
     return True
@@ -107,7 +111,7 @@ def delete_if_unused(ifindex: int) -> None:
 
 
 def put_filter(ifindex: int, hook: Hook, prog_fd: int, prog_id: int) -> None:
-    """Put a program on a hook, or replace ours atomically: each packet meets the old program or the new one."""
+    """Attach a program to a hook, or replace ours atomically: each packet meets the old program or the new one."""
     options = nested(
         _TCA_OPTIONS,
         attribute(_BPF_FD, struct.pack("=I", prog_fd)),
@@ -136,7 +140,7 @@ def _our_filter(ifindex: int, hook: Hook) -> bytes:
 
 
 def our_filters(ifindex: int) -> list[ClsactFilter]:
-    """Filters of ours on an interface, by their names; none if the interface has no clsact, or is gone."""
+    """Our filters on an interface, recognised by their names; empty if the interface has no clsact, or is gone."""
     found = []
     with RouteChannel() as channel:
         for hook in PARENTS:
@@ -148,7 +152,7 @@ def our_filters(ifindex: int) -> list[ClsactFilter]:
 
 
 def foreign_filters(ifindex: int, hook: Hook) -> list[str]:
-    """Other parties' filters on a clsact hook, for people; none if the interface is gone."""
+    """Names of other parties' filters on a clsact hook, for messages; empty if the interface is gone."""
     with RouteChannel() as channel:
         return [name for name in _filter_names(channel, ifindex, hook) if not is_our_filter(name, hook)]
 
@@ -159,29 +163,29 @@ def is_our_filter(name: str, hook: Hook) -> bool:
 
 
 def filter_programs(ifindex: int, hook: Hook) -> list[tuple[str, int]]:
-    """Name and program of the filters on a hook of clsact, in the order in which they run; 0: it is none of a BPF program.
+    """(name, program id) of the BPF filters on a clsact hook, in the order in which they run; id 0: no BPF program.
 
-    None when the interface is gone.
+    Empty if the interface is gone or has no clsact.
     """
     with RouteChannel() as channel:
         try:
             filters = _filters(channel, ifindex, hook)
-        except NetlinkError:  # ENODEV, or no such parent
+        except NetlinkError:  # ENODEV, or the interface has no clsact
             return []
     kept = [attributes(one[_TCA_OPTIONS]) for one in filters if one.get(_TCA_KIND) == b"bpf\0" and _TCA_OPTIONS in one]
     return [(read_text(one.get(_BPF_NAME, b"")), read_number(one.get(_BPF_ID))) for one in kept]
 
 
 def _filter_names(channel: RouteChannel, ifindex: int, hook: Hook) -> list[str]:
-    """Names of the filters on a hook; of those without a name, and of other kinds than bpf, the kind."""
+    """Names of the filters on a hook; for filters without a name, and of other kinds than bpf, the kind."""
     try:
         filters = _filters(channel, ifindex, hook)
-    except NetlinkError:  # ENODEV, or no such parent
+    except NetlinkError:  # ENODEV, or the interface has no clsact
         return []
     names = []
     for one in filters:
         kind = read_text(one.get(_TCA_KIND, b""))
-        if _TCA_OPTIONS in one:  # else it stands for the whole of its priority
+        if _TCA_OPTIONS in one:  # an entry without options describes the whole priority
             options = attributes(one[_TCA_OPTIONS]) if kind == "bpf" else {}
             names.append(read_text(options.get(_BPF_NAME, b"")) or kind)
     return names

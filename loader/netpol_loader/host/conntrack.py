@@ -40,7 +40,7 @@ class Ends(NamedTuple):
     destination_port: int
 
     def reversed(self) -> Ends:
-        """The ends of a packet in the other direction."""
+        """The same addresses and ports for a packet in the other direction."""
         return Ends(self.destination, self.source, self.destination_port, self.source_port)
 
 
@@ -74,7 +74,7 @@ def tracked() -> Iterator[Tracked]:
 
 
 def parse(message: bytes) -> Tracked | None:
-    """The connection of an entry, which is given without its headers; None if it has ended or is not IP.
+    """Decode a conntrack entry, given without its headers; None if the connection has ended or is not IP.
 
     Raises ValueError and struct.error if the bytes are no entry.
     """
@@ -98,7 +98,7 @@ def _dump() -> Iterator[bytes]:
 
 
 def _ends(data: bytes | None) -> tuple[int, Ends] | None:
-    """Protocol, addresses and ports of a tuple."""
+    """Decode a tuple: protocol, and its addresses and ports."""
     found = attributes(data or b"")
     addresses, protocol = attributes(found.get(_TUPLE_IP, b"")), attributes(found.get(_TUPLE_PROTO, b""))
     source, destination = addresses.get(1, addresses.get(3)), addresses.get(2, addresses.get(4))

@@ -1,24 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The interfaces, addresses and routes of a network namespace: a copy, listed once and then kept by the kernel's notifications.
+"""A copy of the interfaces, addresses and routes of a network namespace: dumped once, then updated by notifications.
 
-A node with some hundred pods sends about thirty notifications for a new pod; the copy spares listing everything again for each.
-Everything is listed again only when notifications were lost or cannot be read; `Follower.listed_again` counts that.
+A new pod causes about thirty notifications on a node with some hundred pods; a dump of all state for each of them would
+be too slow.  The follower dumps all state again only if notifications were lost or cannot be parsed;
+`Follower.listed_again` counts these dumps.
 
-The kernel sends no notification of some changes.  The follower then lists the routes and addresses of one interface:
+The kernel sends no notification of some changes.  The follower then dumps the routes and addresses of one interface:
 
-- IPv4 routes vanish without a notification when their interface is switched off, changes its VRF or loses its last address, and
-  when the address that they send from goes.  The notification of the cause comes before they vanish, and newer kernels list
-  routes without waiting for the change to end.  So the interface is listed twice, at once and after SETTLE_S.
-- The notification of an IPv6 address comes when the kernel has found it to be unique; that of the address's route comes before.
-- One end of a veth pair gets no notification when the other end leaves for another namespace or comes from one.  (When the other
-  end moves from one pod to another, this namespace sees it when the pair begins to run, which is before any packet.)
-- An interface is listed again SETTLE_S after its last listing at the earliest, and once after its last change.  So a workload
-  that flaps its end of a pair takes no time from the others.
-- Routes over a next hop object are listed again when such an object changes, or an interface that one uses.  A setting
-  (net.ipv4.nexthop_compat_mode) decides whether those routes have notifications, and an object that vanishes with the carrier
-  of its interface has none.
+- IPv4 routes vanish without a notification when their interface is switched off, changes its VRF or loses its last
+  address, and when their preferred source address is removed.  The notification of the interface's change comes before
+  the routes vanish, and newer kernels dump routes without waiting for the end of the change.  So the follower dumps the
+  interface's routes twice, at once and after SETTLE_S.
+- The notification of an IPv6 address comes after duplicate address detection; that of the address's route comes
+  earlier.
+- One end of a veth pair has no notification when the other end moves to another namespace or comes from one.  (When the
+  other end moves from one pod to another, this namespace sees the change when the pair becomes operational, which is
+  before any packet.)
+- Two dumps of one interface are at least SETTLE_S apart, and one follows the interface's last change.  So a workload
+  that flaps its end of a pair delays no other interface.
+- Routes with a next hop object are dumped again when such an object changes, or an interface that such a route uses.
+  The sysctl net.ipv4.nexthop_compat_mode decides whether these routes have notifications, and a next hop object that
+  vanishes because its interface lost its carrier has none.
 
-Invariant: SETTLE_S after the last change the copy is what a new follower would list.  The module must not know of
+Invariant: SETTLE_S after the last change the copy equals what a new follower would dump.  The module must not know of
 policy.
 """
 
@@ -66,21 +70,21 @@ _GROUPS = (1, 5, 7, 9, 11, 32)
 """RTNLGRP_LINK, _IPV4_IFADDR, _IPV4_ROUTE, _IPV6_IFADDR, _IPV6_ROUTE, _NEXTHOP."""
 _NEW_ADDRESS, _DELETE_ADDRESS, _GET_ADDRESS = 20, 21, 22
 _NEW_NEXT_HOP, _DELETE_NEXT_HOP = 104, 105
-_ADDRESS_HEADER = struct.Struct("=BBBBI")  # family, bits, flags, scope, interface
+_ADDRESS_HEADER = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, interface
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _UNIVERSE, _PERMANENT = 0, 0x80  # RT_SCOPE_UNIVERSE, IFA_F_PERMANENT
 
 SETTLE_S = 0.2
-"""Routes that vanish with a message have vanished after so long; arbitrary, the kernel removes them in the same call."""
+"""After so long, routes that vanish with a notified change are gone; arbitrary: the kernel removes them at once."""
 DATAGRAMS_A_LOOK = 20_000
-"""Most notifications read at a time, so that constant changes of the node do not stop the agent; arbitrary."""
+"""Most datagrams that one `poll` reads, so that constant changes of the node do not stop the agent; arbitrary."""
 DOUBTS = 200
-"""Most doubtful interfaces that are listed one by one; for more, all routes are listed; arbitrary."""
+"""Most interfaces whose routes are dumped one by one; for more, all routes are dumped; arbitrary."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinkChange:
-    """An interface that came, changed, or went."""
+    """An interface that appeared, changed, or vanished (``is_gone``)."""
 
     link: Link
     is_gone: bool
@@ -88,7 +92,7 @@ class LinkChange:
 
 @dataclass(frozen=True, slots=True)
 class _Address:
-    """An address on an interface. ``is_shared``: it lasts, and is in a prefix that others share."""
+    """An address on an interface. ``is_shared``: see `Follower.shared`."""
 
     address: IPAddress
     ifindex: int
@@ -97,7 +101,10 @@ class _Address:
 
 @dataclass(slots=True)
 class _Doubts:
-    """What must be listed after all notifications are read: routes of interfaces, or all routes."""
+    """What must be dumped after the queued notifications: routes, addresses or links of interfaces.
+
+    ``all_routes``: the reason for a dump of all routes; "": not needed.
+    """
 
     routes: set[int] = field(default_factory=set)
     addresses: set[int] = field(default_factory=set)
@@ -106,13 +113,14 @@ class _Doubts:
 
 
 class Follower:
-    """The namespace in which it is made, whatever thread asks later. A context manager; `poll` brings it up to date.
+    """A copy of the network namespace in which it is created, for any thread. `poll` updates the copy.
 
-    ``links``: by number.  ``listed_again``: how often and why everything, or all routes, were listed since it was made.
+    A context manager.  ``links``: by interface index.  ``listed_again``: how many dumps of everything or of all routes
+    there were, by reason.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Raises PlatformError."""
+        """``clock``: seconds. Raises PlatformError."""
         self._clock = clock
         self._news = Notifications(ROUTE, _GROUPS)
         self._channel = RouteChannel()
@@ -124,7 +132,7 @@ class Follower:
         self._version = 0
         self._doubts = _Doubts()
         self._again: dict[int, float] = {}
-        self._quiet_s: dict[int, float] = {}  # until when not to ask for routes and addresses of an interface again
+        self._quiet_s: dict[int, float] = {}  # no dump for an interface before this time
         self._objects_again_s = math.inf
         self._objects_quiet_s = -math.inf
         self._lost = ""
@@ -137,7 +145,7 @@ class Follower:
             raise
 
     def close(self) -> None:
-        """Stop following."""
+        """Close the sockets; the copy is no longer updated."""
         self._news.close()
         self._channel.close()
 
@@ -148,29 +156,32 @@ class Follower:
         self.close()
 
     def fileno(self) -> int:
-        """For select: readable when there is news."""
+        """For select: readable if notifications are queued."""
         return self._news.fileno()
 
     # --- what there is ----------------------------------------------------------------------------------------------
 
     @property
     def version(self) -> tuple[int, int]:
-        """Changes when anything here may have changed."""
+        """A value that changes whenever anything in the copy may have changed."""
         return self._version, self._routes.version
 
     @property
     def addresses(self) -> Mapping[IPAddress, int]:
-        """The addresses of this namespace with their interfaces; if several have one, the lowest number."""
+        """The interface of each address of this namespace; if several interfaces have an address, the lowest index."""
         return self._derived()[0]
 
     @property
     def host_routes(self) -> Mapping[IPAddress, int]:
-        """Directly connected single addresses (/32, /128) and their interface. As the next three: of the main table, apart from what a router announced."""
+        """The interface of each directly connected single address (/32, /128).
+
+        Like `subnets`, `uplinks` and `next_hops` from the main table, without routes of router advertisements.
+        """
         return self._routes.host_routes
 
     @property
     def subnets(self) -> Mapping[IPNetwork, frozenset[int]]:
-        """Directly connected prefixes and their interfaces."""
+        """The interfaces of each directly connected prefix."""
         return self._routes.subnets
 
     @property
@@ -180,21 +191,21 @@ class Follower:
 
     @property
     def next_hops(self) -> frozenset[int]:
-        """Interfaces of other routes with a next hop."""
+        """Interfaces of all routes by a router, apart from default routes."""
         return frozenset(self._routes.next_hops)
 
     @property
     def shared(self) -> frozenset[int]:
-        """Interfaces with a lasting address in a prefix that others share.
+        """Interfaces with a lasting address in a prefix that other addresses share.
 
-        Link-local addresses and single ones (/32, /128), which container networks give to a pod's gateway, do not count, nor do
-        IPv6 addresses that last only as long as somebody announces them.
+        Three kinds of addresses do not count: link-local addresses; single ones (/32, /128), which container networks
+        give to a pod's gateway; and IPv6 addresses that expire unless they are announced again.
         """
         return self._derived()[1]
 
     @property
     def local_routes(self) -> Iterable[LocalRoute]:
-        """Destinations that the node receives: its addresses, prefixes, broadcast and anycast addresses, in VRFs too."""
+        """The local routes: the node's addresses, prefixes, broadcast and anycast addresses, those of VRFs included."""
         return self._routes.local.values()
 
     def _derived(self) -> tuple[dict[IPAddress, int], frozenset[int]]:
@@ -209,11 +220,11 @@ class Follower:
     # --- keeping in step --------------------------------------------------------------------------------------------
 
     def poll(self, *, is_brief: bool = False) -> list[LinkChange] | None:
-        """Read the notifications, then list what they leave in doubt. The changes of interfaces, in order; None: some were lost.
+        """Read the queued notifications, then dump what they leave in doubt; returns link changes in order.
 
-        ``is_brief``: the next call lists routes and addresses, so a new interface does not wait for those of others.
-
-        Raises PlatformError when the kernel does not answer; the copy stays as it is, and the next call tries again.
+        None: notifications were lost and everything was dumped, so the single changes are unknown.  ``is_brief``: leave
+        the dumps of routes and addresses to the next call, so that a new interface does not wait for those of others.
+        Raises PlatformError if the kernel does not answer; the copy stays as it is, and the next call tries again.
         """
         found: list[LinkChange] = []
         for _ in range(DATAGRAMS_A_LOOK):
@@ -254,7 +265,7 @@ class Follower:
     def _take_link(self, payload: bytes, *, is_gone: bool) -> LinkChange | None:
         if (
             link_header(payload)[0] != socket.AF_UNSPEC
-        ):  # a bridge's port, which is still an interface when it is none any more
+        ):  # about a bridge port: when the port is removed, its interface still exists
             return None
         link = parse_link(payload)
         if link is None:
@@ -266,7 +277,7 @@ class Follower:
         return LinkChange(link, is_gone=False) if self._put_link(link) else None
 
     def _put_link(self, link: Link) -> bool:
-        """Update an interface; whether it changed."""
+        """Update an interface; returns whether it changed."""
         before = self.links.get(link.ifindex)
         if before == link:
             return False
@@ -292,7 +303,7 @@ class Follower:
             self._name_tables()
 
     def _doubt_ends(self, link: Link, *, is_gone: bool) -> None:
-        """Update the other end of a pair, after one end came or went."""
+        """Update the other end of a veth pair after one end appeared or vanished."""
         other = self.links.get(link.peer_ifindex) if link.peer_nsid is None and link.peer_ifindex else None
         if other is None:
             return
@@ -341,7 +352,7 @@ class Follower:
     # --- asking -----------------------------------------------------------------------------------------------------
 
     def _ask_links(self) -> list[LinkChange]:
-        """List doubtful interfaces; returns the changes."""
+        """Dump the interfaces in doubt; returns the changes."""
         doubted, self._doubts.links = self._doubts.links, set()
         found: list[LinkChange] = []
         try:
@@ -355,7 +366,7 @@ class Follower:
         return found
 
     def _settle_doubts(self) -> list[LinkChange]:
-        """List what has no notification, and again what changed; returns the changes of interfaces."""
+        """Make the dumps in doubt, and those due SETTLE_S after a change; returns the changes of interfaces."""
         now_s = self._clock()
         doubts, self._doubts = self._doubts, _Doubts()
         self._put_off(doubts, now_s)
@@ -387,7 +398,10 @@ class Follower:
         return self._ask_links()
 
     def _put_off(self, doubts: _Doubts, now_s: float) -> None:
-        """Postpone what was listed just now. ``_again`` has the last doubt about an interface's routes."""
+        """Postpone dumps of interfaces that were dumped within SETTLE_S.
+
+        ``_again`` has the time of each interface's next dump.
+        """
         self._quiet_s = {ifindex: at_s for ifindex, at_s in self._quiet_s.items() if at_s > now_s}
         self._doubts.addresses = doubts.addresses & self._quiet_s.keys()
         doubts.addresses -= self._doubts.addresses
@@ -396,7 +410,7 @@ class Follower:
             doubts.all_routes = ""
 
     def _listed(self, kind: int, body: bytes) -> list[bytes]:
-        """Listed objects of one interface; none if the interface is gone or has none of the family."""
+        """A dump about one interface; empty if the interface is gone or does not have the family."""
         try:
             return self._channel.dump(kind, body)
         except NetlinkError as error:
@@ -405,7 +419,7 @@ class Follower:
             raise
 
     def _list_addresses_of(self, ifindex: int) -> None:
-        """The listed IPv6 addresses of an interface."""
+        """Dump the IPv6 addresses of an interface."""
         body = _ADDRESS_HEADER.pack(socket.AF_INET6, 0, 0, 0, ifindex)
         listed = dict(_parse_address(one) for one in self._listed(_GET_ADDRESS, body))
         for key in [key for key in self._keys_of.get(ifindex, ()) if key[0] == socket.AF_INET6 and key not in listed]:
@@ -417,7 +431,7 @@ class Follower:
                 self._put_address(key, one)
 
     def _list_all(self, reason: str = "") -> None:
-        """List everything. ``reason``: why it is listed again."""
+        """Dump all links, addresses and routes. ``reason``: why they are dumped again; "": for the first time."""
         if reason:
             self._count(reason)
         self._doubts, self._again, self._objects_again_s = _Doubts(), {}, math.inf
@@ -444,7 +458,7 @@ class Follower:
 
 
 def _is_less(before: Link, link: Link) -> bool:
-    """Whether an interface was switched off, or what is at its other end."""
+    """Whether an interface changed from up or operational to down."""
     return (before.is_up and not link.is_up) or (before.is_running and not link.is_running)
 
 
@@ -459,7 +473,7 @@ def _parse_address(payload: bytes) -> tuple[tuple[object, ...], _Address | None]
     if not raw:
         return (), None
     address = IPv4Address(raw) if family == socket.AF_INET else IPv6Address(raw)
-    # Of IPv6 an interface has an address once, with whatever prefix.
+    # An interface has an IPv6 address at most once, with one prefix length.
     rest = (remote, bits) if family == socket.AF_INET else ()
     is_lasting = family == socket.AF_INET or bool(flags & _PERMANENT)
     is_shared = scope == _UNIVERSE and bits < BITS[family] and is_lasting

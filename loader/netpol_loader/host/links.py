@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interfaces, their XDP programs, and the multicast groups they have joined; each call is a request of its own.
+"""Interfaces, their XDP programs, and the multicast groups they have joined; each call sends its own request.
 
-`netpol_loader.host.follow` watches what changes all the time.
+`netpol_loader.host.follow` keeps a copy of interfaces that notifications update.
 
 Invariant: every call is about the network namespace of the calling thread (`netpol_loader.host.peers` reads the other
 ends of veth pairs).  The module must not know programs' contents or policy.
@@ -36,7 +36,7 @@ NEW_LINK, DELETE_LINK, GET_LINK = 16, 17, 18
 _LINK_HEADER = struct.Struct("=BBHiII")  # family, -, ARPHRD_*, index, flags, change mask
 _IFNAME, _LINK, _MASTER, _LINKINFO, _EXT_MASK, _LINK_NETNSID, _XDP = 3, 5, 10, 18, 29, 37, 43
 _XDP_ATTACHED, _XDP_NUMBERS = 2, (4, 5, 6, 7)
-"""IFLA_XDP_ATTACHED; IFLA_XDP_PROG_ID, and those of the driver, of the stack (generic) and of the hardware."""
+"""IFLA_XDP_ATTACHED; IFLA_XDP_PROG_ID, and the program ids by mode: driver, generic, hardware offload."""
 _INFO_KIND, _INFO_DATA = 1, 2
 _VRF_TABLE = 1
 _GRE_REMOTE, _GRE_COLLECT_METADATA = 7, 18
@@ -54,31 +54,32 @@ TUNNELS: Mapping[str, tuple[int, ...]] = {
     "ipip": (IP_IN_IP,), "sit": (IP6_IN_IP, IP_IN_IP), "ip6tnl": (IP6_IN_IP, IP_IN_IP),
     "gre": (GRE,), "gretap": (GRE,), "ip6gre": (GRE,), "ip6gretap": (GRE,), "erspan": (GRE,), "ip6erspan": (GRE,),
 }  # fmt: skip
-"""Kinds of devices that decapsulate an IP protocol from any sender."""
+"""Kinds of devices that decapsulate an IP protocol from any outer source address: IP protocols by kind."""
 TUNNEL_PORTS: Mapping[str, tuple[int, int]] = {
     "vxlan": (15, 8472),  # IFLA_VXLAN_PORT
     "geneve": (5, 6081),  # IFLA_GENEVE_PORT
     "bareudp": (1, 0),  # IFLA_BAREUDP_PORT
     "gtp": (0, 2152),
 }
-"""Kinds of devices that decapsulate a UDP port from any sender: attribute with the port (0: none), and default port."""
+"""Kinds of devices that decapsulate a UDP port from any outer source: (attribute with the port or 0, default port)."""
 
 EXTERNAL: Mapping[str, int] = {
     "vxlan": 25, "geneve": 6, "ipip": 19, "ip6tnl": 19,
     "gre": 18, "gretap": 18, "ip6gre": 18, "ip6gretap": 18, "erspan": 18, "ip6erspan": 18,
 }  # fmt: skip
-"""Kinds that may keep each packet's outer addresses, with the attribute (IFLA_*_COLLECT_METADATA); bareudp always does."""
+"""Kinds with a metadata mode (``external``): the attribute IFLA_*_COLLECT_METADATA. bareudp is always in that mode."""
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """An interface.
+    """A network interface.
 
-    ``peer_ifindex``: number of the other end of a veth pair, maybe in another namespace; 0: none.  ``peer_nsid``: id of
-    that namespace in this one; None: it is this one.  ``hardware``: ARPHRD_* (include/uapi/linux/if_arp.h), or
-    NO_REMOTE for a GRE device without a remote end.  ``table``: of a VRF.  ``takes``: encapsulation that it accepts
-    from any sender.  ``is_up``: it is switched on; ``is_running``: its other end is, too.  ``is_external``: it keeps
-    the outer addresses of each packet (``external``, collect_md).
+    ``peer_ifindex``: index of the other end of a veth pair, maybe in another namespace; 0: none.  ``peer_nsid``: id of
+    that namespace in this one; None: the other end is in this namespace.  ``hardware``: ARPHRD_*
+    (include/uapi/linux/if_arp.h), or NO_REMOTE for a GRE device without a remote end.  ``table``: routing table of a
+    VRF device; 0 for other devices.  ``takes``: tunnel protocols that the device decapsulates from any outer source.
+    ``is_up``: administratively up (IFF_UP); ``is_running``: operationally up (IFF_RUNNING).  ``is_external``: tunnel
+    device in metadata mode (``external``, collect_md), with the outer addresses given per packet.
     """
 
     ifindex: int
@@ -99,9 +100,10 @@ class Link:
 
 
 def parse_link(payload: bytes) -> Link | None:
-    """The interface of a message; None if the message is of a family, with that family's view of the interface.
+    """Decode the interface of a link message; None if the message is about one family's settings of an interface.
 
-    Raises struct.error and ValueError if the bytes are no such message.
+    Bridge ports have such messages (family AF_BRIDGE).  Raises struct.error and ValueError if the bytes are no link
+    message.
     """
     family, hardware_type, ifindex, flags = link_header(payload)
     if family != socket.AF_UNSPEC:
@@ -130,13 +132,13 @@ def parse_link(payload: bytes) -> Link | None:
 
 
 def link_header(payload: bytes) -> tuple[int, int, int, int]:
-    """Family, ARPHRD_*, number and flags of the interface of a message."""
+    """(family, ARPHRD_*, index, flags) of the interface in a link message."""
     family, _, hardware_type, ifindex, flags, _ = _LINK_HEADER.unpack_from(payload)
     return family, hardware_type, ifindex, flags
 
 
 def _hardware(hardware: int, data: bytes) -> int:
-    """ARPHRD_* of a device; NO_REMOTE of a GRE device without a remote end, which prepends its outer header itself."""
+    """ARPHRD_* of a device; NO_REMOTE for a GRE device without a remote end, which prepends its outer header itself."""
     if hardware not in GRE_HARDWARE:
         return hardware
     found = attributes(data)
@@ -156,7 +158,10 @@ def _takes(kind: str, data: bytes) -> tuple[Encapsulation, ...]:
 
 
 def _is_external(kind: str, data: bytes) -> bool:
-    """Whether a device keeps outer addresses; the attribute is a flag of some kinds, of others a number that may be 0."""
+    """Whether a tunnel device is in metadata mode (``external``, collect_md).
+
+    Depending on the kind, the netlink attribute for that is a flag (present or absent), or a number where 0 means no.
+    """
     if kind not in EXTERNAL:
         return kind == "bareudp"
     raw = attributes(data).get(EXTERNAL[kind])
@@ -170,9 +175,9 @@ def read_links(channel: RouteChannel) -> list[Link]:
 
 
 def xdp_programs() -> dict[int, tuple[int, ...]]:
-    """Numbers of the XDP programs of each interface that has any, in every mode and by every attachment.
+    """Ids of the XDP programs by interface index, in every mode and however attached; only interfaces with programs.
 
-    They are listed, not watched, because the kernel sends no notification of a program that is attached by a BPF link.
+    Read on demand, because the kernel sends no notification of a program that is attached by a BPF link.
     """
     found = {}
     with RouteChannel() as channel:
@@ -185,7 +190,7 @@ def xdp_programs() -> dict[int, tuple[int, ...]]:
 
 
 def read_link(channel: RouteChannel, name_or_ifindex: str | int) -> Link | None:
-    """One interface of the socket's namespace by name or number, or None."""
+    """One interface of the socket's namespace by name or index; None if it does not exist."""
     number = name_or_ifindex if isinstance(name_or_ifindex, int) else 0
     body = _LINK_HEADER.pack(0, 0, 0, number, 0, 0) + _SKIP_STATISTICS
     if isinstance(name_or_ifindex, str):
@@ -193,32 +198,32 @@ def read_link(channel: RouteChannel, name_or_ifindex: str | int) -> Link | None:
     try:
         ((_, _, payload),) = channel.ask(GET_LINK, body)
     except NetlinkError as error:
-        if error.code in (errno.ENODEV, errno.EINVAL, errno.ERANGE):  # no such number; no name that one could have
+        if error.code in (errno.ENODEV, errno.EINVAL, errno.ERANGE):  # no such index; no valid name of an interface
             return None
         raise
     return parse_link(payload)
 
 
 def list_links() -> list[Link]:
-    """All interfaces."""
+    """All interfaces of the calling thread's namespace."""
     with RouteChannel() as channel:
         return read_links(channel)
 
 
 def find_link(name_or_ifindex: str | int) -> Link | None:
-    """One interface by name or number, or None."""
+    """One interface of the calling thread's namespace by name or index; None if it does not exist."""
     with RouteChannel() as channel:
         return read_link(channel, name_or_ifindex)
 
 
 def interface_towards(address: IPAddress) -> int | None:
-    """The interface by which the node would send to an address; None if there is no route."""
+    """Index of the interface by which the node sends to ``address``; None if there is no route."""
     with RouteChannel() as channel:
         try:
             ((_, _, payload),) = channel.ask(routes.GET_ROUTE, routes.question(address))
         except NetlinkError as error:
             if error.code in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EAGAIN):
-                return None  # no route, or one of a kind that leads nowhere
+                return None  # no route, or one of type unreachable, prohibit, blackhole or throw
             raise
     return routes.interface_of(payload) or None
 
@@ -230,12 +235,12 @@ _IGMP6_COLUMNS, _IGMP6_GROUP = 6, 2
 
 
 def joined_groups() -> frozenset[IPAddress]:
-    """The multicast groups that this namespace's interfaces have joined.
+    """The multicast groups that interfaces of the calling thread's namespace have joined.
 
-    The kernel sends no notification of changes.
+    Read from /proc, because the kernel sends no notification of changes.
     """
     groups: set[IPAddress] = set()
-    with contextlib.suppress(FileNotFoundError):  # a kernel without that family
+    with contextlib.suppress(FileNotFoundError):  # a kernel without IPv4 multicast
         raw = Path("/proc/thread-self/net/igmp").read_bytes()
         groups.update(map(_group4, set(_GROUP4.findall(raw))))
     with contextlib.suppress(FileNotFoundError):  # an interface's name has no white space

@@ -28,26 +28,26 @@ ERROR, DONE = 2, 3
 _DUMP, _INTERRUPTED = 0x300, 0x10
 _SOL_NETLINK, _ADD_MEMBERSHIP, _CAP_ACK, _GET_STRICT_CHK = 270, 1, 10, 12
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
-_TYPE_MASK = 0x3FFF  # without NLA_F_NESTED, NLA_F_NET_BYTEORDER
+_TYPE_MASK = 0x3FFF  # clears NLA_F_NESTED and NLA_F_NET_BYTEORDER
 _NESTED = 0x8000
 
 _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
 _RECEIVE_BYTES = 1 << 16
-"""The kernel's datagrams of a list have at most half this size."""
+"""Bytes of a receive call. The kernel's datagrams of a dump have at most half this size."""
 _SEND_BUFFER_BYTES, _RECEIVE_BUFFER_BYTES = 16 << 20, 1 << 20
 """Send buffer for thousands of elements in one transaction, and receive buffer for long lists; arbitrary."""
 _NOTIFICATION_BUFFER_BYTES = 8 << 20
 """Receive buffer for unread notifications; arbitrary."""
 DUMP_ATTEMPTS = 10
-"""How often an interrupted dump starts again; arbitrary."""
+"""Most attempts at a dump that the kernel marks as interrupted by a change (NLM_F_DUMP_INTR); arbitrary."""
 
 Message = tuple[int, int, bytes]
-"""Type, flags and what follows the header."""
+"""A netlink message: type, flags, and the bytes after the header."""
 
 
 class NetlinkError(PlatformError):
-    """An error from the kernel; ``code`` is its errno."""
+    """A request that the kernel refused, or that could not be sent or received; ``code`` is the errno."""
 
     def __init__(self, code: int, what: str) -> None:
         super().__init__(f"{what}: {os.strerror(code)}")
@@ -58,17 +58,20 @@ class NetlinkError(PlatformError):
 
 
 def attribute(kind: int, payload: bytes) -> bytes:
-    """One attribute, padded."""
+    """Encode one attribute of type ``kind``, padded to a multiple of 4 bytes."""
     return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(payload), kind) + payload + bytes(-len(payload) % 4)
 
 
 def nested(kind: int, *parts: bytes) -> bytes:
-    """An attribute that holds attributes."""
+    """Encode an attribute of type ``kind`` whose payload is the attributes ``parts``."""
     return attribute(kind | _NESTED, b"".join(parts))
 
 
 def listed_attributes(body: bytes, at: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Attributes, from an offset on, in their order. Raises ValueError for what is no list of attributes."""
+    """Decode attributes: (type, payload) in order, from offset ``at`` of ``body``.
+
+    Raises ValueError for malformed ones.
+    """
     end = len(body)
     while at < end:
         size, kind = _ATTRIBUTE.unpack_from(body, at) if end - at >= _ATTRIBUTE.size else (0, 0)
@@ -79,17 +82,17 @@ def listed_attributes(body: bytes, at: int = 0) -> Iterator[tuple[int, bytes]]:
 
 
 def attributes(body: bytes, at: int = 0) -> dict[int, bytes]:
-    """Attributes by type, from an offset on; of several of one type the last. Raises as `listed_attributes`."""
+    """Decode attributes as `listed_attributes` does, by type; the last attribute of a type wins. Raises ValueError."""
     return dict(listed_attributes(body, at))
 
 
 def read_text(raw: bytes) -> str:
-    """A name for people and JSON, because the kernel accepts any bytes."""
+    r"""Decode a name up to its first zero byte. Bytes that are no UTF-8, which the kernel accepts, become ``\xNN``."""
     return raw.split(b"\0")[0].decode(errors="backslashreplace")
 
 
 def read_number(raw: bytes | None) -> int:
-    """A number of 32 bits in host order; 0 if there is none."""
+    """Decode an integer of 32 bits in host order; 0 if ``raw`` is None (no such attribute)."""
     return 0 if raw is None else int(struct.unpack("=I", raw)[0])
 
 
@@ -97,12 +100,12 @@ def read_number(raw: bytes | None) -> int:
 
 
 def message(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
-    """One message. It needs no padding, because all bodies that the loader sends are whole words."""
+    """Encode one message. It needs no padding, because all bodies that the loader sends are multiples of 4 bytes."""
     return _HEADER.pack(_HEADER.size + len(body), kind, flags, sequence, 0) + body
 
 
 def messages(data: bytes) -> Iterator[Message]:
-    """The messages of a datagram. Raises ValueError for what is none."""
+    """Split a datagram into its messages. Raises ValueError if a length is wrong."""
     at, end = 0, len(data)
     while at + _HEADER.size <= end:
         length, kind, flags, _, _ = _HEADER.unpack_from(data, at)
@@ -113,7 +116,7 @@ def messages(data: bytes) -> Iterator[Message]:
 
 
 def error_code(payload: bytes) -> int:
-    """The errno of an ERROR or DONE message; 0: none."""
+    """The positive errno of an ERROR or DONE message; 0: success."""
     return -int(struct.unpack_from("=i", payload)[0]) if len(payload) >= 4 else 0  # noqa: PLR2004 - an int of C
 
 
@@ -121,24 +124,24 @@ ChannelT = TypeVar("ChannelT", bound="Channel")
 
 
 class Channel:
-    """A socket for requests and their answers. A context manager."""
+    """A netlink socket for requests and their answers. A context manager."""
 
     def __init__(self, family: int, subject: str) -> None:
-        """``subject``: named by errors. Raises NetlinkError if the kernel lacks the family."""
+        """``subject``: the text with which error messages begin. Raises NetlinkError if the kernel lacks the family."""
         self._subject = subject
         try:
             self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, family)
         except OSError as error:
             raise NetlinkError(error.errno or errno.EIO, f"{subject}: the kernel does not have it") from error
-        self._socket.setsockopt(_SOL_NETLINK, _CAP_ACK, 1)  # no answer repeats its request
-        with contextlib.suppress(OSError):  # more room only makes it faster
+        self._socket.setsockopt(_SOL_NETLINK, _CAP_ACK, 1)  # acknowledgements and errors do not repeat the request
+        with contextlib.suppress(OSError):  # a larger buffer only makes dumps faster
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES)
         self._socket.bind((0, 0))
         self._sequence = 0
 
     @property
     def port(self) -> int:
-        """The socket's netlink port."""
+        """The socket's netlink port id."""
         return int(self._socket.getsockname()[0])
 
     def close(self) -> None:
@@ -152,7 +155,10 @@ class Channel:
         self.close()
 
     def ask(self, kind: int, body: bytes, flags: int = 0, *, what: str = "") -> list[Message]:
-        """The answers to one request, without the acknowledgement. ``what``: named by errors. Raises NetlinkError."""
+        """Send one request; returns its answers without the acknowledgement. ``what``: in error messages.
+
+        Raises NetlinkError.
+        """
         self._send(kind, body, flags | ACK)
         found: list[Message] = []
         for one in self._received():
@@ -163,10 +169,9 @@ class Channel:
         return found
 
     def stream(self, kind: int, body: bytes, *, what: str = "") -> Iterator[Message]:
-        """The messages of a dump, one by one; it does not start again if the list changes. Raises NetlinkError.
+        """The messages of a dump, one by one; an interrupted dump is not repeated. Raises NetlinkError.
 
-        The last message has the type DONE.  After a stream that is not read to its end, the socket can make no further
-        request.
+        The last message has the type DONE.  If the caller stops before it, the socket can make no further request.
         """
         self._send(kind, body, _DUMP)
         for one in self._received():
@@ -177,9 +182,9 @@ class Channel:
             yield one
 
     def dump(self, kind: int, body: bytes, *, what: str = "") -> list[bytes]:
-        """All objects of a kind, each as the bytes after its header.
+        """All objects of a dump, each as the bytes after its header; an interrupted dump is repeated.
 
-        Raises NetlinkError, and PlatformError if constant changes prevent an end.
+        Raises NetlinkError, and PlatformError if DUMP_ATTEMPTS dumps in a row were interrupted.
         """
         for _ in range(DUMP_ATTEMPTS):
             found = list(self.stream(kind, body, what=what))
@@ -188,9 +193,9 @@ class Channel:
         raise PlatformError(f"{self._subject}: whatever is listed changes faster than the kernel can list it")
 
     def first(self, kind: int, body: bytes, most: int) -> list[bytes]:
-        """As `dump`, at most ``most`` objects and one more, for a list that its owner can lengthen and change at will.
+        """The objects of a dump, at most ``most`` + 1: for a list that a workload can lengthen and change at will.
 
-        The list may include concurrent changes.  If it is not read to its end, the socket can make no further request.
+        The list may include concurrent changes.  If the dump has more objects, the socket can make no further request.
         Raises NetlinkError.
         """
         found = []
@@ -204,9 +209,9 @@ class Channel:
     def transact(self, parts: Iterable[tuple[int, int, bytes]]) -> list[int]:
         """Send messages, each (type, flags, body), as one datagram; returns the errno of each answer, 0 for success.
 
-        Only for a family that has answered when the send call returns (nfnetlink).  Raises NetlinkError.
+        Only for a family that has answered when send(2) returns (nfnetlink).  Raises NetlinkError.
         """
-        with contextlib.suppress(OSError):  # more room is needed for thousands of elements alone
+        with contextlib.suppress(OSError):  # only thousands of elements need the larger buffer
             self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SEND_BUFFER_BYTES)
         self._sequence += 1
         data = b"".join(message(kind, flags, self._sequence, body) for kind, flags, body in parts)
@@ -231,7 +236,8 @@ class Channel:
     def _received(self, flags: int = 0) -> Iterator[Message]:
         """Answers to the last request, without end; skips answers to an earlier, abandoned request.
 
-        Raises BlockingIOError if ``flags`` say so, NetlinkError if an answer was lost.
+        Raises BlockingIOError if ``flags`` has MSG_DONTWAIT and no answer is queued, NetlinkError if an answer was
+        lost.
         """
         while True:
             try:
@@ -244,16 +250,17 @@ class Channel:
                 yield from messages(data)
 
     def _raise_error(self, payload: bytes, what: str) -> None:
-        """Raise for an errno, unless it is 0."""
+        """Raise NetlinkError for the errno in an ERROR or DONE message, unless it is 0."""
         code = error_code(payload)
         if code:
             raise NetlinkError(code, f"{self._subject}: {what}" if what else self._subject)
 
 
 class RouteChannel(Channel):
-    """A channel of rtnetlink.
+    """An rtnetlink channel with strict checking (NETLINK_GET_STRICT_CHK).
 
-    The kernel checks strictly: a dump with a condition that it does not know is refused, not answered with everything.
+    The kernel refuses a dump request with a filter that it does not know, instead of ignoring the filter and dumping
+    everything.
     """
 
     def __init__(self) -> None:
@@ -262,14 +269,14 @@ class RouteChannel(Channel):
 
 
 class Notifications:
-    """A socket that receives the kernel's notifications from its creation on."""
+    """A netlink socket that receives the kernel's notifications of some multicast groups from its creation on."""
 
     def __init__(self, family: int, groups: tuple[int, ...]) -> None:
-        """``groups``: by their numbers (RTNLGRP_*, NFNLGRP_*). Raises OSError."""
+        """``groups``: numbers of multicast groups (RTNLGRP_*, NFNLGRP_*). Raises OSError."""
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, family)
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _NOTIFICATION_BUFFER_BYTES)
-        except PermissionError:  # of a user namespace: as much as everybody may have
+        except PermissionError:  # in a user namespace: up to net.core.rmem_max
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _NOTIFICATION_BUFFER_BYTES)
         self._socket.bind((0, 0))
         for group in groups:
@@ -281,11 +288,11 @@ class Notifications:
         self._socket.close()
 
     def fileno(self) -> int:
-        """For select: readable if there is a notification."""
+        """For select: readable if a notification is queued."""
         return self._socket.fileno()
 
     def take(self) -> bytes | None:
-        """One datagram; empty: there is none. None: some were lost."""
+        """The next datagram without waiting; b"": none is queued; None: the kernel dropped notifications (ENOBUFS)."""
         try:
             return self._socket.recv(_RECEIVE_BYTES)
         except BlockingIOError:

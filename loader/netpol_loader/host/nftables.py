@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nf_tables over nfnetlink: transactions of tables, chains, rules, sets and counters, and what the kernel holds of them.
+"""nf_tables over nfnetlink: transactions of tables, chains, rules, sets and counters, and reads of the kernel's state.
 
 Raw netlink: a node needs no `nft` binary, and pyroute2's nf_tables differ between the versions that distributions have.
-Invariants: a transaction is in force as a whole or not at all; everything is about the network namespace in which the
-socket was made.  The module must not know what a table is for.
+Invariants: a transaction is in force as a whole or not at all; every call is about the network namespace in which the
+socket was made.  The module must not know the purpose of a table.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ NEW_ELEMENTS, GET_ELEMENTS, DELETE_ELEMENTS = 12, 13, 14
 GET_GENERATION, NEW_OBJECT, GET_OBJECT = 16, 18, 19
 
 OWNER, PERSIST, DORMANT = 0x2, 0x4, 0x1
-"""NFT_TABLE_F_*: only the socket's owner can change the table (5.12); it outlives the socket (6.9); it is disabled."""
+"""NFT_TABLE_F_*: only the owning socket can change the table (5.12); the table outlives it (6.9); disabled."""
 
 MARK, IN_INDEX, OUT_INDEX, PROTOCOL, IN_NAME, OUT_NAME = 3, 4, 5, 1, 6, 7
 """enum nft_meta_keys."""
 EQUAL, UNEQUAL = 0, 1
 DROP, ACCEPT = 0, 1
 NAME_TYPE, INDEX_TYPE = 41, 20
-"""The types ifname and iface_index of `nft` (datatype.h); the kernel only stores them."""
+"""The set key types ifname and iface_index of `nft` (datatype.h); the kernel only stores them."""
 NAME_BYTES, INDEX_BYTES = 16, 4
 _REGISTER = 1
 _COUNTER = 1  # NFT_OBJECT_COUNTER
@@ -58,19 +58,19 @@ _COUNTER = 1  # NFT_OBJECT_COUNTER
 _GENERIC = struct.Struct("!BBH")  # struct nfgenmsg: family, version, resource
 _LIST_ELEMENT = 1
 ELEMENTS_A_MESSAGE = 500
-"""Most elements in one attribute, which has 65535 bytes at most."""
+"""Most elements in one message: they are in one attribute, which has 65535 bytes at most."""
 
 
 # --- attributes -----------------------------------------------------------------------------------------------------
 
 
 def number(kind: int, value: int) -> bytes:
-    """A number of 32 bits in big endian, as nf_tables expects."""
+    """Encode an attribute with a 32-bit number in big endian, as nf_tables expects."""
     return attribute(kind, struct.pack("!I", value & 0xFFFF_FFFF))
 
 
 def text(kind: int, value: str) -> bytes:
-    """A name."""
+    """Encode an attribute with a string."""
     return attribute(kind, value.encode() + b"\0")
 
 
@@ -83,13 +83,13 @@ def _number(raw: bytes) -> int:
 
 
 def comment(value: str) -> bytes:
-    """User data that `nft` shows as a comment: type 0, length, text."""
+    """Encode user data that `nft` shows as a comment: type 0, length, text."""
     raw = value.encode() + b"\0"
     return bytes((0, len(raw))) + raw
 
 
 def read_comment(raw: bytes) -> str:
-    """The comment in user data; "" if there is none."""
+    """Decode the comment in user data; "" if there is none."""
     at = 0
     while at + 2 <= len(raw):
         kind, size = raw[at], raw[at + 1]
@@ -107,39 +107,39 @@ def _expression(name: str, *parts: bytes) -> bytes:
 
 
 def load_meta(key: int) -> bytes:
-    """Load a property of the packet (MARK, IN_NAME, ...) into the register."""
+    """Expression: load a property of the packet (``key``: MARK, IN_NAME, ...) into the register."""
     return _expression("meta", number(2, key), number(1, _REGISTER))
 
 
 def store_mark() -> bytes:
-    """Set the packet's mark from the register."""
+    """Expression: set the packet's mark from the register."""
     return _expression("meta", number(2, MARK), number(3, _REGISTER))
 
 
 def bitwise(mask: int, toggle: int = 0) -> bytes:
-    """Set the register to ``register & mask ^ toggle``, 32 bits in host order."""
+    """Expression: set the register to ``register & mask ^ toggle``, 32 bits in host order."""
     values = [nested(kind, attribute(1, struct.pack("=I", value))) for kind, value in ((4, mask), (5, toggle))]
     return _expression("bitwise", number(1, _REGISTER), number(2, _REGISTER), number(3, 4), *values)
 
 
 def compare(value: bytes, operator: int = EQUAL) -> bytes:
-    """End the rule unless the register's first bytes equal (or differ from) the value."""
+    """Expression: end the rule unless the register's first bytes equal ``value`` (UNEQUAL: differ from it)."""
     return _expression("cmp", number(1, _REGISTER), number(2, operator), nested(3, attribute(1, value)))
 
 
 def look_up(name: str, *, is_absent: bool = False) -> bytes:
-    """End the rule unless the register is (or is not) in the set."""
+    """Expression: end the rule unless the register is in the set ``name`` (``is_absent``: is not)."""
     flags = (number(5, 1),) if is_absent else ()
     return _expression("lookup", text(1, name), number(2, _REGISTER), *flags)
 
 
 def count(name: str) -> bytes:
-    """Count the packet in a named counter."""
+    """Expression: count the packet in the counter ``name``."""
     return _expression("objref", number(1, _COUNTER), text(2, name))
 
 
 def verdict(code: int) -> bytes:
-    """The verdict: ACCEPT, after which the next hook follows, or DROP."""
+    """Expression: the verdict ``code``, ACCEPT (the packet goes on to the next hook) or DROP."""
     return _expression("immediate", number(1, 0), nested(2, nested(2, number(1, code))))
 
 
@@ -157,7 +157,7 @@ class NftMessage:
 
 
 def new_table(family: int, name: str, flags: int, remark: str) -> NftMessage:
-    """Make a table, or take over an existing one; ``remark`` is for a new one."""
+    """Make a table, or take over one without an owner; ``remark``: comment of a new table."""
     body = text(1, name) + number(2, flags) + attribute(6, comment(remark))
     return NftMessage(NEW_TABLE, family, body, CREATE)
 
@@ -176,7 +176,7 @@ def new_chain(family: int, table: str, name: str, hook: int, priority: int) -> N
 
 
 def new_rule(family: int, table: str, chain: str, expressions: Iterable[bytes], remark: str) -> NftMessage:
-    """Append a rule."""
+    """Append a rule with these expressions to a chain. ``remark``: the rule's comment."""
     body = text(1, table) + text(2, chain) + nested(4, *expressions) + attribute(7, comment(remark))
     return NftMessage(NEW_RULE, family, body, CREATE | APPEND)
 
@@ -188,7 +188,7 @@ def new_counter(family: int, table: str, name: str, packets: int = 0, octets: in
 
 
 def new_set(family: int, table: str, name: str, key_type: int, key_bytes: int, number_here: int) -> NftMessage:
-    """Make a set with a packet counter for each element. ``number_here``: its id in this transaction."""
+    """Make a set with a packet counter for each element. ``number_here``: the set's id in this transaction."""
     byte_order = struct.pack("=BBI", 0, 4, 1)  # for nft: the machine's
     body = text(1, table) + text(2, name) + number(3, 0) + number(4, key_type) + number(5, key_bytes)
     body += number(10, number_here) + attribute(13, byte_order) + nested(17, text(1, "counter"), nested(2))
@@ -208,7 +208,7 @@ def change_elements(kind: int, family: int, table: str, name: str, keys: Sequenc
 
 @dataclass(frozen=True, slots=True)
 class NftTable:
-    """``owner``: netlink port that alone may change the table; 0: anybody may."""
+    """A table. ``owner``: netlink port id of the socket that alone may change the table; 0: every socket may."""
 
     flags: int
     owner: int
@@ -217,7 +217,7 @@ class NftTable:
 
 @dataclass(frozen=True, slots=True)
 class NftChain:
-    """A base chain, or one without a hook (``hook`` -1)."""
+    """A base chain; or a regular chain, which has no hook (``hook`` -1)."""
 
     hook: int
     priority: int
@@ -226,21 +226,25 @@ class NftChain:
 
 
 class Nftables(Channel):
-    """An nf_tables channel; closing it releases the tables that it owns.
+    """An nf_tables channel; when it is closed, the kernel releases the tables that it owns.
 
-    All methods raise NetlinkError with the kernel's answer, PlatformError for a list without end.
+    All methods raise NetlinkError for an error of the kernel, PlatformError for a dump that is interrupted again and
+    again.
     """
 
     def __init__(self) -> None:
         super().__init__(NETFILTER, "nf_tables")
 
     def commit(self, changes: Sequence[NftMessage], *, is_trial: bool = False) -> None:
-        """Apply all changes, or none and raise. ``is_trial``: only test whether they could be applied."""
+        """Apply all changes in one transaction, or none and raise.
+
+        ``is_trial``: only test whether they could be applied.
+        """
         parts = [(_BATCH_BEGIN, REQUEST, _GENERIC.pack(0, 0, _SUBSYSTEM))]
         for place, one in enumerate(changes, 1):
             flags = REQUEST | one.flags | (ACK if place == len(changes) else 0)
             parts.append((_kind(one.kind), flags, _GENERIC.pack(one.family, 0, 0) + one.body))
-        if not is_trial:  # a batch without an end is checked and given up
+        if not is_trial:  # the kernel checks a batch without an end, then discards it
             parts.append((_BATCH_END, REQUEST, _GENERIC.pack(0, 0, _SUBSYSTEM)))
         answers = self.transact(parts)
         failed = next((code for code in answers if code), 0)
@@ -248,13 +252,13 @@ class Nftables(Channel):
             raise NetlinkError(failed or errno.EIO, "nf_tables: the change was refused")
 
     def generation(self) -> int:
-        """A number that changes with every change of any table of the namespace."""
+        """The namespace's generation: a number that changes with every change of any table."""
         for body in self._asked(GET_GENERATION, 0, b"", "its generation"):
             return _number(attributes(body)[1])
         raise NetlinkError(errno.EIO, "nf_tables: its generation")
 
     def table(self, family: int, name: str) -> NftTable | None:
-        """A table; None if there is none."""
+        """The table ``name``; None if it does not exist."""
         try:
             for body in self._asked(GET_TABLE, family, text(1, name), f"table {name}"):
                 found = attributes(body)
@@ -287,7 +291,7 @@ class Nftables(Channel):
         return found
 
     def elements(self, family: int, table: str, name: str) -> dict[bytes, int] | None:
-        """A set's keys with the packets that matched each; None if there is no such set."""
+        """The keys of a set, with the number of packets that matched each; None if the set does not exist."""
         bodies = self._listed(GET_ELEMENTS, family, text(1, table) + text(2, name))
         if bodies is None:
             return None
@@ -315,7 +319,7 @@ class Nftables(Channel):
             yield payload[_GENERIC.size :]
 
     def _listed(self, kind: int, family: int, body: bytes) -> list[bytes] | None:
-        """The attributes of the entries at one moment; None if their container does not exist."""
+        """The attributes of all listed objects, of one generation; None if their table or set does not exist."""
         try:
             found = self.dump(_kind(kind), _GENERIC.pack(family, 0, 0) + body, what="a list of what is there")
         except NetlinkError as error:
@@ -326,7 +330,7 @@ class Nftables(Channel):
 
 
 def _kind(number_of_message: int) -> int:
-    """The type of a message of nf_tables, among those of all of nfnetlink."""
+    """The nfnetlink message type of an nf_tables message number."""
     return _SUBSYSTEM << 8 | number_of_message
 
 
@@ -341,7 +345,7 @@ class TableNotifications(Notifications):
             raise NetlinkError(error.errno or errno.EIO, "nf_tables: notifications of changes") from error
 
     def clear(self) -> bool:
-        """Whether anything changed since the last call. The notifications are not parsed, so lost ones do no harm."""
+        """Whether any table changed since the last call. The notifications are not parsed, so lost ones do no harm."""
         has_changed = False
         while self.take() != b"":
             has_changed = True

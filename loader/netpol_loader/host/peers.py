@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Addresses at the other end of a veth pair: read from another network namespace without entering it.
 
-The kernel lists a veth's peer as (namespace id, interface index), ids being relative to the asking namespace, and answers
-RTM_GETADDR for one interface there (IFA_TARGET_NETNSID, strict checking; Linux 4.20).  So pods are found whatever made their namespaces, named or not.
-Entering each namespace with setns(2) was rejected: it needs the file of a namespace, which a pod's may not have in this mount
-namespace, and it moves the calling thread.
+The kernel lists a veth's peer as (namespace id, interface index); the ids are relative to the reader's namespace.  It
+answers RTM_GETADDR for one interface of another namespace (IFA_TARGET_NETNSID, strict checking; Linux 4.20).  So pods
+are found whichever runtime made their namespaces, with or without a name.  Rejected: setns(2) into each namespace,
+which needs the namespace's file (a pod's may be invisible in this mount namespace) and moves the calling thread.
 
 The module must know nothing of pods.
 """
@@ -28,15 +28,17 @@ _IFA_ADDRESS, _IFA_LOCAL, _IFA_TARGET_NETNSID = 1, 2, 10
 _ADDRESS_HEADER = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, interface index
 
 MOST_ADDRESSES = 256
-"""The most addresses of one family that are read from an interface: its workload may add any number; arbitrary."""
+"""The most addresses of one family that are read from an interface: a workload may add any number; arbitrary."""
 
 
 def load_peer_addresses(peers: Iterable[tuple[int, int]]) -> dict[tuple[int, int], tuple[IPAddress, ...]]:
-    """Addresses of these interfaces, by (namespace id, interface index there); what is no more has none.
+    """Addresses of interfaces in other namespaces.
 
-    Raises PrivilegeError without CAP_NET_ADMIN over a namespace, PlatformError for a kernel that cannot tell.  Cost: some 50
-    microseconds for each interface, and no more than MOST_ADDRESSES of each family make it, whoever owns the namespace: of more,
-    the first that were added count in IPv4, none in IPv6, which the kernel lists from the newest on.
+    ``peers`` and the keys of the result: (namespace id, interface index there).  An interface that is gone or has no
+    address is absent.  Cost: some 50 microseconds for each interface.  At most MOST_ADDRESSES of each family are read,
+    since the workload may add any number: of longer lists the result has the first that were added in IPv4, and none in
+    IPv6, which the kernel lists from the newest on.  Raises PrivilegeError without CAP_NET_ADMIN over a namespace,
+    PlatformError for a kernel that does not list other namespaces.
     """
     found: dict[tuple[int, int], list[IPAddress]] = {}
     for peer in set(peers):
@@ -51,7 +53,7 @@ def load_peer_addresses(peers: Iterable[tuple[int, int]]) -> dict[tuple[int, int
 
 
 def _listed(peer: tuple[int, int], family: int) -> list[bytes]:
-    """The addresses of an interface, at most MOST_ADDRESSES and one more; none if it is gone."""
+    """Address messages of an interface, at most MOST_ADDRESSES + 1; empty if the interface is gone."""
     namespace_id, ifindex = peer
     target = attribute(_IFA_TARGET_NETNSID, struct.pack("=i", namespace_id))
     try:
@@ -69,7 +71,7 @@ def _listed(peer: tuple[int, int], family: int) -> list[bytes]:
 
 
 def _parse_address(payload: bytes) -> IPAddress | None:
-    """The address of a message; the local one where the link is point-to-point."""
+    """Decode the address of a message: the local one (IFA_LOCAL) on a point-to-point link; None if there is none."""
     family = _ADDRESS_HEADER.unpack_from(payload)[0]
     found = attributes(payload, _ADDRESS_HEADER.size)
     raw = found.get(_IFA_LOCAL, found.get(_IFA_ADDRESS))

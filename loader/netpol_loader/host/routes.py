@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routes that say which endpoint an interface leads to, and which addresses are the node's own.
+"""The routes that tell which endpoint an interface leads to, and which addresses are the node's own.
 
-Those are the routes of the main table, and the local routes of the node and its VRFs; `RouteTable` ignores all others.  It is a
-copy that the kernel's notifications keep.  The kernel sends none for IPv4 routes that vanish with an interface, when the
-interface is switched off or with its last address; and none says which of several routes of one metric was replaced.
-`RouteTable.apply`, or the caller that knows of the interface, then names the interfaces whose routes must be listed again.
+`RouteTable` is a copy of the main table's routes and of the local routes of the node and its VRFs; it ignores all other
+routes.  The kernel's notifications keep the copy up to date, with two gaps.  IPv4 routes vanish without a notification
+when their interface is switched off or loses its last address.  No notification tells which of several routes with one
+metric was replaced.  `RouteTable.apply`, or the caller that sees the interface's change, names the interfaces whose
+routes must be listed again.
 
-Invariant: what is derived (`host_routes`, `subnets`, `uplinks`, `next_hops`, `local`) depends on the routes alone, not on the
-order in which they came.  Sends no request to the kernel.
+Invariant: the derived tables (`host_routes`, `subnets`, `uplinks`, `next_hops`, `local`) depend on the routes alone,
+not on the order of their notifications.  The module sends no request to the kernel.
 """
 
 from __future__ import annotations
@@ -28,37 +29,39 @@ V = TypeVar("V")
 
 # include/uapi/linux/rtnetlink.h
 NEW_ROUTE, DELETE_ROUTE, GET_ROUTE = 24, 25, 26
-_ROUTE_HEADER = struct.Struct("=BBBBBBBBI")  # family, bits, source bits, TOS, table, protocol, scope, type, flags
+_ROUTE_HEADER = struct.Struct("=BBBBBBBBI")  # family, prefix lengths, TOS, table, protocol, scope, type, flags
 _NEXT_HOP = struct.Struct("=HBBi")  # length, flags, weight, interface
 _DST, _SRC, _OIF, _GATEWAY, _PRIORITY, _PREFSRC = 1, 2, 4, 5, 6, 7
 _MULTIPATH, _CACHEINFO, _TABLE, _STATISTICS, _VIA, _EXPIRES, _NH_ID = 9, 12, 15, 17, 18, 23, 30
 _TOLD_APART = frozenset({
     _DST, _SRC, _OIF, _GATEWAY, _PRIORITY, _PREFSRC, _MULTIPATH, _CACHEINFO, _TABLE, _STATISTICS, _VIA, _EXPIRES,
 })  # fmt: skip
-"""Attributes with a field of their own, and those that change while the route stays the same."""
+"""Attributes that are fields of `Route`, and attributes that change while the route stays the same."""
 _CLONED = 0x200
 _UNICAST, LOCAL, BROADCAST, ANYCAST = 1, 2, 3, 4
 _OF_THE_NODE = frozenset({LOCAL, BROADCAST, ANYCAST})
 TABLE_MAIN, TABLE_LOCAL = 254, 255
 REDIRECT, KERNEL, ROUTER_ADVERTISEMENT = 1, 2, 9
-"""RTPROT_*: who made a route."""
+"""RTPROT_*: the origin of a route."""
 ANNOUNCED = frozenset({REDIRECT, ROUTER_ADVERTISEMENT})
-"""Origins of routes from messages of the network."""
+"""Origins of routes that router advertisements announced."""
 BITS: Mapping[int, int] = {socket.AF_INET: 32, socket.AF_INET6: 128}
-"""Bits of an address by family."""
+"""Length of an address in bits, by family."""
 
 Destination = tuple[int, bytes, int]
-"""Family, packed address, bits."""
+"""Destination of a route: family, packed address, prefix length in bits."""
 NextHop = tuple[int, bytes]
-"""Interface and gateway; empty gateway: none."""
+"""Next hop of a route: interface index and packed gateway address; empty gateway: directly connected."""
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A route. ``order``: TOS and metric, of which the lower comes first; ``source``: the address that the node sends from, packed.
+    """A route.
 
-    Of IPv4 a route with all its hops is one; of IPv6 each hop is a route, as the kernel has it.  ``rest``: what else tells it
-    from others in its place, without a meaning here.
+    ``order``: TOS and metric; the kernel prefers the lower.  ``source``: the preferred source address (RTA_PREFSRC),
+    packed.  An IPv4 multipath route is one `Route` with all its next hops; an IPv6 one is a `Route` for each next hop,
+    as in the kernel.  ``rest``: the other attributes, which distinguish routes with equal table and order and have no
+    further meaning here.
     """
 
     destination: Destination
@@ -73,31 +76,31 @@ class Route:
 
     @property
     def interfaces(self) -> set[int]:
-        """The interfaces of its hops."""
+        """Indices of the interfaces of its next hops."""
         return {ifindex for ifindex, _ in self.hops if ifindex}
 
     @property
     def place(self) -> tuple[int, tuple[int, int]]:
-        """Table and order: a route can replace another one to the same destination if both are equal in these."""
+        """Table and order: a route replaces another to the same destination only if both are equal in these."""
         return self.table, self.order
 
     @property
     def is_indirect(self) -> bool:
-        """Whether its hops are other routers, or several interfaces."""
+        """Whether its next hops are routers, or several interfaces."""
         return len(self.hops) > 1 or self.has_gateway
 
     @property
     def has_gateway(self) -> bool:
-        """Whether a hop is another router."""
+        """Whether a next hop is a router."""
         return any(gateway for _, gateway in self.hops)
 
 
 @dataclass(frozen=True, slots=True)
 class LocalRoute:
-    """Addresses that the node accepts as its own.
+    """Addresses that the node accepts as its own: a route of type local, broadcast or anycast.
 
-    ``is_many``: broadcast.  ``ifindex``: the interface that has them.  ``address``: the address, or the first of the
-    prefix with ``bits``.
+    ``is_many``: broadcast.  ``ifindex``: the interface that has the addresses.  ``address``: the address, or the first
+    of the prefix with ``bits`` bits.
     """
 
     address: IPAddress
@@ -107,40 +110,43 @@ class LocalRoute:
 
     @property
     def is_single(self) -> bool:
-        """Whether it is one address."""
+        """Whether the route is for one address, not for a prefix."""
         return self.bits == self.address.max_prefixlen
 
     @property
     def net(self) -> IPNetwork:
-        """The prefix."""
+        """The prefix of the route."""
         return ip_network((self.address, self.bits))
 
 
 def is_kernel_s_own(payload: bytes) -> bool:
-    """Whether the kernel made the message's route for an address."""
+    """Whether the kernel made the message's route itself (RTPROT_KERNEL), as it does for each address."""
     return bool(_ROUTE_HEADER.unpack_from(payload)[5] == KERNEL)
 
 
 def interface_of(payload: bytes) -> int:
-    """The interface of a route without hops; 0: none."""
+    """Index of the interface of a message's route that has a single next hop; 0: none."""
     raw = attributes(payload, _ROUTE_HEADER.size).get(_OIF)
     return 0 if raw is None else int(struct.unpack("=i", raw)[0])
 
 
 def request(family: int, ifindex: int = 0) -> bytes:
-    """The body of a dump of a family's routes, of all or of those that lead by an interface."""
+    """The body of a dump of a family's routes: of all (``ifindex`` 0), or of those through one interface."""
     body = _ROUTE_HEADER.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)
     return body + struct.pack("=HHi", 8, _OIF, ifindex) if ifindex else body
 
 
 def question(address: IPAddress) -> bytes:
-    """The body of a request for the route to an address."""
+    """The body of a request for the route to ``address``."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6  # noqa: PLR2004 - the IP version
     return _ROUTE_HEADER.pack(family, BITS[family], 0, 0, 0, 0, 0, 0, 0) + attribute(_DST, address.packed)
 
 
 def parse_routes(payload: bytes) -> list[Route]:
-    """The relevant routes of a message. Raises struct.error and ValueError if it is no such message."""
+    """The routes of a message that `RouteTable` keeps; () for all others.
+
+    Raises struct.error and ValueError if it is malformed.
+    """
     family, bits, source_bits, tos, small_table, protocol, scope, kind, flags = _ROUTE_HEADER.unpack_from(payload)
     if family not in BITS or flags & _CLONED or (small_table != TABLE_MAIN and kind not in _OF_THE_NODE):
         return []
@@ -185,12 +191,13 @@ def _address(destination: Destination) -> IPAddress:
 
 
 class RouteTable:
-    """All routes that matter, and what follows from them, kept in step with each message.
+    """A copy of the relevant routes, and the tables derived from them; both are updated with each message.
 
-    Of the main table, apart from what a router announced: ``host_routes``: interface of each directly connected single address
-    (/32, /128), ``subnets``: interfaces of each directly connected prefix, ``uplinks``: interfaces of default routes,
-    ``next_hops``: how many destinations each interface leads to by another router.  ``local``: what the node takes for its own.
-    To be read only.  ``version``: another one when any of these may be otherwise.
+    Derived from the main table without routes of router advertisements: ``host_routes``: interface of each directly
+    connected single address (/32, /128); ``subnets``: interfaces of each directly connected prefix; ``uplinks``:
+    interfaces of default routes; ``next_hops``: for each interface, to how many destinations it leads by a router.
+    ``local``: destinations that the node accepts as its own.  Callers must only read them.  ``version`` changes
+    whenever one of them may have changed.
     """
 
     def __init__(self) -> None:
@@ -202,23 +209,23 @@ class RouteTable:
         self.version = 0
         self._routes: dict[Destination, list[Route]] = {}
         self._by_interface: dict[int, set[Destination]] = {}
-        self._behind: dict[Destination, frozenset[int]] = {}  # interfaces that lead there by another router
+        self._behind: dict[Destination, frozenset[int]] = {}  # interfaces that lead to the destination by a router
         self._local_tables = frozenset({TABLE_LOCAL})
 
     def uses_objects(self, ifindex: int = 0) -> bool:
-        """Whether a route (0: any; otherwise one by that interface) takes its hops from a next hop object."""
+        """Whether any route uses a next hop object; with ``ifindex``, whether any route through that interface does."""
         routes = self._leading_by(ifindex) if ifindex else (one for some in self._routes.values() for one in some)
         return any(route.uses_object for route in routes)
 
     # --- from messages ----------------------------------------------------------------------------------------------
 
     def apply(self, kind: int, flags: int, payload: bytes) -> set[int]:
-        """Apply a notification; returns the interfaces that must have their routes listed again."""
+        """Apply a notification; returns the indices of interfaces whose routes must be listed again."""
         routes = parse_routes(payload)
         if kind == DELETE_ROUTE:
             return self._delete(routes)
         if not routes:
-            # One that does not matter may have taken the place of one that did.
+            # An ignored route may have replaced one of this table.
             return self._in_the_place_of(payload) if flags & REPLACE else set()
         doubtful = self._make_room(routes) if flags & REPLACE else set()
         for route in routes:
@@ -232,17 +239,17 @@ class RouteTable:
             if route in present:
                 self._remove(route)
             elif any(one.place == route.place for one in present):
-                doubtful |= route.interfaces  # removed already, or the message does not identify it
+                doubtful |= route.interfaces  # removed already, or not identified by the message
         return doubtful
 
     def _make_room(self, routes: list[Route]) -> set[int]:
-        """Remove the routes that these replace, or return the interfaces that must have their routes listed again."""
+        """Remove the routes that ``routes`` replace, or return the interfaces whose routes must be listed again."""
         route = routes[0]
         replaced = [one for one in self._routes.get(route.destination, ()) if one.place == route.place]
         is_partial = route.destination[2] not in (
             0,
             BITS[route.destination[0]],
-        )  # others may be there that do not matter
+        )  # ignored routes may have the same destination and order
         are_hops_of_one = route.destination[0] == socket.AF_INET6 and all(
             one.has_gateway and one.protocol != ROUTER_ADVERTISEMENT for one in (*replaced, *routes)
         )
@@ -262,7 +269,7 @@ class RouteTable:
     # --- from dumps -------------------------------------------------------------------------------------------------
 
     def replace_family(self, family: int, payloads: Iterable[bytes]) -> None:
-        """Replace all routes of a family by listed ones."""
+        """Replace all routes of a family by those of a dump."""
         for route in [one for routes in self._routes.values() for one in routes if one.destination[0] == family]:
             self._remove(route)
         for payload in payloads:
@@ -270,7 +277,7 @@ class RouteTable:
                 self._add(route)
 
     def replace_interface(self, family: int, ifindex: int, payloads: Iterable[bytes]) -> None:
-        """Replace a family's routes by one interface with listed ones."""
+        """Replace a family's routes through one interface by those of a dump."""
         listed = [route for payload in payloads for route in parse_routes(payload) if ifindex in route.interfaces]
         for route in self._leading_by(ifindex):
             if route.destination[0] == family and route not in listed:
@@ -279,12 +286,12 @@ class RouteTable:
             self._add(route)
 
     def drop_interface(self, ifindex: int) -> None:
-        """Remove all routes by an interface that is gone; in IPv4 also those with other hops."""
+        """Remove all routes through an interface that is gone; in IPv4 also multipath routes with further next hops."""
         for route in self._leading_by(ifindex):
             self._remove(route)
 
     def interfaces_sending_from(self, source: bytes) -> set[int]:
-        """Remove the routes with a source address that is gone."""
+        """Interfaces of the routes with the preferred source address ``source`` (packed)."""
         found = (one for routes in self._routes.values() for one in routes if one.source == source)
         return {ifindex for one in found for ifindex in one.interfaces}
 
@@ -329,7 +336,7 @@ class RouteTable:
     # --- what follows -----------------------------------------------------------------------------------------------
 
     def _derive(self, destination: Destination) -> None:
-        """Derive all that depends on the routes to one destination."""
+        """Derive all table entries that depend on the routes to one destination."""
         family, _, bits = destination
         routes = self._routes.get(destination, ())
         local = _local(destination, [one for one in routes if one.table in self._local_tables])
@@ -377,14 +384,17 @@ class RouteTable:
 
 
 def _first(routes: Collection[Route]) -> int | None:
-    """The interface of the first directly connected route; if several are equal, none."""
+    """The interface of the first directly connected route; None if several are equally preferred."""
     first = min((one.order for one in routes), default=None)
     found = {ifindex for one in routes if one.order == first for ifindex in one.interfaces}
     return found.pop() if len(found) == 1 else None
 
 
 def _local(destination: Destination, routes: Iterable[Route]) -> LocalRoute | None:
-    """The local route to a destination; if several interfaces have one, the lowest number, which is the oldest."""
+    """The local route to a destination; None if there is none.
+
+    If several interfaces have such a route, the one with the lowest index, which is the oldest, counts.
+    """
     found = [(one.kind == BROADCAST, min(one.interfaces, default=0)) for one in routes if one.kind in _OF_THE_NODE]
     if not found:
         return None
@@ -393,7 +403,7 @@ def _local(destination: Destination, routes: Iterable[Route]) -> LocalRoute | No
 
 
 def _put(table: dict[K, V], key: K, value: V | None) -> bool:
-    """Set an entry, or delete it with None; whether it changed."""
+    """Set an entry, or delete it if ``value`` is None; returns whether the table changed."""
     if table.get(key) == value:
         return False
     if value is None:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open TCP connections as sockets show them, here and at the other ends of veth pairs; for kernels that track nothing.
+"""Open TCP connections as sockets show them, in this namespace and at the other ends of veth pairs.
 
-A socket does not say who opened its connection.  If something listens on its port, the connection counts as accepted,
-otherwise as opened from here; so a server that has stopped listening counts as a client.  A socket is visible only in
-its own network namespace, and the kernel does not list sockets of another namespace by its id.  So a thread finds that
-namespace among those of processes and the named ones, enters it, and then ends.
+For kernels without connection tracking.  A socket does not tell who opened its connection.  If a socket listens on its
+port, the connection counts as accepted, otherwise as opened by this side; so a server that has stopped listening counts
+as a client.  A socket is visible only in its own network namespace, and the kernel does not list sockets of another
+namespace by its id.  So a thread searches the namespaces of processes and the named ones, enters those it needs, and
+then ends.
 
 Invariant: the module only reads, and no other thread changes its namespace.  It must not know endpoints or policy.
 """
@@ -43,7 +44,10 @@ _ANSWER = struct.Struct("=BBBB2s2s16s16s")  # the beginning of struct inet_diag_
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A connection. ``ends``: tuple of its first packet. ``namespace``: that of its socket; None: this one."""
+    """An open TCP connection. ``ends``: tuple of its first packet.
+
+    ``namespace``: id of its socket's; None: this one.
+    """
 
     ends: Ends
     namespace: int | None = None
@@ -51,14 +55,14 @@ class Opened:
 
 @dataclass(slots=True)
 class Sockets:
-    """The connections found. ``unseen``: why some sockets could not be read."""
+    """The connections that were found. ``unseen``: reasons why some sockets could not be read, as text."""
 
     opened: list[Opened] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
 
 
 def look_for_sockets(namespace_ids: Collection[int]) -> Sockets:
-    """The open TCP connections of this namespace and of those with these ids."""
+    """The open TCP connections of this namespace and of the namespaces with these ids."""
     found = Sockets()
     try:
         found.opened += [Opened(ends) for ends in tcp_sockets()]
@@ -75,7 +79,7 @@ def look_for_sockets(namespace_ids: Collection[int]) -> Sockets:
 
 
 def tcp_sockets() -> list[Ends]:
-    """The open connections of the calling thread's namespace, as their first packets went. Raises NetlinkError."""
+    """Tuples of the first packets of all open connections in the calling thread's namespace. Raises NetlinkError."""
     listening: set[tuple[IPAddress | None, int]] = set()
     pairs: list[Ends] = []
     for family in (socket.AF_INET, socket.AF_INET6):
@@ -108,7 +112,7 @@ def _parse(payload: bytes) -> tuple[int, Ends]:
 
 
 def _unmapped(address: IPv6Address) -> IPAddress:
-    """An IPv6 socket may hold an IPv4 connection."""
+    """The IPv4 address in an IPv4-mapped one (an IPv6 socket may hold an IPv4 connection); otherwise the address."""
     return address.ipv4_mapped or address
 
 
@@ -116,9 +120,9 @@ def _unmapped(address: IPv6Address) -> IPAddress:
 
 
 def _look_around(missing: set[int], found: Sockets) -> None:
-    """Enter each namespace that can be found, and take its id out of ``missing``.
+    """Read the connections of the ``missing`` namespaces that are found, and remove their ids from ``missing``.
 
-    The calling thread ends in another namespace.
+    Enters these namespaces: the calling thread ends in another one.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     with contextlib.ExitStack() as stack:
@@ -126,7 +130,7 @@ def _look_around(missing: set[int], found: Sockets) -> None:
         try:
             channel = stack.enter_context(RouteChannel())
             for path in _namespace_files():
-                # The process ended meanwhile, or its namespace is not visible to this one.
+                # The process has ended meanwhile, or its namespace has no id that this one can see.
                 with contextlib.suppress(OSError, NetlinkError):
                     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
                     stack.callback(os.close, fd)
@@ -157,7 +161,7 @@ def _namespace_files() -> Iterator[Path]:
 
 
 def _id_of(channel: RouteChannel, fd: int) -> int:
-    """The id of another namespace in this one; -1: it has none. Raises NetlinkError."""
+    """The id of another namespace, given by a descriptor, in this one; -1: it has none. Raises NetlinkError."""
     for kind, _, payload in channel.ask(_RTM_GETNSID, bytes(4) + attribute(_NETNSA_FD, struct.pack("=i", fd))):
         found = attributes(payload, 4)
         if kind == _RTM_NEWNSID and _NETNSA_NSID in found:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bpf(2) and what the running kernel says of itself: system calls, maps, types, clocks, grace periods. Knows no map by name."""
+"""bpf(2) and facts about the running kernel: system calls, maps, types, clocks, grace periods. Knows no map by name."""

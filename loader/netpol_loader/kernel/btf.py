@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BPF type information (BTF): written for the maps made here, read from the maps that another version made.
+"""BPF type information (BTF): written for the maps that the loader makes, read from maps of another version.
 
-When written, it gives `bpftool map dump` the names of the fields.  When read, it allows a comparison, field by field,
-of a layout that another version made with the layout declared here.
+Written BTF gives `bpftool map dump` the names of fields.  Read BTF allows a comparison, field by field, of another
+version's layout with the layout that this version declares.
 
 Invariants: two layouts are equal exactly if every field has the same name, offset and size, nested structures included;
-a map without BTF has no layout, never a guessed one.
-
-The module must not know what any field means.
+a map without BTF has no layout, never a guessed one.  The module must not know what a field means.
 """
 
 from __future__ import annotations
@@ -32,15 +30,18 @@ INT, POINTER, ARRAY_KIND, STRUCT, UNION, ENUM, FUNC_PROTO, VAR, DATASEC, DECL_TA
 UNSIGNED, SIGNED = 0, 1
 """Encodings of an integer."""
 ALIASES = frozenset({8, 9, 10, 11, 18})
-"""typedef, volatile, const, restrict, type tag: other names for the same bytes."""
+"""Types that only rename a type: typedef, volatile, const, restrict, type tag."""
 TAILS = {INT: 4, ARRAY_KIND: 12, VAR: 4, DECL_TAG: 4}
 MEMBERS = {STRUCT: 12, UNION: 12, ENUM: 8, FUNC_PROTO: 8, DATASEC: 12, ENUM64: 12}
-"""Bytes that follow a type header, once or for each member (Documentation/bpf/btf.rst)."""
+"""Bytes after a type header, by kind: once, or for each member (Documentation/bpf/btf.rst)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One field. ``at`` and ``size`` in bytes; ``inner``: fields of a structure, or of the elements of an array of them."""
+    """A field of a structure.
+
+    ``at``: offset, ``size``: both in bytes; ``inner``: fields of a nested structure or array element.
+    """
 
     name: str
     at: int
@@ -49,7 +50,7 @@ class Field:
 
 
 Layout = tuple[Field, ...]
-"""Fields of a structure; empty for any other type."""
+"""Fields of a structure; () for any other type."""
 
 
 def layouts(info: syscall.MapInfo) -> tuple[Layout, Layout] | None:
@@ -68,7 +69,7 @@ def layouts(info: syscall.MapInfo) -> tuple[Layout, Layout] | None:
 
 
 def declared(structure: type[ctypes.Structure] | None) -> Layout:
-    """The layout of a structure of `netpol_loader.abi`; None: a bare number."""
+    """The layout of a structure of `netpol_loader.abi`; None stands for a bare number, which has no fields."""
     if structure is None:
         return ()
     fields = []
@@ -79,16 +80,16 @@ def declared(structure: type[ctypes.Structure] | None) -> Layout:
 
 
 def _structure_of(kind: Any) -> type[ctypes.Structure] | None:
-    """The structure of a field's type, or of its array's elements."""
+    """The structure class of a field's type, or of its array's elements; None if there is none."""
     while issubclass(kind, ctypes.Array):
         kind = kind._type_
     return kind if issubclass(kind, ctypes.Structure) else None
 
 
 class Writer:
-    """Type information under construction, of structures as `netpol_loader.abi` declares them.
+    """Builds a BTF blob for structures that `netpol_loader.abi` declares.
 
-    It uses integers, arrays and structures alone, which every kernel knows.
+    It uses only integers, arrays and structures, which every supported kernel knows.
     """
 
     def __init__(self) -> None:
@@ -97,7 +98,10 @@ class Writer:
         self._numbers: dict[object, int] = {}
 
     def number_of(self, kind: Any) -> int:
-        """The number of a ctypes type: a structure, an array or an unsigned integer; it is written when it is new."""
+        """The BTF type id of a ctypes type: a structure, an array or an unsigned integer.
+
+        Adds the type if it is new.
+        """
         if kind not in self._numbers:
             if issubclass(kind, ctypes.Structure):
                 self._numbers[kind] = self._structure(kind)
@@ -114,7 +118,7 @@ class Writer:
         return self._numbers[kind]
 
     def blob(self) -> bytes:
-        """Everything so far, as BTF_LOAD takes it."""
+        """All types so far in the format of BPF_BTF_LOAD."""
         types, strings = b"".join(self._types), bytes(self._strings)
         return HEADER.pack(MAGIC, 1, 0, HEADER.size, 0, len(types), len(types), len(strings)) + types + strings
 
@@ -136,7 +140,7 @@ class Writer:
 
 
 class _Types:
-    """The types of one blob of type information, by number."""
+    """The types of a BTF blob, by type id."""
 
     def __init__(self, blob: bytes) -> None:
         magic, version, _, header, type_at, type_len, string_at, _ = HEADER.unpack_from(blob)
@@ -153,7 +157,7 @@ class _Types:
             at += TYPE.size + TAILS.get(kind, 0) + MEMBERS.get(kind, 0) * count
 
     def _resolve(self, number: int) -> tuple[int, int, int, int]:
-        """(kind, members, size, offset) of a type, with typedefs and qualifiers resolved."""
+        """(kind, members, size, offset in the blob) of a type, with typedefs and qualifiers resolved."""
         while True:
             at = self._places[number]
             _, info, size_or_type = TYPE.unpack_from(self._blob, at)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """CONFIG_HZ: the number of jiffies that the kernel counts in a second.
 
-The program's only clock is bpf_jiffies64, because it costs nothing.  Its rate is a build option that no interface
-reports reliably (sysconf's clock tick is another number).  So a program of two instructions reads the clock, twice.
+The packet path's only clock is bpf_jiffies64, because its cost is not measurable.  Its rate is a build option that no
+interface reports reliably (sysconf's clock tick is another number).  So this module reads the clock twice, by a BPF
+program of two instructions, and measures the rate.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from netpol_ebpf.errors import PlatformError
 from netpol_loader.kernel import syscall
 
 KNOWN_RATES = (100, 250, 300, 1000)
-"""The choices of CONFIG_HZ on every architecture supported."""
+"""The possible values of CONFIG_HZ on every supported architecture."""
 
 TICKS = 40
-"""Ticks between the two reads, each exact to a tick: enough to tell 250 from 300. 400 ms at the slowest rate."""
+"""Ticks between the two reads.
+
+Each read is exact to a tick, so this tells 250 from 300 Hz; 400 ms at the lowest rate.
+"""
 
 LOOK_S = 0.0005
-"""Longest duration of a read, else it was interrupted and does not count: half a tick at the fastest rate."""
+"""Longest valid duration of a read: half a tick at the highest rate. A longer read was interrupted and is repeated."""
 
 FUNC_JIFFIES64 = 118
 CALL = struct.pack("<BBhi", 0x85, 0, 0, FUNC_JIFFIES64)
@@ -55,7 +59,10 @@ def read_jiffies() -> int:
 
 
 def measure_jiffies_per_second() -> int:
-    """The kernel's CONFIG_HZ. Takes 40 ticks. Raises PlatformError when the clock stands still or fits no known rate."""
+    """Measure the kernel's CONFIG_HZ. Takes 40 ticks.
+
+    Raises PlatformError if the clock stands still or fits no known rate.
+    """
     prog_fd = syscall.prog_load(CALL + EXIT)
     try:
         return _measure(prog_fd)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Facts of the running kernel that a program needs: the offsets of some fields of sk_buff, and one kernel function.
+"""Facts about the running kernel that the program needs: offsets of some fields of sk_buff, and a kernel function.
 
-The source is the kernel's own type information (/sys/kernel/btf/vmlinux, Documentation/bpf/btf.rst).  The header
-bpf/np_kernel.h says what each fact is for.
+The source is the kernel's own BTF (/sys/kernel/btf/vmlinux, Documentation/bpf/btf.rst).  The header bpf/np_kernel.h has
+the purpose of each fact.
 
 Invariant: a missing fact is an error, never a guess.
 """
@@ -21,12 +21,16 @@ from netpol_loader.kernel import btf
 VMLINUX = Path("/sys/kernel/btf/vmlinux")
 CAST = "bpf_cast_to_kern_ctx"
 FUNCTION = 12
-"""Kind of a function."""
+"""BTF_KIND_FUNC."""
 
 
 @dataclass(frozen=True, slots=True)
 class KernelFacts:
-    """``numbers``: by enum np_kernel_fact. ``cast_function``: number of bpf_cast_to_kern_ctx, 0: there is none."""
+    """The facts of one kernel.
+
+    ``numbers``: values by enum np_kernel_fact.  ``cast_function``: BTF id of bpf_cast_to_kern_ctx; 0: the kernel lacks
+    it.
+    """
 
     numbers: Mapping[int, int]
     cast_function: int
@@ -34,7 +38,7 @@ class KernelFacts:
 
 @dataclass(frozen=True, slots=True)
 class Bits:
-    """A field: its first bit in the structure, and how many there are (0: whole bytes)."""
+    """A field of a structure: offset in bits, and width in bits; width 0: no bit field."""
 
     at: int
     count: int
@@ -42,7 +46,10 @@ class Bits:
 
 @functools.cache
 def kernel_facts() -> KernelFacts:
-    """The facts of the running kernel. Takes a tenth of a second. Raises PlatformError when the kernel has no BTF."""
+    """Read the facts of the running kernel. Takes a tenth of a second.
+
+    Raises PlatformError if the kernel has no BTF.
+    """
     try:
         blob = VMLINUX.read_bytes()
     except OSError as error:
@@ -54,7 +61,7 @@ def kernel_facts() -> KernelFacts:
 
 
 def facts_of(blob: bytes) -> KernelFacts:
-    """The facts in the type information of a kernel. Raises PlatformError when one is missing."""
+    """Read the facts from a kernel's BTF. Raises PlatformError if one is missing."""
     types = _KernelTypes(blob)
     fields = types.fields("sk_buff")
     missing = [name for name in ("ip_summed", "csum_start", "csum_offset", "mac_header") if name not in fields]
@@ -79,7 +86,10 @@ def facts_of(blob: bytes) -> KernelFacts:
 
 
 class _KernelTypes:
-    """The types of a kernel: about 150 000, so one pass reads their headers, and only wanted types are decoded."""
+    """The types in a kernel's BTF.
+
+    There are about 150 000, so one pass reads their headers, and only needed types are decoded.
+    """
 
     def __init__(self, blob: bytes) -> None:
         magic, version, _, header, type_at, type_len, string_at, string_len = btf.HEADER.unpack_from(blob)
@@ -92,7 +102,7 @@ class _KernelTypes:
         self._places = _places(self._words)
 
     def number_of(self, name: str, kind: int) -> int:
-        """The number of a type by name and kind; 0: there is none."""
+        """The BTF id of a type by name and kind; 0: there is none."""
         at = self._strings.find(b"\0" + name.encode() + b"\0")
         if at < 0:
             return 0
@@ -124,7 +134,7 @@ class _KernelTypes:
 
 
 def _places(words: memoryview) -> list[int]:
-    """Where each type begins, in words; number 0 is no type."""
+    """Offset of each type in 32-bit words, by BTF id; id 0 (void) has none."""
     words_after = {kind: size // 4 for kind, size in btf.TAILS.items()}
     words_each = {kind: size // 4 for kind, size in btf.MEMBERS.items()}
     fixed = [3 + words_after.get(kind, 0) for kind in range(32)]

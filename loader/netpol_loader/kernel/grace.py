@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grace periods: wait until no program run can use what was unlinked before, or miss what was written before.
+"""Grace periods: wait until no program run can still use rows that were unlinked before the wait.
 
-A program's run is one RCU read-side section, so the kernel's own grace period is the exact answer: every run that began before
-it is over when it ends, and every run that ends after it began after everything that was written before it.  The kernel
-waits for one before it returns from the update of an element that is a map, "so that user space, when we return to it, knows
-that all programs that could be running use the new map value" (maybe_wait_bpf_programs in kernel/bpf/syscall.c, 4.20 and
-its stable predecessors); since 6.19 for an expedited one.
+A run of a program is one RCU read-side section, so the kernel's own grace period is exact: every run that began before
+the grace period is over at its end, and every run that begins after it sees all rows written before it.  The kernel
+waits for a grace period when an element of a map of maps is updated, "so that user space, when we return to it, knows
+that all programs that could be running use the new map value" (maybe_wait_bpf_programs in kernel/bpf/syscall.c, 4.20
+and its stable predecessors); since 6.19 for an expedited one.
 
-A process that may make no maps, and so writes none that a packet meets (a test), waits by membarrier(2) with
-MEMBARRIER_CMD_GLOBAL.  That is not the first choice: it takes as long before 6.19 and a hundred times as long since, is refused
-where a processor is nohz_full, and does not wait where one processor is online, although a real-time kernel interrupts
-programs.  Rejected: a fixed sleep, which is too long in the usual case and too short in the worst.
+A process without the privilege to make maps (a test) writes no row that a packet meets; it waits by membarrier(2) with
+MEMBARRIER_CMD_GLOBAL.  That call is not the first choice for three reasons.  Before 6.19 it takes as long, since 6.19 a
+hundred times as long.  The kernel refuses it if a processor is nohz_full.  It does not wait if only one processor is
+online, although a real-time kernel interrupts programs.  Rejected: a fixed sleep, which is too long in the usual case
+and too short in the worst.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from netpol_loader.kernel import syscall
 
 
 def is_strongly_ordered(machine: str) -> bool:
-    """Whether each processor sees the stores of another in the order in which that one made them, and loads in its own order.
+    """Whether all processors see one processor's stores in program order, and load in program order themselves.
 
-    ``machine``: as `uname -m` says.
+    ``machine``: in the form of `uname -m`.
     """
     return machine == "x86_64"
 
@@ -44,9 +45,9 @@ _WORD = struct.Struct("=I")
 
 
 def wait_for_readers() -> None:
-    """Return when every packet that was being judged at the time of the call has its verdict.
+    """Wait for a grace period: when the call returns, every packet that a program was processing has its verdict.
 
-    Takes some 10 ms, since 6.19 some 0.1 ms.  A full memory barrier.  Raises PrivilegeError, PlatformError.
+    Takes some 10 ms, since Linux 6.19 some 0.1 ms.  Also a full memory barrier.  Raises PrivilegeError, PlatformError.
     """
     maps = _maps()
     if maps is None:
@@ -60,11 +61,11 @@ def wait_for_readers() -> None:
 
 
 def order_stores() -> None:
-    """Order stores: call it after data is written and before the flag that publishes the data.
+    """Order stores: call this after a row is written and before the flag that publishes the row.
 
-    On x86-64 it does nothing: stores become visible in their order.  Elsewhere it is a grace period, which orders both sides: a
-    packet that sees the flag began after the data was written, whatever the order of its loads.  (An acquire, with which the program could order its
-    own loads, is in no kernel before 6.15.)
+    On x86-64 it does nothing, because stores become visible in program order.  Elsewhere it waits for a grace period,
+    which orders both sides: a program run that sees the flag began after the row was written, whatever the order of its
+    loads.  (A load-acquire instruction, with which the program could order its own loads, is in no kernel before 6.15.)
     """
     if not IS_STRONGLY_ORDERED:
         wait_for_readers()
@@ -72,7 +73,10 @@ def order_stores() -> None:
 
 @functools.cache
 def _maps() -> tuple[int, int] | None:
-    """Descriptors of a map of one map, and of that one, for the life of the process; None: it may not make maps."""
+    """Descriptors of a map of maps with one element, and of that element; None: no privilege to make maps.
+
+    Made once, for the life of the process.
+    """
     try:
         inner = syscall.map_create("array", "np_grace_inner", _WORD.size, _WORD.size, 1)
         try:

@@ -12,7 +12,7 @@ from netpol_loader import abi
 
 
 class Hook(enum.Enum):
-    """A TC hook of an interface. The value is the name of its program."""
+    """A TC hook of an interface. The value is the name of the program for the hook."""
 
     TC_INGRESS = "np_tc_ingress"
     TC_EGRESS = "np_tc_egress"

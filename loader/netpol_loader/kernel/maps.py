@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One BPF map in Python: bytes to bytes, single or in batches.
+"""One BPF map in Python: keys and values as bytes, single or in batches.
 
-Invariant: a call that returns has done everything; a call that raises says how much it did.  The module must not know
-what the bytes mean (`netpol_loader.abi` does).
+Invariant: a call that returns has done everything; a call that raises reports how much it did.  The module must not
+know what the bytes mean (`netpol_loader.abi` does).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ FULL = frozenset({errno.E2BIG, errno.ENOSPC, errno.ENOMEM})
 
 @functools.cache
 def possible_cpus() -> int:
-    """Number of values of a per-CPU element: of possible CPUs, not of online ones."""
+    """Number of values of a per-CPU element: the number of possible CPUs, which may exceed the online ones."""
     last = Path("/sys/devices/system/cpu/possible").read_text().strip().split(",")[-1]
     return int(last.split("-")[-1]) + 1
 
 
 class Map:
-    """A map by its file descriptor, which it owns. Per-CPU values are concatenated, each rounded up to 8 bytes."""
+    """A BPF map; owns its file descriptor ``fd``. A per-CPU value is the values of all CPUs, each padded to 8 bytes."""
 
     def __init__(self, fd: int) -> None:
         info = syscall.map_info(fd)
@@ -52,11 +52,11 @@ class Map:
 
     @property
     def cell_bytes(self) -> int:
-        """Bytes of one value in the system call: a per-CPU map's value has all CPUs."""
+        """Bytes of one value in the system call: for a per-CPU map the values of all CPUs."""
         return self._room
 
     def get(self, key: bytes) -> bytes | None:
-        """The value, or None."""
+        """The value of ``key``, or None."""
         value = syscall.empty(self._room)
         try:
             syscall.map_lookup(self.fd, self._key(key), value)
@@ -67,14 +67,14 @@ class Map:
         return value.raw[: self._room]
 
     def put(self, key: bytes, value: bytes) -> None:
-        """Insert or replace. Raises MapFullError."""
+        """Insert or replace one element. Raises MapFullError."""
         try:
             syscall.map_update(self.fd, self._key(key), self._value(value))
         except OSError as error:
             raise self._failure("write", error, 1) from error
 
     def delete(self, key: bytes) -> bool:
-        """Remove; False if there was no such key."""
+        """Remove one element; False if there was none with this key."""
         try:
             syscall.map_delete(self.fd, self._key(key))
         except OSError as error:
@@ -96,7 +96,7 @@ class Map:
             if error in NO_BATCH and start is None:
                 yield from self._items_one_by_one()
                 return
-            if error == errno.ENOSPC:  # a bucket holds more than fits; nothing was returned
+            if error == errno.ENOSPC:  # a hash bucket has more elements than fit; nothing was returned
                 count *= 2
                 continue
             if error not in {0, errno.ENOENT}:
@@ -110,7 +110,7 @@ class Map:
             start = position
 
     def put_many(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
-        """Insert or replace all. Raises MapFullError with the number that were written before."""
+        """Insert or replace all elements. Raises MapFullError with the number of elements that were written."""
         for at in range(0, len(pairs), BATCH):
             chunk = pairs[at : at + BATCH]
             for key, value in chunk:
@@ -126,7 +126,7 @@ class Map:
                 raise self._failure("write", OSError(error, ""), len(pairs), at + done)
 
     def delete_many(self, keys: Sequence[bytes]) -> None:
-        """Remove all; absent keys are not an error."""
+        """Remove all elements with these keys; absent keys are not an error."""
         at = 0
         while at < len(keys):
             chunk = keys[at : at + BATCH]
@@ -139,13 +139,13 @@ class Map:
                     self.delete(key)
                 return
             if error == errno.ENOENT:
-                done += 1  # the batch stops at an absent key; go on behind it
+                done += 1  # the batch stops at an absent key; continue after it
             elif error:
                 raise self._failure("delete from", OSError(error, ""), len(keys), at + done)
             at += done
 
     def clear(self) -> None:
-        """Remove all present elements; for small maps. Not for arrays, because their elements cannot be removed."""
+        """Remove all elements; for small maps. Not for arrays, because their elements cannot be removed."""
         key = syscall.empty(self.key_size)
         while True:
             try:
@@ -157,10 +157,10 @@ class Map:
             self.delete(key.raw[: self.key_size])
 
     def end_grace_period(self) -> None:
-        """The caller states that a grace period has passed since the last removal; this class needs none."""
+        """Tell the map that a grace period has passed since the last removal. Only `BucketMap` needs this."""
 
     def close(self) -> None:
-        """Close the descriptor; the map lives on while it is pinned or used."""
+        """Close the descriptor; the kernel keeps the map while it is pinned or a program uses it."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -178,7 +178,7 @@ class Map:
             key = following
             raw = following.raw[: self.key_size]
             value = self.get(raw)
-            if value is not None:  # else it went between the two calls
+            if value is not None:  # else it was removed between the two calls
                 yield raw, value
 
     def _check(self, key: bytes, value: bytes | None) -> None:

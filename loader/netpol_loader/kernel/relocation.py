@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Relocation: replaces the numbers that the compiler left in the instructions by maps, masks and facts of the kernel.
 
-Everything that depends on the node enters here: which maps, their sizes, the number of CPUs, offsets in the kernel's
-structures.  So one compiled file serves every node, and there is one way to load it.
+Everything in a program that depends on the node is filled in here: which maps, their sizes, the number of CPUs, offsets
+in the kernel's structures.  So one compiled file serves every node, and there is one way to load it.
 
-Invariant: an instruction with an unknown number is an error and never loaded.
+Invariant: an instruction with an unknown number is an error; such a program is never loaded.
 """
 
 from __future__ import annotations
@@ -31,17 +31,21 @@ CALLS_KERNEL = 2
 """Source register of a call of a kernel function by its number in the type information: BPF_PSEUDO_KFUNC_CALL."""
 
 PER_CPU_RANGES = frozenset(abi.maps_with(abi.MapTrait.RANGED))
-"""Array types that all CPUs share, in which each CPU has its own range of slots."""
+"""Array types that all CPUs share.
+
+In maps of these types with the trait "ranged", each CPU has its own range of slots.
+"""
 
 LOAD_TRIES = 5
 ERROR_LINES = 25
-"""Characters of the verifier's log that an error carries, from its end, which says what failed."""
+"""Last characters of the verifier's log that an error includes; the end of the log has the cause."""
 
 
 def link(instructions: bytes, names: Sequence[str], maps: Mapping[str, int], facts: KernelFacts) -> bytes:
-    """The instructions, with descriptors and masks of these maps, which are given by their descriptors.
+    """Relocate the instructions of a program; returns them with map descriptors, masks and facts filled in.
 
-    ``names``: of the maps, by the number that instructions name them by.  Raises LoadError.
+    ``names``: map names by the number that instructions have in place of a map.  ``maps``: descriptors by name.  Raises
+    LoadError.
     """
     code = bytearray(instructions)
     at = 0
@@ -73,7 +77,10 @@ def link(instructions: bytes, names: Sequence[str], maps: Mapping[str, int], fac
 
 
 def mask_of(one: syscall.MapInfo) -> int:
-    """One less than the number of slots that a hash chooses from. Raises LoadError if that is no power of two."""
+    """Number of slots that a hash chooses from, minus one.
+
+    Raises LoadError if the number of slots is no power of two.
+    """
     slots = one.max_entries
     if one.name in PER_CPU_RANGES:
         return (1 << (slots // possible_cpus()).bit_length() - 1) - 1
@@ -83,12 +90,12 @@ def mask_of(one: syscall.MapInfo) -> int:
 
 
 def load_program(name: str, instructions: bytes) -> int:
-    """Load a program for packets; its descriptor. Raises LoadError with the end of what the verifier says."""
+    """Load a TC program; returns its descriptor. Raises LoadError with the end of the verifier's log."""
     try:
         return _load(name, instructions)
     except OSError as error:
         failed = error
-    try:  # again, to be told why
+    try:  # again, with the verifier's log
         return syscall.prog_load(instructions, name=name, log=(room := syscall.empty(syscall.LOG_BYTES)))
     except OSError:
         said = room.value.decode(errors="replace").strip().splitlines()
@@ -108,10 +115,10 @@ def _load(name: str, instructions: bytes) -> int:
 
 
 def registers(byte: int) -> tuple[int, int]:
-    """(source, target) of an instruction; struct bpf_insn has them as bit fields."""
+    """(source, destination) register in an instruction's register byte; struct bpf_insn has them as bit fields."""
     return (byte >> 4, byte & 15) if sys.byteorder == "little" else (byte & 15, byte >> 4)
 
 
 def packed(source: int, target: int) -> int:
-    """The inverse of `registers`."""
+    """Encode the register byte of an instruction; the inverse of `registers`."""
     return source << 4 | target if sys.byteorder == "little" else target << 4 | source

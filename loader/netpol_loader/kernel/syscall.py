@@ -40,7 +40,7 @@ LINK_UPDATE = 29
 LINK_DETACH = 34
 
 ATTR_BYTES = 152
-"""Size of union bpf_attr, larger than in any known kernel. Bytes that a kernel does not know must be zero, and are."""
+"""Size of union bpf_attr, larger than in any known kernel. The kernel requires zeros in bytes beyond its own union."""
 
 MAP_KINDS = {
     1: "hash", 2: "array", 3: "prog_array", 5: "percpu_hash", 6: "percpu_array", 9: "lru_hash", 11: "lpm_trie",
@@ -274,7 +274,10 @@ class _RawLinkInfo(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class MapInfo:
-    """What the kernel says of a map. Sizes in bytes; ``kind`` as in MAP_KINDS, else the number as text."""
+    """The kernel's description of a map.
+
+    Sizes in bytes; ``kind`` as in MAP_KINDS, for other types the number as text.
+    """
 
     id: int
     name: str
@@ -290,9 +293,9 @@ class MapInfo:
 
 @dataclass(frozen=True, slots=True)
 class ProgInfo:
-    """What the kernel says of a program. ``tag``: hex digest of its instructions. Sizes in bytes.
+    """The kernel's description of a program. ``tag``: hex digest of its instructions. Sizes in bytes.
 
-    ``verified``: instructions that the verifier walked; 0 where the kernel does not tell (before 5.16).
+    ``verified``: instructions that the verifier processed; 0 before 5.16, which does not report it.
     """
 
     id: int
@@ -305,7 +308,7 @@ class ProgInfo:
 
 @dataclass(frozen=True, slots=True)
 class LinkInfo:
-    """What the kernel says of a tcx link. ``ifindex`` 0: its interface is gone."""
+    """The kernel's description of a tcx link. ``ifindex`` 0: the interface no longer exists."""
 
     id: int
     prog_id: int
@@ -327,7 +330,7 @@ def _syscall_number() -> int:
 
 
 def _bpf(command: int, attr: _Attr) -> int:
-    """Call bpf(2); ``attr`` holds afterwards what the kernel wrote. Raises OSError."""
+    """Call bpf(2); afterwards ``attr`` has the kernel's output. Raises OSError."""
     room = ctypes.create_string_buffer(ATTR_BYTES)
     size = ctypes.sizeof(attr)
     ctypes.memmove(room, ctypes.byref(attr), size)
@@ -343,12 +346,12 @@ Buffer = ctypes.Array[ctypes.c_char]
 
 
 def buffer(content: bytes) -> Buffer:
-    """An address of these bytes that the kernel can read."""
+    """A buffer with these bytes for the kernel to read."""
     return (ctypes.c_char * max(len(content), 1)).from_buffer_copy(content or b"\0")
 
 
 def empty(size: int) -> Buffer:
-    """A buffer of ``size`` bytes that the kernel can write."""
+    """A zeroed buffer of ``size`` bytes for the kernel to write."""
     return ctypes.create_string_buffer(max(size, 1))
 
 
@@ -385,7 +388,7 @@ def map_batch(
     command: int, map_fd: int, keys: Buffer, values: Buffer | None, count: int,
     *, start: Buffer | None = None, position: Buffer | None = None,
 ) -> tuple[int, int]:  # fmt: skip
-    """One batch command. Returns (elements done, errno or 0), because a partial result is not an exception."""
+    """One batch command. Returns (elements done, errno or 0): a partial result is not an exception."""
     attr = _BatchAttr(
         in_batch=ctypes.addressof(start) if start is not None else 0,
         out_batch=ctypes.addressof(position) if position is not None else 0,
@@ -408,7 +411,7 @@ def obj_pin(fd: int, path: Path) -> None:
 
 
 def obj_get(path: Path, flags: int = 0) -> int:
-    """A new file descriptor of a pinned object. ``flags``: BPF_F_RDONLY, for those who may only read a map."""
+    """A new file descriptor of a pinned object. ``flags``: BPF_F_RDONLY for a process that may only read a map."""
     name = buffer(bytes(path) + b"\0")
     return _bpf(OBJ_GET, _ObjAttr(pathname=ctypes.addressof(name), file_flags=flags))
 
@@ -418,7 +421,7 @@ def _info(fd: int, info: ctypes.Structure) -> None:
 
 
 def map_info(fd: int) -> MapInfo:
-    """What the kernel says of a map."""
+    """The kernel's description of a map."""
     info = _RawMapInfo()
     _info(fd, info)
     kind = MAP_KINDS.get(info.kind, str(info.kind))
@@ -430,7 +433,7 @@ def map_info(fd: int) -> MapInfo:
 
 
 def btf(number: int) -> bytes:
-    """The type information with the kernel's number, as it was loaded."""
+    """The BTF blob with the kernel's id ``number``."""
     fd = _bpf(BTF_GET_FD_BY_ID, _IdAttr(id=number))
     try:
         info = _BtfInfo()
@@ -444,7 +447,7 @@ def btf(number: int) -> bytes:
 
 
 def prog_info(fd: int) -> ProgInfo:
-    """What the kernel says of a program."""
+    """The kernel's description of a program."""
     info = _RawProgInfo()
     _info(fd, info)
     return ProgInfo(
@@ -453,12 +456,12 @@ def prog_info(fd: int) -> ProgInfo:
 
 
 def prog_fd(number: int) -> int:
-    """A descriptor of the program with the kernel's number. EPERM without CAP_SYS_ADMIN."""
+    """A descriptor of the program with the kernel's id ``number``. EPERM without CAP_SYS_ADMIN."""
     return _bpf(PROG_GET_FD_BY_ID, _IdAttr(id=number))
 
 
 def map_fd(number: int) -> int:
-    """A descriptor of the map with the kernel's number. EPERM without CAP_SYS_ADMIN."""
+    """A descriptor of the map with the kernel's id ``number``. EPERM without CAP_SYS_ADMIN."""
     return _bpf(MAP_GET_FD_BY_ID, _IdAttr(id=number))
 
 
@@ -474,7 +477,7 @@ def prog_code(fd: int) -> bytes:
 
 
 def prog_maps(fd: int) -> list[int]:
-    """The kernel's numbers of the maps that a program uses."""
+    """The kernel's ids of the maps that a program uses."""
     info = _RawProgInfo()
     _info(fd, info)
     numbers = (ctypes.c_uint32 * max(info.nr_map_ids, 1))()
@@ -484,7 +487,7 @@ def prog_maps(fd: int) -> list[int]:
 
 
 def link_info(fd: int) -> LinkInfo:
-    """What the kernel says of a tcx link."""
+    """The kernel's description of a tcx link."""
     info = _RawLinkInfo()
     _info(fd, info)
     return LinkInfo(info.id, info.prog_id, info.ifindex, info.attach_type)
@@ -494,9 +497,9 @@ def map_create(
     kind: str, name: str, key_size: int, value_size: int, max_entries: int, flags: int = 0,
     *, btf_fd: int = 0, btf_key_type: int = 0, btf_value_type: int = 0, inner_map_fd: int = 0,
 ) -> int:  # fmt: skip
-    """Make a map; its descriptor. ``kind``: as in MAP_KINDS; the types are numbers of the type information's.
+    """Create a map; returns its descriptor. ``kind``: as in MAP_KINDS. ``btf_*_type``: BTF type ids of key and value.
 
-    ``inner_map_fd``: of a map such as the elements of a map of maps are.
+    ``inner_map_fd``: for a map of maps, a map with the properties of its elements.
     """
     number = next(number for number, one in MAP_KINDS.items() if one == kind)
     return _bpf(
@@ -510,7 +513,7 @@ def map_create(
 
 
 def btf_load(blob: bytes) -> int:
-    """Hand type information to the kernel; its descriptor."""
+    """Load a BTF blob into the kernel; returns its descriptor."""
     content = buffer(blob)
     return _bpf(BTF_LOAD, _BtfLoadAttr(btf=ctypes.addressof(content), btf_size=len(blob)))
 
@@ -519,7 +522,10 @@ def prog_load(
     instructions: bytes, program_type: int = PROG_TYPE_SCHED_CLS, *, name: str = "", log: Buffer | None = None,
     log_level: int = LOG_PATHS,
 ) -> int:  # fmt: skip
-    """Load a program given as raw instructions of 8 bytes each. ``log``: room for what the verifier says."""
+    """Load a program of raw instructions, 8 bytes each; returns its descriptor.
+
+    ``log``: buffer for the verifier's log.
+    """
     code, license_text = buffer(instructions), buffer(b"Dual BSD/GPL\0")
     return _bpf(
         PROG_LOAD,
@@ -539,7 +545,7 @@ def prog_load(
 def prog_test_run(prog_fd: int, frame: bytes, context: bytes | bytearray, repeat: int) -> tuple[int, int]:
     """Run a program on a frame. Returns (verdict as a signed number, mean duration in ns).
 
-    ``context``: a ``struct __sk_buff``; a bytearray then holds what the program left of it.
+    ``context``: a ``struct __sk_buff``; if it is a bytearray, it has the program's changes afterwards.
     """
     data, ctx = buffer(frame), buffer(bytes(context))
     has_output = isinstance(context, bytearray)
@@ -560,9 +566,10 @@ def prog_test_run(prog_fd: int, frame: bytes, context: bytes | bytearray, repeat
 
 
 def link_create(prog_fd: int, ifindex: int, attach_type: int, flags: int = 0) -> int:
-    """Attach a program to an interface as a tcx link; it lives as long as the descriptor or a pin of it.
+    """Attach a program to an interface as a tcx link; returns the link's descriptor.
 
-    After all that are there; with ``BPF_F_BEFORE`` as flag, before them.
+    The link lasts as long as the descriptor or a pin of it.  The program runs after all present programs; with
+    ``flags`` BPF_F_BEFORE, before them.
     """
     return _bpf(
         LINK_CREATE, _LinkCreateAttr(prog_fd=prog_fd, target_ifindex=ifindex, attach_type=attach_type, flags=flags)
@@ -570,7 +577,7 @@ def link_create(prog_fd: int, ifindex: int, attach_type: int, flags: int = 0) ->
 
 
 def prog_query(ifindex: int, attach_type: int) -> list[int]:
-    """Numbers of the programs on a hook of an interface by tcx, in the order in which they run. Kernel 6.6 and newer."""
+    """Ids of the tcx programs on a hook of an interface, in the order in which they run. Linux 6.6 and newer."""
     numbers = (ctypes.c_uint32 * MOST_PROGRAMS)()
     attr = _ProgQueryAttr(
         target_ifindex=ifindex, attach_type=attach_type, prog_ids=ctypes.addressof(numbers), count=MOST_PROGRAMS
@@ -585,5 +592,5 @@ def link_update(link_fd: int, prog_fd: int) -> None:
 
 
 def link_detach(link_fd: int) -> None:
-    """Detach a link, although descriptors or pins of it remain."""
+    """Detach a link from its interface at once, although descriptors or pins of it remain."""
     _bpf(LINK_DETACH, _LinkDetachAttr(link_fd=link_fd))

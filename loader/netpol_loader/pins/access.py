@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modes of the pins: root (or the agent's user) may open all of them, and a group, if one is named, may read most maps.
+"""Modes of the pins: root (or the agent's user) may open all of them; a group, if one is set, may read most maps.
 
-The group may list the directory of the pins and open maps for reading.  It may not open programs: a process that holds one can
-run it, and a run writes connections.  It may not open links, nor the private maps (`abi.MapTrait.PRIVATE`): the order of the
-connection tables gives their secret away, and with the secret flows can be aimed at one bucket.  It may pass through the
-directory above but not open it, since an open directory can be locked against the agent.
+The group may list the directory of the pins and open maps for reading, with three exceptions.  It may not open
+programs: a process that has a program open can run it, and a run writes connections.  It may not open links.  It may
+not open private maps (`abi.MapTrait.PRIVATE`): the order of the connection tables reveals the secret of their hash, and
+with the secret one can direct flows to one bucket.  The group may pass through the parent directory but not open it: a
+process with an open directory can lock it (flock(2)) against the agent.
 
-Invariant: what is not for the group is for nobody but the owner.  The module must not know what the maps mean.
+Invariant: only the owner has access to what the group has not.  The module must not know what the maps mean.
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ from netpol_loader.pins.dataplane import Dataplane
 from netpol_loader.pins.programs import CURRENT
 
 PRIVATE = frozenset(abi.maps_with(abi.MapTrait.PRIVATE))
-"""Maps that the group must not read: the hash's secret, the connections (their slots reveal it), working memory."""
+"""Maps that the group must not read: the hash's secret, connections (their slots reveal it), working memory."""
 
 _OWNER_OF_DIRECTORY, _OWNER_OF_PIN = 0o700, 0o600
 _LIST, _PASS, _READ = 0o050, 0o010, 0o040
 
 
 def grant(dataplane: Dataplane, group: int | None) -> list[Path]:
-    """Give all pins their modes and the group (by number); returns what had other ones.
+    """Set mode and group (by number) of all pins; returns the paths that changed.
 
-    Cost: a system call for each pin.  Raises PlatformError if the process may not: only members of a group and
-    CAP_CHOWN can give it away.
+    Cost: a system call for each pin.  Raises PlatformError without the permission: only members of a group, and
+    processes with CAP_CHOWN, can give a file to it.
     """
     return [path for path, mode in _modes(dataplane) if _set(path, mode, group)]
 
 
 def closed_parent(pin_root: Path, group: int) -> Path | None:
-    """The nearest directory above the pins that the group cannot pass; None if it can pass all."""
+    """The topmost directory above the pins that the group cannot pass; None if it can pass all."""
     for path in reversed(pin_root.absolute().parents):
         seen = path.stat()
         if not seen.st_mode & stat.S_IXOTH and not (seen.st_gid == group and seen.st_mode & stat.S_IXGRP):
@@ -48,7 +49,7 @@ def closed_parent(pin_root: Path, group: int) -> Path | None:
 
 
 def _modes(dataplane: Dataplane) -> Iterator[tuple[Path, int]]:
-    """(path, mode) of each pin, the group's part included."""
+    """(path, mode) of each pin; the mode includes the group's permissions."""
     yield dataplane.pin_root, _OWNER_OF_DIRECTORY | _PASS
     yield dataplane.pin_dir, _OWNER_OF_DIRECTORY | _LIST
     yield dataplane.pin_dir / LINKS, _OWNER_OF_DIRECTORY
@@ -58,7 +59,7 @@ def _modes(dataplane: Dataplane) -> Iterator[tuple[Path, int]]:
 
 
 def _set(path: Path, mode: int, group: int | None) -> bool:
-    """Set mode and group of a path; whether it changed. `netpol_loader.pins.drift` handles a missing path."""
+    """Set mode and group of a path; returns whether it changed. Skips a missing path, which `drift` restores."""
     wanted = mode if group is not None else mode & ~0o070
     try:
         seen = path.stat()

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attach the programs to interfaces, list where they are, detach them.
+"""Attach the programs to interfaces, list the attached ones, detach them.
 
-Two mechanisms.  *tcx* (kernel 6.6 and newer): a link pinned under the dataplane's ``links``, so it outlives the process
-and its program can be exchanged in one step.  *clsact*: a filter on a queueing discipline, through
-`netpol_loader.host.netlink`; the kernel keeps it with the interface, and its name says which program it is.
-Invariants: attaching twice is attaching once; at no moment of an exchange is an interface without a program; only what
-is ours is ever taken off.  The module must not choose interfaces.
+There are two mechanisms.  *tcx* (Linux 6.6 and newer): a link pinned under the dataplane's ``links``; it outlives the
+process, and its program can be replaced in one step.  *clsact*: a filter on a queueing discipline, through
+`netpol_loader.host.netlink`; the kernel keeps the filter with the interface, and its name contains the program's id.
+Invariants: attaching twice is attaching once; at no moment of an exchange is an interface without a program; only our
+own programs are ever detached.  The module must not choose interfaces.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ SUFFIXES: Mapping[Hook, str] = {Hook.TC_INGRESS: "_in", Hook.TC_EGRESS: "_out"}
 LINKS = "links"
 CLSACT_MARK = "_clsact"
 NO_INTERFACE = 0x7FFF_FFFF
-"""An impossible interface number: tests whether a kernel has tcx without attaching anything."""
+"""An impossible interface index: with it, attaching tests whether the kernel has tcx, and never succeeds."""
 
 
 class Mechanism(enum.Enum):
-    """How a program is attached."""
+    """The mechanism of an attachment."""
 
     TCX = "tcx"
     CLSACT = "clsact"
@@ -46,7 +46,7 @@ class Mechanism(enum.Enum):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Attachment:
-    """One program on one interface. ``prog_id``: the kernel's number of the program."""
+    """One program on one interface. ``prog_id``: the kernel's id of the program."""
 
     ifindex: int
     hook: Hook
@@ -67,10 +67,9 @@ def preferred_mechanism(dataplane: Dataplane) -> Mechanism:
 def attach(ifindex: int, dataplane: Dataplane, mechanism: Mechanism | None = None, *, is_newborn: bool = False) -> None:
     """Attach both programs to an interface; a program that is attached already stays.
 
-    Raises PlatformError when the interface is gone, or the kernel refuses.
-
-    ``mechanism`` None: what is there already, else the preferred one.  ``is_newborn``: the interface has come just now, so
-    none of our filters can be on it; to ask for them takes longer than everything else.
+    ``mechanism`` None: that of the interface's present programs, otherwise the preferred one.  ``is_newborn``: the
+    interface has just appeared, so it has no filters of ours; a query for filters takes longer than everything else.
+    Raises PlatformError if the interface is gone, or the kernel refuses.
     """
     found = _tcx_attachments(dataplane, ifindex)
     if not is_newborn:
@@ -101,7 +100,7 @@ def detach(ifindex: int, dataplane: Dataplane) -> bool:
         try:
             _detach(one, dataplane)
         except (OSError, PlatformError) as error:  # noqa: PERF203 - two at most
-            if find_link(ifindex) is not None:  # else it took them with it
+            if find_link(ifindex) is not None:  # else the programs went with the interface
                 what = error.message if isinstance(error, PlatformError) else error.strerror
                 raise PlatformError(
                     f"cannot detach {one.hook.value} from interface {ifindex}, where it goes on enforcing: {what}"
@@ -118,12 +117,12 @@ def _detach(one: Attachment, dataplane: Dataplane) -> None:
         return
     path = link_path(dataplane, one.ifindex, one.hook)
     with _opened(path) as fd:
-        syscall.link_detach(fd)  # at once; the end of the pin alone takes effect some time later
+        syscall.link_detach(fd)  # takes effect at once; unpinning alone takes effect later
     path.unlink()
 
 
 def attached(ifindex: int, dataplane: Dataplane) -> tuple[Attachment, ...]:
-    """Our programs on an interface, by both mechanisms."""
+    """Attachments of our programs to an interface, by either mechanism."""
     return tuple(sorted(_tcx_attachments(dataplane, ifindex) | _clsact_attachments(dataplane, ifindex), key=_order))
 
 
@@ -136,7 +135,7 @@ def attachments(dataplane: Dataplane) -> tuple[Attachment, ...]:
 
 
 def others(ifindex: int, dataplane: Dataplane) -> list[str]:
-    """Other parties' programs on an interface's ingress hook, for people: tcx by number, clsact filters by name."""
+    """Other parties' programs on an interface's ingress hook, for messages: tcx by id, clsact filters by name."""
     ours = syscall.prog_info(dataplane.program_fd(Hook.TC_INGRESS)).id
     found: list[str] = []
     with contextlib.suppress(OSError):  # it is gone, or the kernel has no tcx
@@ -153,7 +152,7 @@ def detach_all(dataplane: Dataplane) -> None:
 
 
 def prune(dataplane: Dataplane, present: Collection[int] = ()) -> None:
-    """Remove pins and marks of interfaces that are gone.
+    """Remove pins, and the directories that mark clsact interfaces, of interfaces that are gone.
 
     ``present``: interfaces known to exist, which need no check.
     """
@@ -162,7 +161,7 @@ def prune(dataplane: Dataplane, present: Collection[int] = ()) -> None:
 
 
 def replace(dataplane: Dataplane, old: Mapping[Hook, Collection[int]]) -> None:
-    """Exchange the program on every interface; ``old``: ids of the programs to replace on clsact."""
+    """Replace our programs on every interface by the dataplane's. ``old``: ids of the programs to replace on clsact."""
     for path in _link_paths(dataplane):
         _update_link(dataplane, path)
     for ifindex in clsact.interfaces():
@@ -172,9 +171,9 @@ def replace(dataplane: Dataplane, old: Mapping[Hook, Collection[int]]) -> None:
 
 
 def take_links(dataplane: Dataplane, links: Path) -> None:
-    """Take over the tcx links and marks pinned in another directory: our programs on the links, our pins for them.
+    """Take over the tcx links and marks pinned in another directory: replace their programs, move the pins.
 
-    If the process is killed meanwhile, the rest is still in the other directory, and the next call takes it over.
+    If the process is killed meanwhile, the next call takes over the rest, which is still in the other directory.
     """
     for path in sorted(links.iterdir()) if links.is_dir() else ():
         target = dataplane.pin_dir / LINKS / path.name
@@ -216,7 +215,7 @@ def _attach_tcx(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
     path.unlink(missing_ok=True)  # of a former interface with this number; a live one was found before
     try:
-        # First of all, as with clsact: a program of others that lets a packet pass must not come before policy.
+        # Before all others, as with clsact: another party's program that lets a packet pass must not run before policy.
         fd = syscall.link_create(dataplane.program_fd(hook), ifindex, ATTACH_TYPES[hook], syscall.BPF_F_BEFORE)
     except OSError as error:
         raise PlatformError(f"cannot attach {hook.value} to interface {ifindex}: {error.strerror}") from error
@@ -282,9 +281,9 @@ def _clsact_attachments(dataplane: Dataplane, ifindex: int) -> set[Attachment]:
 
 
 def _forget_dead(dataplane: Dataplane, ifindex: int) -> None:
-    """Forget an interface that is gone.
+    """Remove the pins and marks of an interface that is gone.
 
-    If it moved to another network namespace, its programs are removed, because no row is for it there.
+    If it moved to another network namespace, its programs are detached: it has no endpoint row there.
     """
     is_here = find_link(ifindex) is not None
     for path in _link_paths(dataplane, ifindex):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build the content of a pin directory: the maps that are missing, and a program set on the maps.
+"""Build the content of a pin directory: missing maps, and a program set that uses the maps.
 
-Invariants: a map that is there is used, whatever its size; nothing is compiled in this process
-(`netpol_loader.pins.compilation`).  The module must not know what is in the maps, nor attach anything.
+Invariants: an existing map is used, whatever its size; this process compiles nothing (`netpol_loader.pins.compilation`
+does).  The module must not know what is in the maps, nor attach anything.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ DIRECTORIES = (PREPARED_DIR, CACHE_DIR)
 
 
 def compiled_program(*, keep: bool = True) -> Compiled:
-    """The product's programs: from a compiled file, otherwise compiled now and kept for the next start.
+    """The product's programs: from a compiled file, otherwise compiled now and stored for the next start.
 
-    ``keep`` False: not kept.  Raises LoadError, and PlatformError if there is neither a file nor a compiler.
+    ``keep`` False: not stored.  Raises LoadError, and PlatformError if there is neither a file nor a compiler.
     """
     digest, machine = compilation.source_digest(compilation.source_dir()).hex(), platform.machine()
     found = find_compiled(digest, machine, compilation.compiler_name(), DIRECTORIES)
@@ -57,10 +57,10 @@ def compiled_program(*, keep: bool = True) -> Compiled:
 def make_maps(
     directory: Path, sizes: Mapping[str, int], specs: Mapping[str, abi.MapSpec] = abi.MAP_SPECS
 ) -> dict[str, Map]:
-    """Make and pin the maps that are missing in a directory; returns all of them, open.
+    """Make and pin the maps of ``specs`` that are missing in a directory; returns all of them, open.
 
-    ``sizes``: max_entries by map name, for maps that are made here; a bucketed table's in rows.  Raises LoadError if
-    the kernel rejects a map, PlatformError for an unknown name.
+    ``sizes``: max_entries by name for new maps; of bucketed tables in rows.  Raises LoadError if the kernel rejects a
+    map, PlatformError for an unknown name.
     """
     unknown = sizes.keys() - specs.keys()
     if unknown:
@@ -76,9 +76,9 @@ def make_maps(
 
 
 def try_load() -> list[syscall.ProgInfo]:
-    """Load the product's programs on minimal maps of their own and release them; returns the kernel's facts about them.
+    """Load the product's programs with minimal maps and release them; returns the kernel's description of each.
 
-    Nothing is pinned, attached or kept.  Raises what `compiled_program` and `ProgramSet.load` raise.
+    Nothing is pinned, attached or stored.  Raises what `compiled_program` and `ProgramSet.load` raise.
     """
     compiled = compiled_program(keep=False)
     smallest = {
@@ -100,7 +100,7 @@ def try_load() -> list[syscall.ProgInfo]:
 def load_entry(
     directory: Path, entry: Path, programs: tuple[str, ...], specs: Mapping[str, abi.MapSpec]
 ) -> dict[str, int]:
-    """Descriptors of the programs of another C file over the same headers, for measurements.
+    """Compile and load another C file over the same headers, for measurements; returns descriptors by program name.
 
     ``specs``: maps that the file declares besides the product's.  All maps are made and pinned in ``directory``.
     """
@@ -119,10 +119,10 @@ def load_entry(
 
 
 def kernel_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
-    """Sizes in rows to max_entries of the kernel's maps.
+    """Convert sizes in rows to max_entries of the kernel's maps, by name.
 
-    A bucketed table gets the buckets that its rows need, and room for all its rows in the overflow map.  A map with a range of
-    slots for each processor gets at least one slot for each.  A masked map gets the next power of two.
+    A bucketed table gets the buckets that its rows need, and its overflow map has room for all rows.  A map with a
+    range of slots for each CPU gets at least one slot for each.  A masked map gets the next power of two.
     """
     result = dict(sizes)
     for name in PER_CPU_RANGES & sizes.keys():
@@ -142,7 +142,7 @@ def kernel_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _create_maps(specs: Sequence[abi.MapSpec], sizes: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-    """(name, descriptor) of maps that are made here, with type information; the caller closes them. Raises LoadError."""
+    """Make maps with BTF; yields (name, descriptor), and the caller closes each. Raises LoadError."""
     types = Writer()
     numbers = {spec.name: _types_of(spec, types) for spec in specs}
     btf_fd = syscall.btf_load(types.blob()) if any(number for _, number in numbers.values()) else -1
@@ -166,7 +166,7 @@ def _create_maps(specs: Sequence[abi.MapSpec], sizes: Mapping[str, int]) -> Iter
 
 
 def _types_of(spec: abi.MapSpec, types: Writer) -> tuple[int, int]:
-    """Numbers of the types of a map's key and value; (0, 0): it has none."""
+    """BTF type ids of a map's key and value; (0, 0): the map has no BTF."""
     if spec.value is None:
         return 0, 0
     return types.number_of(spec.key or ctypes.c_uint32), types.number_of(spec.value)

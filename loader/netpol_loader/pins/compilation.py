@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the C sources to a compiled file, by BCC, in a child process that exits afterwards.
 
-BCC never gives back the memory of its compiler, so the process that enforces policy never compiles.  BCC serves as a
-compiler alone: the sources declare no map in its dialect, so it creates none, needs no privilege, and hands out
-instructions in which maps and masks are numbers (bpf/np_lang.h) that `netpol_loader.kernel.relocation` replaces.  No kernel headers:
-the shim directory beside the sources is all BCC gets.
+BCC never frees its compiler's memory, so the process that enforces policy never compiles.  BCC only compiles: the
+sources declare no map in its dialect, so it creates no map and needs no privilege.  In its instructions, maps and masks
+are numbers (bpf/np_lang.h) that `netpol_loader.kernel.relocation` replaces.  BCC gets no kernel headers, only the shim
+directory beside the sources.
 
 Invariant: this is the one module that imports bcc.  The module must not know what the maps mean, nor call bpf(2).
 """
@@ -37,7 +37,7 @@ COMPILE_TIMEOUT_S = 600.0
 """A compilation takes some seconds, on an emulated CPU some minutes; the limit is arbitrary."""
 
 ERROR_LINES = 25
-"""Characters of clang's output that an error carries, from its end, which says what failed."""
+"""Last characters of clang's output that an error includes; the end of the output has the cause."""
 
 PROGRAMS = (*(hook.value for hook in Hook), *abi.CALLS.values())
 """The functions of netpol.c that are programs."""
@@ -61,7 +61,7 @@ def source_dir() -> Path:
 
 
 def source_digest(directory: Path, entry: Path | None = None, machine: str | None = None) -> bytes:
-    """SHA-256 of all input but the compiler: sources, shim, options, machine."""
+    """SHA-256 of all input of a compilation except the compiler: sources, shim, options, machine."""
     machine = machine or platform.machine()
     digest = hashlib.sha256(repr((machine, _flags(machine), PROGRAMS)).encode())
     for path in [
@@ -74,7 +74,7 @@ def source_digest(directory: Path, entry: Path | None = None, machine: str | Non
 
 
 def declared_maps(directory: Path, entry: Path | None = None) -> tuple[str, ...]:
-    """Names of the maps in the order of declaration, which numbers them: the headers' first, then the entry file's."""
+    """Names of the maps in the order of declaration, which numbers them: first the headers', then the entry file's."""
     text = (directory / "np_maps.h").read_text() + (entry.read_text() if entry else "")
     return tuple(DECLARED_MAP.findall(text))
 
@@ -105,11 +105,11 @@ def _llvm_version() -> str:
 def compile_program(
     *, entry: Path | None = None, programs: Sequence[str] = PROGRAMS, machine: str | None = None
 ) -> Compiled:
-    """Compile in a child process. Takes some seconds and 200 MB, which go with it.
+    """Compile in a child process. Takes some seconds, and 200 MB until the child exits.
 
-    ``entry``, ``programs``: another C file over the same headers and its functions, for measurements.  ``machine``: as
-    platform.machine() says, if not for this one.  Raises LoadError with the last lines of what clang said, PlatformError
-    when BCC is missing.
+    ``entry``, ``programs``: another C file over the same headers and its functions, for measurements.  ``machine``: the
+    target, in the form of platform.machine(); None: this machine.  Raises LoadError with the last lines of clang's
+    output, PlatformError if BCC is missing.
     """
     if compiler_name() is None:
         raise PlatformError(
@@ -138,11 +138,11 @@ def _flags(machine: str) -> tuple[str, ...]:
 
 
 def _compile(directory: Path, entry: Path | None, programs: Sequence[str], machine: str) -> Compiled:
-    """The work of the child process. BCC itself prints clang's output on standard error."""
+    """Compile in this process. BCC itself prints clang's output on standard error."""
     os.environ["BCC_KERNEL_SOURCE"] = str(directory / "shim")
     from bcc import BPF
 
-    path = entry or directory / ENTRY  # as a text: BCC looks for programs in the main file only
+    path = entry or directory / ENTRY  # as text: BCC searches only the main file for programs
     text = f'#line 1 "{path.name}"\n{path.read_text()}'
     module = BPF(text=text, cflags=[f"-I{directory}", *_flags(machine)])
     return Compiled(

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled packet path as a file, and where such files may lie.
+"""The compiled packet path as a file, and the directories of such files.
 
-The kernel runs its content, so a file is used only when root or this process's user alone can have written it: file and
-directory belong to one of them, and no other user may write there.  Its name and content carry the digest of the
-sources it was made of; its own digest tells a damaged one.  docs/compiled-program.md says what is trusted and why.
+The kernel runs the file's content, so a file is used only if nobody but root and this process's user can have written
+it: file and directory belong to one of them, and no other user may write there.  The file's name and content have the
+digest of the sources from which it was made; a digest of the content reveals damage. docs/compiled-program.md explains
+what is trusted and why.
 
-Invariant: a file that does not fit in every respect is not used, and the reason is logged or raised.
+Invariant: a file that does not meet every condition is not used, and the reason is logged or raised.
 """
 
 from __future__ import annotations
@@ -27,17 +28,18 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 PREPARED_DIR = Path("/usr/lib/netpol-ebpf")
-"""Where `netpolctl compile` puts a file for an image or a package. Nothing else is written there."""
+"""Directory where `netpolctl compile` writes a file for an image or a package; nothing else is written there."""
 CACHE_DIR = Path("/var/cache/netpol-ebpf")
-"""Where an agent that had to compile keeps the result; `netpolctl cleanup` removes it."""
+"""Directory where an agent that had to compile stores the result; `netpolctl cleanup` removes it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """Programs that are not loaded yet.
+    """Compiled programs that are not loaded yet.
 
-    ``digest``: hex SHA-256 of the sources and options (`netpol_loader.pins.compilation.source_digest`).  ``machine``: as `uname -m`
-    says.  ``maps``: names, by the number that instructions name them by.  ``programs``: instructions of 8 bytes by name.
+    ``digest``: hex SHA-256 of the sources and options (`netpol_loader.pins.compilation.source_digest`).  ``machine``:
+    in the form of `uname -m`.  ``maps``: names; an instruction has a map's index in place of the map.  ``programs``:
+    instructions of 8 bytes each, by program name.
     """
 
     digest: str
@@ -48,12 +50,12 @@ class Compiled:
 
 
 def file_name(digest: str, machine: str) -> str:
-    """The name of the file for these sources and this machine."""
+    """The file name for sources with this digest and this machine."""
     return f"packet-path-{machine}-{digest[:16]}.json"
 
 
 def encode_compiled(compiled: Compiled) -> bytes:
-    """The programs as a JSON document that states its own SHA-256."""
+    """Encode programs as a JSON document that includes its own SHA-256."""
     content = {
         "format": FORMAT,
         "digest": compiled.digest,
@@ -66,7 +68,7 @@ def encode_compiled(compiled: Compiled) -> bytes:
 
 
 def decode_compiled(raw: bytes, where: str) -> Compiled:
-    """The programs of a document. Raises PlatformError if it is damaged or has another format; ``where`` names it."""
+    """Decode a document. Raises PlatformError if it is damaged or has another format; ``where``: its name in errors."""
     try:
         content = json.loads(raw)
         stated = content.pop("sha256")
@@ -87,9 +89,10 @@ def _digest_of(content: Mapping[str, object]) -> str:
 
 
 def find_compiled(digest: str, machine: str, compiler: str | None, directories: Sequence[Path]) -> Compiled | None:
-    """The compiled file for these sources, or None if no directory has a usable one.
+    """Load the compiled file for these sources; None if no directory has a usable one.
 
-    ``compiler``: this machine's, which must have made the file; None: there is none, so a file of any compiler counts.
+    ``compiler``: the compiler of this machine, which must have made the file; None: this machine has no compiler, so
+    the file may come from any.
     """
     for path in (directory / file_name(digest, machine) for directory in directories):
         try:
@@ -116,7 +119,7 @@ def load_compiled(path: Path) -> Compiled:
     Raises FileNotFoundError, another OSError, or PlatformError if others could write it or it is damaged.
     """
     _require_ours(path.parent, path.parent.stat())
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would be waited for
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # O_NONBLOCK: a pipe would block
     with os.fdopen(fd, "rb") as file:
         seen = os.fstat(fd)
         _require_ours(path, seen)
@@ -143,7 +146,7 @@ def save_compiled(compiled: Compiled, directory: Path) -> Path:
 
 
 def kept_files() -> list[Path]:
-    """The files that agents keep in CACHE_DIR, then the directory, if it has no other files."""
+    """The files that agents stored in CACHE_DIR, then the directory, if it has no other files."""
     if not CACHE_DIR.is_dir():
         return []
     ours = sorted(CACHE_DIR.glob(file_name("*", "*")))
@@ -151,7 +154,7 @@ def kept_files() -> list[Path]:
 
 
 def _require_ours(path: Path, seen: os.stat_result) -> None:
-    """Raise PlatformError if anybody but root and this process's user could have written there."""
+    """Raise PlatformError if a user other than root and this process's can have written there."""
     if seen.st_uid not in {0, os.geteuid()}:
         raise PlatformError(f"{path} belongs to user {seen.st_uid}, neither to root nor to the user of this process")
     if seen.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pinned maps and programs of one node, as a whole: made, adopted, replaced, removed.
+"""The pinned maps and programs of one node as a whole: creation, adoption, replacement, removal.
 
 All state lives in bpffs (where names may have no dots); a process that holds a `Dataplane` is disposable.  Invariants:
 the pin directory appears whole, by one rename; what is pinned is never replaced by something that did not load; maps
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 DEFAULT_PIN_ROOT = Path("/sys/fs/bpf/netpol")
 
 FIRST = 1
-"""The first generation and epoch. 0 is in rows that were never written."""
+"""The first generation and epoch. Rows that were never written have 0."""
 TIMEOUTS_S: Mapping[int, float] = types.MappingProxyType(
     {
         abi.NP_CONN_TCP_NEW: 20,
@@ -56,7 +56,7 @@ TIMEOUTS_S: Mapping[int, float] = types.MappingProxyType(
         abi.NP_CONN_FRAGMENT: 30,
     }
 )
-"""Seconds by enum np_conn_state. All but two are those of Calico's BPF dataplane.
+"""Default time-outs in seconds by enum np_conn_state. All but two are those of Calico's BPF dataplane.
 
 TCP_OPEN exceeds Linux's keep-alive (7200 s and nine probes, 75 s apart); the fragments' time-out is Linux's own.
 """
@@ -83,7 +83,7 @@ class TestRun:
 
     @property
     def passed(self) -> bool:
-        """Whether the packet would go on."""
+        """Whether the program lets the packet pass."""
         return self.verdict in (abi.NP_PASS, abi.NP_PASS_ALONE)
 
 
@@ -93,7 +93,7 @@ class Dataplane:
     def __init__(
         self, pin_root: Path, maps: Mapping[str, Map], programs: ProgramSet, pin_dir: Path | None = None
     ) -> None:
-        """``pin_dir``: the directory with the pins, if it is not (yet) that of this schema."""
+        """``pin_dir``: the directory of the pins, if it is not (yet) that of this schema."""
         self.pin_root = pin_root
         self.pin_dir = pin_dir or schema_dir(pin_root)
         self.maps = maps
@@ -103,11 +103,11 @@ class Dataplane:
     def open(
         cls, pin_root: Path = DEFAULT_PIN_ROOT, *, sizes: Mapping[str, int] | None = None, beside_older: bool = False
     ) -> Dataplane:
-        """Make what is missing under ``pin_root``, adopt what is there.
+        """Open the dataplane under ``pin_root``: use existing maps and programs, and make the missing ones.
 
-        ``sizes`` (max_entries by map name; the ring buffer's in bytes) matters only where maps are created: existing maps
-        keep theirs, with a warning when another was asked for.  ``beside_older``: directories of older schemas are no
-        reason to refuse.  Raises PlatformError (no bpffs, other schema, no BCC), PrivilegeError, LoadError.
+        ``sizes``: max_entries by map name (of the ring buffer in bytes), for new maps only; existing maps keep their
+        sizes, with a warning if ``sizes`` differs.  ``beside_older``: also where a directory of an older schema exists.
+        Raises PlatformError (no bpffs, other schema, no BCC), PrivilegeError, LoadError.
         """
         doctor.require_bpffs(pin_root)
         pin_root.mkdir(parents=True, exist_ok=True)
@@ -177,9 +177,9 @@ class Dataplane:
         _write_schema(self.maps["np_schema"], jiffies_per_second)
 
     def exchange(self, staging: Staging) -> None:
-        """Replace what is in force by the staged program set and the maps staged with it, on every interface.
+        """Replace the program set in force, on every interface, by the staged set and the maps staged with it.
 
-        If the process is killed meanwhile, the next `open` finishes the exchange.  What is replaced is closed.
+        If the process is killed meanwhile, the next `open` finishes the exchange.  The replaced descriptors are closed.
         """
         maps, programs = staging.taken()
         begin_exchange(self.pin_dir, staging.directory)
@@ -191,16 +191,16 @@ class Dataplane:
         previous.close()
 
     def finish_exchange(self) -> None:
-        """Finish an exchange that has begun; without one, do nothing."""
+        """Finish an exchange that has begun; does nothing if there is none."""
         finish_exchange(self.pin_dir, lambda old: attach.replace(self, old))
 
     @property
     def pinned(self) -> dict[str, Map]:
-        """The pinned maps: all but the views of unreplied connections."""
+        """The pinned maps by name: all maps except the views of unreplied connections."""
         return {name: self.maps[name] for name in abi.MAP_SPECS}
 
     def program_fd(self, hook: Hook) -> int:
-        """The program of a hook; this object keeps the descriptor."""
+        """Descriptor of a hook's program; this object owns the descriptor."""
         return self.programs.hooks[hook]
 
     def program_tag(self, hook: Hook) -> str:
@@ -219,9 +219,9 @@ class Dataplane:
     ) -> TestRun:
         """Run a hook's program on a frame that starts with its Ethernet header.
 
-        ``ifindex``: the interface it passes, which must exist (1: lo).  ``ingress_ifindex``: where it entered the node;
-        0 at TC_EGRESS means that the node itself sent it.  ``mark``: of the packet, beforehand.  Maps change as they would for
-        a real packet.
+        ``ifindex``: the interface whose hook the packet passes, which must exist (1: lo).  ``ingress_ifindex``: the
+        interface where the packet entered the node; 0 at TC_EGRESS: the node itself sent it.  ``repeat``: number of
+        runs.  ``mark``: the packet's mark before the run.  Maps change as they do for a real packet.
         """
         context = bytearray(SKB_BYTES)
         struct.pack_into("=I", context, SKB_MARK, mark)
@@ -240,7 +240,7 @@ class Dataplane:
         return EventReader(self.maps["np_event"].fd, callback)
 
     def config(self) -> abi.np_config:
-        """The present configuration."""
+        """Read the configuration."""
         return abi.np_config.from_buffer_copy(self.maps["np_config"].get(_index(0)) or b"")
 
     def set_config(self, config: abi.np_config) -> None:
@@ -249,10 +249,9 @@ class Dataplane:
         self.maps["np_config"].put(_index(0), bytes(config))
 
     def bump_generation(self) -> int:
-        """Raise the generation, so that every open flow takes the policy step again; returns the new one.
+        """Raise the generation, so that policy evaluates every open connection again; returns the new generation.
 
-        This also raises the epoch, as every change of an endpoint's row or addresses must: the endpoint cache has
-        copies of those.
+        This also raises the epoch, because the endpoint cache has copies of rows and addresses that may have changed.
         """
         config = self.config()
         config.epoch = following(config.epoch)
@@ -262,7 +261,7 @@ class Dataplane:
         return int(config.generation)
 
     def remove(self) -> None:
-        """Detach from every interface and unpin all of this directory; also remove the parent if it is empty."""
+        """Detach from every interface and remove this directory with its pins, and the parent if that is then empty."""
         attach.detach_all(self)
         self.close()
         shutil.rmtree(self.pin_dir)
@@ -312,7 +311,7 @@ def _write_schema(schema_map: Map, jiffies_per_second: int) -> None:
 
 
 def open_maps(pin_dir: Path) -> dict[str, Map]:
-    """Open every map of MAP_SPECS and compare its layout with ours. Raises PlatformError."""
+    """Open every map of MAP_SPECS by its pin. Raises PlatformError if a layout differs from the declared one."""
     maps = {}
     for spec in abi.MAP_SPECS.values():
         try:
@@ -331,7 +330,7 @@ def open_maps(pin_dir: Path) -> dict[str, Map]:
 
 
 def fill(staging: Staging, sizes: Mapping[str, int], config: abi.np_config) -> None:
-    """Make what a pin directory has and this one lacks: maps, programs, the directory of links."""
+    """Make the missing content of a staging directory: maps, programs, the directory of links."""
     directory = staging.directory
     (directory / LINKS).mkdir()
     made = build.make_maps(directory, sizes)

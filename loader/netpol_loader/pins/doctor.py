@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether this machine can run the dataplane; each thing that is missing is one PlatformError with one clear line.
+"""Checks whether this machine can run the dataplane; each missing requirement is one PlatformError with one clear line.
 
-What the kernel can do is tried, never concluded from its version.  The module must not repair anything, with one
-exception: root asking for a pin directory on an unmounted bpffs gets it mounted.
+A feature of the kernel is tried, never concluded from the kernel's version.  The module must not repair anything, with
+one exception: if the pin directory is at /sys/fs/bpf and no BPF file system is mounted there, root mounts it.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ JIT_SWITCH = Path("/proc/sys/net/core/bpf_jit_enable")
 INITIAL_PID_NAMESPACE = 0xEFFF_FFFC
 """PROC_PID_INIT_INO of include/linux/proc_ns.h: the PID namespace in which process 1 is the node's."""
 CAP_SYS_ADMIN = 21
-"""Includes CAP_BPF and CAP_PERFMON, which were split off from it."""
+"""Capability number of CAP_SYS_ADMIN, which includes CAP_BPF and CAP_PERFMON."""
 
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """A capability that enforcing needs. ``number`` is the kernel's (linux/capability.h); ``purpose``: what fails without it."""
+    """A capability that enforcement needs. ``number``: of linux/capability.h; ``purpose``: what fails without it."""
 
     name: str
     number: int
@@ -72,7 +72,7 @@ CAPABILITIES = (
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check. ``error`` None: it passed; ``detail`` says what was found."""
+    """The result of one check. ``error`` None: passed; ``detail``: the finding, as text."""
 
     name: str
     detail: str
@@ -80,7 +80,7 @@ class Check:
 
 
 def check_all(pin_root: Path = BPFFS) -> list[Check]:
-    """Make all checks; never raises for what it finds."""
+    """Make all checks; a failed check is a result, never an exception."""
     looks: list[tuple[str, Callable[[], str]]] = [
         ("privilege", _look_at_privilege),
         ("kernel", _look_at_kernel),
@@ -106,10 +106,11 @@ def require_all(pin_root: Path = BPFFS) -> None:
 
 
 def require_bpffs(pin_root: Path) -> None:
-    """Make sure that ``pin_root`` is, or can be made, on a BPF file system that outlives this process.
+    """Require that ``pin_root`` is, or can be created, on a BPF file system that outlives this process.
 
-    Mounts /sys/fs/bpf when that is all it needs, and only where the node has it mounted then.  Raises PrivilegeError without
-    CAPABILITIES, PlatformError when the path is elsewhere, or what is pinned there would go with this process.
+    Mounts /sys/fs/bpf if nothing else is missing, and only in the node's own mount namespace.  Raises PrivilegeError
+    without CAPABILITIES, PlatformError if the path is not on a BPF file system, or if pins there would end with this
+    process.
     """
     _look_at_privilege()
     existing = _nearest_existing(pin_root)
@@ -125,7 +126,10 @@ def require_bpffs(pin_root: Path) -> None:
 
 
 def _require_mountable(pin_root: Path) -> None:
-    """Raise PlatformError unless all that is missing is a BPF file system at /sys/fs/bpf that this process may mount for the node."""
+    """Raise PlatformError unless this process can mount a BPF file system at /sys/fs/bpf for the node.
+
+    Also if ``pin_root`` would not be on that file system.
+    """
     if not (pin_root.is_relative_to(BPFFS) and BPFFS.is_dir()):
         raise PlatformError(f"{pin_root} is not on a BPF file system", hint="Give a directory below /sys/fs/bpf.")
     apart = _apart_from_node()
@@ -137,10 +141,10 @@ def _require_mountable(pin_root: Path) -> None:
 
 
 def _require_lasting(place: Path) -> None:
-    """Raise PlatformError when a BPF file system is not the node's, as far as that can be seen."""
+    """Raise PlatformError if the BPF file system at ``place`` is visibly not the node's."""
     ours, nodes = mounts_of("self"), mounts_of_node()
     if nodes is None or ours is None or ours.keys() & nodes.keys():
-        return  # what the node has mounted cannot be seen, or it is what is mounted here
+        return  # the node's mounts are invisible, or include this one
     status = place.stat()
     if f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}" not in nodes.values():
         raise PlatformError(
@@ -151,7 +155,7 @@ def _require_lasting(place: Path) -> None:
 
 
 def _apart_from_node() -> str:
-    """Why a mount of this process would not be seen to be the node's; empty: it is the node's."""
+    """Why a mount by this process would not visibly be the node's; "": it would be."""
     ours, nodes = mounts_of("self"), mounts_of_node()
     if nodes is None or ours is None:
         return "this process may not see what the node has mounted (it has a PID namespace of its own, or /proc hides process 1)"
@@ -159,7 +163,7 @@ def _apart_from_node() -> str:
 
 
 def mounts_of_node() -> dict[int, str] | None:
-    """As `mounts_of`, for the node's process 1. None if that is not visible."""
+    """`mounts_of` for the node's process 1; None if that process is not visible."""
     try:
         is_seen = (PROC / "self" / "ns" / "pid").stat().st_ino == INITIAL_PID_NAMESPACE
     except OSError:
@@ -256,10 +260,10 @@ def _look_at_kernel() -> str:
 
 
 def _require_bh_lock(release: str) -> None:
-    """On a real-time kernel: raise if a packet may interrupt another on its CPU, because both share working memory."""
+    """Raise if a real-time kernel lets a packet interrupt another on its CPU, because both share working memory."""
     option, config = "CONFIG_PREEMPT_RT_NEEDS_BH_LOCK", kernel_config(release)
     if config is not None:
-        is_locked = f"{option}=y" in config or option not in config  # older ones have no such option, and the lock
+        is_locked = f"{option}=y" in config or option not in config  # older kernels: always locked
     else:
         match = re.match(r"(\d+)\.(\d+)", release)
         is_locked = bool(match) and (int(match[1]), int(match[2])) < FIRST_KERNEL_WITHOUT_BH_LOCK  # type: ignore[index]
@@ -328,7 +332,7 @@ def _look_at_jit() -> str:
 
 
 def _look_at_barrier() -> str:
-    """What the second barrier can use; enforcement works without it."""
+    """The features of the kernel for the second barrier; enforcement works without them."""
     tables = BarrierTables("")
     try:
         tables.open()

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drift of the pins, links and filters: what another process removed or changed is found and restored.
+"""Drift of the pins, links and filters: finds and restores what another process removed or changed.
 
-The open descriptors of this process are the desired state: they keep maps and programs alive whatever becomes of their
-pins. Invariants: nothing that is right is touched; every repair is reported; nothing of others is removed, except an
-object that is pinned under one of our names.  The module must not know what the maps mean, nor choose interfaces.
+The open descriptors of this process are the desired state: they keep maps and programs alive even without pins.
+Invariants: correct pins and programs are not touched; every repair is reported; objects of other programs are not
+removed, except an object that is pinned under one of our names.  The module must not know what the maps mean, nor
+choose interfaces.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from netpol_loader.pins.programs import CALL_MAP, CURRENT
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """One difference from what we wrote.
+    """One difference from the desired state.
 
     ``kind``: pin, program (on an interface), row, configuration or barrier; ``was``: missing, foreign or changed.
     """
@@ -51,9 +52,9 @@ class PartlyMendedError(PlatformError):
 
 
 def mend_pins(dataplane: Dataplane) -> list[Drift]:
-    """Pin again what is no longer pinned, or not as itself. Cost: some system calls for each map and program.
+    """Restore pins that are missing, or that are another object. Cost: some system calls for each map and program.
 
-    Raises PartlyMendedError when something cannot be pinned there.
+    Raises PartlyMendedError if a pin cannot be restored.
     """
     found: list[Drift] = []
     try:
@@ -84,10 +85,10 @@ def _mend_pins(dataplane: Dataplane) -> Iterator[Drift]:
 
 
 def mend_attachments(dataplane: Dataplane, ifindexes: Iterable[int]) -> list[Drift]:
-    """Put the programs back on interfaces where they are not, or not ours. Interfaces that are gone are passed over.
+    """Restore our programs on interfaces where they are missing or replaced. Skips interfaces that are gone.
 
-    Cost: some system calls for each tcx interface, some milliseconds for one with clsact.  Raises PartlyMendedError after all
-    have been looked at, when one could not be mended.
+    Cost: some system calls for each tcx interface, some milliseconds for one with clsact.  Raises PartlyMendedError,
+    after a pass over all interfaces, if one could not be restored.
     """
     found: list[Drift] = []
     failures: list[str] = []
@@ -95,8 +96,8 @@ def mend_attachments(dataplane: Dataplane, ifindexes: Iterable[int]) -> list[Dri
     for ifindex in ifindexes:
         try:
             found += _mend_interface(dataplane, ifindex, ours)
-        except (OSError, PlatformError) as error:  # noqa: PERF203 - one that fails is not the others' matter
-            if find_link(ifindex) is not None:  # else it went meanwhile
+        except (OSError, PlatformError) as error:  # noqa: PERF203 - one failure must not stop the others
+            if find_link(ifindex) is not None:  # else it was removed meanwhile
                 failures.append(error.message if isinstance(error, PlatformError) else f"interface {ifindex}: {error}")
     if failures:
         raise PartlyMendedError("; ".join(failures), found)
@@ -104,7 +105,7 @@ def mend_attachments(dataplane: Dataplane, ifindexes: Iterable[int]) -> list[Dri
 
 
 def _mend_interface(dataplane: Dataplane, ifindex: int, ours: Mapping[Hook, int]) -> list[Drift]:
-    """``ours``: the kernel's numbers of our programs."""
+    """Restore the programs on one interface. ``ours``: ids of our programs."""
     found, absent = [], set()
     for hook in Hook:
         fd = _try_open(attach.link_path(dataplane, ifindex, hook))
@@ -128,7 +129,7 @@ def _mend_interface(dataplane: Dataplane, ifindex: int, ours: Mapping[Hook, int]
 
 
 def _pinned(dataplane: Dataplane) -> Iterator[tuple[Path, int, int]]:
-    """(where, descriptor, kernel's number) of every object that must be pinned."""
+    """(path, descriptor, kernel's id) of every object that must be pinned."""
     for name, one in dataplane.pinned.items():
         yield dataplane.pin_dir / name, one.fd, syscall.map_info(one.fd).id
     for name, fd in dataplane.programs.programs():
@@ -138,7 +139,7 @@ def _pinned(dataplane: Dataplane) -> Iterator[tuple[Path, int, int]]:
 
 
 def _state_of(path: Path, number: int) -> str | None:
-    """None if the pin is the object of that number; otherwise what it is."""
+    """The state of a pin: None if it is the object with this id, otherwise missing or foreign."""
     fd = _try_open(path)
     if fd is None:
         return "foreign" if path.is_symlink() or path.exists() else "missing"
@@ -147,7 +148,7 @@ def _state_of(path: Path, number: int) -> str | None:
 
 
 def _number_of(fd: int) -> int:
-    """The kernel's number of a map or program; of any other object 0, which the kernel never uses."""
+    """The kernel's id of a map or program; 0, which the kernel never uses, for any other object."""
     kind = Path(f"/proc/self/fd/{fd}").readlink().name
     if "bpf-map" in kind:
         return syscall.map_info(fd).id
@@ -163,7 +164,7 @@ def _closing(fd: int) -> Iterator[None]:
 
 
 def _try_open(path: Path) -> int | None:
-    """A descriptor of the pinned object; None if there is none that BPF knows."""
+    """A descriptor of the pinned object; None if there is no BPF object at the path."""
     try:
         return syscall.obj_get(path)
     except OSError as error:

@@ -136,7 +136,7 @@ class FrameRunner:
         return TestRun((abi.NP_PASS if behind else abi.NP_PASS_ALONE) if passed else abi.NP_DROP, 0, seen)
 
     def close(self) -> None:
-        """Remove everything. The kernel ends the namespace soon after."""
+        """Close all descriptors. The kernel removes the namespace and its interfaces soon after."""
         self._stack.close()
 
     def __enter__(self) -> FrameRunner:  # noqa: PYI034  # typing.Self is newer than Python 3.10
@@ -217,7 +217,7 @@ class FrameRunner:
 
 @functools.cache
 def can_name_ingress() -> bool:
-    """Whether the context of a test run may name the interface by which the packet entered the node; tries it once.
+    """Whether a test run can set the interface by which the packet entered the node; tries it once.
 
     A comparison of versions was rejected: distributions add such changes to older kernels.
     """
@@ -245,7 +245,7 @@ class _FrameNamespace:
         self._fd = _in_thread(self._create)
 
     def call(self, work: Callable[[], T]) -> T:
-        """Run work on a thread that has entered the namespace."""
+        """Run ``work`` on a new thread that has entered the namespace; returns its result."""
 
         def enter() -> T:
             _check(_libc().setns(self._fd, CLONE_NEWNET), "enter")
@@ -280,7 +280,7 @@ def _refused(error: OSError, what: str) -> PlatformError:
 
 
 def _in_thread(work: Callable[[], T]) -> T:
-    """Run work on a new thread and end that thread."""
+    """Run ``work`` on a new thread, wait for its end, and return its result."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(work).result()
 
@@ -299,7 +299,7 @@ def _route() -> Iterator[Any]:
 
 
 def _create_interfaces() -> dict[str, int]:
-    """Make both pairs and set them up; the interface indices by name."""
+    """Make both veth pairs and set them up; returns the interface indices by name."""
     with _route() as route:
         for name, peer in PEERS.items():
             route.link("add", ifname=name, kind="veth", mtu=MTU_BYTES, peer={"ifname": peer, "mtu": MTU_BYTES})
@@ -316,7 +316,7 @@ def _create_interfaces() -> dict[str, int]:
 
 
 def _ethertypes(frame: bytes) -> set[int]:
-    """Every ethertype under which the kernel may hand the frame to protocol handlers; the kernel takes off some VLAN tags."""
+    """All ethertypes under which the kernel may deliver the frame to protocol handlers: it removes some VLAN tags."""
     found: set[int] = set()
     at = 12
     while True:
@@ -331,7 +331,7 @@ def _ethertypes(frame: bytes) -> set[int]:
 
 PROG_TYPE_SOCKET_FILTER = 1
 MAP_VALUE = 2
-"""BPF_PSEUDO_MAP_VALUE: in place of a source register it loads the address of a map's first row (Linux 5.2)."""
+"""BPF_PSEUDO_MAP_VALUE: as source register of a load, it loads the address of a map's first row (Linux 5.2)."""
 CALL_CLONE_REDIRECT, CALL_REDIRECT = 13, 23
 TO_INGRESS = 1
 """BPF_F_INGRESS."""
@@ -384,7 +384,7 @@ def _behind(board: int) -> bytes:
 
 
 def _tap(board: int, *, outgoing: bool = False) -> bytes:
-    """The filter of a packet socket: it counts frames and accepts none. ``outgoing``: it counts what the interface sends."""
+    """The filter program of a packet socket: counts frames and accepts none. ``outgoing``: count the sent frames."""
     steps = (
         _step(LOAD_32, 2, 1, SKB_MARK),
         _row_of(board, 3),
@@ -405,7 +405,7 @@ def _load(instructions: bytes, program_type: int = syscall.PROG_TYPE_SCHED_CLS) 
 
 
 def _create_board() -> int:
-    """Make the map that has the row `BOARD`; its descriptor."""
+    """Make the map with the single row `BOARD`; returns its descriptor."""
     try:
         return syscall.map_create("array", "frames_board", KEY.size, BOARD.size, 1)
     except OSError as error:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Locks of a process: they end with it, even if its children live on. One process at a time changes a pin root.
+"""Locks of pin roots, against concurrent changes. A lock ends with its process, even if children of it live on.
 
-Invariant: a fork has no copy of a lock's descriptor, so it blocks nobody after its parent has ended.
+Invariant: a forked child has no copy of a lock's descriptor, so it holds no lock after its parent has ended.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def locked_alone(descriptor: int) -> Iterator[None]:
     try:
         yield
     finally:
-        if descriptor in _descriptors:  # not in a fork that leaves the block
+        if descriptor in _descriptors:  # False in a forked child that leaves the block
             _descriptors.discard(descriptor)
             os.close(descriptor)
 
@@ -47,10 +47,10 @@ _held: set[Path] = set()
 
 @contextlib.contextmanager
 def held(pin_root: Path, *, hint: str) -> Iterator[None]:
-    """Hold the lock of a root, which must exist, until the block or the process ends: this process alone works under the root.
+    """Hold the lock of an existing root until the block or the process ends: no other process works under the root.
 
-    `locked` does not wait meanwhile.  Raises PlatformError, with the hint, while another process does the same; FileNotFoundError when
-    the root goes meanwhile.
+    `locked` in this process then does not wait.  Raises PlatformError, with the hint, if another process holds the
+    lock; FileNotFoundError if the root is removed meanwhile.
     """
     place = pin_root.absolute()
     while True:
@@ -62,7 +62,7 @@ def held(pin_root: Path, *, hint: str) -> Iterator[None]:
                 raise PlatformError(
                     f"another netpol-agent, or `netpolctl cleanup`, is at work on {pin_root}", hint=hint
                 ) from error
-            if not os.path.samestat(os.fstat(fd), pin_root.stat()):  # made anew by who held it, which has ended since
+            if not os.path.samestat(os.fstat(fd), pin_root.stat()):  # the last holder has replaced the directory
                 continue
             _held.add(place)
             stack.callback(_held.discard, place)

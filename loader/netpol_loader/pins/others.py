@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs of others where packets pass the node's interfaces: which there are, whether they run before ours, and whether they redirect.
+"""Other parties' programs on the node's interfaces: which exist, whether they run before ours, whether they redirect.
 
-A packet that bpf_redirect_peer puts into a pod, or that XDP sends to another interface, passes no program at its destination, ours
-included.  (What bpf_redirect, bpf_redirect_neigh and bpf_clone_redirect send from TC passes the hooks of the device that it is sent to.)
-Whether a program can do that is read from its translated instructions.  A call of a helper is a distance there, which differs from
-kernel to kernel, so a program of our own that calls the same helper shows the distance of this kernel.  Looking the helpers up in /proc/kallsyms
-was rejected: it has ten megabytes, and needs the same privileges.
+A packet that bpf_redirect_peer puts into a pod, or that XDP sends to another interface, passes no program at its
+destination, ours included.  (Packets that bpf_redirect, bpf_redirect_neigh and bpf_clone_redirect send from TC pass the
+hooks of the target device.)
 
-Invariant: what cannot be read is said to be unknown, never harmless.  Changes nothing; must not know of policy.
+The translated instructions of a program show whether it can do that.  In them, a helper call is a distance to the
+helper's code, which differs from kernel to kernel; a program of our own with the same call shows the distance on this
+kernel.  Rejected: the helpers' addresses from /proc/kallsyms, which has ten megabytes and needs the same privileges.
+
+Invariant: a program that cannot be read counts as unknown, never as harmless.  The module changes nothing and must not
+know policy.
 """
 
 from __future__ import annotations
@@ -32,11 +35,11 @@ if TYPE_CHECKING:
 
 XDP = "XDP"
 CLSACT_TURN = 10
-"""Interfaces with other parties' filters that one look reads; arbitrary."""
+"""Most interfaces with clsact that one `OtherPrograms.look` reads; arbitrary."""
 
 _TAIL_CALL = 12
 _REDIRECTS: Mapping[int, int] = {syscall.PROG_TYPE_SCHED_CLS: 155, syscall.PROG_TYPE_XDP: 23}
-"""The helper (enum bpf_func_id) that redirects past all hooks, by type of program: bpf_redirect_peer, and bpf_redirect of XDP."""
+"""Helper (enum bpf_func_id) that redirects past all hooks, by program type: bpf_redirect_peer, in XDP bpf_redirect."""
 _REDIRECT_MAPS = frozenset({"devmap", "cpumap", "xskmap", "devmap_hash"})
 """Map types for redirection by XDP (bpf_redirect_map); they have no other use."""
 _CALLS_FUNCTION = 1
@@ -55,9 +58,9 @@ class Reach(enum.Enum):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Other:
-    """A program of others on an interface. ``hook``: XDP, or mechanism and direction; ``name``: empty when it is not known.
+    """Another party's program on an interface. ``hook``: XDP, or mechanism and direction; ``name``: "" if unknown.
 
-    ``is_first``: it runs before ours, which is there.
+    ``is_first``: it runs before our program on the interface.
     """
 
     ifindex: int
@@ -69,7 +72,10 @@ class Other:
 
 
 class OtherPrograms:
-    """`look`, repeatedly, with a cache: it reads each program once, and checks each interface in its turn (`Turns`)."""
+    """Finds other parties' programs.
+
+    Repeated calls of `look` read each program once, and interfaces in turns (`Turns`).
+    """
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[str, Reach]] = {}
@@ -80,10 +86,11 @@ class OtherPrograms:
         self._on_xdp: dict[int, tuple[int, ...]] = {}
 
     def look(self, ifindexes: Collection[int], attached: Collection[int], dataplane: Dataplane) -> list[Other]:
-        """All programs of others on these interfaces of this network namespace; ``attached``: those with our programs.
+        """Other parties' programs on these interfaces of this network namespace, as last read.
 
-        Cost: a microsecond or two for each interface whose turn it is, and hook; at the first turn of a round two lists of all
-        interfaces; of those with filters, CLSACT_TURN in a look are asked again.
+        ``attached``: interfaces with our programs.  Cost: a microsecond or two for each hook of the interfaces whose
+        turn it is; at the first turn of a round, two dumps of all interfaces.  One call reads the filters of at most
+        CLSACT_TURN interfaces.
         """
         ours = {hook: syscall.prog_info(dataplane.program_fd(hook)).id for hook in Hook}
         turn = self._turns.next(ifindexes)
@@ -101,7 +108,7 @@ class OtherPrograms:
         return sorted(found, key=lambda one: (one.ifindex, one.hook, one.number))
 
     def _by_tcx(self, ifindex: int, ours: Mapping[Hook, int]) -> Iterator[Other]:
-        with contextlib.suppress(OSError):  # it is gone, or the kernel has no tcx
+        with contextlib.suppress(OSError):  # the interface is gone, or the kernel has no tcx
             for hook, kind in attach.ATTACH_TYPES.items():
                 order = syscall.prog_query(ifindex, kind)
                 before = order.index(ours[hook]) if ours[hook] in order else 0
@@ -138,7 +145,7 @@ _WAYS: Mapping[Hook, str] = {Hook.TC_INGRESS: "ingress", Hook.TC_EGRESS: "egress
 
 
 def _read(number: int, program_type: int) -> tuple[str, Reach]:
-    """A program's name, and whether it redirects; without CAP_SYS_ADMIN neither is known."""
+    """A program's name, and whether it redirects; ("", UNKNOWN) without CAP_SYS_ADMIN."""
     try:
         fd = syscall.prog_fd(number)
     except OSError:
@@ -174,7 +181,7 @@ def _map_kind(number: int) -> str:
 
 
 def _calls(code: bytes) -> Iterator[tuple[int, int]]:
-    """Source register and number of all calls in translated instructions."""
+    """(source register, immediate) of all call instructions in translated instructions."""
     at = 0
     while at < len(code):
         opcode, operands, _, immediate = INSTRUCTION.unpack_from(code, at)
@@ -184,7 +191,7 @@ def _calls(code: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _helpers_called(code: bytes) -> set[int]:
-    """The immediates of helper calls, one for each helper; 0: the kernel hides them from this process."""
+    """The immediates of helper calls, one for each helper; 0: the kernel hides the immediate from this process."""
     return {immediate for source, immediate in _calls(code) if source == 0}
 
 
@@ -193,7 +200,7 @@ def _calls_functions(code: bytes) -> bool:
 
 
 def _probe(program_type: int) -> bytes:
-    """The translated instructions of a program that calls the helper that redirects, and nothing else; empty where it cannot be loaded."""
+    """Translated instructions of a program whose only call is the redirecting helper; b"" if it cannot be loaded."""
     arguments = INSTRUCTION.pack(_MOVE, packed(0, 1), 0, 1) + INSTRUCTION.pack(_MOVE, packed(0, 2), 0, 0)
     call = INSTRUCTION.pack(CALL, 0, 0, _REDIRECTS[program_type])
     try:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A program set: the hooks' programs, the programs they call, and the program array through which they call them.
+"""A program set: the hooks' programs, the programs that they tail-call, and the program array of these calls.
 
 The parts belong together.  Each set has a program array of its own, so a hook's program never calls into another set; and
 the kernel empties a program array when nothing in user space holds it any more, so the array is pinned as long as a hook
 may run its set.  A set is pinned in one directory:
 
-    PIN_DIR/programs        the set in force, or that is about to be
-    PIN_DIR/programs_new    one that is whole, but not in force
-    PIN_DIR/programs_old    the one before, while hooks may still run it
+    PIN_DIR/programs        the set in force, or about to be
+    PIN_DIR/programs_new    a whole set that is not in force
+    PIN_DIR/programs_old    the previous set, while hooks may still run it
 
 and replaced in four steps, each atomic: NEW appears by one rename, CURRENT becomes OLD, NEW becomes CURRENT (the
 exchange has begun), OLD goes when every hook runs CURRENT.  New policy maps that come with a set are pinned in its
@@ -45,7 +45,7 @@ _SLOT = struct.Struct("=I")
 
 @dataclass(frozen=True, slots=True)
 class ProgramSet:
-    """Descriptors of one set; `close` gives them up. ``called``: by slot."""
+    """Descriptors of one program set; `close` closes them. ``called``: tail-called programs by slot."""
 
     hooks: Mapping[Hook, int]
     called: Mapping[int, int]
@@ -53,7 +53,7 @@ class ProgramSet:
 
     @classmethod
     def load(cls, compiled: Compiled, maps: Mapping[str, Map]) -> ProgramSet:
-        """Load all programs on these maps, with a program array of their own. Raises LoadError, OSError."""
+        """Load all programs with these maps and a program array of their own. Raises LoadError, OSError."""
         calls = Map(syscall.map_create("prog_array", CALL_MAP, _SLOT.size, _SLOT.size, len(abi.CALLS)))
         every = {**{name: one.fd for name, one in maps.items()}, CALL_MAP: calls.fd}
         opened = [calls.fd]
@@ -95,13 +95,13 @@ class ProgramSet:
             ) from error
 
     def pin(self, directory: Path) -> None:
-        """Pin everything in a directory, which is made."""
+        """Pin all programs and the program array in a directory, which is created."""
         directory.mkdir(exist_ok=True)
         for name, fd in self.named():
             syscall.obj_pin(fd, directory / name)
 
     def named(self) -> Iterator[tuple[str, int]]:
-        """(name of the pin, descriptor) of everything."""
+        """(name of the pin, descriptor) of all programs and of the program array."""
         yield from ((hook.value, fd) for hook, fd in self.hooks.items())
         yield from ((abi.CALLS[slot], fd) for slot, fd in self.called.items())
         yield CALL_MAP, self.calls.fd
@@ -116,7 +116,7 @@ class ProgramSet:
         return {name: syscall.prog_info(fd).tag for name, fd in self.programs()}
 
     def mend_calls(self) -> list[str]:
-        """Put each called program into its slot if the slot is empty or has another; returns the names of those programs."""
+        """Restore slots of the program array that lack their program; returns the names of the restored programs."""
         mended = []
         for slot, fd in self.called.items():
             found = self.calls.get(_SLOT.pack(slot))
@@ -126,7 +126,7 @@ class ProgramSet:
         return mended
 
     def close(self) -> None:
-        """Close all descriptors; nothing when that has been done."""
+        """Close all descriptors; may be called twice."""
         if self.calls.fd >= 0:
             for fd in [*self.hooks.values(), *self.called.values()]:
                 os.close(fd)
@@ -134,7 +134,7 @@ class ProgramSet:
 
 
 def begin_exchange(pin_dir: Path, staged: Path) -> None:
-    """Make a staged directory the set in force, as far as pins say; `finish_exchange` then has work to do."""
+    """Make a staged program set the set in force by its pins; `finish_exchange` must then update the interfaces."""
     staged.rename(pin_dir / NEW)
     (pin_dir / CURRENT).rename(pin_dir / OLD)
     (pin_dir / NEW).rename(pin_dir / CURRENT)
@@ -149,9 +149,9 @@ def recover(pin_dir: Path) -> None:
 
 
 def finish_exchange(pin_dir: Path, replace: Callable[[Mapping[Hook, set[int]]], None]) -> None:
-    """End an exchange that has begun, by this process or a killed one; nothing when there is none.
+    """Finish an exchange that this process or a killed one has begun; does nothing if there is none.
 
-    ``replace``: puts the current programs in the place of those with these numbers, on every interface.
+    ``replace``: replaces, on every interface, the programs with these ids by the current programs.
     """
     if (pin_dir / OLD).exists():
         supersede([pin_dir / OLD], replace)
@@ -162,17 +162,18 @@ def finish_exchange(pin_dir: Path, replace: Callable[[Mapping[Hook, set[int]]], 
 
 
 def supersede(directories: Sequence[Path], replace: Callable[[Mapping[Hook, set[int]]], None]) -> None:
-    """Have the programs that are pinned in these directories replaced, and wait until no packet is in them any more.
+    """Replace the programs pinned in these directories, and wait until no packet is in them any more.
 
-    ``replace``: as in `finish_exchange`.  Afterwards nothing calls another program of their sets, so the pins may go.
+    ``replace``: as in `finish_exchange`.  Afterwards no program calls another program of these sets, so their pins may
+    be removed.
     """
-    order_stores()  # who runs the new programs sees their maps filled
+    order_stores()  # a run of the new programs sees their maps filled
     replace(program_ids(directories))
     wait_for_readers()
 
 
 def program_ids(directories: Sequence[Path]) -> dict[Hook, set[int]]:
-    """The kernel's numbers of the hooks' programs pinned in directories."""
+    """Ids of the hooks' programs pinned in these directories, by hook."""
     ids: dict[Hook, set[int]] = {hook: set() for hook in Hook}
     for hook in Hook:
         for path in (path for directory in directories for path in directory.glob(hook.value + "*")):

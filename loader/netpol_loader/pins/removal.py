@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Removal: find everything of ours below a pin root, and remove it piece by piece, each reported by name.
+"""Removal: finds all our objects of one pin root, and removes them one by one, each reported by name.
 
-It works with pins of any version and state: nothing is built, adopted or repaired for it.  Invariants: only what is
-pinned below the root, filters that run programs pinned there, and tables that name the root, is ours; everything listed is
-removed in the order of the list: tables before the programs whose sign they want, then the rest of enforcement.  Filters of
-clsact and tables are seen in the network namespace of the caller only.
+It works with pins of any version and state: it builds, adopts and repairs nothing.  Invariants: only objects pinned
+below the root, filters that run programs pinned there, and tables whose comment names the root, are ours; all listed
+objects are removed in the order of the list: the tables before the programs that set the sign for them, then the rest.
+Filters of clsact and tables are found only in the caller's network namespace.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def _tables(pin_root: Path) -> Iterator[Leftover]:
     try:
         families = tables.present()
     except HeldError:
-        raise  # an agent is at work: without its programs, all that they sign would be dropped
-    except PlatformError:  # there are none, or they are somebody else's
+        raise  # an agent is running: without its programs the tables would drop all packets
+    except PlatformError:  # there are no tables, or another owner has them
         return
     finally:
         tables.close()
@@ -134,7 +134,7 @@ def _pins(directory: Path) -> Iterator[Leftover]:
     for path in _listed(directory):
         if path.is_dir():
             yield from _pins(path)
-        elif directory.name != LINKS:  # links were told before
+        elif directory.name != LINKS:  # links are listed before
             yield Leftover("program" if path.name.startswith(PROGRAMS) else "map", str(path), path.unlink)
     yield Leftover("directory", str(directory), directory.rmdir)
 

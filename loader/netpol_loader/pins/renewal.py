@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Renewal: a second set of policy maps and programs, which is filled beside the present set and then replaces it.
+"""Renewal: a second set of policy maps and programs, filled beside the present set, which it then replaces.
 
-An agent that starts does not know what the numbers in the present maps mean, for the process that knew is gone.  So it fills
-maps of its own, and each interface changes from the old programs and maps to the new ones in one step.  So no packet ever meets
-rows of both.  Renumbering inside the maps in force was rejected: tables that all policy sets share cannot change meaning in
-one step.
+A new agent does not know what the numbers in the present maps mean, since the process that assigned them has ended.  So
+it fills maps of its own, and each interface changes from the old programs and maps to the new ones in one step.  No
+packet meets rows of both.  Rejected: new numbers in the maps in force; tables that all policy sets share cannot change
+meaning in one step.
 
-Maps that are not made anew (connections, counters, configuration, events) are the same maps for both programs.
-Invariants: until `take_over` nothing in force is touched; killed at any instruction, every interface runs a whole old or a
-whole new program, and `prepare` of the next process finishes or forgets what was begun.
+Old and new programs share the maps that are not renewed (connections, counters, configuration, events). Invariants:
+until `take_over` nothing in force is touched; if the process is killed at any instruction, every interface runs a whole
+old or a whole new program, and the next process finishes the exchange or removes the new set.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from netpol_loader.tables.buckets import bucketed
 
 
 class Renewal:
-    """The new set. A context manager: at its end a set that did not take over is removed."""
+    """The new set. A context manager: its exit removes a set that did not take over."""
 
     def __init__(self, dataplane: Dataplane, fresh: Collection[str], sizes: Mapping[str, int] | None = None) -> None:
-        """``fresh``: names of the maps to make anew; ``sizes``: max_entries that differ from those in force."""
+        """``fresh``: names of the maps to make anew; ``sizes``: their max_entries by name, where not as in force."""
         self._dataplane = dataplane
         self._fresh = frozenset(fresh) | {more for name, more in abi.OVERFLOW_MAPS.items() if name in fresh}
         self._sizes = dict(sizes or {})
@@ -52,11 +52,11 @@ class Renewal:
 
     @property
     def maps(self) -> Mapping[str, Map]:
-        """All maps of the new set: empty ones, and those it shares with the one in force."""
+        """All maps of the new set by name: new, empty ones, and those shared with the set in force."""
         return {**self._dataplane.maps, **(self._staging.maps if self._staging is not None else {})}
 
     def _prepare(self, staging: Staging) -> None:
-        """Make the new maps, and load programs on those and on the maps that are shared."""
+        """Make the new maps, and load programs that use the new and the shared maps."""
         current = self._dataplane
         sizes = {name: one.max_entries for name, one in current.pinned.items() if name in self._fresh}
         sizes |= {name: size for name, size in self._sizes.items() if name in self._fresh}
@@ -67,7 +67,7 @@ class Renewal:
         staging.maps = bucketed(staging.maps)
 
     def take_over(self) -> None:
-        """Replace the old programs by the new ones on every interface; the dataplane is the new set from then on."""
+        """Replace the old programs by the new ones on every interface; the dataplane then owns the new set."""
         if self._staging is None:
             raise RuntimeError("a renewal takes over once, between its beginning and its end")
         with locked(self._dataplane.pin_root):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maps and programs in a directory of their own, before they are in force: taken as a whole, or forgotten.
+"""Maps and programs in a directory of their own, before they are in force: taken as a whole, or removed.
 
-Whatever makes a set beside the one in force (a first start, new programs, new maps, a newer schema) makes it here.
-Invariants: nothing in force refers to what is here; what a process that died left here is removed by the next one that
-holds the lock (`remove_unfinished`).  The module must not know what the maps mean.
+Every set beside the one in force (a first start, new programs, new maps, a newer schema) is made here. Invariants:
+nothing in force refers to a staging directory; the next process that holds the lock removes the directory of a process
+that died (`remove_unfinished`).  The module must not know what the maps mean.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from netpol_loader.pins.programs import ProgramSet
 log = logging.getLogger(__name__)
 
 PREFIX = "new-"
-"""The beginning of the directory's name; the number of the process follows."""
+"""Prefix of the directory's name; the process id follows."""
 
 
 class Staging:
@@ -34,7 +34,10 @@ class Staging:
         self.directory.mkdir()
 
     def taken(self) -> tuple[Mapping[str, Map], ProgramSet]:
-        """Hand over the descriptors; once, and only if there are programs."""
+        """Give the descriptors to the caller, who must close them.
+
+        May be called once, and only if programs were loaded.
+        """
         if self.programs is None:
             raise RuntimeError("what is staged is taken once, after its programs were loaded")
         maps, programs = self.maps, self.programs
@@ -42,7 +45,10 @@ class Staging:
         return maps, programs
 
     def discard(self) -> None:
-        """Close what was not handed over, and remove the directory unless it was renamed."""
+        """Close the maps and programs that the caller has not taken, and remove the directory.
+
+        If the directory was renamed, that is, put in force, it stays.
+        """
         for one in self.maps.values():
             one.close()
         if self.programs is not None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns: which interfaces a check looks at next, so that what it costs is spread over several checks.
+"""Turns: which interfaces a periodic check looks at next, so that the cost of a round is spread over several checks.
 
-Invariant: an interface that stays is looked at once in each round, whatever comes and goes meanwhile.  Makes no system call.
+Invariant: an interface that stays is checked once in each round, whatever interfaces come and go meanwhile.  Makes no
+system call.
 """
 
 from __future__ import annotations
@@ -10,22 +11,22 @@ from bisect import bisect_right
 from collections.abc import Collection
 
 CHECKS = 5
-"""Checks in which all interfaces are looked at; with one check a second, five seconds. Arbitrary."""
+"""Checks in a round over all interfaces; with one check a second, five seconds. Arbitrary."""
 LEAST = 50
-"""Interfaces looked at in one check in any case: some milliseconds; arbitrary. A node with fewer is looked at whole."""
+"""Least interfaces of one check, some milliseconds; arbitrary. A node with fewer interfaces is checked as a whole."""
 
 
 class Turns:
-    """`next` at each check. ``is_first``: whether the last turn began a round."""
+    """The order of checks: call `next` at each check. ``is_first``: whether the last turn began a round."""
 
     def __init__(self, most: int | None = None) -> None:
-        """``most``: interfaces in a turn, however long a round then takes; None: a round takes CHECKS turns at most."""
+        """``most``: interfaces in a turn, however long a round then takes; None: a round takes at most CHECKS turns."""
         self.is_first = False
         self._most = most
         self._last = -1
 
     def next(self, present: Collection[int]) -> list[int]:
-        """The interfaces whose turn it is, of those that are present, in ascending order."""
+        """The interfaces of the next turn, among the ``present`` ones, in ascending order."""
         ordered = sorted(present)
         size = self._most or max(LEAST, -(-len(ordered) // CHECKS))
         begin = bisect_right(ordered, self._last)

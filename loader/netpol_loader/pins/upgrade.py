@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Upgrade from pins of an older schema: new maps and programs are made beside them, then replace them.
 
-Maps that say what happened rather than what policy is (connections, fragments, counters) stay the same maps where their
-layout is the one of this version, by the kernel's own type information: the new directory pins them a second time, so a
-connection that opens at the last moment is not missed, as it would be by a copy.  The configuration is translated field by
-field.  Everything else is made anew, to be filled by the caller.
+Maps that record events rather than policy (connections, fragments, counters) stay the same maps if their layout, by the
+kernel's BTF, is that of this version: the new directory pins them a second time.  So no connection that opens at the
+last moment is missed, as it would be by a copy.  The configuration is translated field by field.  All other maps are
+new, and the caller fills them.
 
-Order of things, each step atomic: a staging directory, filled while the old programs judge; renamed to this schema's
-directory, by which the exchange has begun; program after program exchanged; the old directory removed, by which it is over.
-Invariants: no interface is without a whole program at any instruction; before the exchange has begun nothing of the old is
-changed; killed at any moment, `open_dataplane` of the next process forgets or finishes what was begun.
+Steps, each atomic: a staging directory is filled while the old programs judge packets; its renaming to this schema's
+directory begins the exchange; the programs on each interface are exchanged; the removal of the old directory ends the
+exchange.  Invariants: every interface has a whole program at any instruction; before the exchange begins, old pins do
+not change; if the process is killed, `open_dataplane` of the next process finishes the exchange or removes the new
+pins.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ LASTING = abi.maps_of(abi.MapRole.CONNECTION, abi.MapRole.COUNTER)
 """Maps that survive a change of schema, if their layout is the same."""
 
 OWN_SETTINGS = frozenset({"jiffies_per_second", "timeout_jiffies", "pad"})
-"""Fields of the configuration that each version sets itself."""
+"""Fields of the configuration that are not translated, because each version sets them itself."""
 
 
 class Upgrade:
@@ -65,14 +66,14 @@ class Upgrade:
         return f"{begun}, open connections judged anew ({', '.join(lost)} of another layout)"
 
     def numbers(self) -> dict[int, int]:
-        """Endpoint numbers by interface, as the older rows have them."""
+        """Endpoint numbers by interface, from the rows of the older schema."""
         with _opened_map(self._older / "np_endpoint") as rows:
             key, value = _layouts(rows)
             ifindex, number = _field(rows, key, "ifindex"), _field(rows, value, "number")
             return {_read(one, ifindex): _read(row, number) for one, row in rows.items()}
 
     def attached(self) -> set[int]:
-        """Interfaces on which the older programs are, or those of a still older version that were not exchanged yet."""
+        """Interfaces with programs of the older schema, or of a still older one that were not exchanged yet."""
         found: set[int] = set()
         for older in find_older(self.dataplane.pin_root):
             found |= attach.listed_interfaces(older / LINKS)
@@ -93,21 +94,21 @@ class Upgrade:
         log.info("upgraded: %s", self.summary)
 
     def discard(self) -> None:
-        """Remove the new directory, if it has not taken over; the old one stays in force."""
+        """Remove the new directory unless it has taken over; the old one stays in force."""
         self._staging.discard()
 
 
 def open_dataplane(pin_root: Path, sizes: Mapping[str, int] | None = None) -> tuple[Dataplane, Upgrade | None]:
-    """Open the dataplane; if there are pins of an older schema, a new one beside them that has not taken over yet.
+    """Open the dataplane; beside pins of an older schema, open a new one that has not taken over yet.
 
-    Raises as `Dataplane.open` does; pins of a newer schema are refused.
+    Raises as `Dataplane.open` does; PlatformError for pins of a newer schema.
     """
     doctor.require_bpffs(pin_root)
     pin_root.mkdir(parents=True, exist_ok=True)
     older = find_older(pin_root)
     if not older:
         return Dataplane.open(pin_root, sizes=sizes), None
-    if schema_dir(pin_root).exists():  # a process died while it exchanged
+    if schema_dir(pin_root).exists():  # a process died during an exchange
         dataplane = Dataplane.open(pin_root, sizes=sizes, beside_older=True)
         with locked(pin_root):
             _finish(dataplane)
@@ -139,7 +140,10 @@ def _prepare(pin_root: Path, older: Path, sizes: dict[str, int]) -> tuple[Datapl
 
 
 def _keep(old: Path, new: Path, spec: abi.MapSpec, sizes: dict[str, int]) -> str | None:
-    """Pin a map a second time and note its size in ``sizes``. Returns why the map cannot be kept, if so."""
+    """Pin an old map also in the new directory, and put its size into ``sizes``.
+
+    Returns why the map cannot be kept, or None if it is.
+    """
     if not old.exists():
         return "there is none"
     with _opened_map(old) as one:
@@ -148,7 +152,7 @@ def _keep(old: Path, new: Path, spec: abi.MapSpec, sizes: dict[str, int]) -> str
         found, wanted = btf.layouts(syscall.map_info(one.fd)), (btf.declared(spec.key), btf.declared(spec.value))
         if (one.key_size, one.value_size) != (spec.key_size, spec.value_size) or found != wanted:
             return "its layout is another" if found is not None else "the kernel does not know its layout"
-        is_table = spec.name in {*abi.TAG_MAPS, *abi.TAG_MAPS.values()}  # in buckets, of any number
+        is_table = spec.name in {*abi.TAG_MAPS, *abi.TAG_MAPS.values()}  # bucketed, so that any size fits
         asked = build.kernel_sizes(sizes)[spec.name] if spec.name in sizes else spec.max_entries
         if spec.kind.endswith("array") and one.max_entries < asked and not is_table:
             return f"it has {one.max_entries} entries, not {asked}"
@@ -163,12 +167,12 @@ def _keep(old: Path, new: Path, spec: abi.MapSpec, sizes: dict[str, int]) -> str
 
 
 def _config_of(older: Path) -> abi.np_config:
-    """The older configuration in this version's layout: an agent's settings, and the generation that connections name."""
+    """The older configuration in this version's layout: the agent's settings, and the connections' generation."""
     config = default_config(clock.measure_jiffies_per_second())
     with _opened_map(older / "np_config") as one:
         _, layout = _layouts(one)
         row = one.get(bytes(4)) or b""
-        _field(one, layout, "generation")  # without it, what is open could not be told from what was cut
+        _field(one, layout, "generation")  # without it, open and cut connections look the same
         for name, *_ in abi.np_config._fields_:
             size = getattr(abi.np_config, name).size
             for field in layout:
@@ -178,7 +182,7 @@ def _config_of(older: Path) -> abi.np_config:
 
 
 def _finish(dataplane: Dataplane) -> None:
-    """Exchange the older programs that still run, then remove the older directories."""
+    """Replace the older programs that are still attached, then remove the older directories."""
     for older in find_older(dataplane.pin_root):
 
         def replace(old: Mapping[Hook, set[int]], links: Path = older / LINKS) -> None:
@@ -190,7 +194,7 @@ def _finish(dataplane: Dataplane) -> None:
 
 
 def _sets(directory: Path) -> list[Path]:
-    """The directories with programs: before schema 6 that of the maps, later one for each set (two after an exchange)."""
+    """The directories with programs: before schema 6 that of the maps, later one for each set (two in an exchange)."""
     return [directory, *directory.glob("programs*")]
 
 

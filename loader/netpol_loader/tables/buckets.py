@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bucketed tables of policy, as maps from key to row: an array of buckets of one or two cache lines, and an overflow map.
+"""The bucketed tables of policy, as maps from key to row: an array of buckets, and an overflow map.
 
-`bpf/np_bucket.h` reads them.  Rows with the same hash of their keys lie side by side in one bucket.  Rows of a full bucket
-are in the overflow map, and the bucket has a flag for that.  The array is mapped into memory: a write is a store.
+The program reads them in `bpf/np_bucket.h`.  Rows with the same hash of their keys are side by side in one bucket of
+one or two cache lines.  Rows that do not fit into their bucket are in the overflow map, and a flag of the bucket
+records that.  The array is mapped into memory, so a write is a store.
 
-Invariants: a row is complete before a bit or tag publishes it (`order_stores`); a freed slot is not used again until
-`end_grace_period`, since a packet may still be reading it; a key is in its bucket or in the overflow map, never in both.  Must
-not know what rows mean.
+Invariants: a row is complete before a bit or tag publishes it (`order_stores`); a freed slot is not reused until
+`end_grace_period`, since a packet may still be reading it; a key is in its bucket or in the overflow map, never in
+both.  The module must not know what rows mean.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SIZED = tuple(
     for name, spec in abi.MAP_SPECS.items()
     if abi.MapTrait.FIXED not in spec.traits and not spec.overflow_of and not spec.tags_of
 )
-"""Maps with a size that an option may set; of a bucketed table it is the number of rows."""
+"""Maps with a size that an option may set; for a bucketed table the size is the number of rows."""
 
 
 def _hash4(key: bytes) -> int:
@@ -51,16 +52,19 @@ def _hash6(key: bytes) -> int:
     return (mixed * abi.NP_HASH_MULTIPLIER & _MASK64) >> 32
 
 
-@lru_cache(maxsize=1 << 16)  # the same ones are asked for with each change of the node's addresses
+@lru_cache(maxsize=1 << 16)  # each change of the node's addresses needs all of them again
 def vip_filter_bit(address: bytes) -> tuple[int, int]:
-    """The row of np_vip_filter and the bit in it for an address."""
+    """(row, bit) of an address, which is packed, in np_vip_filter."""
     hashed = _hash4(address) if len(address) == 4 else _hash6(address)  # noqa: PLR2004 - an IPv4 address
     row, bit = divmod(hashed, 8 * ctypes.sizeof(abi.np_vip_filter))
     return row & (abi.MAP_SPECS["np_vip_filter"].max_entries - 1), bit
 
 
 def buckets_for(name: str, rows: int) -> int:
-    """Buckets for so many rows, a power of two: one for each four addresses, sixteen classes or four connections."""
+    """Number of buckets for ``rows`` rows, a power of two.
+
+    One bucket for each four addresses, sixteen peer classes or four connections.
+    """
     each = 16 if name == "np_peer_class" else 4
     return 1 << (max(-(-rows // each), 1) - 1).bit_length()
 
@@ -77,7 +81,10 @@ def bucketed(maps: Mapping[str, Map]) -> dict[str, Map]:
 
 
 def open_map(pin_dir: Path, name: str) -> Map:
-    """A pinned map by its name, or a view of one, with the tables it needs beside it. Raises OSError."""
+    """Open a pinned map, or a view of a connection table, by its name; opens the tables that belong to it.
+
+    Raises OSError.
+    """
     table = next((table for table, unreplied in abi.UNREPLIED_VIEWS.items() if name in (table, unreplied)), name)
     names = [
         table,
@@ -94,7 +101,7 @@ class BucketMap(Map):
     """
 
     def __init__(self, array: Map, more: Map) -> None:
-        """Take over the array."""
+        """Take over ``array``, the buckets; ``more``: the overflow map, which stays the caller's."""
         self.fd, self.name, self.type = array.fd, array.name, "buckets"
         self.has_btf, self.is_per_cpu = array.has_btf, False
         self.key_size, self.value_size, self.max_entries = more.key_size, more.value_size, more.max_entries
@@ -104,8 +111,8 @@ class BucketMap(Map):
         self._bytes = array.value_size
         self._memory = mmap.mmap(array.fd, array.max_entries * array.value_size)
         self._words = memoryview(self._memory).cast("I")
-        self._resting: set[int] = set()  # places, by their offset, that became free since the last `end_grace_period`
-        self._untold: dict[int, int] = {}  # words, by their index, that are about to be stored
+        self._resting: set[int] = set()  # offsets of slots that became free since the last `end_grace_period`
+        self._untold: dict[int, int] = {}  # words to store next, by index
 
     @abstractmethod
     def get(self, key: bytes) -> bytes | None:
@@ -144,10 +151,10 @@ class BucketMap(Map):
 
     @abstractmethod
     def _tell(self) -> None:
-        """Store all words in ``_untold``, which publish the rows."""
+        """Publish the written rows: store all words in ``_untold``."""
 
     def delete_many(self, keys: Sequence[bytes]) -> None:
-        """Remove all; absent keys are not an error."""
+        """Remove all rows with these keys; absent keys are not an error."""
         for key in keys:
             self.delete(key)
 
@@ -156,11 +163,14 @@ class BucketMap(Map):
         self.delete_many([key for key, _ in self.items()])
 
     def end_grace_period(self) -> None:
-        """The caller states that a grace period has passed: no packet reads removed rows, so slots become free."""
+        """Make slots of removed rows free.
+
+        The caller must have waited for a grace period: no packet reads them any more.
+        """
         self._resting.clear()
 
     def close(self) -> None:
-        """Close the descriptor and the mapping; the map lives on while it is pinned or used."""
+        """Close the descriptor and the mapping; the kernel keeps the map while it is pinned or a program uses it."""
         if self.fd >= 0:
             self._words.release()
             self._memory.close()
@@ -170,7 +180,7 @@ class BucketMap(Map):
 _ROWS = abi.NP_BUCKET_ROWS
 _ALL_ROWS = (1 << _ROWS) - 1
 _LOWEST = tuple(next((i for i in range(_ROWS) if bits >> i & 1), _ROWS) for bits in range(_ALL_ROWS + 1))
-"""Bits of ``used`` to the first row that they name."""
+"""How far ``used`` must be shifted for the bit of the first row, by key size."""
 
 
 class AddressMap(BucketMap):
@@ -184,16 +194,19 @@ class AddressMap(BucketMap):
         self._key_at, self._row_at = layout.key.offset, layout.row.offset
         self._others = Counter(
             self._bucket(key) for key, _ in more.items()
-        )  # offset of a bucket -> rows in the other table
+        )  # offset of a bucket -> its rows in the overflow map
 
     def _bucket(self, key: bytes) -> int:
-        """Offset of a key's bucket."""
+        """Offset of the bucket of a key, in bytes."""
         if len(key) != self.key_size:
             raise ValueError(f"{self.name}: a key has {self.key_size} bytes, not {len(key)}")
         return (self._hash(key) & self._mask) * self._bytes
 
     def _seek(self, key: bytes, at: int, used: int) -> int:
-        """The slot of the bucket that has the key; -1: none."""
+        """The slot of the bucket at offset ``at`` that has the key; -1: none.
+
+        ``used``: the bucket's word of valid slots.
+        """
         size, memory = self.key_size, self._memory
         first, left = at + self._key_at, used & _ALL_ROWS
         while left:
@@ -243,7 +256,7 @@ class AddressMap(BucketMap):
             self._words[index] = used
 
     def _store_row(self, at: int, i: int, value: bytes) -> None:
-        """One store of the CPU, so that no packet sees half a row."""
+        """Store a row by one store of the CPU, so that no packet sees half a row."""
         _U64.pack_into(self._memory, at + self._row_at + i * self.value_size, _U64.unpack(value)[0])
 
     def delete(self, key: bytes) -> bool:
@@ -291,11 +304,11 @@ class PeerClassMap(BucketMap):
     def __init__(self, array: Map, more: Map) -> None:
         """Take over the array."""
         super().__init__(array, more)
-        self._others: Counter[tuple[int, int]] = Counter()  # set and block -> rows in the other table
+        self._others: Counter[tuple[int, int]] = Counter()  # set and block -> their rows in the overflow map
         self._buckets: Counter[int] = Counter()  # offset of a bucket -> the same
         for key, _ in more.items():  # noqa: PERF102 - a map, no dict
             self._count(*self._place(key)[:2], 1)
-        self._untold.clear()  # packets have been told
+        self._untold.clear()  # the rows are published already
 
     def _place(self, key: bytes) -> tuple[tuple[int, int], int, int]:
         """Set and block of a key, the offset of its bucket, and the index of its class in a line."""
@@ -307,7 +320,7 @@ class PeerClassMap(BucketMap):
         return (policy_set, block), (hashed & self._mask) * self._bytes, index
 
     def _line(self, tag: tuple[int, int], at: int) -> int:
-        """Offset of the line of a set and block in a bucket; -1: none."""
+        """Offset of a set's and block's line in the bucket at offset ``at``; -1: none."""
         words = self._words
         for line in range(at, at + self._bytes, _LINE_BYTES):
             index = line // _WORD
@@ -360,7 +373,7 @@ class PeerClassMap(BucketMap):
             self._count(tag, at, 1)
 
     def _claim(self, tag: tuple[int, int], at: int) -> int:
-        """Assign an unused line of the bucket to a set and block; its offset, or -1 if there is none."""
+        """Assign an unused line of the bucket to a set and block; returns its offset, or -1 if none is unused."""
         for line in range(at, at + self._bytes, _LINE_BYTES):
             owner = line // _WORD + _SET_WORD
             if not self._words[owner] and owner not in self._untold and line not in self._resting:

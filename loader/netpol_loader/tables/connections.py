@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The connection tables as maps from key to row: the established connections of a table, or the unreplied ones.
 
-`bpf/np_table.h` keeps them in buckets with tags, which say what each slot has.  This module has the same hash and tags.
+The program has them in buckets with tags (`bpf/np_table.h`); a tag identifies the connection in a slot.  This module
+computes the same hash and tags.
 
-Programs write at the same time, by compare-and-swap, which Python does not have.  So a slot is first reserved by a tag of its
-own.  After a grace period no program that had not seen this tag can be writing there, and a program that began earlier has
-replaced the tag, by which the slot is lost to it.  Removal is one store: what a program writes into the slot at that moment is
-removed with it.
+Programs write at the same time, by compare-and-swap, which Python does not have.  So this module first reserves a slot
+by a tag of its own.  After a grace period every program that is still writing to the slot began after the reservation
+and saw the tag; a program that began earlier has replaced the tag, and then this module gives the slot up.  Removal is
+one store: it also removes what a program writes into the slot at that moment.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from netpol_loader.kernel.grace import order_stores, wait_for_readers
 from netpol_loader.kernel.maps import Map
 
 ROWS_PER_BUCKET = 4
-"""Connections for each bucket that a table is sized for: half of its slots, because buckets fill unevenly."""
+"""Connections for each bucket that a table is sized for: half of a bucket's slots, because buckets fill unevenly."""
 
 _WAYS = abi.NP_CONN_WAYS
 _STEP_SHIFTS = (0, 8, 16, 24)
@@ -35,7 +36,7 @@ _STEP_SHIFTS = (0, 8, 16, 24)
 _TIME_SHIFT, _TIME_BITS = abi.NP_TAG_TIME_SHIFT, abi.NP_TAG_TIME_BITS
 _TIME_MASK = (1 << _TIME_BITS) - 1
 _SUM_SHIFT = 32
-"""The upper half of a sum of products is the hash; it is as good as random."""
+"""The hash is the upper half of a sum of products, whose bits are as good as random."""
 _ASSUMED_JIFFIES = 360_000
 """How long, for eviction, a connection counts as alive before its first packet.
 
@@ -46,27 +47,30 @@ _INDEX = struct.Struct("=I")
 
 
 class Tags:
-    """The tags of a table, by number. They are mapped into memory at the first use, which an agent may never need."""
+    """The tags of a table, by slot number. They are mapped into memory at the first use, which may never come."""
 
     def __init__(self, tags: Map) -> None:
-        """``tags``: not taken over."""
+        """``tags``: the map of tags, which stays the caller's."""
         self.buckets = tags.max_entries
         self._map = tags
         self._words: memoryview | None = None
 
     @property
     def words(self) -> memoryview:
-        """One load or store reads or writes a tag. Raises OSError if the array cannot be mapped."""
+        """The mapped tags: one load or store of a word reads or writes a tag.
+
+        Raises OSError if the map cannot be mapped.
+        """
         if self._words is None:
             self._words = memoryview(mmap.mmap(self._map.fd, self.buckets * self._map.value_size)).cast("Q")
         return self._words
 
 
 class ConnectionMap(Map):
-    """Keys to struct np_conn. Owns the array. ``max_entries``: see ROWS_PER_BUCKET."""
+    """Maps keys to struct np_conn. Owns the array of entries. ``max_entries``: see ROWS_PER_BUCKET."""
 
     def __init__(self, array: Map, tags: Tags, secret: Map, *, is_unreplied: bool = False) -> None:
-        """Take over the array; ``tags``: of the same table; ``secret``: the numbers of the hash, read once."""
+        """Take over the array; ``tags``: of the same table; ``secret``: map with the numbers of the hash, read once."""
         layout: Any = abi.np_conn4_entry if array.name == "np_conn4" else abi.np_conn6_entry
         self.fd, self.type = array.fd, "buckets"
         self.name = abi.UNREPLIED_VIEWS[array.name] if is_unreplied else array.name
@@ -114,7 +118,7 @@ class ConnectionMap(Map):
         ours = [number for number in taken if tags[number] == owned]
         self._array.put_many([(_INDEX.pack(number), self._packed(*taken[number][1:])) for number in ours])
         order_stores()
-        ours = [number for number in ours if tags[number] == owned]  # a mark expires
+        ours = [number for number in ours if tags[number] == owned]  # a reservation expires
         for number in ours:
             tags[number] = self._tag(*taken[number])
         if len(ours) < len(pairs):
@@ -132,7 +136,7 @@ class ConnectionMap(Map):
         return number is not None
 
     def delete_many(self, keys: Sequence[bytes]) -> None:
-        """Remove all; absent keys are not an error."""
+        """Remove all connections with these keys; absent keys are not an error."""
         for key in keys:
             self.delete(key)
 
@@ -147,7 +151,7 @@ class ConnectionMap(Map):
             yield self._entry(number)
 
     def close(self) -> None:
-        """Close the descriptor; the map lives on while it is pinned or used."""
+        """Close the descriptor; the kernel keeps the map while it is pinned or a program uses it."""
         self._array.close()
         self.fd = -1
 
@@ -162,25 +166,25 @@ class ConnectionMap(Map):
         return hashed & self._tags.buckets - 1, hashed << abi.NP_TAG_HASH_SHIFT | self._who
 
     def _entry(self, number: int) -> tuple[bytes, bytes]:
-        """Key and row in a slot."""
+        """Decode the key and row in a slot."""
         raw = self._array.get(_INDEX.pack(number)) or b""
         row = self._layout.conn.offset
         return raw[: self.key_size], raw[row : row + self.value_size]
 
     def _packed(self, key: bytes, value: bytes) -> bytes:
-        """An entry."""
+        """Encode a slot's entry."""
         row = self._layout.conn.offset
         return (key.ljust(row, b"\0") + value).ljust(self._array.value_size, b"\0")
 
     def _seek(self, bucket: int, who: int, key: bytes) -> int | None:
-        """The slot of a key."""
+        """The slot that has a key; None: no slot. ``who``: the fixed part of the key's tag."""
         for number in range(bucket * _WAYS, (bucket + 1) * _WAYS):
             if (self._tags.words[number] ^ who) >> (_TIME_SHIFT + _TIME_BITS) == 0:
                 return number if self._entry(number)[0] == key else None
         return None
 
     def _least(self, bucket: int, now: int) -> int | None:
-        """The slot of the lowest worth (np_tag_worth); None: CPUs are writing all of them."""
+        """The slot with the connection of the lowest worth (np_tag_worth); None: CPUs are writing to all slots."""
         numbers = range(bucket * _WAYS, (bucket + 1) * _WAYS)
         worths = [(self._worth(self._tags.words[number], now), number) for number in numbers]
         return min(((worth, number) for worth, number in worths if worth is not None), default=(0, None))[1]
@@ -195,7 +199,7 @@ class ConnectionMap(Map):
         return None if rank == abi.NP_RANK_NONE else rank << _TIME_BITS | left
 
     def _tag(self, who: int, _key: bytes, value: bytes) -> int:
-        """The tag of a connection without any packet seen yet."""
+        """The tag of a connection of which no packet was seen yet."""
         expires = (abi.np_conn.from_buffer_copy(value).seen_jiffies + _ASSUMED_JIFFIES) // abi.NP_TAG_JIFFIES
         rank = abi.NP_RANK_UNREPLIED if self._who else abi.NP_RANK_ESTABLISHED
         return who | (expires & _TIME_MASK) << _TIME_SHIFT | rank
@@ -208,7 +212,11 @@ class ConnectionMap(Map):
 
 
 def viewed(maps: Mapping[str, Map]) -> dict[str, Map]:
-    """The same maps, with each connection table as its established, and under another name its unreplied connections."""
+    """The same maps, with each connection table as two maps: its established and its unreplied connections.
+
+    The map of unreplied connections has the name that the role of the table gives to it ("views NAME" in
+    bpf/np_maps.h).
+    """
     result = dict(maps)
     for name, unreplied in abi.UNREPLIED_VIEWS.items():
         if name in maps:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading the event ring, through libbpf (the one thing it is used for: its reader keeps the memory order right).
+"""Reading the event ring by libbpf, which is used for nothing else: its reader keeps the memory order right.
 
-Invariant: every record of a known type is handed to the callback once, in order; one of an unknown type, which another version of the
-program may have left, is counted and logged.  The program wakes no reader up: `poll` waits at most the time it is given
-and then consumes what there is.
+Invariant: the callback gets every record of a known type once, in order.  Records of unknown types, which another
+version of the program may have written, are counted and logged.  The program wakes no reader: `poll` waits for at most
+the given time and then consumes all records.
 
-A new type of event takes a number in ``enum np_event_kind``, a structure with that number at KIND_OFFSET, a line in RECORDS, and one in
-`netpol_ebpf.apply.events.DECODERS`.
+A new type of event needs a number in ``enum np_event_kind``, a structure with that number at KIND_OFFSET, a line in
+RECORDS, and one in `netpol_ebpf.apply.events.DECODERS`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ def parse_record(data: bytes) -> EventRecord | None:
 
 
 class EventReader:
-    """A consumer of the ring buffer behind ``map_fd``. One reader at a time; close it. ``unknown``: records of unknown types so far."""
+    """A consumer of the ring buffer ``map_fd``; only one may exist at a time.
+
+    ``unknown``: records of unknown types so far.
+    """
 
     def __init__(self, map_fd: int, callback: Callable[[EventRecord], None]) -> None:
         self.unknown = 0
@@ -78,15 +81,14 @@ class EventReader:
             raise PlatformError(f"cannot open the event ring: {os.strerror(ctypes.get_errno())}")
 
     def poll(self, timeout_ms: int) -> int:
-        """Wait for events, at most ``timeout_ms``; returns how many were handed over."""
+        """Wait for events, at most ``timeout_ms``; returns how many the callback got."""
         waited = self._check(_libbpf().ring_buffer__poll(self._ring, timeout_ms))
         return waited + self.consume()
 
     def consume(self, most: int | None = None) -> int:
-        """Hand over what the ring has, at most ``most`` events; returns how many. Reraises an error of the callback.
+        """Pass waiting events to the callback, at most ``most``; returns how many. Reraises an error of the callback.
 
-        Without ``most`` it continues for as long as the program writes faster than the callback reads, possibly for
-        ever.
+        Without ``most`` it does not return while the program writes faster than the callback reads.
         """
         self._most, self._handed_over = most, 0
         result = _libbpf().ring_buffer__consume(self._ring)
@@ -113,7 +115,7 @@ class EventReader:
             self._failure = error
             return -1
         self._handed_over += 1
-        return -1 if self._handed_over == self._most else 0  # below 0 the library stops, having taken this one
+        return -1 if self._handed_over == self._most else 0  # below 0 the library stops, after this record
 
     def _hand_over(self, data: bytes) -> None:
         record = parse_record(data)

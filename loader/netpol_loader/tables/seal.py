@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check words of endpoint rows, by which the program detects that a row changed while it read the row.
+"""Check words of endpoint rows: the program detects by them that a row changed while it was read.
 
-Invariant: the fold here and `np_fold` in bpf/np_endpoint.h are the same function.  The module must not know where rows
-come from.
+Invariant: `fold` is `np_fold` of bpf/np_endpoint.h, repeated.  The module must not know where rows come from.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from netpol_loader import abi
 
 
 def fold(words: list[int]) -> int:
-    """FNV-1a over 32-bit words instead of bytes."""
+    """The FNV-1a hash over 32-bit words instead of bytes."""
     value = abi.NP_CHECK_SEED
     for word in words:
         value = ((value ^ word) * abi.NP_CHECK_PRIME) & 0xFFFF_FFFF
@@ -22,14 +21,14 @@ def fold(words: list[int]) -> int:
 
 
 def seal_endpoint(row: abi.np_endpoint) -> abi.np_endpoint:
-    """Fill in both sets' ``check``; to be called on a row that is otherwise complete. Returns the same object."""
+    """Set the ``check`` of both policy sets; the row must be complete otherwise. Returns the same object."""
     for policy_set in (row.ingress, row.egress):
         policy_set.check = _check(policy_set, row.number, row.ifindex, row.flags, row.link)
     return row
 
 
 def seal_host(row: abi.np_host) -> abi.np_host:
-    """Fill in the ``check`` of all sets of a host endpoint's row, present or not. Returns the same object."""
+    """Set the ``check`` of all policy sets of a host endpoint's row, present or not. Returns the same object."""
     for index, policy_set in enumerate(row.sets):
         policy_set.check = _check(policy_set, row.number, index | row.present << 8, row.version, 0)
     return row
@@ -40,7 +39,7 @@ def _check(policy_set: abi.np_set, number: int, place: int, flags: int, link: in
 
 
 def _words(policy_set: abi.np_set) -> Iterator[int]:
-    """The words of all fields but the check; of two 16-bit fields the first is the low half, whatever the byte order."""
+    """The words of all fields but ``check``; of two fields of 16 bits, the first is the low half on every machine."""
     low: int | None = None
     for name, kind, *_ in abi.np_set._fields_:
         value = getattr(policy_set, name)

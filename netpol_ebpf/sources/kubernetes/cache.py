@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The known state of the cluster.
+"""The known state of the cluster: all objects by kind, whether each kind was listed, and pending changes.
 
-The objects of every kind, whether all kinds were listed, and the changes not yet taken. Reader threads, one for each
-kind, write into the cache; the agent calls `Cache.drain` when the descriptor is readable.  A reader never waits for the
-agent: the cache keeps changes by object, the latest state alone, so the number of objects bounds it.
+Reader threads, one for each kind, write into the cache; the agent calls `Cache.drain` when the descriptor is readable.
+A reader never waits for the agent: the cache keeps only the latest change of each object, so the number of objects
+bounds its size.
 
-Invariants: nothing is given out until every kind was listed whole, but for the state of the last run where that is asked for, and then
-that alone; an object that is not valid keeps its last good state and is reported; two states of an object are compared by what its
-parser read, so that a new resourceVersion, a heartbeat or a defaulted status is no change.
+Invariants: `drain` returns nothing before every kind was listed completely, except the whole saved state of the last
+run if `restore` was called; an object that is not valid keeps its last good state and is reported; two states of an
+object are compared by the fields that its parser reads, so a new resourceVersion, a heartbeat or a defaulted status is
+no change.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from netpol_ebpf.sources.kubernetes.decoding import (
 from netpol_ebpf.sources.source import ObjectEvent, Remove, Upsert
 
 MOST_TOLD = 1000
-"""Largest number of problems; arbitrary. A change of one goes through all of them."""
+"""Most problems that the cache reports; arbitrary. A change of one problem goes through all of them."""
 TAKEN_TOGETHER = 250
 """Objects processed between two pauses; arbitrary, a few milliseconds."""
 SAVED_VERSION = "saved"
@@ -74,7 +75,7 @@ class SavedKind(NamedTuple):
 
 
 class KindStore:
-    """The objects of one kind. Its reader writes them; all methods but `prepare` need the cache's lock."""
+    """The objects of one kind. Its reader thread writes them; all methods but `prepare` need the cache's lock."""
 
     def __init__(self, kind: WatchedKind, cache: Cache) -> None:
         self.kind = kind
@@ -91,11 +92,11 @@ class KindStore:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no object is known, orphans included."""
+        """Whether the store has no object at all, not even an orphan."""
         return not self.entries
 
     def prepare(self, decoded: Decoded) -> Entry:
-        """The entry for an object: the existing one when it is equal."""
+        """The entry for an object; the existing one if the object did not change."""
         old = self.entries.get(decoded.name)
         seen = encode(decoded.fields)
         if old is not None and old.seen == seen:
@@ -122,17 +123,17 @@ class KindStore:
             self._remove(name)
 
     def orphan(self, name: Name) -> None:
-        """Keep an object although it is gone from the server, because its kind's definition is."""
+        """Mark an object as an orphan: it stays although the server deleted it together with its kind's definition."""
         with self._cache.lock:
             self._orphan((name,))
 
     def missing(self, staged: Mapping[Name, object]) -> set[Name]:
-        """The known objects that a list does not name, without orphans."""
-        with self._cache.lock:  # an operator's word may remove some meanwhile
+        """The known objects, without orphans, that a complete list lacks. ``staged``: the list, by name."""
+        with self._cache.lock:  # an operator may release orphans meanwhile
             return self.entries.keys() - staged.keys() - self.orphans
 
     def commit(self, staged: Mapping[Name, object], *, orphaned: set[Name]) -> None:
-        """Replace the objects by a complete list in one step; objects that it does not name go, except orphans."""
+        """Replace the objects by a complete list in one step; objects that it lacks are removed, except orphans."""
         with self._cache.lock:
             self._orphan(orphaned)
             for name in self.missing(staged):
@@ -148,7 +149,7 @@ class KindStore:
             self._synced()
 
     def note(self, problem: Problem | None) -> None:
-        """Record why the kind is not watched now; None: it is."""
+        """Set the problem that the kind is not watched now; None: it is watched."""
         with self._cache.lock:
             if problem != self.problem:
                 self.problem = problem
@@ -186,7 +187,7 @@ class KindStore:
             self._cache.wake()
 
     def _synced(self) -> None:
-        self._cache.saves += 1  # the definition may be another one
+        self._cache.saves += 1  # the saved state includes the definition, which may have changed
         if not self.is_synced:
             self.is_synced = True
             self._cache.wake()
@@ -229,7 +230,7 @@ class KindStore:
         return SavedKind(self.definition_uid, [SavedObject(fields, name in self.orphans) for name, fields in good])
 
     def load(self, saved: SavedKind) -> None:
-        """Start from the saved state."""
+        """Load the kind's part of a saved state, before its first list."""
         entries: dict[Name, Entry] = {}
         orphans: set[Name] = set()
         for one in saved.objects:
@@ -261,7 +262,7 @@ class _Objects:
         self._keys: dict[str, ResourceKey] = {}  # by path
 
     def replace(self, path: str, new: tuple[Resource, str] | None) -> Iterator[ObjectEvent]:
-        """What becomes of it when the object at a path is now this, None for gone."""
+        """Replace the object at a server path by ``new`` (None: removed); yields the resulting events of its key."""
         keys = [self._keys.pop(path, None), None if new is None else key_of(new[0])]
         for key in dict.fromkeys(key for key in keys if key is not None):
             before = self._states.pop(key, [])
@@ -279,7 +280,7 @@ class _Objects:
 
 @dataclass(slots=True)
 class Cache:
-    """The objects of all ``kinds``. Close it when the readers have ended."""
+    """The known objects of all ``kinds``, for one consumer. Must be closed after the reader threads have ended."""
 
     kinds: tuple[WatchedKind, ...]
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -293,7 +294,7 @@ class Cache:
     _changed: dict[str, tuple[Resource, str] | None] = field(default_factory=dict)
     _loaded: dict[str, tuple[Resource, str] | None] = field(
         default_factory=dict
-    )  # the saved state, until it is not needed
+    )  # the saved state, as long as it may be needed
     _objects: _Objects = field(default_factory=_Objects)
     _is_restored: bool = False
     _problems: dict[str, Problem] = field(default_factory=dict)
@@ -364,7 +365,7 @@ class Cache:
             return self.stores[kind].release()
 
     def restore(self) -> None:
-        """Have what was loaded of the last run given out, as a whole, before every kind was listed."""
+        """Make `drain` return the loaded saved state as a whole, before every kind was listed."""
         with self.lock:
             self._is_restored = True
             self.wake()
@@ -381,7 +382,7 @@ class Cache:
         return tuple(found)
 
     def drain(self, pause: Callable[[], None] = never_pause) -> tuple[ObjectEvent, ...]:
-        """What changed since the last call, removals first; nothing before every kind was listed. Never waits for a server.
+        """The changes since the last call, removals first; none before every kind was listed. Never waits for a server.
 
         ``pause`` is called every few milliseconds.
         """
@@ -390,9 +391,7 @@ class Cache:
                 changed, self._changed = self._changed, {}
                 self._versions = {kind: store.resource_version for kind, store in self.stores.items()}
             elif self._is_restored and not self.is_given:
-                changed = (
-                    self._loaded
-                )  # as it was saved, whatever was listed meanwhile; all that comes when all is listed
+                changed = self._loaded  # the saved state alone; listed objects follow when every kind was listed
             else:
                 return ()
             self.is_given, self._loaded = True, {}

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests to an API server: TLS, credentials, proxies, and the ways in which a connection fails.
+"""Requests to an API server: TLS, credentials, proxies, and the errors of connections.
 
-Each request has a connection of its own. A WATCH holds one for minutes anyway, and a stopping server or a load balancer
+Each request has a connection of its own: a WATCH uses one for minutes anyway, and a stopping server or a load balancer
 may close an idle connection at any moment.  Certificates and tokens are read again for each request, so a rotated one
 is used from the next request on.
 
-Invariant: an answer is complete, or the caller gets UnreachableError: a truncated body never looks like a complete one.
+Invariant: an answer is complete, or the caller gets UnreachableError: a truncated body never looks complete.
 """
 
 from __future__ import annotations
@@ -56,9 +56,10 @@ class Credentials:
 class Cluster:
     """The address of an API server and how to connect to it.
 
-    ``authority``: reads the PEM of the certificate authorities, b"" for those of the system; ``credentials``: reads the
-    credentials, its argument is what it returned before and the server refused, or None.  Both raise OSError, or
-    InvalidInputError. ``proxy``: URL or ""; ``server_name``: for TLS, where it is not the host's.
+    ``authority``: reads the PEM of the certificate authorities; b"": those of the system.  ``credentials``: reads the
+    credentials; its argument: credentials that it returned before and the server rejected, or None.  Both raise
+    OSError, or InvalidInputError. ``proxy``: URL or "".  ``server_name``: name in the server's certificate, if it is
+    not the host's.
     """
 
     server: str
@@ -101,7 +102,7 @@ class HttpAnswer:
                     raise UnreachableError(f"{self._peer} sent more than {MOST_BODY_BYTES >> 20} MiB in one answer")
         except (OSError, http.client.HTTPException, zlib.error) as error:
             raise _cut(self._peer, error) from error
-        if self._response.length:  # http.client takes the end of the connection for the end of a body of known length
+        if self._response.length:  # http.client reports no error if the connection ends before a body of known length
             raise _cut(self._peer, "the connection was closed")
         if unpack is not None and not unpack.eof:
             raise _cut(self._peer, "the compressed body has no end")
@@ -135,7 +136,7 @@ class HttpAnswer:
         with suppress(OSError):  # it has ended
             socket.socket.shutdown(
                 self._socket, socket.SHUT_RDWR
-            )  # not that of TLS, which is no other thread's to change
+            )  # the TCP socket: another thread must not change the TLS object
 
     def close(self) -> None:
         """Close the connection."""
@@ -226,7 +227,10 @@ class Client:
 
 
 def _load_certificate(context: ssl.SSLContext, credentials: Credentials) -> None:
-    """`ssl` reads certificates from files only; this one has no name, so the key is never on a disk."""
+    """Load a client certificate and its key into a TLS context.
+
+    `ssl` reads certificates only from files, so it gets a file without a name (memfd): the key is never on a disk.
+    """
     descriptor = os.memfd_create("client-certificate", os.MFD_CLOEXEC)
     try:
         os.write(descriptor, credentials.certificate + b"\n" + credentials.key)
@@ -245,7 +249,7 @@ def _keep_alive(sock: socket.socket) -> None:
 def _split(url: str, schemes: tuple[str, ...], what: str) -> SplitResult:
     try:
         parts = urlsplit(url)
-        port = parts.port  # raises where it is no number
+        port = parts.port  # raises ValueError if it is no number
     except ValueError as error:
         raise InvalidInputError(f"the {what} {url!r} is no URL ({error})") from error
     if parts.scheme not in schemes or not parts.hostname or port == 0:

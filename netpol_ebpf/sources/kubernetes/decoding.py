@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON of the API server to objects for the parsers of `resources`: which kinds are read, and which fields of each.
+"""JSON of the API server to mappings for the parsers of `resources`: which kinds are read, and which fields of each.
 
-The decoder is typed: of the cluster's own objects (pods are mostly managedFields and volumes) only the declared fields become Python
-objects, as plain mappings that the parser of the kind reads as it reads a manifest.  Policies are decoded whole, because an unknown
-field of a policy must be found.
+The decoder is typed: for the cluster's own objects (pods are mostly managedFields and volumes) only the declared fields
+become Python objects, as plain mappings that the kind's parser reads like a manifest.  Policies are decoded whole,
+because an unknown field of a policy must be reported.
 
-Invariant: there is one parser a kind, the one in `resources`; this module drops fields and judges none.  An object of a shape
-that the declaration does not know is decoded whole, so that its parser says what is wrong with it.
+Invariant: each kind has one parser, the one in `resources`; this module drops fields and validates none.  An object
+with a shape that the declaration does not allow is decoded whole, so that its parser reports the fault.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ _FIELDS: Mapping[str, Any] = {
 """The fields to decode, by kind; a kind that is not here is decoded whole."""
 
 _ANNOTATIONS_READ = ("projectcalico.org/", "vpc.amazonaws.com/", "kubernetes.io/config.mirror")
-"""Of the cluster's own objects, those with one of these in their key; others may hold a whole manifest."""
+"""Key parts of annotations that are decoded from the cluster's own objects; others may hold a whole manifest."""
 
 # `continue` is a keyword of Python, so a class cannot declare it.
 _PageMetadata = TypedDict("_PageMetadata", {"resourceVersion": str, "continue": str}, total=False)
@@ -298,7 +298,7 @@ class WatchEvent(NamedTuple):
 
 
 def decode_event(line: bytes) -> WatchEvent:
-    """One line of a WATCH. Raises MalformedError."""
+    """Decode one line of a WATCH. Raises MalformedError."""
     event = _decode(line, _Event, "an event")
     return WatchEvent(event.type, event.object)
 
@@ -371,7 +371,7 @@ class Name(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """An object as the server has it.
+    """An object in its present state on the server.
 
     ``fields``: the fields that the parser reads, without resourceVersion, so that two states can be compared.
     """
@@ -405,7 +405,7 @@ def _decode_fields(kind: WatchedKind, raw: Any) -> dict[str, Any]:
     of = _FIELDS.get(kind.kind, _WHOLE)
     try:
         fields: dict[str, Any] = _decoder(of).decode(raw)
-    except msgspec.ValidationError:  # a shape that the declaration does not know; the parser says what is wrong with it
+    except msgspec.ValidationError:  # a shape outside the declaration; the parser reports the fault
         fields = _decode(raw, _WHOLE, f"an object of {kind}")
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MalformedError(f"an object of {kind} is not JSON: {error}") from error

@@ -171,7 +171,7 @@ def _cluster(cluster: _Entry, user: _Entry | None) -> Cluster:
     is_insecure = cluster.boolean("insecure-skip-tls-verify")
     if is_insecure and (cluster.text("certificate-authority") or cluster.text("certificate-authority-data")):
         raise cluster.error("insecure-skip-tls-verify and a certificate authority exclude each other")
-    cluster.inline("certificate-authority-data")  # what is wrong with it is said now
+    cluster.inline("certificate-authority-data")  # report a fault in it now
     return Cluster(
         server,
         authority=lambda: cluster.read("certificate-authority"),
@@ -221,7 +221,10 @@ class _User:
         return Credentials(headers, user.read("client-certificate"), user.read("client-key"))
 
     def credentials(self, refused: Credentials | None) -> Credentials:
-        """The present credentials. Raises OSError, InvalidInputError, UnreachableError."""
+        """The current credentials. ``refused``: credentials that the server rejected; a plugin then runs again.
+
+        Raises OSError, InvalidInputError, UnreachableError.
+        """
         own = self._credentials_of_file()
         if self._plugin is None or own.headers or own.certificate:
             return own
@@ -257,7 +260,10 @@ class _Plugin:
         self._environment = {str(one.get("name")): str(one.get("value", "")) for one in pairs}
 
     def credentials(self, refused: Credentials | None) -> Credentials:
-        """The cached credentials, unless they expired or the server refused them: one of many requests renews them."""
+        """The plugin's credentials, from the cache unless they expired or are ``refused`` (rejected by the server).
+
+        One of several concurrent requests runs the plugin for all.
+        """
         with self._lock:
             is_late = self._expires is not None and datetime.now(timezone.utc) >= self._expires - EXPIRY_MARGIN
             if self._credentials is None or self._credentials is refused or is_late:
@@ -266,7 +272,7 @@ class _Plugin:
 
     def _ask(self) -> tuple[Credentials, datetime | None]:
         command = self._part.text("command")
-        if os.sep in command:  # relative to the file, as kubectl has it; a bare name is searched for
+        if os.sep in command:  # relative to the file, as in kubectl; a bare name is searched in PATH
             command = str(self._part.file.parent / command)
         request: dict[str, Any] = {"interactive": False}
         if self._part.boolean("provideClusterInfo"):

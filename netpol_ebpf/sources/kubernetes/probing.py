@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Periodic probes: whether the server still has its cluster's state, and whether it offers kinds that were absent.
+"""Periodic probes of the server: whether it still has the cluster's state, and whether it now offers absent kinds.
 
-A server that is cut off from its etcd goes on as if nothing were wrong: watches stay open, bookmarks come, `/readyz`
-says ok.  Only a read without resourceVersion then gets no answer.  The same read shows that etcd was restored from a
-backup, after which a WATCH from a lost resourceVersion is silent for ever.
+A server without connection to its etcd seems to work: watches stay open, bookmarks arrive, `/readyz` returns ok.  Only
+a read without resourceVersion then has no answer.  The same read detects that etcd was restored from a backup, after
+which a WATCH from a lost resourceVersion never reports anything.
 
 An absent kind may be installed later.  The probe reads the kind's API group, once for all kinds of the group; a kind
-that is missing there is not proven absent, since groups can lack kinds for a moment after a start.
+that is missing in the group is not proven absent, since groups can lack kinds for a moment after a start.
 
 Invariant: a probe changes no object; its result becomes a problem, or a new list.
 """
@@ -31,7 +31,7 @@ NODES_PER_S = 10.0
 """Probes in a second by all nodes of a large cluster: a read of one object, and one for each group with absent kinds.
 """
 ABSENT_PERIODS = 10
-"""After so many periods a kind that is absent is listed itself, whatever its group says."""
+"""Periods after which an absent kind is listed itself, whatever its group contains."""
 ANSWER_S = 10.0
 RETRY_S = 15.0
 """Seconds until the next probe after a failed one; the second failure in a row is reported."""
@@ -62,9 +62,9 @@ def _now() -> str:
 
 @dataclass(slots=True)
 class FreshnessProbe:
-    """Asks for one object of the kind that is known to be newest, of those that etcd alone serves.
+    """Reads one object of the kind with the newest known resourceVersion, among kinds that etcd alone serves.
 
-    ``wake``: starts a kind's next step now; ``wall``: the time of day, for messages.
+    ``wake``: triggers a kind's next step now; ``wall``: the time of day, for messages.
     """
 
     transport: Transport
@@ -88,7 +88,7 @@ class FreshnessProbe:
     def step(self) -> float:
         """Make one probe. Returns the seconds until the next one."""
         newest = self._newest()
-        if newest is None:  # nothing was listed yet, and that is told
+        if newest is None:  # nothing was listed yet, which is reported elsewhere
             return RETRY_S
         kind, watermark = newest
         try:
@@ -137,7 +137,7 @@ class FreshnessProbe:
             answer.close()
 
     def _look_for_new_kinds(self) -> None:
-        """List the absent kinds that their group has by now."""
+        """Trigger a list of the absent kinds that their API group now contains."""
         absent: dict[str, list[WatchedKind]] = {}
         for kind, watcher in self.watchers.items():
             if watcher.state in (State.ABSENT, State.DELETED):

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last consistent state of the cluster in a file, for a node that restarts while its API server is away.
+"""The last consistent state of the cluster, in a file, for a node that restarts while its API server is unreachable.
 
-The file has one line for each object, JSON of the fields that are used, and ends with a hash.  The parsers read it as
-they read the server's objects, so a newer agent judges it by its own rules.
+The file has one line per object: JSON with the fields that the agent reads; the last line is a hash.  Saved objects go
+through the same parsers as the server's objects, so after an upgrade the new agent's validation applies to them.
 
-Invariant: the file is one state in which every kind was listed, or it does not exist; it is replaced atomically, and is
-on the disk before it has its name.
+Invariant: the file holds one state in which every kind was listed, or does not exist.  It is replaced atomically:
+written and synced to disk under a temporary name, then renamed.
 """
 
 from __future__ import annotations

@@ -48,7 +48,10 @@ log = logging.getLogger(__name__)
 
 
 class KindState(NamedTuple):
-    """One kind in ``status``. ``kept``: objects that stay in force although their definition was deleted."""
+    """The state of one kind, for ``status``.
+
+    ``kept``: objects that stay in force although their definition was deleted.
+    """
 
     kind: str
     state: str
@@ -76,7 +79,7 @@ class KubernetesSource:
     watchers: dict[WatchedKind, KindWatcher] = field(init=False)
     probe: FreshnessProbe = field(init=False)
     _stopped: threading.Event = field(default_factory=threading.Event)
-    _wakes: dict[WatchedKind, threading.Event] = field(init=False)  # each has its kind's next step made now
+    _wakes: dict[WatchedKind, threading.Event] = field(init=False)  # a set event triggers the kind's next step
     _threads: list[threading.Thread] = field(default_factory=list)
     _has_news: bool = False
     _reported: tuple[Problem, ...] = ()
@@ -117,7 +120,10 @@ class KubernetesSource:
         return self.cache.problems()
 
     def begin(self) -> None:
-        """See `Source`. Where the saved state may be in force, a `step` gives it out when the cluster was not listed for `RESTORE_S`."""
+        """See `Source`.
+
+        If nothing is in force, `step` returns the saved state when the cluster was not listed for `RESTORE_S`.
+        """
         self._load()
         self._start()
         if self.may_restore and self._saved_at:
@@ -193,7 +199,10 @@ class KubernetesSource:
         raise InvalidInputError(f"nothing is kept of {kind}; it is of {kept}", hint="Name one of them.")
 
     def states(self) -> list[KindState]:
-        """Every kind, as ``status`` shows it. Takes no lock, since a fork asks; what threads change meanwhile is seen or not."""
+        """The state of every kind, for ``status``.
+
+        Takes no lock, since a forked child calls it: concurrent changes may be missed.
+        """
         return [
             KindState(
                 str(kind),
@@ -209,9 +218,9 @@ class KubernetesSource:
     def report(self) -> tuple[Mapping[str, Any], ...]:
         """See `Source`, whose fields come first.
 
-        ``restored``: the saved state is in force; ``confirmed``: when the server last answered a probe, None: not yet; ``cut_off``:
-        it does not any more; ``stale_since``: since when changes may be missing, None: they are not, or it is not known since when.
-        Times are UTC, ISO 8601.  ``kinds``: see `KindState`.
+        ``restored``: whether the saved state is in force; ``confirmed``: when the server last answered a probe, None:
+        never; ``cut_off``: whether the server no longer answers probes; ``stale_since``: since when changes may be
+        missing, None: none are, or the time is unknown. Times are UTC, ISO 8601.  ``kinds``: see `KindState`.
         """
         noted = self.cache.noted
         confirmed = self.probe.confirmed or None
@@ -248,7 +257,7 @@ class KubernetesSource:
         return SAVE_S
 
     def _restore(self) -> None:
-        """Have the saved state in force until the cluster was listed."""
+        """Put the saved state in force until the cluster was listed."""
         message = (
             f"the API server could not be read at the start: the state that was saved at {self._saved_at} is in force, "
             "and later changes are missing"
@@ -257,7 +266,7 @@ class KubernetesSource:
         self.cache.restore()
 
     def _unsynced(self) -> UnreachableError:
-        """The kinds that were not listed, and why."""
+        """The error that names the kinds that were not listed, with the reasons."""
         unsynced = self.cache.unsynced
         reasons = [one.message for kind in unsynced if (one := self.cache.stores[kind].problem) is not None]
         message = (

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state machine of one kind: which request comes next, and what its answer means for what is known.
+"""The state machine of one kind: its next request, and the effect of the answer on the known objects.
 
     LISTING --whole--> WATCHING --clean end--> WATCHING (custom kind, before its time: LISTING)
        |                  |------expired, bad event, definition unread--> LISTING
-       |--404, again and again--> ABSENT (nothing was known) or DELETED (what was known stays in force)
+       |--404, again and again--> ABSENT (no object was known) or DELETED (known objects stay in force)
 
-It keeps no clock, opens no connection and starts no thread: `KindWatcher.step` makes one request through the transport that it was
-given and reads the answer to its end.
+The machine keeps no clock, opens no connection and starts no thread: `KindWatcher.step` makes one request through the
+given transport and reads the answer to its end.
 
-Invariants: an object leaves the store for one of three reasons only: a DELETED event, a whole list that does not name it, or an
-operator's word; a list counts when its last page or its end mark was read.  Objects of a deleted CustomResourceDefinition stay:
-deletions of a custom kind are believed after its definition was read, later than the deletion.  No other answer removes anything.
+Invariants: an object leaves the store for one of three reasons only: a DELETED event, a whole list that does not name
+it, or the release of orphans by an operator.  A list counts when its last page or end mark was read.  Objects of a
+deleted CustomResourceDefinition stay: a deletion of a custom kind counts only after a later read has shown that its
+definition exists.  No other answer removes anything.
 """
 
 from __future__ import annotations
@@ -104,9 +105,9 @@ class Transport(Protocol):
     """Makes HTTP requests."""
 
     def get(self, target: str, *, head_s: float, idle_s: float, metadata_only: bool = False) -> ServerAnswer:
-        """Begin a GET; the times are those of the head and of a silence in the body. Raises UnreachableError.
+        """Begin a GET. ``head_s``, ``idle_s``: time limits in seconds for the head, and for a silence in the body.
 
-        ``metadata_only``: for one object; a server answers 406 to that for a list.
+        ``metadata_only``: for one object only; a server answers 406 to that for a list.  Raises UnreachableError.
         """
 
 
@@ -129,26 +130,26 @@ class Store(Protocol):
         """Forget an object."""
 
     def orphan(self, name: Name) -> None:
-        """Keep an object although it is gone from the server, because its kind's definition is."""
+        """Mark an object as an orphan: it stays although the server deleted it together with its kind's definition."""
 
     def missing(self, staged: Mapping[Name, object]) -> set[Name]:
-        """The known objects that a list does not name, without orphans."""
+        """The known objects, without orphans, that a complete list lacks. ``staged``: the list, by name."""
 
     def commit(self, staged: Mapping[Name, object], *, orphaned: set[Name]) -> None:
         """Replace the objects by a complete list.
 
-        Objects that it does not name go, except ``orphaned`` ones and earlier orphans.
+        Objects that it lacks are removed, except ``orphaned`` ones and earlier orphans.
         """
 
     def commit_absent(self) -> None:
         """Record that the server has no such kind; its known objects stay."""
 
     def note(self, problem: Problem | None) -> None:
-        """Record why the kind is not watched now; None: it is."""
+        """Set the problem that the kind is not watched now; None: it is watched."""
 
 
 class State(enum.Enum):
-    """The state of a kind's watch; the value is what a user reads."""
+    """The state of a kind's watch; the value is the text that users see."""
 
     LISTING = "listing"
     WATCHING = "watching"
@@ -290,9 +291,9 @@ class KindWatcher:
         began_s = self._opened_s = self.clock()
         if staged is None:
             self.state = State.WATCHING
-            if self._short_streams < UNSTABLE:  # no event has to come for a minute
+            if self._short_streams < UNSTABLE:  # an event may be a minute away
                 self._recovered()
-        if self._must_relist:  # said while the connection was being made
+        if self._must_relist:  # `relist` was called while the connection was made
             return 0.0
         for line in answer.lines():
             event = decode_event(line)
@@ -337,7 +338,7 @@ class KindWatcher:
         return self._backoff_s(self._short_streams - 1)
 
     def _count_short_stream(self) -> None:
-        """Count how many streams in a row ended before they had an event."""
+        """Count streams in a row that ended early without an event."""
         if self._opened_s is not None:
             self._short_streams = self._short_streams + 1 if self.clock() - self._opened_s < SHORT_S else 0
 
@@ -368,13 +369,13 @@ class KindWatcher:
     def _are_deletions_real(self) -> bool:
         """Whether missing objects were deleted one by one, rather than together with their kind's definition.
 
-        The definition is read after the objects were found missing.
+        Reads the definition now, after the objects were found missing.
         """
         if not self.kind.is_custom:
             return True
         definition = self._definition()
         known = self.store.definition_uid
-        if definition is None:  # never known: an aggregated API serves the kind
+        if definition is None:  # no definition was ever seen: an aggregated API serves the kind
             return not known
         self.store.definition_uid = definition.uid
         return not definition.is_ending and known in ("", definition.uid)
