@@ -54,6 +54,8 @@ def make_version(tree: Path, changes: Sequence[Change], names: Mapping[str, str]
     """Copy the sources and change them; the directory. ``names``: of this version, each with that of the other one."""
     for part in ("bpf", "loader", "netpol_ebpf", "scripts"):
         shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
+    (tree / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "reasons.md", tree / "docs")  # generated with the rest
     for path in (*tree.rglob("*.py"), *tree.rglob("*.[ch]")) if names else ():
         path.write_text(re.sub(r"\b\w+\b", lambda word: names.get(word[0], word[0]), path.read_text()))
     for name, old, new in changes:
