@@ -49,7 +49,7 @@ enum cni_error {
 static const char *const VERSIONS[] = {"0.3.0", "0.3.1", "0.4.0", "1.0.0", NEWEST};
 enum { V0_3_0, V0_4_0 = 2, V1_1_0 = 4, VERSION_COUNT };
 
-// A command.  since: the version that brought it.  is_attached: it is about an interface that is there.
+// A command.  since: the CNI version that introduced it.  is_attached: it concerns an interface that exists.
 struct command {
     const char *name;
     int since;

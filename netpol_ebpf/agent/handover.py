@@ -49,7 +49,8 @@ LONGEST_S = 600
 class Handover:
     """One message of the CNI plugin: a pod's interface.
 
-    ``peer``: as in `wiring.Interface`; ``inside``: its name in the pod; ``uid``: "" if the plugin gave none.
+    ``peer``: as in `wiring.Interface`.  ``inside``: the interface's name in the pod's namespace.  ``uid``: the pod's UID, "" if the
+    plugin sent none.
     """
 
     pod: EndpointKey
@@ -128,9 +129,9 @@ class Handovers:
         return changed
 
     def recall(self) -> None:
-        """Read the handovers of an earlier agent.
+        """Read the handovers that an earlier agent stored.
 
-        Entries that cannot be read are reported, and the file is kept aside.
+        If entries cannot be read, they are reported, and the file is renamed so that nothing overwrites it.
         """
         wrong = []
         try:
@@ -149,7 +150,7 @@ class Handovers:
             log.warning("%s", self._damage[0])
 
     def _save(self, path: Path) -> None:
-        """Write all handovers atomically; a failure is reported, and tried again with the next change."""
+        """Write all handovers atomically. If that fails, report it, and write again with the next change."""
         written = [_write(one) for pod in self._by_pod for one in self.of(pod)]
         draft = path.with_suffix(".draft")
         self._unsaved = ()

@@ -327,7 +327,7 @@ class Text(str):
 
 
 def expected(text: bytes) -> bytes:
-    """What cni_json.c ought to write, by Python's reader and the rules that are stricter than its own."""
+    """The output that cni_json.c must write, by Python's JSON reader and the plugin's stricter rules."""
 
     def refuse(_word: str) -> None:
         raise ValueError
