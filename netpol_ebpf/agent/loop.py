@@ -33,7 +33,8 @@ log = logging.getLogger("netpol-agent")
 class AgentLoop:
     """The agent's loop, pass by pass.
 
-    ``when_in_force``: called once, when a state of the source is in force.  ``clock``: seconds.
+    ``when_in_force``: called once, when a state of the source is in force.  ``after_step``: called after each step; it
+    must not wait.  ``clock``: seconds.
     """
 
     agent: Any
@@ -41,6 +42,7 @@ class AgentLoop:
     ledger: Ledger
     control_socket: ControlSocket
     when_in_force: Callable[[], None] = lambda: None
+    after_step: Callable[[], None] = lambda: None
     clock: Callable[[], float] = time.monotonic
     _is_ready: bool = False
     _is_told: bool = False
@@ -87,6 +89,7 @@ class AgentLoop:
             self.control_socket.publish(report.flow(self.agent, flow) for flow in flows)
             self.ledger.try_again()
             self.note_progress()
+            self.after_step()
         if not self.control_socket.is_open and self.clock() >= self._opened_s + RETRY_S:
             self.open()
         self.control_socket.poll()

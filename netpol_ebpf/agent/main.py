@@ -17,7 +17,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ from netpol_ebpf.agent import footprint
 from netpol_ebpf.agent.answering import Answer
 from netpol_ebpf.agent.control_socket import SOCKET_NAME, ControlSocket, Wait
 from netpol_ebpf.agent.loop import AgentLoop, serve
-from netpol_ebpf.agent.source_options import NODE_VARIABLE, add_source_options, node_name, plan_source
+from netpol_ebpf.agent.source_options import NODE_VARIABLE, add_source_options, cluster_of, node_name, plan_source
 from netpol_ebpf.apply.ledger import Ledger
-from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, UnreachableError, UsageError
+from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, Problem, UnreachableError, UsageError
 from netpol_ebpf.terminal import LogFormatter, escaped, paragraph, say
 
 DEFAULT_STATE_DIR = Path("/run/netpol-ebpf")
@@ -261,10 +261,10 @@ def run(arguments: argparse.Namespace) -> int:
             "pin_dir": str(node.pin_dir),
             "upgrade": node.upgraded,
         }
-        control_socket = ControlSocket(
-            state_dir / SOCKET_NAME, answers_of(agent, node, ledger, place), group, waits_of(agent)
-        )
-        serve(AgentLoop(agent, node, ledger, control_socket, tell_in_force))
+        look, problems = begin_reporting(agent, stack)
+        answers = answers_of(agent, node, ledger, place, problems)
+        control_socket = ControlSocket(state_dir / SOCKET_NAME, answers, group, waits_of(agent))
+        serve(AgentLoop(agent, node, ledger, control_socket, tell_in_force, look))
     return 0
 
 
@@ -308,12 +308,37 @@ def open_to_group(state_dir: Path, pin_root: Path, group: int | None) -> None:
         )
 
 
-def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) -> dict[str, Answer]:
-    """The operations that the agent answers, by name.
+def begin_reporting(
+    agent: Any, stack: contextlib.ExitStack
+) -> tuple[Callable[[], None], Callable[[], Iterable[Problem]]]:
+    """Report to the cluster whose policies the agent enforces, until ``stack`` is closed.
+
+    Returns what the loop calls after each step, and the problems of reporting; without a cluster both do nothing.
+    """
+    cluster, node = cluster_of(agent.source), agent.settings.node
+    if cluster is None or node is None:
+        return (lambda: None), tuple
+    from netpol_ebpf.agent.reporting import Reporting
+
+    reporting = Reporting(agent, cluster, node)
+    stack.callback(reporting.close)
+    reporting.start()
+    return reporting.look, lambda: reporting.problems
+
+
+def answers_of(
+    agent: Any,
+    node: Any,
+    ledger: Ledger,
+    place: Mapping[str, Any],
+    others: Callable[[], Iterable[Problem]] = tuple,
+) -> dict[str, Answer]:
+    """The operations that the agent answers, by name. ``others``: problems that are not the agent's own.
 
     Children of this process run them (`netpol_ebpf.agent.answering`).
     """
     from netpol_ebpf.agent import report
+    from netpol_ebpf.agent.policies_in_force import standing_here
     from netpol_ebpf.agent.questions import answer_question
 
     def asked(answer: Answer) -> Answer:
@@ -332,9 +357,9 @@ def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) 
 
     def status(_request: Mapping[str, Any]) -> Any:
         if not agent.is_started:
-            return report.waiting(agent, place, ledger.problems)
+            return report.waiting(agent, place, (*ledger.problems, *others()))
         node.barrier.part()
-        return report.status(agent, node.maps, place, ledger.problems, node.network.listed_again)
+        return report.status(agent, node.maps, place, (*ledger.problems, *others()), node.network.listed_again)
 
     return {
         "status": status,
@@ -342,6 +367,7 @@ def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) 
         "identities": apart(lambda: report.identities(agent)),
         "connections": apart(lambda: report.connections(agent, node.maps)),
         "explain": asked(lambda request: answer_question(agent, request)),
+        "policy": asked(lambda request: standing_here(agent, request)),
     }
 
 

@@ -231,7 +231,7 @@ class CustomResource:
 
     ``columns``: title and JSON path of each column of ``kubectl get``.  ``selectable``: JSON paths of field selectors.
     ``rules``: CEL rules over the whole object, where ``metadata.name`` is readable.  ``spec_default``: an object
-    without a spec gets an empty spec.
+    without a spec gets an empty spec.  ``has_status``: agents report on the object in conditions of its status.
     """
 
     api_version: str
@@ -244,6 +244,7 @@ class CustomResource:
     selectable: tuple[str, ...] = ()
     rules: tuple[Mapping[str, str], ...] = ()
     spec_default: bool = True
+    has_status: bool = True
     annotations: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -265,7 +266,7 @@ def definition(resource: CustomResource) -> dict[str, Any]:
             "kind": {"type": "string"},
             "metadata": {"type": "object"},
             "spec": spec,
-            "status": _STATUS,
+            **({"status": _STATUS} if resource.has_status else {}),
         },
         required=("spec",),
         rules=resource.rules,
@@ -275,7 +276,7 @@ def definition(resource: CustomResource) -> dict[str, Any]:
         "name": version,
         "served": True,
         "storage": True,
-        "subresources": {"status": {}},
+        **({"subresources": {"status": {}}} if resource.has_status else {}),
         "additionalPrinterColumns": columns,
     }
     if resource.selectable:

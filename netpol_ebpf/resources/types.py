@@ -30,8 +30,9 @@ class Meta:
 
     ``namespace``: "" for cluster-scoped kinds; "default" if a manifest of a namespaced kind does not state it.
     ``is_stored``: the object was read in the form in which Calico stores it; if the same object is also given as
-    projectcalico.org/v3, the v3 object is used.  Values of annotations that matter are in fields of the kinds; the
-    annotations themselves are not kept, since pods have large ones.
+    projectcalico.org/v3, the v3 object is used.  ``revision``: UID/GENERATION of an API server's policy, which names one
+    state of its spec; "" for other kinds, and for a policy without UID or generation.  Values of annotations that
+    matter are in fields of the kinds; the annotations themselves are not kept, since pods have large ones.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Meta:
     labels: Mapping[str, str]
     location: Location
     is_stored: bool = False
+    revision: str = ""
 
 
 @dataclass(frozen=True, slots=True)
