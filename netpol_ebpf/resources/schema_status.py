@@ -17,6 +17,8 @@ MAX_NAMED = 100
 """Most shortfalls of a report, and most policies that a shortfall names; both are arbitrary, and counts name the rest."""
 MAX_MESSAGE = 1024
 MAX_PERIOD_S = 86_400
+BASE64 = "^[A-Za-z0-9+/]*={0,2}$"
+"""An API server takes no empty text of the OpenAPI format `byte`."""
 
 
 def _count(about: str) -> Schema:
@@ -49,7 +51,9 @@ RESOURCES: tuple[CustomResource, ...] = (
                 "periodSeconds": integer("The longest time between two reports of a working agent.", 1, MAX_PERIOD_S),
                 "policies": _count("How many policies select endpoints of the node."),
                 "missing": _count("On how many of them the shortfalls bear."),
-                "programmed": text("Base64 of the sorted fingerprints of the policies in force (ADR 20).", form="byte"),
+                "programmed": text(
+                    "Base64 of the sorted fingerprints of the policies in force (ADR 20).", pattern=BASE64
+                ),
                 "shortfalls": list_of("Why other policies are not in force.", _SHORTFALL, MAX_SHORTFALLS),
                 "moreShortfalls": _count("How many more shortfalls there are."),
             },

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from http import HTTPStatus
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -33,6 +34,8 @@ SWEEP_S = 60.0
 TEXT_S = 30.0
 MOST_MESSAGE, MOST_NOTE = 32_000, 1000
 """Longest texts of a condition and an Event; the server's limits are a little higher."""
+MOST_NAME = 200
+"""Most characters of a policy's name in that of its Event, which has 253 at most."""
 WRITES_PER_ROUND = 20
 PAGE_OBJECTS = 100
 EVENTS_PER_MINUTE = 10
@@ -173,8 +176,10 @@ class ConditionWriter:
             kind = kind_at(path)
             if kind is None or self._seen_faults.get(path) == fault:
                 continue
-            self._seen_faults[path] = fault
             answer = request(self.sender, "GET", path)
+            if not answer.is_done and answer.status != HTTPStatus.NOT_FOUND:
+                raise UnreachableError(f"{path} cannot be read ({answer.message})", hint="")
+            self._seen_faults[path] = fault
             metadata = answer.body.get("metadata", {}) if answer.is_done else {}
             if "uid" in metadata and "generation" in metadata:
                 revision = f"{metadata['uid']}/{metadata['generation']}"
@@ -268,6 +273,7 @@ class ConditionWriter:
         if self._events_left < 1:
             return 0  # it is made in a later round
         namespace, name = _names(due.path)
+        digest = sha256("/".join(mark).encode()).hexdigest()[:16]  # the same for each leader, so the Event is made once
         regarding = {
             "apiVersion": kind.api_version,
             "kind": kind.kind,
@@ -279,7 +285,7 @@ class ConditionWriter:
         body = {
             "apiVersion": "events.k8s.io/v1",
             "kind": "Event",
-            "metadata": {"generateName": f"{name}.", "namespace": namespace or "default"},
+            "metadata": {"name": f"{name[:MOST_NAME]}.{digest}", "namespace": namespace or "default"},
             "eventTime": time.strftime("%Y-%m-%dT%H:%M:%S.000000Z", time.gmtime(self.wall())),
             "reportingController": CONTROLLER,
             "reportingInstance": self.node,
@@ -291,7 +297,7 @@ class ConditionWriter:
         }
         answer = request(self.sender, "POST", f"{EVENTS}/{namespace or 'default'}/events", body)
         self._events_left -= 1
-        if not answer.is_done:
+        if not answer.is_done and answer.status != HTTPStatus.CONFLICT:
             raise UnreachableError(f"the Event of {due.path} was not made ({answer.message})", hint="")
         self._told.add(mark)
         return 1

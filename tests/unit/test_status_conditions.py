@@ -190,6 +190,7 @@ def test_refused_policy_gets_one_event(api: WritableApi, writer: ConditionWriter
     before = len(api.writes)
     other.round(view(), reports(("n1", {}), ("n2", {}), short=short))
     assert [one for _, _, one in api.writes[before:] if one.get("regarding", {}).get("uid") == "u1"] == []
+    assert len([path for path in api.objects if path.rpartition("/")[0].endswith("/events")]) == 2
     assert api.of("PATCH", "/status")[-1]["metadata"]["uid"] == "u1"
 
 
@@ -236,6 +237,16 @@ def test_refused_write_is_an_error_of_the_round(api: WritableApi, writer: Condit
         writer.round(view(), both)
     writer.round(view(), both)
     assert condition(api)["status"] == "True"
+
+
+def test_invalid_object_that_cannot_be_read_is_an_error_of_the_round(api: WritableApi, writer: ConditionWriter) -> None:
+    """A missing right to `get` is told, and the next round tries again."""
+    faulty = replace(view(), faults={POLICY: "spec.selector: no selector"})
+    api.refusals["GET"] = [failure(403, "may not get networkpolicies")]
+    with pytest.raises(UnreachableError, match="may not get"):
+        writer.round(faulty, {})
+    writer.round(faulty, {})
+    assert condition(api)["reason"] == "Invalid"
 
 
 @pytest.mark.parametrize("code", [404, 409])
