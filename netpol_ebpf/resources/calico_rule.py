@@ -507,6 +507,6 @@ def _header(header: Reader) -> HttpHeader:
         for index, value in enumerate(values):
             try:
                 re.compile(value)
-            except (re.error, OverflowError, RecursionError) as error:  # noqa: PERF203 - each wrong value must be reported
+            except (re.error, OverflowError, RecursionError) as error:  # noqa: PERF203 - all errors must be reported
                 header.report.error((*header.path, "values", index), f"not a regular expression: {error}")
     return HttpHeader(name, operator, values)

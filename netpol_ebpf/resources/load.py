@@ -143,7 +143,7 @@ def _files(paths: Sequence[FilePath], loader: _Loader) -> list[FilePath]:
                 continue
             for file in candidates:
                 found.setdefault(file.resolve(), file)
-        except (OSError, ValueError, RuntimeError) as error:  # no permission, a NUL character in the path, a loop of links
+        except (OSError, ValueError, RuntimeError) as error:  # no permission, a NUL in the path, a loop of links
             loader.problems.append(Problem(Location(str(path)), "", f"cannot be read: {error}", slug="file"))
     return list(found.values())
 

@@ -113,7 +113,7 @@ class _Search:
         except OSError as error:
             if not name or error.errno == errno.E2BIG:
                 raise
-            if not isinstance(error, FileNotFoundError):  # else it went during the search
+            if not isinstance(error, FileNotFoundError):  # else the directory was removed meanwhile
                 self.found.hidden[name] = error.strerror or str(error)
 
     def _count(self) -> None:
@@ -138,7 +138,7 @@ class _Search:
         except FileNotFoundError:
             if entry.is_symlink():
                 self.found.hidden[name] = "a link to what is not there"
-            # else it went during the search
+            # else the file was removed during the search
         except OSError as error:
             if is_manifest or _may_be_directory(entry):
                 self.found.hidden[name] = error.strerror or str(error)
