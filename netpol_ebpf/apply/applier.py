@@ -276,7 +276,7 @@ class Applier:
             self._write(shrink, None)
 
     def _step(self, batch: Mapping[str, Any]) -> _Step:
-        """Translate one batch of a change into map writes. ``batch``: from table name to Delta."""
+        """Translate one batch of a change into map writes. ``batch``: maps table names to Deltas."""
         step = _Step()
         for name in _TABLES:
             delta = batch.get(name)

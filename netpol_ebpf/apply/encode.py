@@ -188,7 +188,7 @@ ENCODERS: Mapping[str, Callable[[Any, Any], Element]] = {
     "verdicts": _verdict,
     "rules": _rule,
 }
-"""From table name to the function that encodes one row.
+"""Maps table name to the function that encodes one row.
 
 Endpoint rows are not here, because they also need an interface (see `endpoint_element`).  Log lists and identities are
 not written to the kernel, because the program does not need them.

@@ -30,7 +30,7 @@ from netpol_loader.tables.events import EventRecord
 V_co = TypeVar("V_co", covariant=True)
 
 FLOW_KIND: Mapping[int, str] = {abi.NP_EVENT_DENY: "deny", abi.NP_EVENT_ALLOW: "allow", abi.NP_EVENT_LOG: "log"}
-"""From the type numbers of flow events to their names."""
+"""Maps the type numbers of flow events to their names."""
 
 DROPPED_BY_RULE = frozenset({abi.NP_REASON_POLICY_DENY, abi.NP_REASON_REVOKED})
 """The reasons of packets that a rule denied. Policy may have allowed packets that were dropped for other reasons."""
@@ -184,5 +184,5 @@ def _packet(event: abi.np_event) -> Packet | None:
 
 
 DECODERS: Mapping[int, Callable[[EventRecord, Names], ProgramEvent]] = dict.fromkeys(FLOW_KIND, decode_flow)
-"""From each type number (``enum np_event_kind``) in `netpol_loader.tables.events.RECORDS` to the decoder of that type.
+"""Maps each type number (``enum np_event_kind``) in `netpol_loader.tables.events.RECORDS` to the decoder of that type.
 """

@@ -2,14 +2,14 @@
 """The engine that runs the loaded program on real packets.
 
 The engine has a dataplane of its own, with its own pin directory beside that of a running agent.  It compiles a world
-and writes the tables to the dataplane's maps.  For a question, the program of the direction's hook runs on a frame with
-the question's packet.  Normally that is a test run (BPF_PROG_TEST_RUN), which attaches nothing to any interface.  If
-the kernel's test run cannot set the interface by which a packet entered the node, the engine sends the frame over a
-veth pair in a network namespace of its own (`netpol_loader.pins.frames`).
+and writes the tables to the dataplane's maps.  For a question, it makes a frame with the question's packet, and runs
+the program of the hook that judges the question's direction.  Normally that is a test run (BPF_PROG_TEST_RUN), which
+attaches nothing to any interface.  If the kernel's test run cannot set the interface by which a packet entered the
+node, the engine sends the frame over a veth pair in a network namespace of its own (`netpol_loader.pins.frames`).
 
 Invariants: the verdict is read from the program's event, and checked against the program's return value; the engine
-computes no verdict itself.  A verdict does not depend on earlier questions: their connections are removed, and a new
-generation begins when the endpoint changes.
+computes no verdict itself.  A verdict does not depend on earlier questions, because their connections are removed, and
+a new generation begins when the endpoint changes.
 """
 
 from __future__ import annotations
@@ -134,8 +134,9 @@ class Runner(Protocol):
     def run(self, hook: Hook, frame: bytes, *, ingress_ifindex: int, ifindex: int, mark: int) -> TestRun:
         """Run the program of ``hook`` on ``frame``.
 
-        ``ingress_ifindex``: the interface by which the packet entered the node; at TC_EGRESS 0 if the node itself sends
-        the packet.
+        ``ingress_ifindex``: the interface by which the packet entered the node.  At TC_EGRESS, 0 says that the node
+        itself sends the packet.
+        ``ifindex``: the interface on which the program runs.
         ``mark``: the packet's mark before the run.
         """
 

@@ -21,7 +21,7 @@ def _set(policy: PolicySetReader, names: Mapping[int, str]) -> Hashable:
     """A policy set as a value for comparison: its verdicts by peer, own side, port and source port.
 
     Peers with equal verdicts are one group.
-    ``names``: from an identity's number to the digest of its content.
+    ``names``: maps an identity's number to the digest of its content.
     """
 
     def members(addresses: AddressClass) -> frozenset[str]:

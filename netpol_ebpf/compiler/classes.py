@@ -29,9 +29,9 @@ class ClassTable:
     """A partition of the identities: two identities are in one class if the same ones of ``matches`` are true for them.
 
     ``number``: the ``set`` in keys of the table ``peer_classes``.
-    ``masks``: from a match to its bit.
-    ``vectors``: from a class to the bits of the matches that are true for the identities in the class.
-    ``defaults``: from a family to the class of identities without a row.  Each family has its own default class,
+    ``masks``: maps a match to its bit.
+    ``vectors``: maps a class to the bits of the matches that are true for the identities in the class.
+    ``defaults``: maps a family to the class of identities without a row.  Each family has its own default class,
     because a rule on 0.0.0.0/0 separates the families.
     ``references``: how many sides of policy sets use the table.
     """
@@ -245,7 +245,7 @@ class EntryVectors:
     """One policy set's view of a class table.
 
     For each class, the view has the bit vector of the policy set's entries that match the class.
-    ``masks``: from a match to the bits of the entries with this match.
+    ``masks``: maps a match to the bits of the entries with this match.
     ``always``: the bits of the entries that match any address.
     """
 
@@ -276,7 +276,7 @@ class EntryVectors:
 
     @property
     def vectors(self) -> dict[int, int]:
-        """From each class to the bit vector of the policy set's entries that match the identities in the class."""
+        """Maps each class to the bit vector of the policy set's entries that match the identities in the class."""
         return {class_: self.vector(matching) for class_, matching in self.table.vectors.items()}
 
     def vector_of(self, identity: int) -> int:

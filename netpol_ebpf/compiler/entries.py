@@ -249,7 +249,7 @@ def _not_nets(nets: tuple[IPNetwork, ...]) -> tuple[_Clause, ...]:
 
 
 def _named(entity: Entity, names: Ports, number: int | None, resolver: Resolver) -> dict[PortPair, set[str]]:
-    """From each (protocol, port) to those of ``names`` that stand for it.
+    """Maps each (protocol, port) to those of ``names`` that stand for it.
 
     ``number``: the rule's protocol; ports of other protocols are left out.  None: ports of all protocols.
     """

@@ -121,7 +121,7 @@ class IdentityContent:
 class IdentityIndex:
     """All identities, address groups and matches in use.
 
-    ``known``: from the digest of an identity's content to the number that the identity must keep from an earlier run.
+    ``known``: maps the digest of an identity's content to the number that the identity must keep from an earlier run.
     """
 
     def __init__(self, owners: OwnerIndex, known: Mapping[str, int] | None = None) -> None:

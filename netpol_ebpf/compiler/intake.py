@@ -42,12 +42,12 @@ class Intake:
     """Applies changed objects to the world, and records what the next steps must recompute.
 
     ``dirty``: local endpoints with rule lists that may change.
-    ``stale``: keys of templates whose policy or profile changed.
+    ``stale``: keys of templates that have a changed policy or profile.
     ``address_moves``: (address, (owner, number of the owner's node), added).  ``added`` is False if the address loses
     the owner.  The node's number is 0 for this node and for an unknown node.
     ``net_moves``: (net, owner, added).
     ``numbered``: new numbers of nodes, by name; 0 for a node that lost its number.
-    ``service_moves``: (old service, new service); None for a service that did not or does not exist.
+    ``service_moves``: (service before, service after); None if the service does not exist at that time.
     ``claims``: (address, claim of a local endpoint, added).  ``added`` is False if the endpoint lost the address.
     ``disappeared``: owners that lost an object.
     ``gone``: local endpoints that no longer exist.
@@ -131,8 +131,8 @@ class Intake:
     def _own(self, registered: dict[Any, int], key: Any, kind: OwnerKind, old: Any, new: Any) -> tuple[int, int]:
         """Register the owner of a changed object in place of the object's old owner.
 
-        ``registered``: from the key of each object of this kind to the id of its owner.
-        ``old``, ``new``: the object before and after the change; None if it did not or does not exist.
+        ``registered``: maps the key of each object of this kind to the id of its owner.
+        ``old``, ``new``: the object before and after the change; None if the object does not exist at that time.
 
         Returns the ids (old owner, new owner); 0 if there is none.
         """

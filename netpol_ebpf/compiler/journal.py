@@ -97,9 +97,9 @@ class Journal:
 
 
 class Unjournaled(Journal):
-    """A journal that makes the changes and records nothing.
+    """A journal that makes the changes and records nothing. Used for the first commit.
 
-    It is for the first commit: if the first commit fails, the whole state is dropped and a new state is created.
+    If the first commit fails, the whole state is dropped and a new state is created.
     """
 
     __slots__ = ()

@@ -62,7 +62,7 @@ WITHOUT_PORTS: Intervals = difference(ANY_L4, WITH_PORTS)
 class Split:
     """The difference between a new partition and the previous one.
 
-    ``parents``: from the number of each new atom to the atom that had its positions before.  If several atoms had them,
+    ``parents``: maps the number of each new atom to the atom that had its positions before.  If several atoms had them,
     it is one of these.
     ``blocks``: the changed blocks of the table ``l4_atoms``; None for a block that is all zeros now.
     """

@@ -105,8 +105,8 @@ class _Labels:
 NameKey = tuple["Selector | None", str]
 """A named port as a rule uses it: (selector, name).
 
-The name stands for the ports that endpoints matched by the selector declare by this name.  The selector is None if the
-rule has none; then all endpoints count.
+The named port stands for the ports that endpoints declare under this name.  If the selector is not None, only endpoints
+that it matches count.
 """
 
 

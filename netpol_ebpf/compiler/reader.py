@@ -183,9 +183,9 @@ class TableReader:
         """The IP version of each identity that some address may have."""
         blocks = (block for block in range(ATOM_BLOCKS) if block not in _SOURCE_BLOCKS)
         self.atoms = self._intervals(blocks, 0)
-        """From the number of each atom to its positions (`netpol_ebpf.compiler.l4`)."""
+        """Maps the number of each atom to its positions (`netpol_ebpf.compiler.l4`)."""
         self.source_atoms = self._intervals(_SOURCE_BLOCKS, SOURCE_BLOCK)
-        """From the number of each source-port atom to its source ports."""
+        """Maps the number of each source-port atom to its source ports."""
         self._classes: dict[int, dict[int, int]] = {}
         for (number, identity), class_ in tables.peer_classes.items():
             self._classes.setdefault(number, {})[identity] = class_

@@ -106,7 +106,11 @@ class TierTemplates:
     end_enforced: PolicyKey | None
     end_pending: PolicyKey | None
     is_closed: bool = field(init=False, compare=False, repr=False)
-    """Whether both evaluations always end in this tier: both end with a deny, and no rule of the tier passes."""
+    """Whether no evaluation goes beyond this tier.
+
+    This is so if the tier denies at its end, both in the enforced and in the pending evaluation, and no rule of the
+    tier has the action Pass.
+    """
     _hash: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:

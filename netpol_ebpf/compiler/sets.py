@@ -148,8 +148,8 @@ class _Entries:
 class _Column:
     """The class of each atom of one line (L4 or source ports) in a policy set.
 
-    ``vectors``: from a class to the bit vector of the entries that match the class.
-    ``classes``: from an atom to its class, padded to the end of the last block.
+    ``vectors``: maps a class to the bit vector of the entries that match the class.
+    ``classes``: maps an atom to its class, padded to the end of the last block.
     """
 
     def __init__(self, masks: dict[Intervals, int], always: int, space: AtomSpace, limit: int, what: str) -> None:
@@ -396,7 +396,7 @@ class LiveSet:
         """Add new classes to a published set.
 
         The class tables have these classes already.
-        ``peers``, ``owns``: from each new class of the peer's and of the own side to its vector of entries.
+        ``peers``, ``owns``: maps each new class of the peer's and of the own side to its vector of entries.
 
         Returns the range of verdicts (start, length) that the set left if it moved, else None.
         """

@@ -240,14 +240,14 @@ class CompiledTables:
     """All tables of one node.
 
     Keys and rows have the same meaning as in the maps, but are not packed into bytes.
-    ``cidrs``: from a prefix to its identity.  A default route has a row only if an owner has the default route.  The
+    ``cidrs``: maps a prefix to its identity.  A default route has a row only if an owner has the default route.  The
     identity of an address that no row contains is WORLD_V4 or WORLD_V6.
-    ``peer_classes``: from (class table, identity) to class.
-    ``l4_atoms``: from a block to its 256 atom numbers.  A block without a row is all zeros.
-    ``l4_columns``: from a block to its 64 class numbers.
-    ``verdicts``: from index to verdict row.
-    ``identities``: from an identity to the digest of its content.
-    ``nodes``: from the name of a node that its addresses identify (`netpol_ebpf.compiler.nodes`) to its number.
+    ``peer_classes``: maps (class table, identity) to class.
+    ``l4_atoms``: maps a block to its 256 atom numbers.  A block without a row is all zeros.
+    ``l4_columns``: maps a block to its 64 class numbers.
+    ``verdicts``: maps index to verdict row.
+    ``identities``: maps an identity to the digest of its content.
+    ``nodes``: maps the name of a node that its addresses identify (`netpol_ebpf.compiler.nodes`) to its number.
     """
 
     endpoints: DesiredTable[EndpointKey, EndpointRow] = field(default_factory=lambda: DesiredTable("endpoints"))

@@ -151,8 +151,9 @@ class Flow:
     """The first packet of a connection, as its sender sent it.
 
     ``dnat_to``: the address and port to which a node on the path translates the destination; None if no node does.
-    ``source``, ``destination``: the ends of the flow, the destination after translation.  None: the end is the owner of
-    the address.  An end must be given if the owner of the address is not the end, as for a pod in the host's network.
+    ``source``, ``destination``: the sender and the final receiver.  None: the owner of the source address, or of the
+    destination address after translation.  A caller must give the end if it is a pod in the host's network, because the
+    host owns the pod's address.
     """
 
     packet: Packet
@@ -410,9 +411,10 @@ class _Planner:
         self.sent = self.original if is_sent_on else self.final
 
     def _translating_node(self, written: FlowEnd) -> str | None:
-        """The node that translates the destination; None if nothing is translated.
+        """The node that translates the destination; None if no node does.
 
-        It is the node with the destination address, else the sender's node, else the receiver's node.
+        The node with the destination address translates it.  If no node has the address, the sender's node does, or the
+        receiver's node if the sender is on no known node.
         ``written``: the owner of the destination before translation.
         """
         if not self.is_translated:

@@ -3,9 +3,9 @@
 
 A stored object has the spec of the same object as projectcalico.org/v3 (the *v3 object*), and different metadata.  The
 name of a stored policy begins with its tier's name, also with ``default.``, which the name of the v3 object may lack.
-Other metadata of the v3 object is JSON in the annotation ``projectcalico.org/metadata``.  The rules are those of
-libcalico-go (`ConvertK8sResourceToCalicoResource`) and of Calico's API server since 3.29.4: if the annotation has a
-name, it is the v3 object's name; if not, the v3 object has the stored name, and a policy loses ``default.``.
+Other metadata of the v3 object is JSON in the annotation ``projectcalico.org/metadata``.  If the annotation has a name,
+it is the v3 object's name.  If not, the v3 object's name is the stored name, for policies without ``default.``.  These
+rules are those of libcalico-go (`ConvertK8sResourceToCalicoResource`) and of Calico's API server since 3.29.4.
 
 Invariant: an object that this module reads has the name, labels and spec of the v3 object.
 """

@@ -35,7 +35,7 @@ KINDS: dict[tuple[str, str], Kind] = {
 }
 
 WORKLOADS: dict[tuple[str, str], Kind] = {(kind.api_version, kind.kind): kind for kind in workloads.KINDS}
-"""Kinds with a pod template. Only commands without a cluster read them, because there the pods do not exist."""
+"""Kinds with a pod template. Only commands without a cluster read them, because in a cluster their pods exist."""
 
 KUSTOMIZATION = ("kustomize.config.k8s.io/v1beta1", "Kustomization")
 

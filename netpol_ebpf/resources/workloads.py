@@ -35,7 +35,7 @@ _TEMPLATES: dict[tuple[str, str], tuple[str, ...]] = {
     ("v1", "PodTemplate"): ("template",),
     ("v1", "ReplicationController"): ("spec", "template"),
 }
-"""From (apiVersion, kind) to the path of the pod template in the object."""
+"""Maps (apiVersion, kind) to the path of the pod template in the object."""
 _KIND_NAMES = frozenset(kind for _, kind in _TEMPLATES)
 
 

@@ -59,7 +59,7 @@ class _LabelGroup(Generic[L]):
 
 
 class _Bag(Generic[T]):
-    """From a key to a set of members.
+    """Maps a key to a set of members.
 
     A single member is stored without a set to save memory, because most keys of a large index have one member.
     """

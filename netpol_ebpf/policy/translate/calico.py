@@ -167,9 +167,9 @@ def _unsupported(rule: CalicoRule) -> str:
 
 
 def _ip_version(rule: CalicoRule) -> int | None:
-    """The only IP version that the rule matches (SEMANTICS 1.4); None if the rule matches both.
+    """The only IP version that the rule matches (SEMANTICS 1.4); None if the rule matches both versions.
 
-    It is the rule's ipVersion, else the version of its nets and notNets if all of them have the same version.
+    The rule's ipVersion decides.  Without ipVersion, the nets and notNets decide if all of them have the same version.
     """
     if rule.ip_version is not None:
         return rule.ip_version

@@ -48,12 +48,13 @@ class TranslatedKind:
 
     ``resource``: the type of the parsed resource (`netpol_ebpf.resources.load.KINDS` has the API names and parsers).
     ``name``: the kind in the `ResourceKey` of a resource.
-    ``cluster_name``: the kind in the `ResourceKey` of a resource without a namespace; "" if it does not differ.
+    ``cluster_name``: the kind in the `ResourceKey` of a resource without a namespace; "" if it is the same as ``name``.
     ``derive``: called with (derivation, key, old resource, new resource) to update the world for one changed resource.
-    A resource is None if it did not or does not exist.
+    A resource is None if it does not exist at that time.
     ``policy``, ``endpoint``: translate a resource that is a policy or an endpoint.
     ``profiles``: returns the names of the profiles from which a resource inherits labels.
-    ``related_keys``: returns the tuples of namespace label keys whose values a policy's translation depends on.
+    ``related_keys``: returns tuples of namespace label keys.  The translation of a policy depends on the values of
+    these labels.
     """
 
     resource: type[Resource]
@@ -176,7 +177,9 @@ class Derivation:
     # --- one resource ---------------------------------------------------------------------------------------------------
 
     def _derive(self, key: ResourceKey, old: Resource | None, new: Resource | None) -> None:
-        """Update the world for one resource that changed from ``old`` to ``new``. None: it did not or does not exist.
+        """Update the world for one changed resource.
+
+        ``old``, ``new``: the resource before and after the change; None if it does not exist at that time.
         """
         resource = new if new is not None else old
         self.kinds[type(resource)].derive(self, key, old, new)

@@ -42,7 +42,7 @@ from netpol_ebpf.resources.sharing import REMEMBERED, share_texts
 HOST_ENDPOINT = "HostEndpoint"
 
 ProfileLabels = Callable[[str], Mapping[str, str]]
-"""From the name of a profile to the labels that endpoints inherit from it. A missing profile has no labels."""
+"""Maps the name of a profile to the labels that endpoints inherit from it. A missing profile has no labels."""
 
 _ALLOW = (Rule(Action.ALLOW, 0),)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ClusterNetworkPolicy, AdminNetworkPolicy and BaselineAdminNetworkPolicy as policies of tiers that end in Pass.
+"""Translates the policies of policy.networking.k8s.io into policies of tiers that end in Pass.
 
 ClusterNetworkPolicy, the newer kind, has the tiers kube-admin and kube-baseline.  AdminNetworkPolicy has its own tier
 directly after kube-admin, BaselineAdminNetworkPolicy directly after kube-baseline.  Upstream does not define the order
@@ -55,7 +55,7 @@ LabelValues = tuple[Union[str, None], ...]
 """The values of some label keys on one namespace; None for a label that the namespace lacks."""
 
 DistinctValues = Callable[[tuple[str, ...]], Iterable[LabelValues]]
-"""From label keys to the distinct combinations of their values on existing namespaces."""
+"""Maps label keys to the distinct combinations of their values on existing namespaces."""
 
 
 def translate_cluster_policy(key: PolicyKey, policy: ClusterNetworkPolicy, distinct_values: DistinctValues) -> Policy:
