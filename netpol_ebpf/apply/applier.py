@@ -2,9 +2,9 @@
 """Writes the compiled tables to the kernel's maps: first all rows, then each change.
 
 Invariants: a row is written before other rows refer to it.  It is deleted only when no row refers to it any more and a
-grace period of the kernel has passed.  One element update changes an endpoint's policy.  A change that does not fit is
-rejected before its first write.  A change that fails later is rolled back.  In both cases the previous policy stays in
-force.
+grace period of the kernel has passed.  The update of one map element changes an endpoint's policy.  A change that does
+not fit is rejected before its first write.  A change that fails later is rolled back.  In both cases the previous
+policy stays in force.
 
 This module must not decide policy, nor which interface an endpoint has; the caller states the interface
 (`Applier.bind`).
@@ -79,7 +79,8 @@ class KernelMap(Protocol):
 class Binding:
     """The interface of an endpoint.
 
-    ``ifindex``: unused for a host endpoint, because `netpol_ebpf.apply.surroundings` writes the rows of its interfaces.
+    ``ifindex``: unused for a host endpoint, because `netpol_ebpf.apply.surroundings` writes the rows of a host's
+    interfaces.
     ``allowed_sources``: prefixes from which the workload may send although the addresses are not its own.
     ``link``: the ifindex of the bridge of which the interface is a port; 0 if it is not a bridge port.
     ``flags``: further properties of the interface.

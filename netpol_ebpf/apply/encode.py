@@ -188,7 +188,7 @@ ENCODERS: Mapping[str, Callable[[Any, Any], Element]] = {
     "verdicts": _verdict,
     "rules": _rule,
 }
-"""Maps table name to the function that encodes one row.
+"""Maps a table's name to the function that encodes one row of the table.
 
 Endpoint rows are not here, because they also need an interface (see `endpoint_element`).  Log lists and identities are
 not written to the kernel, because the program does not need them.
@@ -290,7 +290,9 @@ def endpoint_element(ifindex: int, number: int, sets: EndpointSets, flags: Endpo
 
 
 NO_SETS = EndpointSets(None, None)
-"""For the row of one of the node's own interfaces. Its policy, if any, is in the row of the interface's host endpoint.
+"""No policy sets, for the row of one of the node's own interfaces.
+
+The policy of such an interface, if any, is in the row of its host endpoint.
 """
 
 

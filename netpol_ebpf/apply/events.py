@@ -37,7 +37,7 @@ DROPPED_BY_RULE = frozenset({abi.NP_REASON_POLICY_DENY, abi.NP_REASON_REVOKED})
 
 
 class Lookup(Protocol[V_co]):
-    """Maps a number to the object with that number: a dictionary or a compiled table."""
+    """Anything that maps a number to the object with that number, such as a dictionary or a compiled table."""
 
     def get(self, key: int, /) -> V_co | None:
         """The object with the number ``key``, or None."""

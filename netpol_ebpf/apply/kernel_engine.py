@@ -161,7 +161,7 @@ class _TestRunner:
 def open_runner(dataplane: Dataplane, *, over_veth: bool | None = None) -> Iterator[Runner]:
     """A runner that uses test runs, or frames over a veth pair if the kernel's test runs do not suffice.
 
-    ``over_veth``: if not None, it decides between the two instead.
+    ``over_veth``: True for frames over a veth pair, False for test runs; None lets the kernel's abilities decide.
     """
     if over_veth is None:
         over_veth = not can_name_ingress()
@@ -223,8 +223,8 @@ class KernelEngine:
     def decide(self, question: Question) -> Verdict:
         """The program's verdict on ``question``. Raises NotJudgedError if the program decides without policy.
 
-        Cost: some 100 microseconds, and 50 more over a veth pair.  Less if the previous question was about the same
-        endpoint.
+        Cost: some 100 microseconds, and 50 more over a veth pair.  The cost is lower if the previous question was about
+        the same endpoint.
         """
         row = self._compiler.tables.endpoints.get(question.endpoint)
         if row is not None and (question.direction, question.stage) not in row.sets:

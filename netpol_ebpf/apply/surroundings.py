@@ -113,7 +113,7 @@ class SurroundingsWriter:
 
     @property
     def rows(self) -> Mapping[tuple[str, bytes], bytes]:
-        """The rows that were written last: from (map name, key) to value."""
+        """The rows that were written last, as a mapping of (map name, key) to value."""
         return self._rows
 
     def write(self, wanted: Surroundings, *, keep: Iterable[tuple[str, bytes]] = ()) -> None:

@@ -73,8 +73,8 @@ class ClassTable:
     def build(self, draft: Draft) -> None:
         """Assign classes and rows to all identities, in a table that is not in force yet.
 
-        The largest class of a family becomes the family's default class.  Cost: linear in the sum of all matches'
-        identities, not in identities times matches.
+        The largest class of a family becomes the family's default class.  Cost: linear in the number of pairs of a
+        match and an identity for which the match is true.
         """
         vectors = self._vectors_by_term()
         v6 = self._identities.v6
@@ -170,7 +170,7 @@ class ClassTable:
     def remove(self, identity: int, draft: Draft, journal: Journal) -> None:
         """Delete the row of an identity that no address has any more.
 
-        Removes also a class that no row and no default has.
+        Also removes the identity's class if no row and no default is left for the class.
         """
         class_ = self._rows.get(identity)
         if class_ is None:

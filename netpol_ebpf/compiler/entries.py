@@ -190,7 +190,10 @@ def _side(entity: Entity, number: int | None, resolver: Resolver, *, is_source: 
 
 
 def _join(combination: tuple[_Clause, ...]) -> _Clause | None:
-    """The conjunction of clauses of one side. None if no packet can match it, for example a clause of each family."""
+    """The conjunction of clauses of one side.
+
+    None if no packet can match all of them, for example if one clause needs IPv4 and another IPv6.
+    """
     l4, source = ANY_L4, ANY_SOURCE
     for clause in combination:
         l4 = intersection(l4, clause.l4)
@@ -291,8 +294,8 @@ def _ports(entity: Entity, number: int | None, resolver: Resolver, *, is_source:
 def _not_ports(entity: Entity, number: int | None, resolver: Resolver, *, is_source: bool) -> Iterator[_Clause]:
     """The alternatives of an entity's negated ports. They are disjoint.
 
-    Each port that some endpoint declares by one of the names becomes one alternative, whose address must not declare
-    the port.  The other alternatives contain all other packets.
+    Each port that some endpoint declares by one of the names becomes one alternative: the packets with this port whose
+    address does not declare it.  The other alternatives contain all other packets.
     """
     unwanted = entity.not_ports
     if unwanted is None:

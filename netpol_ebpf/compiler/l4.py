@@ -7,8 +7,8 @@ predicate is a set of positions, as intervals.  An *atom* is the set of all posi
 Source ports have a line of their own, from 0 to 65535.
 
 Invariants: atom 0 is in no predicate.  Positions with the same atom are in the same predicates.  If an atom's number
-stays in use across a change, then its positions are still in the same ones of the predicates that are in use before and
-after the change.  So the columns of policy sets that the change does not concern stay correct.
+stays in use across a change, the atom is in the same predicates as before, apart from predicates that the change adds
+or removes.  So the columns of policy sets that the change does not concern stay correct.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ WITHOUT_PORTS: Intervals = difference(ANY_L4, WITH_PORTS)
 class Split:
     """The difference between a new partition and the previous one.
 
-    ``parents``: maps the number of each new atom to the atom that had its positions before.  If several atoms had them,
-    it is one of these.
+    ``parents``: maps the number of each new atom to the number of the atom that had the new atom's positions before.
+    If several atoms had them, it is the number of one of these atoms.
     ``blocks``: the changed blocks of the table ``l4_atoms``; None for a block that is all zeros now.
     """
 

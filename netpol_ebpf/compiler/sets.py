@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A policy set in use: a rule list's entries as bit vectors, with classes, columns and verdicts.
 
-*Own entries* are the entries that match the endpoint's own addresses, in templates that constrain the own side.  A
-policy set with given own entries contains no other entries of these templates, and the program does not look up the own
-address.  A policy set without given own entries has verdict rows for each class of own addresses.
+*Own entries* are the entries that match the endpoint's own addresses, in templates that constrain the own side.  If all
+own addresses match the same entries, the policy set contains no other entries of these templates, and the program does
+not look up the own address.  Otherwise the set has verdict rows for each class of own addresses.
 
 Invariants: each combination of classes in use has a verdict row.  The verdicts of a published set never change; the set
 only gains and loses classes.  If a set's range of verdicts or columns gets too small, the set moves to a larger range
@@ -396,7 +396,7 @@ class LiveSet:
         """Add new classes to a published set.
 
         The class tables have these classes already.
-        ``peers``, ``owns``: maps each new class of the peer's and of the own side to its vector of entries.
+        ``peers``, ``owns``: map each new class of the peer's and of the own side to its vector of entries.
 
         Returns the range of verdicts (start, length) that the set left if it moved, else None.
         """

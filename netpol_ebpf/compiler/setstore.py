@@ -3,7 +3,8 @@
 
 Endpoints with equal rule lists and equal own entries share a policy set.
 
-Invariant: before a row gives an identity or atom to packets, every published policy set has a class for it.
+Invariant: before a written row gives packets a new identity or atom, every published policy set has a class for that
+identity or atom.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class NodeTerm:
 
 @dataclass(frozen=True, slots=True)
 class NamedPortTerm:
-    """True if an endpoint with the address declares ``name`` as this port of this protocol.
+    """True if an endpoint with the address declares this port of this protocol under ``name``.
 
     ``selector``: if not None, the selector must also match the labels of that endpoint.
     """

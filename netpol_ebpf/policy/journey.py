@@ -258,7 +258,7 @@ def _walk(journey: Journey, ask: _Ask) -> tuple[bool, Question | None, Cause | H
 
 
 def _first_word(questions: tuple[Question, ...], ask: _Ask) -> tuple[Outcome, Question, Cause]:
-    """The first outcome other than CONTINUE, with its question and cause. If all are CONTINUE, the last one."""
+    """The first outcome other than CONTINUE, with its question and cause. If all are CONTINUE, the last outcome."""
     for question in questions:
         outcome, cause = ask(question)
         if outcome is not Outcome.CONTINUE:

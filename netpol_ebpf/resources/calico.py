@@ -156,7 +156,7 @@ def _tier_name(spec: Reader) -> str:
 
 
 def _types(spec: Reader) -> tuple[str, ...]:
-    """Parse the field types. Returns the directions in the order Ingress, Egress; () if the field is absent."""
+    """Parse the field ``types``. Returns the directions in the order Ingress, Egress; () if the field is absent."""
     types: list[str] = []
     for path, name in spec.indexed_strings("types"):
         if name not in _DIRECTIONS:
@@ -169,10 +169,10 @@ def _types(spec: Reader) -> tuple[str, ...]:
 
 
 def _default_types(spec: Reader) -> tuple[str, ...]:
-    """The policy types if the field types is absent.
+    """The policy types if the field ``types`` is absent.
 
-    They are Ingress without egress rules, Egress with egress rules only, and both with rules of both directions.  The
-    default of a Kubernetes policy is different.
+    They are Ingress if there are no egress rules, Egress if there are only egress rules, and both if there are rules of
+    both directions.  The default of a Kubernetes policy is different.
     """
     if not spec.list("egress"):
         return _DIRECTIONS[:1]

@@ -50,9 +50,9 @@ _OTHER_KINDS: dict[str, frozenset[str]] = {
     "projectcalico.org": frozenset(_CALICO),
     "crd.projectcalico.org": frozenset((*_CALICO, "IPAMBlock", "IPAMConfig", "IPAMHandle", "Profile")),
 }  # fmt: skip
-"""By API group of which the agent reads some kinds: the group's other kinds, which the agent does not read.
+"""For each API group of which the agent reads some kinds: the other kinds of the group.
 
-As of Kubernetes 1.34, Calico 3.31 and its commercial edition.
+The kinds are those of Kubernetes 1.34, Calico 3.31 and Calico's commercial edition.
 """
 
 _NEAR = 0.8

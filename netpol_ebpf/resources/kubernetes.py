@@ -305,7 +305,7 @@ def _port(port: Reader) -> KubernetesPort:
 
 
 def _end_port(port: Reader) -> int | None:
-    """Parse endPort. A value above 65535 is an error, but in lenient mode a warning, and is read as 65535."""
+    """Parse endPort. A value above 65535 is read as 65535 and recorded as an error, in lenient mode as a warning."""
     end = port.integer("endPort", 1, 2**31 - 1)
     if end is not None and end > MAX_PORT:
         seen = port.report.describe((*port.path, "endPort"), end)

@@ -122,7 +122,7 @@ def describe(value: Any) -> str:
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:
-    """`` (did you mean `x`?)`` for the most similar word in ``known``; "" if no word is similar."""
+    """The text `` (did you mean `x`?)`` for the most similar word in ``known``; "" if no word is similar."""
     near = next((one for one in known if one.lower() == word.lower()), None)
     if near is None:
         near = next(iter(get_close_matches(word, known, n=1, cutoff=0.7)), None)

@@ -79,7 +79,7 @@ def _finite(text: str) -> float | None:
 def key_text(value: float) -> str:
     """The text that kubectl makes of a mapping's key that is a number or boolean without quotes.
 
-    A float is rounded to 32 bits before.
+    A float is first rounded to 32 bits.
     """
     if isinstance(value, bool):
         return "true" if value else "false"

@@ -181,7 +181,7 @@ class EndpointSlice:
     """discovery.k8s.io/v1 EndpointSlice.
 
     ``service``: the name of its service, from a label; None without the label.
-    ``addresses``: also those that are not ready.
+    ``addresses``: all addresses, also of endpoints that are not ready.
     """
 
     meta: Meta
@@ -205,7 +205,7 @@ class IPBlock:
 class KubernetesPeer:
     """A peer of a NetworkPolicy: ``ip_block``, or at least one selector.
 
-    None: the field is absent.  An empty selector matches everything.
+    A field is None if the peer does not have it.  An empty selector matches everything.
     """
 
     pod_selector: LabelSelector | None = None
@@ -240,7 +240,7 @@ class KubernetesRule:
 
 @dataclass(frozen=True, slots=True)
 class KubernetesPolicySpec:
-    """NetworkPolicySpec. ``policy_types``: "Ingress", "Egress"; if the field is absent, the API server's default."""
+    """NetworkPolicySpec. ``policy_types``: "Ingress", "Egress"; the API server's default if the field is absent."""
 
     pod_selector: LabelSelector
     policy_types: tuple[str, ...]
@@ -372,7 +372,7 @@ class CalicoPolicySpec:
     """The spec of NetworkPolicy, GlobalNetworkPolicy and their staged forms.
 
     ``order``: None if the field is absent; then the policy is last in its tier.
-    ``types``: if the field is absent, Calico's default.
+    ``types``: "Ingress", "Egress"; Calico's default if the field is absent.
     """
 
     tier: str

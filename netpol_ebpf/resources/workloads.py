@@ -95,7 +95,7 @@ def _addressed(resources: list[Resource]) -> Iterator[Resource]:
 def stand_in_notes(resources: Iterable[Resource], ends: Iterable[object]) -> Iterator[str]:
     """A note for each (namespace, name) in ``ends`` that names a workload with a stand-in address instead of a pod.
 
-    Raises InvalidInputError if no pod but several workloads have a name.
+    Raises InvalidInputError if a name belongs to several workloads and to no pod.
     """
     pods = [one for one in resources if isinstance(one, (Pod, WorkloadEndpoint))]
     for end in ends:

@@ -355,7 +355,10 @@ class _Stream:
 
 
 class _Tree:
-    """Builds the value and the marks of one document from the parser's events, without recursion."""
+    """Builds the value of one document, and the tree of its positions (marks), from the parser's events.
+
+    It does so without recursion.
+    """
 
     __slots__ = (
         "aliased",
@@ -383,7 +386,7 @@ class _Tree:
         self.aliased = 0
 
     def read(self) -> tuple[Any, _Mark]:
-        """Return the document's value and its mark."""
+        """Return the document's value and the tree of its positions."""
         handlers: dict[type[Any], Callable[[Any], None]] = {
             yaml.ScalarEvent: self._scalar,
             yaml.MappingStartEvent: partial(self._open, dict),

@@ -105,7 +105,7 @@ class Selector:
     def is_unsatisfiable(self) -> bool:
         """True if it is certain that no labels match, as for ``a == 'x' && a == 'y'``.
 
-        If the result is False, perhaps none match.
+        If the result is False, it is not known whether any labels match.
         """
         return is_contradiction(self._root)
 

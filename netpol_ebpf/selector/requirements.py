@@ -53,13 +53,16 @@ class Restriction:
 Cover = tuple[Restriction, ...]
 """A necessary condition for a selector to match.
 
-Labels that the selector matches satisfy at least one of these restrictions.  (): the selector matches nothing.  No two
-restrictions have the same key.
+Labels that the selector matches satisfy at least one of these restrictions.  An empty cover means that the selector
+matches nothing.  No two restrictions have the same key.
 """
 
 
 def covers(node: SelectorNode) -> tuple[Cover, ...]:
-    """All covers of a selector's tree that were found. Matching labels satisfy every cover. (): no cover is known."""
+    """All covers of a selector's tree that were found. Matching labels satisfy every cover.
+
+    The result is empty if no cover is known.
+    """
     if isinstance(node, Equals):
         return ((Restriction(node.key, frozenset((node.value,))),),)
     if isinstance(node, In):
@@ -81,7 +84,7 @@ def cheapest_cover(candidates: tuple[Cover, ...]) -> Cover | None:
 
 
 _PRESENCE_COST = 1000
-"""The number of values as which `_cost` counts a restriction without values; arbitrary, more than sets usually have."""
+"""`_cost` counts a restriction without values as this number of values; arbitrary, more than sets usually have."""
 
 
 def _cost(cover: Cover) -> int:
@@ -166,7 +169,7 @@ _Literal = tuple[_Positive, bool]
 def is_contradiction(node: SelectorNode) -> bool:
     """True if no labels can match: each conjunction of the disjunctive normal form contradicts itself for some key.
 
-    If the result is False, perhaps no labels can match: a form with more than MAX_CONJUNCTIONS conjunctions is not
+    The result may be False although no labels can match: a form with more than MAX_CONJUNCTIONS conjunctions is not
     tested, and contradictions between several `contains` are not found.
     """
     arms = list(islice(_conjunctions(node, wanted=True), MAX_CONJUNCTIONS + 1))

@@ -17,7 +17,7 @@ NAMESPACE = "projectcalico.org/namespace"
 ORCHESTRATOR = "projectcalico.org/orchestrator"
 SERVICE_ACCOUNT = "projectcalico.org/serviceaccount"
 NAME = "projectcalico.org/name"
-"""The label of a namespace or service account that has its name. Endpoints inherit the label with a prefix."""
+"""The label that has the name of a namespace or service account. Endpoints inherit the label with a prefix."""
 
 MAX_PORT = 65535
 

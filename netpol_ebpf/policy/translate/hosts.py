@@ -107,7 +107,10 @@ def _host(
 
 
 def _name(name: str) -> str:
-    """``name``. If it is too long, its hash with the suffix, as in Calico's controller."""
+    """The name of an automatic host endpoint: ``name``, or its hash with the suffix if ``name`` is too long.
+
+    Calico's controller makes the same names.
+    """
     if len(name) <= MAX_NAME:
         return name
     digest = base64.urlsafe_b64encode(hashlib.sha256(name.encode()).digest()).decode().rstrip("=")
