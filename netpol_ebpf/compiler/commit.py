@@ -424,7 +424,7 @@ class Commit:
         limits = self._state.limits
         names = [str(key or kind.__name__) for kind, objects in self._changes.items() for key in islice(objects, 3)]
         what = ", ".join(names[:3])
-        if (count := sum(map(len, self._changes.values()))) > 3:  # noqa: PLR2004  # enough to find the culprit
+        if (count := sum(map(len, self._changes.values()))) > 3:  # noqa: PLR2004  # three names suffice to find the change
             what += f" and {count - 3} more"
         for table in ("addresses", "cidrs", "peer_classes", "identities"):
             seen, most = self._draft.size_after(tables, table), getattr(limits, table)

@@ -113,12 +113,12 @@ class Intake:
             del self.dirty[key]
 
     def _take_tier(self, old: PolicyTier | None, new: PolicyTier | None) -> None:
-        name = (new or old).name  # type: ignore[union-attr]  # one of them is there
+        name = (new or old).name  # type: ignore[union-attr]  # old or new is not None
         for policy in self._state.by_tier.get(name, ()):
             self.touch(self._state.subjects.endpoints_of(policy))
 
     def _take_profile(self, old: ProfileRules | None, new: ProfileRules | None) -> None:
-        name = (new or old).name  # type: ignore[union-attr]  # one of them is there
+        name = (new or old).name  # type: ignore[union-attr]  # old or new is not None
         self.stale.update(dict.fromkeys((name, direction) for direction in Direction))
         self.touch(self._state.with_profile.get(name, ()))
 
@@ -150,7 +150,7 @@ class Intake:
         return before, after
 
     def _take_endpoint(self, old: Endpoint | None, new: Endpoint | None) -> None:
-        key = (new or old).key  # type: ignore[union-attr]  # one of them is there
+        key = (new or old).key  # type: ignore[union-attr]  # old or new is not None
         before, after = self._own(self._state.endpoint_owners, key, OwnerKind.ENDPOINT, old, new)
         was, now = (before, self._node_of(old)), (after, self._node_of(new))
         if old is None or new is None or was != now or old.addresses != new.addresses:
@@ -204,12 +204,12 @@ class Intake:
         self.gone.append(known)
 
     def _take_network_set(self, old: LabelledNets | None, new: LabelledNets | None) -> None:
-        key = (new or old).key  # type: ignore[union-attr]  # one of them is there
+        key = (new or old).key  # type: ignore[union-attr]  # old or new is not None
         before, after = self._own(self._state.set_owners, key, OwnerKind.NETWORK_SET, old, new)
         self.net_moves.extend(_moves(old.nets if old else (), before, new.nets if new else (), after))
 
     def _take_node(self, old: ClusterNode | None, new: ClusterNode | None) -> None:
-        name = (new or old).name  # type: ignore[union-attr]  # one of them is there
+        name = (new or old).name  # type: ignore[union-attr]  # old or new is not None
         before, after = self._own(self._state.node_owners, name, OwnerKind.NODE, old, new)
         number = self._state.nodes.numbers.get(name, 0)
         self.address_moves.extend(_moves(_addresses(old), (before, number), _addresses(new), (after, number)))
@@ -255,7 +255,7 @@ class Intake:
 
     def _take_policy(self, old: Policy | None, new: Policy | None) -> None:
         state, journal = self._state, self._journal
-        key = (new or old).key  # type: ignore[union-attr]  # one of them is there
+        key = (new or old).key  # type: ignore[union-attr]  # old or new is not None
         self.touch(state.subjects.endpoints_of(key))
         state.subjects.set_policy(key, None if new is None else new.subject, journal)
         self.touch(state.subjects.endpoints_of(key))

@@ -415,7 +415,7 @@ class LiveSet:
             self._write_verdicts(Phase.GROW, self.peer.vectors, owns, draft, journal)
         return None
 
-    def add_atoms(self, split: Split, source: bool, draft: Draft, journal: Journal) -> tuple[int, int] | None:  # noqa: FBT001  # which line
+    def add_atoms(self, split: Split, source: bool, draft: Draft, journal: Journal) -> tuple[int, int] | None:  # noqa: FBT001  # selects the line
         """Add new atoms to a published set.
 
         Each new atom gets the class of the atom from which it was split.
