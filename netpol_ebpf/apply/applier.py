@@ -127,7 +127,9 @@ class _Undo:
         self._before: list[tuple[str, bytes, bytes | None]] = []
 
     def note(self, name: str, keys: Iterable[bytes]) -> int:
-        """Record the present values of keys that are about to change. Returns how many of the keys are new to the map.
+        """Record the present values of keys that are about to change.
+
+        Returns how many of the keys are new to the map.
         """
         one = self._maps[name]
         values = [(name, key, one.get(key)) for key in keys]
@@ -204,7 +206,9 @@ class Applier:
         return self._elements(key)
 
     def mend_config(self) -> bool:
-        """Restore the configuration if it is not the one that this applier wrote last. Returns whether it was restored.
+        """Restore the configuration if it is not the one that this applier wrote last.
+
+        Returns whether it was restored.
         """
         written = self._written_config
         if written is None or self._maps["np_config"].get(_FIRST) == written:

@@ -209,7 +209,9 @@ def map_and_key(table: str, key: Any) -> tuple[str, bytes]:
 
 
 def decode_key(name: str, key: bytes) -> tuple[str, Any]:
-    """The table and table key of the element ``key`` of map ``name``: the inverse of `map_and_key`, but not for arrays.
+    """The table and table key of the element ``key`` of map ``name``.
+
+    This is the inverse of `map_and_key`, but not for arrays.
     """
     if name in ("np_addr4", "np_addr6"):
         return "addresses", ip_address(key)
@@ -260,7 +262,9 @@ class Meaning:
 
 @dataclass(frozen=True, slots=True)
 class EndpointSets:
-    """The two policy sets of an endpoint row. Without a policy set, the program denies every packet in that direction.
+    """The two policy sets of an endpoint row.
+
+    Without a policy set, the program denies every packet in that direction.
     """
 
     ingress: SetRow | None
@@ -356,8 +360,7 @@ def _filter_bit(address: IPAddress) -> tuple[int, int]:
 
 
 def vip_filter_elements(addresses: Iterable[IPAddress]) -> Iterator[Element]:
-    """The elements of np_vip_filter with a bit for each of ``addresses``, which are addresses of nodes and of services.
-    """
+    """The elements of np_vip_filter with a bit for each of ``addresses`` (addresses of nodes and of services)."""
     words: dict[int, int] = {}
     for address in addresses:
         row, bit = _filter_bit(address)

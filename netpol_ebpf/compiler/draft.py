@@ -26,7 +26,9 @@ DELETED: Any = None
 
 
 class Draft:
-    """The writes of a commit that are not applied yet. In one phase, a later write to a key replaces an earlier write.
+    """The writes of a commit that are not applied yet.
+
+    In one phase, a later write to a key replaces an earlier write.
     """
 
     def __init__(self) -> None:

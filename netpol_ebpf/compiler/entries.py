@@ -111,7 +111,9 @@ _NO_CLAUSE = (_Clause(),)
 
 
 def expand(rule: Rule, direction: Direction, effect: Effect, cause: Cause, resolver: Resolver) -> tuple[RuleEntry, ...]:
-    """The entries of a rule for one direction, with the given effect and cause. Empty if no packet can match the rule.
+    """The entries of a rule for one direction, with the given effect and cause.
+
+    Empty if no packet can match the rule.
     """
     if rule.unsupported or rule.source.impossible or rule.destination.impossible:
         return ()

@@ -60,7 +60,9 @@ class Journal:
         self.add(members, member)
 
     def discard_from(self, index: dict[K, set[V]], key: K, member: V) -> None:
-        """``index[key].discard(member)``; removes the key if no member is left. Raises KeyError if the key is absent.
+        """``index[key].discard(member)``; removes the key if no member is left.
+
+        Raises KeyError if the key is absent.
         """
         members = index[key]
         self.discard(members, member)
@@ -73,8 +75,7 @@ class Journal:
         setattr(thing, name, value)
 
     def on_rollback(self, undo: Callable[[], object]) -> None:
-        """Register a function that `rollback` calls, at this point of the log, to undo a change that the caller made.
-        """
+        """Register a function that undoes a change of the caller. `rollback` calls it at this point of the log."""
         self._entries.append((_CALL, undo, None, None))
 
     def rollback(self) -> None:

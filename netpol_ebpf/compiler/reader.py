@@ -123,7 +123,9 @@ class PolicySetReader:
         self._versions = versions
 
     def cells(self) -> Iterator[Cell]:
-        """One cell for each combination of classes that a packet may have. Cost: the product of the numbers of classes.
+        """One cell for each combination of classes that a packet may have.
+
+        Cost: the product of the numbers of classes.
         """
         for (peer, peers), (own, owns) in product(self.peers.items(), self.owns.items()):
             if self._versions_of(peers).isdisjoint(self._versions_of(owns)):
@@ -274,7 +276,9 @@ class TableReader:
         return {class_: AddressClass(frozenset(identities)) for class_, identities in found.items()}
 
     def _columns(self, atoms: Mapping[int, Intervals], base: int, classes: int) -> dict[int, Intervals]:
-        """The positions of each class of atoms, by class number. ``base``: the first block of the policy set's column.
+        """The positions of each class of atoms, by class number.
+
+        ``base``: the first block of the policy set's column.
         """
         found: dict[int, list[tuple[int, int]]] = {}
         for atom, intervals in atoms.items():

@@ -169,7 +169,9 @@ class Templates:
                 self._forget(key, journal)
 
     def _exists(self, key: TemplateKey) -> bool:
-        """Whether the template's policy exists. Always true for a profile, always false for the exceptions of a host.
+        """Whether the template's policy exists.
+
+        Always true for a profile, always false for the exceptions of a host.
         """
         subject = key[0]
         if isinstance(subject, PolicyKey):

@@ -23,7 +23,9 @@ def implies(premise: Selector, conclusion: Selector) -> bool:
 
 
 def covers(wide: Rule, narrow: Rule) -> bool:
-    """Whether ``wide`` matches every packet that ``narrow`` matches. False if either rule is known to match no packet.
+    """Whether ``wide`` matches every packet that ``narrow`` matches.
+
+    False if either rule is known to match no packet.
     """
     if is_dead(wide) or is_dead(narrow):
         return False

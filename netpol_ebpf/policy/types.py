@@ -432,7 +432,9 @@ class PolicySettings:
 
 @dataclass(slots=True)
 class World:
-    """The input of the engines: the internal objects of one cluster state. Only the creator of a world may change it.
+    """The input of the engines: the internal objects of one cluster state.
+
+    Only the creator of a world may change it.
     """
 
     tiers: dict[str, PolicyTier] = field(default_factory=dict)

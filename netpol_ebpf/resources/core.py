@@ -143,8 +143,7 @@ def _protocol(port: Reader) -> int:
 
 
 def _pod_addresses(obj: Reader, annotations: Mapping[str, str], status: Reader | None) -> tuple[IPAddress, ...]:
-    """A pod's addresses, from the first of these that has any: status.podIPs, status.podIP, annotations of CNI plugins.
-    """
+    """A pod's addresses: from status.podIPs, else from status.podIP, else from annotations of CNI plugins."""
     if status is not None:
         entries = [(entry.path, entry.string("ip")) for entry in status.mappings("podIPs")]
         found = _addresses(obj, [((*path, "ip"), ip) for path, ip in entries if ip])

@@ -168,12 +168,12 @@ def read_regular(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
             raise _too_large(most_bytes)
         if status.st_size == 0:
             return b""
-        file = os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # the file that was checked above
+        file = os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # the file checked above
     finally:
         os.close(place)
     try:
         read = bytearray()
-        while block := os.read(file, status.st_size + 1 if not read else 1 << 16):  # O_NONBLOCK: an error instead of a wait
+        while block := os.read(file, status.st_size + 1 if not read else 1 << 16):  # an error, not a wait
             read += block
             if len(read) > most_bytes:
                 raise _too_large(most_bytes)

@@ -195,7 +195,9 @@ class Reader:
         return None
 
     def required_string(self, key: str) -> str:
-        """A string field that must be present and not empty. If it is not, a problem is recorded and the result is "".
+        """A string field that must be present and not empty.
+
+        If it is not, a problem is recorded and the result is "".
         """
         if not self.has(key) or self._value[key] == "":
             self._known.append(key)

@@ -97,8 +97,8 @@ class Pod:
     """v1 Pod, or the pod of a workload's template (`workloads`), which has no address and the name KIND/NAME.
 
     ``finished``: whether the pod has ended, so that others may get its addresses.
-    ``addresses``: from the first of these that has any: status.podIPs, status.podIP, annotations of CNI plugins.  ()
-    for a finished pod.
+    ``addresses``: from status.podIPs, else from status.podIP, else from annotations of CNI plugins.  () for a finished
+    pod.
     ``allowed_source_prefixes``: from the annotation cni.projectcalico.org/allowedSourcePrefixes.
     ``uid``: the UID in the container runtime, which distinguishes successive pods of the same name; "" if it is not
     given.
