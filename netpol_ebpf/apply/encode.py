@@ -129,14 +129,14 @@ def _address(address: IPAddress, row: AddressRow) -> Element:
 
 
 def address_key(address: IPAddress) -> tuple[str, bytes]:
-    """The map of addresses of this family, and the key of the address in that map."""
+    """The map of addresses of the address's family, and the key of the address in that map."""
     if isinstance(address, IPv4Address):
         return "np_addr4", _ADDR4_KEY.pack(address.packed)
     return "np_addr6", _ADDR6_KEY.pack(address.packed)
 
 
 def cidr_key(net: IPNetwork) -> tuple[str, bytes]:
-    """The map of prefixes of this family, and the key of the prefix in that map."""
+    """The map of prefixes of the net's family, and the key of the net in that map."""
     if isinstance(net, IPv4Network):
         return "np_cidr4", _CIDR4_KEY.pack(net.prefixlen, net.network_address.packed)
     return "np_cidr6", _CIDR6_KEY.pack(net.prefixlen, net.network_address.packed)

@@ -276,7 +276,7 @@ class Addresses:
 
         The rows are written to phase ``phase`` of the draft.  Cost: linear in the changed entries and in the addresses
         inside changed prefixes.
-        ``changed``: if given, the changes are added to it.
+        ``changed``: if not None, the method adds the changes to it.
         """
         for family in self._families.values():
             if family.dirty_prefixes:

@@ -26,8 +26,9 @@ _REMEMBERED = 256
 
 
 class ClassTable:
-    """A partition of the identities: two identities are in one class if the same ones of ``matches`` are true for them.
+    """A partition of the identities.
 
+    Two identities are in one class if exactly the same ones of ``matches`` are true for both.
     ``number``: the ``set`` in keys of the table ``peer_classes``.
     ``masks``: maps a match to its bit.
     ``vectors``: maps a class to the bits of the matches that are true for the identities in the class.

@@ -386,7 +386,7 @@ class Commit:
                 draft.write(Phase.FLIP, "endpoints", key, row)
 
     def _write_moved(self, key: EndpointKey, local: LocalEndpoint) -> None:
-        """Write the endpoint's row to phase PREPARE, with the new ranges of those of its policy sets that moved."""
+        """Write the endpoint's row to phase PREPARE if some of its policy sets moved. The row has their new ranges."""
         if local.row is None:
             return
         now = {row: live.row for live, row in self._state.sets.moved.items()}

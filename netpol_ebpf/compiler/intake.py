@@ -294,9 +294,13 @@ def _containers(world: World) -> dict[type, dict[Any, Any]]:
 
 
 def _moves(had: Iterable[T], before: U, has: Iterable[T], after: U) -> Iterator[tuple[T, U, bool]]:
-    """The changes (item, owner, added) when the items ``had`` of owner ``before`` become ``has`` of owner ``after``.
+    """The changes that replace ``had`` by ``has``, as (item, owner, added).
 
-    Additions come before removals.  If both owners are the same, items that are in ``had`` and in ``has`` are left out.
+    Additions come before removals.
+    ``had``, ``before``: the items before the change, and their owner.
+    ``has``, ``after``: the items after the change, and their owner.
+
+    If both owners are the same, items that are in ``had`` and in ``has`` are left out.
     """
     old, new = set(had), set(has)
     same = old & new if before == after else set()

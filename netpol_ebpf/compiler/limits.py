@@ -37,7 +37,7 @@ class Limits:
 
 
 def exceeded(what: str, limit: str, maximum: int, seen: int) -> LimitError:
-    """The error for an object ``what`` that needs ``seen`` of something of which `Limits` allows ``maximum``.
+    """The error for a limit that the object ``what`` exceeds: it needs ``seen``, and the limit is ``maximum``.
 
     ``limit``: the name of the field of `Limits`.
     """

@@ -65,7 +65,7 @@ class OwnerRecord:
 class TermRecord:
     """A term in use.
 
-    ``references``: how many address matches and names use the term.
+    ``references``: how many address matches and named ports use the term.
     ``owners``: the ids of the owners for which the term is true.
     """
 

@@ -49,7 +49,7 @@ class AddressesOfClass:
     ``addresses``: addresses with a row of their own.
     ``networks``: all addresses in these networks are in the class, except addresses and networks inside them that have
     a row of their own in another class.
-    ``unknown_versions``: the IP versions (4, 6) whose addresses without any row are in the class.
+    ``unknown_versions``: the IP versions (4, 6) for which the addresses without any row are in the class.
     """
 
     addresses: tuple[IPAddress, ...]

@@ -21,7 +21,7 @@ from netpol_ebpf.policy.types import Outcome
 BUDGET = 50_000
 """How many verdicts one commit compares. A change that needs more comparisons counts as revoking.
 
-Arbitrary; the comparisons take some tens of milliseconds.
+The number is arbitrary; the comparisons take some tens of milliseconds.
 """
 _REMEMBERED = 4096
 """How many results are cached for each policy set; arbitrary."""
@@ -104,8 +104,9 @@ class Revocation:
         )
 
     def _pairs(self, old: EntryVectors | None, new: EntryVectors | None) -> set[tuple[int, int]]:
-        """The distinct pairs (old vector, new vector) of entries that match one identity, on one side.
+        """For each identity, the entries that match it on one side, as a pair (old vector, new vector).
 
+        Each pair occurs once.
         ``old``, ``new``: the side of the old and of the new policy set.  None: the policy set does not have this side,
         and the vector has all bits.
         """

@@ -45,7 +45,7 @@ _TRIM_ABOVE = 256
 """How many verdicts of deleted classes a policy set may cache; arbitrary."""
 
 EXCEPTIONS = (CauseKind.FAILSAFE, CauseKind.TUNNEL)
-"""The kinds of causes of packets that no policy of a host may drop, in any stage."""
+"""The kinds of causes that protect packets from the policy of a host, in all stages."""
 
 _OUTCOMES = {Effect.ALLOW: Outcome.ALLOW, Effect.DENY: Outcome.DENY, Effect.CONTINUE: Outcome.CONTINUE}
 

@@ -3,8 +3,8 @@
 
 Endpoints with equal rule lists and equal own entries share a policy set.
 
-Invariant: before a written row gives packets a new identity or atom, every published policy set has a class for that
-identity or atom.
+Invariant: when a row that gives packets a new identity or atom is written, every published policy set already has a
+class for that identity or atom.
 """
 
 from __future__ import annotations
@@ -96,7 +96,10 @@ class SetStore:
                 self._moved.setdefault(live, row)
 
     def distinguishing(self, one: int, other: int) -> Iterator[tuple[ClassTable, Iterable[LiveSet]]]:
-        """The class tables in which two identities may have different classes, with the published sets of each."""
+        """The class tables in which two identities may have different classes.
+
+        Yields (class table, published sets that use the class table).
+        """
         for class_table in {**self._vectors(one), **self._vectors(other)}:
             yield class_table, self._sets_of[class_table]
 

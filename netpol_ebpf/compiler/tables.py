@@ -65,7 +65,7 @@ PROTOCOL_SLOT: Mapping[int, int] = {TCP: 0, UDP: 1, SCTP: 2, ICMP: 3, ICMPV6: 4}
 The block is slot*256 + (port >> 8), or slot*256 + ICMP type.
 """
 SOURCE_SLOT = 5
-"""The same number for source ports of all protocols: the atom block is SOURCE_SLOT*256 + (source port >> 8)."""
+"""The ``slot`` of source ports, for all protocols. The atom block is SOURCE_SLOT*256 + (source port >> 8)."""
 OTHER_BLOCK = 6 * 256
 """The atom block of all other protocols. The index in the block is the protocol's number."""
 ATOM_BLOCKS = OTHER_BLOCK + 1

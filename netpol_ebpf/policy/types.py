@@ -88,7 +88,7 @@ class IcmpType:
 class BackendMatch:
     """Matches the backends of a service.
 
-    ``match_ports``: whether address, protocol and port must be a backend's; otherwise only the address must be.
+    ``match_ports``: True if address, protocol and port must be those of a backend, False if only the address must be.
     """
 
     namespace: str

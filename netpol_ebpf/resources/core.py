@@ -162,7 +162,11 @@ def _pod_addresses(obj: Reader, annotations: Mapping[str, str], status: Reader |
 
 
 def _addresses(obj: Reader, texts: Iterable[tuple[Path, str]]) -> tuple[IPAddress, ...]:
-    """Parse addresses. Returns the distinct addresses in the given order. ``texts``: (path for messages, address)."""
+    """Parse addresses.
+
+    Returns the distinct addresses in the given order.
+    ``texts``: pairs (path for messages, text of an address).
+    """
     found: dict[IPAddress, None] = {}
     for path, text in texts:
         try:

@@ -122,7 +122,7 @@ _STAGED_ACTION = word(
 
 
 def _nothing_but_the_action(fields: dict[str, Schema]) -> dict[str, str]:
-    """The CEL rule that a staged policy with the action Delete has no value in any of ``fields``."""
+    """The CEL rule which requires that a staged policy with the action Delete has no value in any of ``fields``."""
     empty = []
     for key, field in fields.items():
         if field["type"] == "number":

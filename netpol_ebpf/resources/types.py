@@ -289,7 +289,7 @@ class Icmp:
 class ServiceAccountMatch:
     """The field serviceAccounts: an account must have one of ``names`` and match ``selector``.
 
-    If one of the two is empty, only the other must match.  Not both are empty.
+    If one of the two is empty, only the other must match.  They are never both empty.
     """
 
     names: tuple[str, ...] = ()

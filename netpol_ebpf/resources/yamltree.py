@@ -294,7 +294,10 @@ def _end_of_blank(text: str, offset: int) -> int:
 
 
 def _end_of_json(text: str, offset: int) -> int | None:
-    """The end of the JSON object or list at ``offset``. None if there is none, or if more text is in its last line."""
+    """The end of the JSON object or list at ``offset``.
+
+    None if there is none, or if other text follows in its last line.
+    """
     if not text.startswith(("{", "["), offset):
         return None
     try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts from which the modules of all kinds build effective selectors: labels, prefixes, selectors and ports.
+"""The parts from which all policy kinds' effective selectors are built: labels, prefixes, selectors and ports.
 
 Invariant: an effective selector is evaluated on an owner's labels alone, without the policy's namespace or kind
-(SEMANTICS 2.5, 2.6).  The modules of the kinds decide which parts they combine.
+(SEMANTICS 2.5, 2.6).  The module of a policy kind decides which parts it combines.
 """
 
 from __future__ import annotations

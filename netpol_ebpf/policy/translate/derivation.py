@@ -91,7 +91,7 @@ BUILT_IN_TIERS: Mapping[str, PolicyTier] = {
 
 
 def key_of(resource: Resource) -> ResourceKey:
-    """The key under which `Derivation` stores a resource. If the resource is an endpoint, it is the endpoint's key."""
+    """The key under which `Derivation` stores a resource. The key of an endpoint's resource is an `EndpointKey`."""
     kind, meta = Derivation.kinds[type(resource)], resource.meta
     name = kind.name if meta.namespace or not kind.cluster_name else kind.cluster_name
     return (ResourceKey if kind.endpoint is None else EndpointKey)(name, meta.namespace, meta.name)

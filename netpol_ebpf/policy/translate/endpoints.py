@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Endpoints, network sets, nodes, services, and the profiles of namespaces and service accounts (SEMANTICS 1.3).
 
-Invariants: labels are effective.  They are the object's own labels, and labels inherited from its profiles; if several
-have a key, own labels count first, then earlier profiles.  An own label cannot replace the inherited labels of a
-namespace or service account, because the prefixes of these labels are reserved.  A pod in the host's network, or a
-finished pod, is no endpoint.
+Invariants: labels are effective: they are the object's own labels, and labels inherited from its profiles.  If a key
+occurs several times, the own label counts, else the label of the first profile that has the key.  An own label cannot
+replace the inherited labels of a namespace or service account, because the prefixes of these labels are reserved.  A
+pod in the host's network, or a finished pod, is no endpoint.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def _without_reserved(labels: Mapping[str, str]) -> dict[str, str]:
 def _effective(own: Mapping[str, str], profiles: Iterable[str], labels_of: ProfileLabels) -> Mapping[str, str]:
     """Own labels and labels inherited from ``profiles``.
 
-    If several have a key, own labels win over profiles, and earlier profiles over later ones.
+    If a key occurs several times, the own label counts, else the label of the first profile that has the key.
     """
     effective: dict[str, str] = {}
     for profile in reversed(tuple(profiles)):
