@@ -259,9 +259,9 @@ class EntryVectors:
         self._known: dict[int, int] = {}
 
     def vector(self, matching: int) -> int:
-        """The bit vector of the policy set's entries that have one of the matches ``matching``.
+        """The bit vector of the policy set's entries that have one of the matches in ``matching``.
 
-        ``matching``: matches as bits of the class table.
+        ``matching``: a bit vector of matches (`ClassTable.masks` has the bit of each match).
         """
         known = self._known.get(matching)
         if known is None:

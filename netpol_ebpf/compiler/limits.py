@@ -14,7 +14,7 @@ from netpol_ebpf.errors import LimitError
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The largest number of rows of each table, and of parts of each policy and policy set, that the compiler accepts.
+    """The largest number of rows of each table, and the largest sizes of policies and policy sets.
 
     A default is the default size of the BPF map that has the table's rows.  Where no map sets the limit, the default is
     arbitrary.

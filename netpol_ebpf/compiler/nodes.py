@@ -20,17 +20,17 @@ from netpol_ebpf.policy.types import ClusterNode
 
 
 class NodeNumbers:
-    """The numbers of nodes. ``numbers``: by name, the number of each node that has one."""
+    """The numbers of nodes. ``numbers``: maps the name of each node with a number to the number."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
         self._next = FIRST_NODE
 
     def renumber(self, nodes: Mapping[str, ClusterNode], journal: Journal) -> dict[str, tuple[int, int]]:
-        """Update the numbers from the addresses of all ``nodes``, by name.
+        """Update the numbers after the addresses of nodes may have changed. ``nodes``: all nodes, by name.
 
-        Returns, by name, (old number, new number) for each node with a changed number; 0 for no number.  Cost: linear
-        in the nodes.
+        Returns, for the name of each node with another number than before, (old number, new number). 0 stands for no
+        number.  Cost: linear in the nodes.
         """
         holders = Counter(address for node in nodes.values() for address in set(node.addresses))
         before = self.numbers

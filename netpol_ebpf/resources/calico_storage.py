@@ -37,7 +37,10 @@ KINDS = tuple(
 
 
 def kept_metadata(metadata: Reader) -> Mapping[str, Any]:
-    """The ``name`` and ``labels`` of the v3 object, as far as the annotation has them. Empty without the annotation."""
+    """The ``name`` and ``labels`` that the object has as projectcalico.org/v3, as far as the annotation has them.
+
+    Empty without the annotation.
+    """
     annotations = metadata.peek("annotations")
     text = annotations.get(METADATA) if isinstance(annotations, Mapping) else None
     if not isinstance(text, str):
@@ -60,12 +63,15 @@ def _are_labels(labels: object) -> bool:
 
 
 def restored_name(kind: str, name: str, kept: Mapping[str, Any]) -> str:
-    """The name of the v3 object of the stored object ``name``. ``kept``: the result of `kept_metadata`."""
+    """The name that the stored object ``name`` has as projectcalico.org/v3. ``kept``: the result of `kept_metadata`."""
     return kept.get("name") or (name.removeprefix(_DEFAULT_PREFIX) if kind in _TIERED else name)
 
 
 def restored_labels(labels: Mapping[str, str], kept: Mapping[str, Any]) -> dict[str, str]:
-    """The labels of the v3 object. ``labels``: those of the stored object. ``kept``: the result of `kept_metadata`.
+    """The labels that a stored object has as projectcalico.org/v3.
+
+    ``labels``: the labels of the stored object.
+    ``kept``: the result of `kept_metadata`.
 
     Older versions of Calico stored labels in the annotation only, newer versions on the object only.
     """
@@ -73,7 +79,7 @@ def restored_labels(labels: Mapping[str, str], kept: Mapping[str, Any]) -> dict[
 
 
 def without_stored_copies(resources: Iterable[Resource]) -> list[Resource]:
-    """The resources without those stored objects whose v3 object is also among them."""
+    """The resources without those stored objects that are also among them as projectcalico.org/v3."""
     given = list(resources)
     if not any(one.meta.is_stored for one in given):
         return given

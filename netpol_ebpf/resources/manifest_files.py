@@ -53,9 +53,9 @@ class ManifestFiles:
     directories: dict[str, DirectoryId] = field(default_factory=dict)
 
     def readable(self) -> tuple[list[str], dict[str, str]]:
-        """The regular files, sorted, and every other path that may be or contain a manifest.
+        """The files that can be read, sorted, and the paths that may be or contain a manifest but cannot be read.
 
-        The second result is from path to the reason why that path cannot be read.
+        The second result maps each such path to the reason why it cannot be read.  Only regular files can be read.
         """
         others = {name: "it is no regular file" for name, one in self.files.items() if not stat.S_ISREG(one.st_mode)}
         return sorted(self.files.keys() - others.keys()), {**self.hidden, **others}
