@@ -287,7 +287,10 @@ class TableReader:
         return {class_: normalise(pairs) for class_, pairs in found.items()}
 
     def _intervals(self, blocks: Iterable[int], first: int) -> dict[int, Intervals]:
-        """The positions of each atom in ``blocks``. ``first``: the block that contains position 0."""
+        """The positions of each atom in ``blocks``.
+
+        ``first``: the first block of the line to which the blocks belong.
+        """
         pairs: dict[int, list[tuple[int, int]]] = {}
         for block in blocks:
             start = (block - first) * ATOM_BLOCK

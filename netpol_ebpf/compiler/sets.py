@@ -450,9 +450,9 @@ class LiveSet:
         return self._walk(vector & self._entries.enforced)[0] if known is None else known.outcome
 
     def may(self, outcome: Outcome) -> bool:
-        """Whether some packet may have this outcome.
+        """Whether some packet may have this outcome. If the result is False, no packet has the outcome.
 
-        If the result is False, no packet has it; if True, perhaps no packet has it.
+        If the result is True, it is not certain that a packet has the outcome.
         """
         return any(verdict.outcome is outcome for verdict in self._verdicts.values())
 

@@ -2,9 +2,9 @@
 """The schema of a projectcalico.org/v3 rule.
 
 The schema has the fields that `calico_rule` reads, and those of its checks that CEL can express.  `netpolctl check` and
-the agent make the other checks.  Two kinds of checks are not in the schema: whether a selector parses, and checks that
-would exceed the API server's cost limit for the 1 024 rules of a direction (whether a range of ports is in order,
-whether CIDRs have host bits, whether they have one IP version).
+the agent make the other checks.  CEL cannot check whether a selector parses.  Some checks would exceed the API server's
+cost limit for the 1 024 rules of a direction: whether a range of ports is in order, whether CIDRs have host bits, and
+whether they have one IP version.
 """
 
 from __future__ import annotations
