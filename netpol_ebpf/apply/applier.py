@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the compiled tables to the kernel's maps: first all rows, then each change.
 
-Invariants: a row is written before other rows refer to it.  It is deleted only when no row refers to it any more and a
-grace period of the kernel has passed.  The update of one map element changes an endpoint's policy.  A change that does
-not fit is rejected before its first write.  A change that fails later is rolled back.  In both cases the previous
+Invariants: a row is written before other rows refer to it.  A row is deleted only when no row refers to it any more and
+a grace period of the kernel has passed.  The update of one map element changes an endpoint's policy.  A change that
+does not fit is rejected before its first write.  A change that fails later is rolled back.  In both cases the previous
 policy stays in force.
 
 This module must not decide policy, nor which interface an endpoint has; the caller states the interface
@@ -206,9 +206,9 @@ class Applier:
         return self._elements(key)
 
     def mend_config(self) -> bool:
-        """Restore the configuration if it is not the one that this applier wrote last.
+        """Restore the configuration if it differs from the configuration that this applier wrote last.
 
-        Returns whether it was restored.
+        Returns whether it differed.
         """
         written = self._written_config
         if written is None or self._maps["np_config"].get(_FIRST) == written:

@@ -69,7 +69,7 @@ class AddressEntry:
     ``owners``, ``groups``: those of the address itself, not inherited ones.  A value occurs once for each time it was
     added.
     ``claims``: the claims of the local endpoints that have the address.
-    ``nodes``: the numbers of the other nodes on which its owners are, one item for each such owner.
+    ``nodes``: the numbers of the nodes of its owners.  An owner on this node, or on an unknown node, has no item.
     """
 
     address: IPAddress

@@ -2,8 +2,8 @@
 """A rule as entries of the form (peer address) x (own address) x (protocol, port or type) x (source port).
 
 A rule with named ports, or with a service's ports, does not have this form, because the matching ports depend on the
-address.  It becomes one entry for each port for which the name or service stands.  All entries of a rule have the
-rule's cause, so it does not matter if a packet matches several of them.
+address.  Such a rule becomes one entry for each port for which the name or service stands.  All entries of a rule have
+the rule's cause, so it does not matter if a packet matches several of them.
 
 Invariant: a packet matches a rule exactly if it matches one of the rule's entries (section 1 of policy/MATCHING.md
 defines a match).  This module does not read endpoints or services.  A `Resolver` reads them, and records the names and
@@ -256,7 +256,8 @@ def _not_nets(nets: tuple[IPNetwork, ...]) -> tuple[_Clause, ...]:
 def _named(entity: Entity, names: Ports, number: int | None, resolver: Resolver) -> dict[PortPair, set[str]]:
     """Maps each (protocol, port) to those of ``names`` that stand for it.
 
-    ``number``: the rule's protocol; ports of other protocols are left out.  None: ports of all protocols.
+    ``number``: the rule's protocol; ports of other protocols are left out.  If it is None, ports of all protocols are
+    included.
     """
     found: dict[PortPair, set[str]] = {}
     for name in names.names:
@@ -296,8 +297,8 @@ def _ports(entity: Entity, number: int | None, resolver: Resolver, *, is_source:
 def _not_ports(entity: Entity, number: int | None, resolver: Resolver, *, is_source: bool) -> Iterator[_Clause]:
     """The alternatives of an entity's negated ports. They are disjoint.
 
-    Each port that some endpoint declares by one of the names becomes one alternative: the packets with this port whose
-    address does not declare it.  The other alternatives contain all other packets.
+    For each port that some endpoint declares by one of the names, one alternative has the packets with this port and an
+    address for which no endpoint declares the port by that name.  The other alternatives have all other packets.
     """
     unwanted = entity.not_ports
     if unwanted is None:

@@ -63,7 +63,7 @@ class Split:
     """The difference between a new partition and the previous one.
 
     ``parents``: maps the number of each new atom to the number of the atom that had the new atom's positions before.
-    If several atoms had them, it is the number of one of these atoms.
+    If several atoms had these positions, the value is the number of one of these atoms.
     ``blocks``: the changed blocks of the table ``l4_atoms``; None for a block that is all zeros now.
     """
 

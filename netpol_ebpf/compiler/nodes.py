@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers of nodes. With them the program checks that a tunnelled packet comes from the node of its source address.
+"""Numbers of nodes. The program uses them to check that a tunnelled packet comes from the node of its source address.
 
-A node has a number only while its addresses identify it: it has at least one address, and shares no address with
+A node has a number only while its addresses identify the node: it has at least one address, and shares no address with
 another node.  If an earlier registration of a machine left a second Node object behind, both nodes have no number, and
 no address gets the number of the wrong node.
 
-Invariants: a number is never given to another node, nor again to a node that lost it.  The caller must update the rows
-that depend on the numbers.
+Invariants: a number is never given to another node, nor again to a node that lost its number.  The caller must update
+the rows that depend on the numbers.
 """
 
 from __future__ import annotations

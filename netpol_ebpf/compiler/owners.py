@@ -106,7 +106,7 @@ NameKey = tuple["Selector | None", str]
 """A named port as a rule uses it: (selector, name).
 
 The named port stands for the ports that endpoints declare under this name.  If the selector is not None, only endpoints
-that it matches count.
+that the selector matches count.
 """
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Values that rows refer to by number: causes (table ``rules``) and lists of Log rules (table ``log_lists``).
 
-Invariant: a value has one number while anything refers to the value.  Its row is written in phase GROW of the first
-commit that needs the value, and removed in phase SHRINK of the commit that drops the last reference.
+Invariant: a value has one number while anything refers to the value.  The value's row is written in phase GROW of the
+first commit that needs the value, and removed in phase SHRINK of the commit that drops the last reference.
 """
 
 from __future__ import annotations

@@ -174,8 +174,8 @@ def nothing_decided(direction: Direction, stage: Stage) -> tuple[Outcome, Cause]
 class Exceptions(NamedTuple):
     """The packets that host policy never blocks in one direction and stage.
 
-    ``replies``: in stage UNTRACKED, the failsafes of the other direction; the replies to their packets must pass as
-    well.
+    ``replies``: in stage UNTRACKED, the failsafes of the other direction, because replies to packets of a failsafe must
+    pass as well.
     """
 
     stage: Stage

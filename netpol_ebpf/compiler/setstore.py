@@ -74,7 +74,7 @@ class SetStore:
     def extend(self, created: Iterable[int], draft: Draft, journal: Journal) -> None:
         """Give new identities their classes in all published sets.
 
-        Cost: linear in the sets with a match that depends on one of these identities.
+        Cost: linear in the number of sets that have a match that depends on one of these identities.
         """
         grown: dict[ClassTable, list[int]] = {}
         for identity in created:

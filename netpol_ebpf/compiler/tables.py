@@ -176,7 +176,7 @@ class DesiredTable(Generic[K, V]):
     def __init__(self, name: str) -> None:
         self.name = name
         self.version = 0
-        """A counter that every change increments. Caches of derived values compare it to detect that they are stale."""
+        """A counter that every change increments. Caches of derived values compare the counter to detect changes."""
         self._rows: dict[K, V] = {}
         self._pending: Delta[K, V] = Delta()
 

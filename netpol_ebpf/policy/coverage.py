@@ -18,7 +18,7 @@ _FAMILY_OF_PROTOCOL = {ICMP: 4, ICMPV6: 6}
 
 @lru_cache(maxsize=65536)
 def implies(premise: Selector, conclusion: Selector) -> bool:
-    """Whether it is certain that labels that match ``premise`` also match ``conclusion``."""
+    """Whether labels that match ``premise`` certainly match ``conclusion`` as well."""
     return premise == conclusion or all_of(premise, negate(conclusion)).is_unsatisfiable()
 
 

@@ -277,7 +277,7 @@ def claim_order(endpoint: Endpoint) -> tuple[int, EndpointKey]:
 
 
 class Topology:
-    """The owner (endpoint or node) of each address of a world. The class plans journeys from this.
+    """The owner (endpoint or node) of each address of a world, as far as the planning of journeys needs it.
 
     A topology is a snapshot of the world when the topology is created.  Cost to create: linear in endpoints and nodes.
     """

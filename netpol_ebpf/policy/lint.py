@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Warnings about valid policies with an effect that is probably not intended.
 
-A warning depends on the whole cluster's state, not on one object.  It concerns one policy and states an effect; it is
-not about style.  A warning that depends on the cluster's endpoints (such as "selects nothing") is given only if the
-input has endpoints.  Warnings are not errors and change no verdict.
+A warning depends on the whole cluster's state, not on one object.  Each warning concerns one policy and states an
+effect; no warning is about style.  A warning that depends on the cluster's endpoints (such as "selects nothing") is
+given only if the input has endpoints.  Warnings are not errors and change no verdict.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class _Warning:
     """A warning without the name of its policy.
 
     ``path``: the field that the warning concerns.
-    ``location``: of the rule that the warning concerns; None if it concerns the whole policy.
+    ``location``: the location of the rule that the warning concerns; None if the warning concerns the whole policy.
     """
 
     path: str

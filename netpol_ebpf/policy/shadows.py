@@ -5,10 +5,10 @@ The analysis is sound and not complete, as in `netpol_ebpf.policy.coverage`.  A 
 state of the cluster's endpoints, so its removal changes no verdict.  A rule that is not reported may still be
 unreachable.
 
-A rule is reported when one other rule covers it.  The other rule matches all packets that the rule matches, and comes
-before the rule at every endpoint of the rule's policy.  It also ends the evaluation, or is a Pass rule of the same
-tier, after which the rest of the tier is skipped.  A Pass rule of an earlier tier can prevent this: the packets that it
-matches skip the rest of its tier, and so perhaps the covering rule.
+A rule is reported if another rule *covers* it.  The covering rule matches all packets that the covered rule matches,
+and comes before the covered rule at every endpoint of the covered rule's policy.  The covering rule ends the
+evaluation, or is a Pass rule of the same tier, after which the rest of the tier is skipped.  A Pass rule of an earlier
+tier can prevent the proof: the packets that it matches skip the rest of its tier, and may skip the covering rule.
 """
 
 from __future__ import annotations

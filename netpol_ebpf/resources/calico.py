@@ -79,8 +79,8 @@ _ONLY_GLOBAL = ("namespaceSelector", "doNotTrack", "preDNAT", "applyOnForward")
 def _check_policy_name(name: str) -> str | None:
     """Check a policy's name. Returns the fault, or None.
 
-    It must be one DNS label, two labels with a dot between them, or the name of an object that Calico converts to a
-    policy.
+    The name must be one DNS label, two labels with a dot between them, or the name of an object that Calico converts to
+    a policy.
     """
     return None if len(name) <= 253 and _CONVERTED_NAME.match(name) else _check_global_policy_name(name)  # noqa: PLR2004
 

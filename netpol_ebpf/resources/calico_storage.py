@@ -79,7 +79,7 @@ def restored_labels(labels: Mapping[str, str], kept: Mapping[str, Any]) -> dict[
 
 
 def without_stored_copies(resources: Iterable[Resource]) -> list[Resource]:
-    """The resources without those stored objects that are also among them as projectcalico.org/v3."""
+    """The resources without each stored object that is also given in the form of projectcalico.org/v3."""
     given = list(resources)
     if not any(one.meta.is_stored for one in given):
         return given

@@ -16,8 +16,8 @@ class Kind:
 
     ``parse``: parses the fields other than metadata.  If there is an error, it records the error and returns None.
     ``check_name``: returns the fault of a name, or None.
-    ``strict``: whether unknown fields, and labels that the API server would reject, are errors.  This is so for
-    policies.  In objects that a cluster wrote, they are ignored.
+    ``strict``: True for policies: unknown fields, and labels that the API server would reject, are errors.  False for
+    objects that a cluster wrote: such fields and labels are ignored.
     ``is_stored``: whether the objects are in the form in which Calico stores them (`calico_storage`).
     """
 

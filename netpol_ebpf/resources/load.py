@@ -107,8 +107,8 @@ def parse_objects(objects: Iterable[tuple[Any, Positions]], *, lenient: bool = F
     """Parse objects that were already decoded from YAML or JSON, with their positions.
 
     Duplicates are errors.
-    ``lenient``: whether names, labels and sizes that an API server would reject are warnings instead of errors.  This
-    is for objects of case files, which no API server has checked.
+    ``lenient``: True for objects that no API server has checked, such as those of case files.  Then names, labels and
+    sizes that an API server would reject are warnings instead of errors.
     """
     loader = _Loader(lenient=lenient)
     for obj, positions in objects:

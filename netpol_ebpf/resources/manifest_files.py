@@ -64,8 +64,8 @@ class ManifestFiles:
 def find_manifests(root: Path, pause: Callable[[], None] = never_pause) -> ManifestFiles:
     """Search a directory and everything below it, links included. Names that begin with a dot are left out.
 
-    If a directory has several paths, it is listed under one of them: its real path if that is below ``root``, else the
-    first link by name.
+    If a directory has several paths, the search lists it under its real path if that path is below ``root``, else under
+    the first link by name.
     ``pause``: a function that is called every few milliseconds.
 
     Raises OSError if ``root`` cannot be listed, or if the search finds more than MOST_ENTRIES directory entries.

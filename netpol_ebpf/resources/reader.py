@@ -32,8 +32,8 @@ class ProblemReport:
     """Collects the problems of one object.
 
     ``failed``: whether one of the problems is an error.
-    ``lenient``: whether a fault that an API server rejects although its meaning is clear (`TOLERATED`) is a warning
-    instead of an error.  This is for objects that no API server has checked, such as those of case files.
+    ``lenient``: True for objects that no API server has checked, such as those of case files.  Then a fault that an API
+    server rejects although its meaning is clear (`TOLERATED`) is a warning instead of an error.
     """
 
     positions: Positions

@@ -170,7 +170,7 @@ def _entity(
     """The schema of one side of a rule.
 
     ``services``, ``domains_allowed``: whether this side may have these fields.
-    ``ports_with_services``: whether this side may have ports beside services.
+    ``ports_with_services``: whether this side may have both ports and services.
     """
     fields = {
         "nets": _nets("CIDRs of which one holds the address."),

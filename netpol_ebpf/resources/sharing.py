@@ -29,7 +29,10 @@ def share(value: T) -> T:
 
 
 def share_text(text: str) -> str:
-    """The shared copy of a name that many objects contain. It is freed with the last object that contains it."""
+    """The shared copy of a name that many objects contain.
+
+    The copy is freed with the last object that contains the name.
+    """
     return sys.intern(str(text))
 
 

@@ -79,7 +79,7 @@ class Positions:
     mark: _Mark | None = None
 
     def location(self, path: Path = ()) -> Location:
-        """The location of ``path``. If the path does not exist, it is the location of its deepest part that exists."""
+        """The location of ``path``. If the path does not exist, the location of its deepest part that exists."""
         mark = self.mark
         if mark is None:
             return share(Location(self.file))
@@ -108,7 +108,7 @@ class Positions:
     def child(self, path: Path) -> Positions:
         """The positions of the value at ``path``.
 
-        If the path does not exist, they are those of its deepest part that exists.
+        If the path does not exist, the positions at its deepest part that exists.
         """
         mark = self.mark
         for step in path:
@@ -360,7 +360,7 @@ class _Stream:
 class _Tree:
     """Builds the value of one document, and the tree of its positions (marks), from the parser's events.
 
-    It does so without recursion.
+    The class uses no recursion, so nesting cannot exhaust the stack.
     """
 
     __slots__ = (

@@ -276,7 +276,7 @@ class Derivation:
     def _derive_vips(self, name: tuple[str, str], old: Resource | None) -> None:
         """Update the destinations that nodes translate for one service.
 
-        Other services may have the same ones.
+        Other services may have the same destinations.
         ``name``: namespace and name of the service.
         ``old``: the Service before the change; None if it did not exist.
         """
