@@ -97,7 +97,7 @@ class Binding:
 class _Step:
     """The map writes of one batch: upserts in the order in which they were added, then deletions.
 
-    ``renews``: whether an endpoint's row is deleted or its number changes.  Then a new generation must begin, because
+    ``renews``: True if an endpoint's row is deleted or gets another number.  Then a new generation must begin, because
     the program caches the number for a generation.
     """
 

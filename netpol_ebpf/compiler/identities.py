@@ -149,7 +149,10 @@ class IdentityIndex:
         self._by_negative: dict[int, set[MatchRecord]] = {}
         self.groups_added: list[int] = []
         self.groups_removed: list[tuple[int, AddressGroup]] = []
-        """Address groups that came into use (``groups_added``) or went out of use since the last `end_commit`."""
+        """``groups_added``: the address groups that came into use since the last `end_commit`.
+
+        ``groups_removed``: those that went out of use.
+        """
         self.created: list[int] = []
         """Identities created since the last `end_commit`."""
         self._unreferenced: set[int] = set()

@@ -69,8 +69,8 @@ class _Entries:
     """The entries of a rule list that can match, by bit number.
 
     The entry of bit 0 is evaluated first.
-    ``own_entries``: in templates that constrain the own side, all other entries are left out.  None: no entry is left
-    out.
+    ``own_entries``: the entries to take from templates that constrain the own side.  None: all entries of these
+    templates.
     """
 
     def __init__(self, rule_list: RuleList, own_entries: OwnEntries | None) -> None:

@@ -146,7 +146,8 @@ class VerdictRow:
 
     Rule numbers are keys of ``CompiledTables.rules``.
     ``log_list``: a key of ``CompiledTables.log_lists``, for the Log rules that matched before the verdict; 0 for none.
-    ``failsafe``: the rule is a failsafe port or a tunnel between nodes, so no earlier stage may drop the packet.
+    ``failsafe``: whether the rule is a failsafe port or a tunnel between nodes, so that no earlier stage may drop the
+    packet.
     """
 
     outcome: Outcome

@@ -169,11 +169,11 @@ def _service_covers(wide: BackendMatch | None, narrow: BackendMatch | None) -> b
 
 
 def _ports_cover(wide: Ports | None, narrow: Ports | None) -> bool:
-    """Whether ``wide`` matches every port that ``narrow`` matches.
+    """Whether ``wide`` matches every port that ``narrow`` matches. Named ports are compared by name.
 
-    Named ports are compared by name.  A name stands for the ports that owners declare under the name; only owners that
-    the entity's selector matches count.  The caller must have checked that the wide entity's selector matches every
-    owner that the narrow entity's selector matches.
+    A name stands for the ports that some owners declare under this name: the owners that the entity's selector matches.
+    So the caller must have checked that the wide entity's selector matches every owner that the narrow entity's
+    selector matches.
     """
     if wide is None:
         return True

@@ -26,7 +26,7 @@ BackendAddress = tuple[IPAddress, int]
 class Translation:
     """The backends of a packet's destination.
 
-    ``owners``: the names of the objects because of which nodes translate the destination, such as ``Service/shop/db``.
+    ``owners``: the names of the objects that cause the translation, such as ``Service/shop/db``.
     """
 
     owners: tuple[str, ...]
