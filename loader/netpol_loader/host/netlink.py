@@ -160,6 +160,7 @@ class Channel:
 
     @property
     def port(self) -> int:
+        """The netlink port id of the socket."""
         return int(self._socket.getsockname()[0])
 
     def close(self) -> None:
