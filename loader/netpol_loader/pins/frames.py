@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the programs on real frames over veth pairs, where a test run cannot say by which interface a packet entered the node.
+"""Runs the programs on real frames over veth pairs, on kernels whose test runs cannot name the ingress interface.
 
-The program at TC_EGRESS reads `ingress_ifindex`: 0 means that the node itself sent the packet.  The context of a test run
-sets that field.  Some kernels reject such a context (Linux 5.15 does, 6.1 does not).  On a veth pair the field has its true
-value:
+The program at TC_EGRESS reads `ingress_ifindex`: 0 means that the node itself sent the packet.  The context of a test
+run sets that field, but some kernels reject such a context (Linux 5.15 does, 6.1 does not).  On a veth pair the field
+has its true value:
 
     elsewhere-peer ==> elsewhere --redirect--> endpoint, TC_EGRESS     a packet from elsewhere
      endpoint-peer ==> endpoint  --redirect--> endpoint, TC_EGRESS     a packet from the endpoint to itself
                             packet socket ---> endpoint, TC_EGRESS     a packet that the node sends
      endpoint-peer ==> endpoint, TC_INGRESS                            a packet that the endpoint sends
 
-`==>` is a veth pair.  The four interfaces live in a network namespace that has no name and no process.  Only the descriptors
-of a `FrameRunner` keep the namespace, so it ends with the runner or with the process, however the process ends.
+`==>` is a veth pair.  The four interfaces are in a network namespace that has no name and no process.  Only the
+descriptors of a `FrameRunner` keep the namespace alive, so it ends with the runner or with the process, however the
+process ends.
 
-Invariants.  No verdict depends on a time-out: a packet socket or filter counts each frame that passes the hook, and a copy of
-the frame waits in the queue behind it.  When the copy arrives and the frame is not counted, the program dropped the frame.  No
-other frame is on the interfaces: they have no address, and IPv6 does not use a link with so small an MTU.
+Invariants: no verdict depends on a time-out.  A packet socket or filter counts each frame that passes the hook, and a
+copy of the frame waits in the queue behind the frame.  If the copy arrives and the frame is not counted, the program
+has dropped the frame.  No other frame is on the interfaces: they have no address, and their MTU is too small for IPv6.
 
-The module must not know what the programs do.  The programs' own counters were rejected as evidence: the programs are
-under test.
+The module must not know what the programs do.  Rejected as evidence: the counters of the programs, because the programs
+are under test.
 """
 
 from __future__ import annotations
