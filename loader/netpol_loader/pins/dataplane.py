@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pinned maps and programs of one node as a whole: creation, adoption, replacement, removal.
 
-All state lives in bpffs (where names may have no dots); a process that holds a `Dataplane` is disposable.  Invariants:
-the pin directory appears whole, by one rename; what is pinned is never replaced by something that did not load; maps
-are kept when the program changes; a directory of another schema is never touched (`netpol_loader.pins.upgrade` takes
-over an older one).  The module must not know what the maps mean, apart from configuration and schema.
+All state is in bpffs (where names may have no dots). A process that holds a `Dataplane` is disposable.
+
+Invariants: the pin directory appears as a whole, by one rename. A pinned program is replaced only by one that the
+kernel has loaded. Maps are kept when the program changes. A directory of another schema is never touched
+(`netpol_loader.pins.upgrade` takes over an older one). The module must not know the meaning of maps, apart from
+configuration and schema.
 
     PIN_ROOT/v1/np_<map>             maps
     PIN_ROOT/v1/programs/            the program set (netpol_loader.pins.programs)
