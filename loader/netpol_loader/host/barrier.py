@@ -178,7 +178,7 @@ class BarrierTables:
             if _is_possible(channel, BRIDGE, self._flags):
                 families.append(BRIDGE)
             self._families = tuple(families)
-            if not self._flags and self._news is None:  # nobody else can change tables that this socket owns
+            if not self._flags and self._news is None:  # otherwise no other process can change the tables
                 self._news = nftables.TableNotifications()
         except BaseException:
             channel.close()

@@ -228,7 +228,7 @@ class RouteTable:
         if kind == DELETE_ROUTE:
             return self._delete(routes)
         if not routes:
-            # An ignored route may have replaced one of this table.
+            # A route that this table ignores may have replaced one of its routes.
             return self._in_the_place_of(payload) if flags & REPLACE else set()
         doubtful = self._make_room(routes) if flags & REPLACE else set()
         for route in routes:
@@ -242,7 +242,7 @@ class RouteTable:
             if route in present:
                 self._remove(route)
             elif any(one.place == route.place for one in present):
-                doubtful |= route.interfaces  # removed already, or not identified by the message
+                doubtful |= route.interfaces  # the route is gone already, or the message does not identify it
         return doubtful
 
     def _make_room(self, routes: list[Route]) -> set[int]:

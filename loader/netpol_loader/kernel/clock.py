@@ -94,6 +94,6 @@ def _measure(prog_fd: int) -> int:
             raise PlatformError("the kernel's jiffies do not advance")
     measured = elapsed / (end_s - begin_s)
     rate = min(KNOWN_RATES, key=lambda known: abs(known - measured))
-    if abs(rate - measured) > rate / 12:  # half the way from 250 to 300, and a little less
+    if abs(rate - measured) > rate / 12:  # a little less than half the distance from 250 to 300
         raise PlatformError(f"the kernel counts {measured:.0f} jiffies a second, which is no known rate")
     return rate

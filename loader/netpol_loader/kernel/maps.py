@@ -187,7 +187,7 @@ class Map:
             key = following
             raw = following.raw[: self.key_size]
             value = self.get(raw)
-            if value is not None:  # else it was removed between the two calls
+            if value is not None:  # otherwise the element was removed between the two calls
                 yield raw, value
 
     def _check(self, key: bytes, value: bytes | None) -> None:

@@ -95,7 +95,7 @@ def load_program(name: str, instructions: bytes) -> int:
         return _load(name, instructions)
     except OSError as error:
         failed = error
-    try:  # again, with the verifier's log
+    try:  # a second load, which gives the verifier's log
         return syscall.prog_load(instructions, name=name, log=(room := syscall.empty(syscall.LOG_BYTES)))
     except OSError:
         said = room.value.decode(errors="replace").strip().splitlines()

@@ -102,7 +102,7 @@ def detach(ifindex: int, dataplane: Dataplane) -> bool:
         try:
             _detach(one, dataplane)
         except (OSError, PlatformError) as error:  # noqa: PERF203 - two at most
-            if find_link(ifindex) is not None:  # else the programs went with the interface
+            if find_link(ifindex) is not None:  # otherwise the programs are gone with the interface
                 what = error.message if isinstance(error, PlatformError) else error.strerror
                 raise PlatformError(
                     f"cannot detach {one.hook.value} from interface {ifindex}, where it goes on enforcing: {what}"
@@ -140,7 +140,7 @@ def others(ifindex: int, dataplane: Dataplane) -> list[str]:
     """The programs of others on an interface's ingress hook, for messages: tcx by id, clsact by name."""
     ours = syscall.prog_info(dataplane.program_fd(Hook.TC_INGRESS)).id
     found: list[str] = []
-    with contextlib.suppress(OSError):  # it is gone, or the kernel has no tcx
+    with contextlib.suppress(OSError):  # the interface is gone, or the kernel has no tcx
         numbers = syscall.prog_query(ifindex, ATTACH_TYPES[Hook.TC_INGRESS])
         found += [f"tcx program {number}" for number in numbers if number != ours]
     return found + [f"filter {name}" for name in clsact.foreign_filters(ifindex, Hook.TC_INGRESS)]
@@ -218,9 +218,9 @@ def _order(one: Attachment) -> tuple[int, str, str]:
 def _attach_tcx(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
     path = link_path(dataplane, ifindex, hook)
     path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
-    path.unlink(missing_ok=True)  # of a former interface with this number; a live one was found before
+    path.unlink(missing_ok=True)  # the pin of a former interface with this index
     try:
-        # Before all others, as with clsact: another party's program that lets a packet pass must not run before policy.
+        # First, as with clsact: another program that lets a packet pass must not run before policy.
         fd = syscall.link_create(dataplane.program_fd(hook), ifindex, ATTACH_TYPES[hook], syscall.BPF_F_BEFORE)
     except OSError as error:
         raise PlatformError(f"cannot attach {hook.value} to interface {ifindex}: {error.strerror}") from error
@@ -242,7 +242,7 @@ def _put_filter(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
 
 
 def _clsact_mark(dataplane: Dataplane, ifindex: int) -> Path:
-    """A directory that marks an interface's clsact as ours, so that we must remove it.
+    """A directory that marks an interface's clsact as ours, so that `detach` removes it.
 
     A file is not possible in bpffs.
     """

@@ -264,7 +264,7 @@ class Dataplane:
         """
         config = self.config()
         config.epoch = following(config.epoch)
-        self.set_config(config)  # in an update of its own: see Applier.bump_generation
+        self.set_config(config)  # a separate update, for the reason in Applier.bump_generation
         config.generation = following(config.generation)
         self.set_config(config)
         return int(config.generation)

@@ -275,7 +275,7 @@ def _require_bh_lock(release: str) -> None:
     """
     option, config = "CONFIG_PREEMPT_RT_NEEDS_BH_LOCK", kernel_config(release)
     if config is not None:
-        is_locked = f"{option}=y" in config or option not in config  # older kernels: always locked
+        is_locked = f"{option}=y" in config or option not in config  # a kernel without the option always locks
     else:
         match = re.match(r"(\d+)\.(\d+)", release)
         is_locked = bool(match) and (int(match[1]), int(match[2])) < FIRST_KERNEL_WITHOUT_BH_LOCK  # type: ignore[index]

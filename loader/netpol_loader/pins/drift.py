@@ -60,7 +60,7 @@ def mend_pins(dataplane: Dataplane) -> list[Drift]:
     """
     found: list[Drift] = []
     try:
-        found.extend(_mend_pins(dataplane))  # keeps what came before an error
+        found.extend(_mend_pins(dataplane))  # keeps the repairs before an error
     except OSError as error:
         raise PartlyMendedError(
             f"cannot restore the pins in {dataplane.pin_dir}: {error.strerror}; enforcement goes on while this agent runs",
@@ -99,7 +99,7 @@ def mend_attachments(dataplane: Dataplane, ifindexes: Iterable[int]) -> list[Dri
         try:
             found += _mend_interface(dataplane, ifindex, ours)
         except (OSError, PlatformError) as error:  # noqa: PERF203 - one failure must not stop the others
-            if find_link(ifindex) is not None:  # else it was removed meanwhile
+            if find_link(ifindex) is not None:  # otherwise the interface was removed meanwhile
                 failures.append(error.message if isinstance(error, PlatformError) else f"interface {ifindex}: {error}")
     if failures:
         raise PartlyMendedError("; ".join(failures), found)

@@ -67,7 +67,7 @@ GATE, PROGRAM, BEHIND = 1, 2, 3
 CLONE_NEWNET = 0x4000_0000  # linux/sched.h; os.unshare and os.setns come with Python 3.12
 SO_ATTACH_BPF = 50  # asm-generic/socket.h
 ETH_P_802_3, ETH_P_ALL, ETH_P_802_2 = 0x0001, 0x0003, 0x0004  # linux/if_ether.h
-LEAST_ETHERTYPE = 0x0600  # below it the field is a length (IEEE 802.3)
+LEAST_ETHERTYPE = 0x0600  # a lower number is a length (IEEE 802.3)
 VLAN_ETHERTYPES = frozenset({0x8100, 0x88A8})
 
 KEY, BOARD = struct.Struct("=I"), struct.Struct("=IIII")
@@ -179,7 +179,7 @@ class FrameRunner:
         try:
             self._from_elsewhere.recv(MOST_FRAME_BYTES)
         except BlockingIOError as error:
-            self.close()  # a late copy would be taken for that of the next frame
+            self.close()  # otherwise a late copy would count as that of the next frame
             raise PlatformError(f"a frame of {len(frame)} bytes did not arrive within {DEADLINE_S} s") from error
 
     def _tap_arrivals(self, ethertypes: set[int]) -> None:

@@ -36,7 +36,7 @@ def locked_alone(descriptor: int) -> Iterator[None]:
     try:
         yield
     finally:
-        if descriptor in _descriptors:  # False in a forked child that leaves the block
+        if descriptor in _descriptors:  # not so in a forked child that leaves the block
             _descriptors.discard(descriptor)
             os.close(descriptor)
 

@@ -176,7 +176,7 @@ def supersede(directories: Sequence[Path], replace: Callable[[Mapping[Hook, set[
     ``replace``: as in `finish_exchange`. Afterwards no program calls another program of these sets, so their pins may
     be removed.
     """
-    order_stores()  # a run of the new programs sees their maps filled
+    order_stores()  # so that a run of the new programs sees the rows of their maps
     replace(program_ids(directories))
     wait_for_readers()
 

@@ -157,7 +157,7 @@ def _keep(old: Path, new: Path, spec: abi.MapSpec, sizes: dict[str, int]) -> str
         found, wanted = btf.layouts(syscall.map_info(one.fd)), (btf.declared(spec.key), btf.declared(spec.value))
         if (one.key_size, one.value_size) != (spec.key_size, spec.value_size) or found != wanted:
             return "its layout is another" if found is not None else "the kernel does not know its layout"
-        is_table = spec.name in {*abi.TAG_MAPS, *abi.TAG_MAPS.values()}  # bucketed, so that any size fits
+        is_table = spec.name in {*abi.TAG_MAPS, *abi.TAG_MAPS.values()}  # a bucketed table, for which any size fits
         asked = build.kernel_sizes(sizes)[spec.name] if spec.name in sizes else spec.max_entries
         if spec.kind.endswith("array") and one.max_entries < asked and not is_table:
             return f"it has {one.max_entries} entries, not {asked}"
@@ -180,7 +180,7 @@ def _config_of(older: Path) -> abi.np_config:
     with _opened_map(older / "np_config") as one:
         _, layout = _layouts(one)
         row = one.get(bytes(4)) or b""
-        _field(one, layout, "generation")  # without it, open and cut connections look the same
+        _field(one, layout, "generation")  # without it, a cut connection would look like an open one
         for name, *_ in abi.np_config._fields_:
             size = getattr(abi.np_config, name).size
             for field in layout:

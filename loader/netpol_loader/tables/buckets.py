@@ -52,7 +52,7 @@ def _hash6(key: bytes) -> int:
     return (mixed * abi.NP_HASH_MULTIPLIER & _MASK64) >> 32
 
 
-@lru_cache(maxsize=1 << 16)  # each change of the node's addresses needs all of them again
+@lru_cache(maxsize=1 << 16)  # each change of addresses asks for all of them again
 def vip_filter_bit(address: bytes) -> tuple[int, int]:
     """The place of an address in np_vip_filter, as (row, bit). ``address``: packed."""
     hashed = _hash4(address) if len(address) == 4 else _hash6(address)  # noqa: PLR2004 - an IPv4 address
@@ -115,7 +115,7 @@ class BucketMap(Map):
         self._memory = mmap.mmap(array.fd, array.max_entries * array.value_size)
         self._words = memoryview(self._memory).cast("I")
         self._resting: set[int] = set()  # offsets of slots that became free since the last `end_grace_period`
-        self._untold: dict[int, int] = {}  # words to store next, by index
+        self._untold: dict[int, int] = {}  # words that `_tell` must store, by index
 
     @abstractmethod
     def get(self, key: bytes) -> bytes | None:
@@ -314,10 +314,10 @@ class PeerClassMap(BucketMap):
         """Take over the array, as `BucketMap` does."""
         super().__init__(array, more)
         self._others: Counter[tuple[int, int]] = Counter()  # set and block -> their rows in the overflow map
-        self._buckets: Counter[int] = Counter()  # offset of a bucket -> the same
+        self._buckets: Counter[int] = Counter()  # offset of a bucket -> its rows in the overflow map
         for key, _ in more.items():  # noqa: PERF102 - a map, no dict
             self._count(*self._place(key)[:2], 1)
-        self._untold.clear()  # the rows are published already
+        self._untold.clear()  # the bits of these rows are set already
 
     def _place(self, key: bytes) -> tuple[tuple[int, int], int, int]:
         """Where a key's class is, as ((set, block), offset of the bucket in bytes, index in the line)."""

@@ -126,7 +126,7 @@ class ConnectionMap(Map):
         ours = [number for number in taken if tags[number] == owned]
         self._array.put_many([(_INDEX.pack(number), self._packed(*taken[number][1:])) for number in ours])
         order_stores()
-        ours = [number for number in ours if tags[number] == owned]  # a reservation expires
+        ours = [number for number in ours if tags[number] == owned]  # a reservation may have expired
         for number in ours:
             tags[number] = self._tag(*taken[number])
         if len(ours) < len(pairs):
