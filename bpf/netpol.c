@@ -263,7 +263,7 @@ NP_INLINE int np_ip_again(struct np_ctx *ctx, const struct np_scratch *scratch, 
             flags = decision->action == NP_ACTION_ALLOW ? flags & ~NP_CONN_TAGGED : flags | NP_CONN_TAGGED;
         conn->flags = scratch->is_due ? flags | NP_CONN_DUE : flags;
     }
-    decision->log_list = 0; // Log rules are for new flows
+    decision->log_list = 0; // Log rules apply only to new flows
     return NP_REASON_NONE;
 }
 

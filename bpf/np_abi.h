@@ -114,7 +114,7 @@ enum np_stage {
 
 // Flags of an endpoint.
 enum np_endpoint_flag {
-    NP_ENDPOINT_HOST = 1, // a host interface: ingress policy is at TC ingress, non-IP passes, np_host has the sets
+    NP_ENDPOINT_HOST = 1, // a host interface: TC ingress is ingress policy, non-IP passes, np_host has the policy
     NP_ENDPOINT_SOURCES = 2, // the endpoint has rows in np_source4 or np_source6
     NP_ENDPOINT_UPLINK = 4, // a host interface without policy: the program judges only packets with a sender tag
     NP_ENDPOINT_ROUTES = 8, // the workload is a router: it may receive packets for addresses that it does not own
@@ -332,7 +332,7 @@ struct np_host {
 _Static_assert(sizeof(struct np_host) == 400, "np_host");
 
 struct np_ifindex {
-    __u32 ifindex; // key of np_endpoint
+    __u32 ifindex; // interface of the endpoint; key of np_endpoint
 };
 _Static_assert(sizeof(struct np_ifindex) == 4, "np_ifindex");
 
@@ -391,7 +391,7 @@ struct np_addr6_key {
 _Static_assert(sizeof(struct np_addr6_key) == 16, "np_addr6_key");
 
 struct np_addr {
-    __u32 identity; // never 0
+    __u32 identity; // identity of the address; never 0
     __u32 holder; // number of the local endpoint that owns the address, or of the other node that has it; 0: neither
 };
 _Static_assert(sizeof(struct np_addr) == 8, "np_addr");
@@ -440,14 +440,14 @@ struct np_cidr {
 _Static_assert(sizeof(struct np_cidr) == 4, "np_cidr");
 
 struct np_source4_key {
-    __u32 prefix_bits; // 32 bits of `endpoint`, plus the length of the prefix
+    __u32 prefix_bits; // length of the prefix, plus 32 for `endpoint`
     __u32 endpoint;
     __u8 address[4];
 };
 _Static_assert(sizeof(struct np_source4_key) == 12, "np_source4_key");
 
 struct np_source6_key {
-    __u32 prefix_bits; // 32 bits of `endpoint`, plus the length of the prefix
+    __u32 prefix_bits; // length of the prefix, plus 32 for `endpoint`
     __u32 endpoint;
     __u8 address[16];
 };
@@ -472,7 +472,7 @@ _Static_assert(sizeof(struct np_peer_class) == 4, "np_peer_class");
 // The peer classes of 24 consecutive identities in one class table. Identities are assigned densely, so that the lines
 // of a whole cluster fit into the CPU's cache.
 struct np_class_line {
-    __u16 peer_class[NP_LINE_CLASSES]; // NP_CLASS_NONE: the default class of the set holds
+    __u16 peer_class[NP_LINE_CLASSES]; // NP_CLASS_NONE: the set's default class applies to the identity
     __u32 set; // np_set.number; 0: the line is unused
     __u32 block; // number of the first identity, divided by NP_LINE_CLASSES
     __u32 flags; // NP_BUCKET_MORE; only the first line of a bucket has flags
@@ -520,7 +520,7 @@ _Static_assert(sizeof(struct np_rule) == 120, "np_rule");
 
 struct np_count {
     __u64 packets;
-    __u64 bytes; // of the frames, Ethernet header included
+    __u64 bytes; // bytes of the frames, Ethernet header included
 };
 _Static_assert(sizeof(struct np_count) == 16, "np_count");
 
@@ -728,9 +728,9 @@ struct np_ep_cache {
     __u32 epoch; // 0: the slot is unused
     __u32 number;
     __u32 flags;
-    __u32 own4[1]; // network order
+    __u32 own4[1]; // the workload's last own IPv4 source address, in network order
     __u32 identity4; // identity of own4; 0: own4 is unset
-    __u32 own6[4]; // network order
+    __u32 own6[4]; // the workload's last own IPv6 source address, in network order
     __u32 identity6; // identity of own6; 0: own6 is unset
     __u32 link; // as np_endpoint.link
     struct np_set ingress;

@@ -44,7 +44,7 @@ struct np_endpoint_ctx {
     __u8 end_chain; // 1: no later program at this hook may run, because it could overwrite the sender tag
     __u8 first_direction; // direction of the flow's first packet
     __u8 kind; // kind of the flow: NP_CONN_DEFERRED, NP_CONN_FORWARDED, or 0
-    __u8 related; // NP_REASON_RELATED: the packet is an ICMP error about the connection
+    __u8 related; // NP_REASON_RELATED: the packet is an ICMP error about the connection; 0: it is not
     __u8 missing; // enum np_reason: why the interface has no valid endpoint row; 0: it has one
     __u32 hash; // conntrack hash of the packet's key; np_ct_probe sets this field and the next two
     __u32 established_slot; // slot of an established connection with this hash; NP_CONN_WAYS or more: there is none

@@ -61,7 +61,7 @@ struct np_scratch {
     struct np_owner owner; // copy of the host endpoint's policy set for the current step
     struct np_tuple tuples[2]; // the original tuple and the translated tuple
     __u32 reason; // result of the last step or program part, enum np_reason
-    struct np_decision workload_decision; // saved verdict of the workload's policy, while host lists follow
+    struct np_decision workload_decision; // verdict of the workload's policy, saved while the host's lists follow
     struct np_found found;
     struct np_found sender_found;
     union {
@@ -147,7 +147,7 @@ NP_INLINE int np_judge_step(struct np_ctx *ctx, struct np_scratch *scratch, cons
     __u32 step = scratch->steps_left & ((1u << NP_STEP_BITS) - 1);
     if (step == NP_STEP_NONE)
         return 1;
-    __u8 direction = scratch->egress_steps >> step & 1; // NP_DIRECTION_EGRESS is 1
+    __u8 direction = scratch->egress_steps >> step & 1; // 1 is NP_DIRECTION_EGRESS, 0 is NP_DIRECTION_INGRESS
     const struct np_set *set;
     scratch->reason = np_step_set(ctx, scratch, step, direction, &set);
     np_barrier();

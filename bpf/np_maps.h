@@ -58,8 +58,8 @@ NP_MAP("hash", np_endpoint, struct np_endpoint_key, struct np_endpoint, 4096, BP
 // writes and reads. Looked up for every packet. A collision overwrites the older row. Key: the CPU's range and the
 // hash. A row is valid for one second and one generation.
 // Role: flow cache, ranged.
-NP_MAP("array", np_flow_cache4, __u32, struct np_flow_cache4, 262144, 0); // for all CPUs together
-NP_MAP("array", np_flow_cache6, __u32, struct np_flow_cache6, 131072, 0); // for all CPUs together
+NP_MAP("array", np_flow_cache4, __u32, struct np_flow_cache4, 262144, 0); // size for all CPUs together
+NP_MAP("array", np_flow_cache6, __u32, struct np_flow_cache6, 131072, 0); // size for all CPUs together
 
 // Caches the np_endpoint row of an interface. The program writes and reads. Looked up for every packet on the slow
 // path. A collision overwrites the older row. Key: ifindex modulo size. A row is valid for one epoch.
@@ -118,14 +118,14 @@ NP_MAP("percpu_array", np_scratch, __u32, struct np_scratch_words, 1, 0);
 // addresses there are, the more flows find their bit set in vain. Key: host order. The agent sets a bit before it
 // writes the row in the other map, and clears the bit after it removed that row.
 // Role: node, masked, fixed.
-NP_MAP("array", np_vip_filter, __u32, struct np_vip_filter, 2048, 0); // of 64 bits each
+NP_MAP("array", np_vip_filter, __u32, struct np_vip_filter, 2048, 0); // size in words of 64 bits
 
 // Maps a known address to its identity and holder, in buckets by hash (struct np_addr4_bucket).  The agent writes, the
 // program reads.  Looked up for a new flow.  When a bucket is full: the map np_addr4_more or np_addr6_more has its
 // further rows. Key: the hash of the address. A row lives as long as the agent knows the address.
 // Role: table, cached.
-NP_MAP("array", np_addr4, __u32, struct np_addr4_bucket, 65536, BPF_F_MMAPABLE); // buckets
-NP_MAP("array", np_addr6, __u32, struct np_addr6_bucket, 65536, BPF_F_MMAPABLE); // buckets
+NP_MAP("array", np_addr4, __u32, struct np_addr4_bucket, 65536, BPF_F_MMAPABLE); // size in buckets
+NP_MAP("array", np_addr6, __u32, struct np_addr6_bucket, 65536, BPF_F_MMAPABLE); // size in buckets
 
 // Maps a known address to its identity and holder, if the bucket of the address is full. The agent writes, the program
 // reads. Looked up for a new flow, if the bucket lacks the address and has the flag NP_BUCKET_MORE. When full: the
@@ -155,7 +155,7 @@ NP_MAP("lpm_trie", np_source6, struct np_source6_key, struct np_source, 4096, BP
 // The agent writes, the program reads.  Looked up for a new flow.  When a bucket is full: np_peer_more has its further
 // rows. Key: hash of set and block of identities.  A row lives as long as one of the sets.
 // Role: table.
-NP_MAP("array", np_peer_class, __u32, struct np_peer_bucket, 65536, BPF_F_MMAPABLE); // buckets
+NP_MAP("array", np_peer_class, __u32, struct np_peer_bucket, 65536, BPF_F_MMAPABLE); // size in buckets
 
 // Maps policy set and identity to the peer class, if the bucket of the identity is full. The agent writes, the program
 // reads. Looked up for a new flow, if the bucket lacks the identity and has the flag NP_BUCKET_MORE. When full: the
@@ -213,16 +213,16 @@ NP_MAP("percpu_array", np_reason_count, __u32, struct np_count, NP_REASON_COUNT,
 // host order, addresses in network order.  The map outlives agents and programs. A connection ends when a packet finds
 // it expired.
 // Role: connection, private, views np_unreplied4, np_unreplied6.
-NP_MAP("array", np_conn4, __u32, struct np_conn4_entry, 524288, BPF_F_MMAPABLE); // slots: NP_CONN_WAYS for each bucket
-NP_MAP("array", np_conn6, __u32, struct np_conn6_entry, 262144, BPF_F_MMAPABLE); // slots: NP_CONN_WAYS for each bucket
+NP_MAP("array", np_conn4, __u32, struct np_conn4_entry, 524288, BPF_F_MMAPABLE); // size in slots of all buckets
+NP_MAP("array", np_conn6, __u32, struct np_conn6_entry, 262144, BPF_F_MMAPABLE); // size in slots of all buckets
 
 // Maps the hash of a conntrack key to the tags of its bucket, which say what connection each slot has (struct
 // np_conn_tags). The program writes and reads; the agent adds connections older than the program.  Looked up before
 // np_conn4 or np_conn6.  Fixed size: one row for NP_CONN_WAYS slots of np_conn4 or np_conn6.  Key: host order.
 // Lifetime: as np_conn4 and np_conn6.
 // Role: connection, private, tags of np_conn4, np_conn6.
-NP_MAP("array", np_conn4_tag, __u32, struct np_conn_tags, 65536, BPF_F_MMAPABLE); // buckets
-NP_MAP("array", np_conn6_tag, __u32, struct np_conn_tags, 32768, BPF_F_MMAPABLE); // buckets
+NP_MAP("array", np_conn4_tag, __u32, struct np_conn_tags, 65536, BPF_F_MMAPABLE); // size in buckets
+NP_MAP("array", np_conn6_tag, __u32, struct np_conn_tags, 32768, BPF_F_MMAPABLE); // size in buckets
 
 // Holds the random numbers of the conntrack hash. The loader writes them once, when it makes the map; the program
 // reads. Looked up with every conntrack hash. One row. The map lives as long as np_conn4 and np_conn6.
@@ -257,7 +257,7 @@ NP_MAP("array", np_schema, __u32, struct np_schema, 1, 0);
 // for every such event. When full: the event is lost, and counted as NP_REASON_EVENT_LOST. An event does not wake the
 // reader, which polls instead. The map outlives agents.
 // Role: event.
-NP_MAP_RINGBUF(np_event, 1048576); // bytes
+NP_MAP_RINGBUF(np_event, 1048576); // size in bytes
 
 // Maps enum np_call to the program that is tail-called. The loader writes once, before it attaches the hooks' programs;
 // the kernel reads. Looked up by tail calls. Fixed size; an empty slot drops the packet (NP_REASON_CALL_MISSING). Key:

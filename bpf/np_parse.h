@@ -81,7 +81,7 @@ struct np_ip6_extension {
 struct np_ip6_fragment {
     __u8 next;
     __u8 length; // reserved; in other extension headers this byte is the length
-    __be16 offset_be; // offset in the high 13 bits, "more fragments" in the lowest
+    __be16 offset_be; // offset in the high 13 bits, "more fragments" in the lowest bit
     __u32 id;
 };
 

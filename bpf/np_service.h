@@ -21,8 +21,8 @@
 
 #define NP_SENDER_TAG_MASK 0xffffu // a tag has 16 bits, as skb->tc_index has
 
-// The np_vip row of the tuple's destination; NULL: it is no service. A row for the address itself comes first. A row
-// for a node port, which holds for every address of the node, comes second.
+// The np_vip row for the tuple's destination: the row of the address itself, otherwise the row of a node port, which
+// holds for every address of the node. NULL: the destination is no service.
 NP_INLINE struct np_vip *np_vip_of(const struct np_ctx *ctx, struct np_tuple *tuple, const int version)
 {
     if (NP_LIKELY(!np_vip_filter_has(tuple->destination, version))) {
@@ -186,7 +186,7 @@ NP_INLINE int np_sender_verdict(struct np_ctx *ctx, struct np_scratch *scratch, 
             np_conn_renew(slot.conn, ctx->arrival->generation);
             np_conn_touch(&slot, ctx);
         }
-        ctx->decision->log_list = 0; // Log rules are for new flows
+        ctx->decision->log_list = 0; // Log rules apply only to new flows
         scratch->reason = NP_REASON_ESTABLISHED;
         return NP_REASON_NONE;
     }

@@ -147,7 +147,7 @@ NP_STAGE_PRE_DNAT = 2  # all incoming packets, before netfilter translates their
 NP_STAGE_UNTRACKED = 3  # all packets, before every other stage; a packet that it allows records no connection
 
 # np_endpoint_flag: Flags of an endpoint.
-NP_ENDPOINT_HOST = 1  # a host interface: ingress policy is at TC ingress, non-IP passes, np_host has the sets
+NP_ENDPOINT_HOST = 1  # a host interface: TC ingress is ingress policy, non-IP passes, np_host has the policy
 NP_ENDPOINT_SOURCES = 2  # the endpoint has rows in np_source4 or np_source6
 NP_ENDPOINT_UPLINK = 4  # a host interface without policy: the program judges only packets with a sender tag
 NP_ENDPOINT_ROUTES = 8  # the workload is a router: it may receive packets for addresses that it does not own
@@ -392,7 +392,7 @@ class np_host(ctypes.Structure):
 class np_ifindex(ctypes.Structure):
     """``struct np_ifindex``."""
 
-    ifindex: int  # key of np_endpoint
+    ifindex: int  # interface of the endpoint; key of np_endpoint
 
     _fields_ = (
         ("ifindex", ctypes.c_uint32),
@@ -508,7 +508,7 @@ class np_addr6_key(ctypes.Structure):
 class np_addr(ctypes.Structure):
     """``struct np_addr``."""
 
-    identity: int  # never 0
+    identity: int  # identity of the address; never 0
     holder: int  # number of the local endpoint that owns the address, or of the other node that has it; 0: neither
 
     _fields_ = (
@@ -602,7 +602,7 @@ class np_cidr(ctypes.Structure):
 class np_source4_key(ctypes.Structure):
     """``struct np_source4_key``."""
 
-    prefix_bits: int  # 32 bits of `endpoint`, plus the length of the prefix
+    prefix_bits: int  # length of the prefix, plus 32 for `endpoint`
     endpoint: int
     address: ctypes.Array[ctypes.c_uint8]
 
@@ -616,7 +616,7 @@ class np_source4_key(ctypes.Structure):
 class np_source6_key(ctypes.Structure):
     """``struct np_source6_key``."""
 
-    prefix_bits: int  # 32 bits of `endpoint`, plus the length of the prefix
+    prefix_bits: int  # length of the prefix, plus 32 for `endpoint`
     endpoint: int
     address: ctypes.Array[ctypes.c_uint8]
 
@@ -665,7 +665,7 @@ class np_class_line(ctypes.Structure):
     Identities are assigned densely, so that the lines of a whole cluster fit into the CPU's cache.
     """
 
-    peer_class: ctypes.Array[ctypes.c_uint16]  # NP_CLASS_NONE: the default class of the set holds
+    peer_class: ctypes.Array[ctypes.c_uint16]  # NP_CLASS_NONE: the set's default class applies to the identity
     set: int  # np_set.number; 0: the line is unused
     block: int  # number of the first identity, divided by NP_LINE_CLASSES
     flags: int  # NP_BUCKET_MORE; only the first line of a bucket has flags
@@ -757,7 +757,7 @@ class np_count(ctypes.Structure):
     """``struct np_count``."""
 
     packets: int
-    bytes: int  # of the frames, Ethernet header included
+    bytes: int  # bytes of the frames, Ethernet header included
 
     _fields_ = (
         ("packets", ctypes.c_uint64),
@@ -1149,9 +1149,9 @@ class np_ep_cache(ctypes.Structure):
     epoch: int  # 0: the slot is unused
     number: int
     flags: int
-    own4: ctypes.Array[ctypes.c_uint32]  # network order
+    own4: ctypes.Array[ctypes.c_uint32]  # the workload's last own IPv4 source address, in network order
     identity4: int  # identity of own4; 0: own4 is unset
-    own6: ctypes.Array[ctypes.c_uint32]  # network order
+    own6: ctypes.Array[ctypes.c_uint32]  # the workload's last own IPv6 source address, in network order
     identity6: int  # identity of own6; 0: own6 is unset
     link: int  # as np_endpoint.link
     ingress: np_set

@@ -106,7 +106,7 @@ def is_on(ifindex: int) -> bool:
 
 
 def delete_if_unused(ifindex: int) -> None:
-    """Remove an interface's clsact discipline, unless it has filters of others."""
+    """Remove an interface's clsact discipline, unless other programs have filters on it."""
     with contextlib.suppress(NetlinkError), RouteChannel() as channel:  # no interface, no discipline
         if not any(_filters(channel, ifindex, hook) for hook in PARENTS):
             channel.ask(_DELETE_QDISC, _clsact(ifindex))

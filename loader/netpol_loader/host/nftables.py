@@ -47,8 +47,8 @@ GET_GENERATION, NEW_OBJECT, GET_OBJECT = 16, 18, 19
 OWNER, PERSIST, DORMANT = 0x2, 0x4, 0x1
 """Flags of a table (NFT_TABLE_F_*).
 
-OWNER: only the socket that owns the table can change the table (5.12). PERSIST: the table remains when that socket is
-closed (6.9). DORMANT: the table is disabled.
+OWNER: only the socket that owns the table can change the table (since Linux 5.12). PERSIST: the table remains when that
+socket is closed (since Linux 6.9). DORMANT: the table is disabled.
 """
 
 MARK, IN_INDEX, OUT_INDEX, PROTOCOL, IN_NAME, OUT_NAME = 3, 4, 5, 1, 6, 7
@@ -353,7 +353,7 @@ class TableNotifications(Notifications):
     """Notifications that a table of the namespace changed. The descriptor is readable after such a change."""
 
     def __init__(self) -> None:
-        """Raises NetlinkError."""
+        """Open the socket. Raises NetlinkError."""
         try:
             super().__init__(NETFILTER, (_NOTIFICATIONS,))
         except OSError as error:

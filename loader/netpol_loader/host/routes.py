@@ -51,7 +51,10 @@ BITS: Mapping[int, int] = {socket.AF_INET: 32, socket.AF_INET6: 128}
 Destination = tuple[int, bytes, int]
 """The destination of a route: family, packed address, and prefix length in bits."""
 NextHop = tuple[int, bytes]
-"""The next hop of a route: interface index, and packed gateway address. An empty gateway means directly connected."""
+"""The next hop of a route: interface index, and packed gateway address.
+
+An empty gateway means that the destination is directly connected.
+"""
 
 
 @dataclass(frozen=True, slots=True)
