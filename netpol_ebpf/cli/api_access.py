@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Access to an API server for the commands that ask one: the options ``--kubeconfig`` and ``--context``."""
+"""Access to an API server for the commands that ask one: the options ``--kubeconfig`` and ``--context``.
+
+The credentials are those of the user, as kubectl finds them; the option ``--kubeconfig`` of the agent is another.
+"""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ NO_READS = "Admission decides no reads: who may list a kind sees the policies of
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class Right:
     """A right that was asked for: ``why``: the server's reason, such as the binding that grants it."""
 
     right: str
@@ -118,7 +118,7 @@ def ask(sender: Sender, verb: str, kind: str, tier: str, namespace: str, name: s
     }
 
 
-def check(sender: Sender, verb: str, resource: str, namespace: str, name: str) -> Check:
+def check(sender: Sender, verb: str, resource: str, namespace: str, name: str) -> Right:
     """Ask for one right of the caller. Raises UnreachableError."""
     attributes = {"group": GROUP, "resource": resource, "verb": verb, "namespace": namespace, "name": name}
     spec = {"resourceAttributes": {key: text for key, text in attributes.items() if text}}
@@ -132,7 +132,7 @@ def check(sender: Sender, verb: str, resource: str, namespace: str, name: str) -
         )
     where = f" in namespace {namespace}" if namespace else ""
     named = f" {name}" if name else ""
-    return Check(f"{verb} {resource}{named}{where}", bool(status.get("allowed")), str(status.get("reason") or ""))
+    return Right(f"{verb} {resource}{named}{where}", bool(status.get("allowed")), str(status.get("reason") or ""))
 
 
 def admission(sender: Sender) -> tuple[bool, str]:

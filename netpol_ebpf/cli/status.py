@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
+from netpol_ebpf.cli.agent_access import add_agent_options, ask_agent
 from netpol_ebpf.cli.api_access import add_api_options
 from netpol_ebpf.cli.output import add_output_option, counted, print_value, render_table
 from netpol_ebpf.cli.policy_status import POLICY_HELP, add_local_option, policy, print_standings, reader_of
@@ -41,7 +41,7 @@ def register(subparsers: Any) -> None:
     )  # fmt: skip
     add_local_option(parser)
     add_api_options(parser)
-    add_state_dir_option(parser)
+    add_agent_options(parser, "--state-dir")
     add_output_option(parser)
     parser.set_defaults(run=run)
 
