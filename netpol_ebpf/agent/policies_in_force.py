@@ -12,7 +12,7 @@ from typing import Any
 
 from netpol_ebpf.agent.core import Agent
 from netpol_ebpf.errors import InvalidInputError, MapFullError, Problem
-from netpol_ebpf.policy.types import PolicyKey, ResourceKey
+from netpol_ebpf.policy.types import PolicyKey
 from netpol_ebpf.status.kinds import POLICY_KINDS
 from netpol_ebpf.status.report import NodeStatus, Shortfall
 from netpol_ebpf.status.standing import IN_FORCE, NodeStanding, Standing
@@ -33,7 +33,7 @@ class PoliciesInForce:
         needed = agent.enforcement.selecting()
         for key in self._revisions.keys() - actual.keys():
             del self._revisions[key]
-        for key in actual.keys() - pending:
+        for key in needed & actual.keys() - pending:
             self._revisions[key] = self._present(key)
         rejected, unenforced = self._rejected(pending, needed), self._unenforced()
         closed = {name for one in unenforced for name in one.policies}
@@ -51,7 +51,7 @@ class PoliciesInForce:
 
     def _present(self, key: PolicyKey) -> str:
         """The revision of a policy that the source last gave as valid."""
-        resource = self._agent.objects.derivation.get(ResourceKey(*key))
+        resource = self._agent.objects.derivation.get(key)
         return "" if resource is None else resource.meta.revision
 
     def _rejected(self, pending: set[PolicyKey], needed: set[PolicyKey]) -> list[Shortfall]:
@@ -94,7 +94,7 @@ def standing_here(agent: Agent, request: Mapping[str, Any]) -> dict[str, Any]:
     policy = agent.objects.world.policies.get(key)
     if policy is None and not fault:
         raise InvalidInputError(f"no source of this agent has a policy {key}", hint="See `netpolctl check`.")
-    resource = agent.objects.derivation.get(ResourceKey(*key))
+    resource = agent.objects.derivation.get(key)
     generation = int((resource.meta.revision if resource is not None else "").rpartition("/")[2] or 0)
     labels = [one.labels for one in agent.objects.local.values()]
     is_needed = key in agent.enforcement.selecting() or (

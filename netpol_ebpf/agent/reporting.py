@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable
 from netpol_ebpf.agent.core import Agent
 from netpol_ebpf.agent.policies_in_force import PoliciesInForce
 from netpol_ebpf.errors import Location, Problem, UnreachableError
-from netpol_ebpf.policy.types import ResourceKey
 from netpol_ebpf.sources.kubernetes.client import Client, Cluster
 from netpol_ebpf.sources.kubernetes.watching import KindWatcher
 from netpol_ebpf.status.conditions import ROUND_S, ConditionWriter, View
@@ -95,7 +94,7 @@ class Reporting:
         """A copy of the cluster for the leader: of the mappings, not of the objects in them."""
         objects = self._agent.objects
         world, get = objects.world, objects.derivation.get
-        resources = {key: get(ResourceKey(*key)) for key in world.policies}
+        resources = {key: get(key) for key in world.policies}
         revisions = {key: "" if one is None else one.meta.revision for key, one in resources.items()}
         faults: dict[str, str] = {}
         for one in objects.source_problems:

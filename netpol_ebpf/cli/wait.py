@@ -22,7 +22,7 @@ from netpol_ebpf.terminal import say
 
 EXIT_NOT_IN_TIME = 1
 SHORTEST_PAUSE_S = 0.5
-WORK_SHARE = 10
+WORK_SHARE = 4
 """The pause between two looks is at least this many times the duration of a look, so that a large cluster's server has
 little to do."""
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}

@@ -21,11 +21,11 @@ from urllib.parse import quote
 
 from netpol_ebpf.errors import UnreachableError
 from netpol_ebpf.policy.types import Endpoint, EndpointKey, Policy, PolicyKey
-from netpol_ebpf.selector import SelectorIndex
 from netpol_ebpf.status.kinds import POLICY_KINDS, PolicyKind, kind_at
+from netpol_ebpf.status.needs import Needs
 from netpol_ebpf.status.report import NodeReport, render_time
 from netpol_ebpf.status.requests import Sender, apply, request
-from netpol_ebpf.status.standing import Standing, evaluate
+from netpol_ebpf.status.standing import Standing, evaluate, is_proven
 
 ROUND_S = 2.0
 """Interval of rounds, in which the leader looks at new reports and changed policies; arbitrary."""
@@ -100,7 +100,7 @@ class ConditionWriter:
     node: str
     clock: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
-    _index: SelectorIndex[PolicyKey, EndpointKey] = field(default_factory=SelectorIndex)
+    _needs: Needs = field(default_factory=Needs)
     _view: View = field(default_factory=View)
     _settled: dict[PolicyKey, str] = field(default_factory=dict)  # revision that is in force wherever it is needed
     _conditions: dict[str, Condition] = field(default_factory=dict)  # by the path of the policy
@@ -120,7 +120,8 @@ class ConditionWriter:
 
     def round(self, view: View, reports: Mapping[str, NodeReport]) -> None:
         """Write what has changed. Raises UnreachableError; the next round writes the rest."""
-        self._take(view)
+        if view is not self._view:
+            self._take(view)
         is_sweep = self.clock() >= self._swept_s + SWEEP_S
         if is_sweep:
             self._seen_faults.clear()
@@ -141,34 +142,32 @@ class ConditionWriter:
         """Take the changes of the cluster into the index of who needs what."""
         before, self._view = self._view, view
         for key in before.policies.keys() - view.policies.keys():
-            self._index.remove_selector(key)
+            self._needs.set_policy(key, None)
             self._settled.pop(key, None)
         for key, policy in view.policies.items():
             if before.policies.get(key) is not policy:
-                self._index.add_selector(key, policy.subject)
+                self._needs.set_policy(key, policy)
                 self._settled.pop(key, None)
         for gone in before.endpoints.keys() - view.endpoints.keys():
-            self._index.remove_labels(gone)
+            self._needs.set_endpoint(gone, None)
         for name, endpoint in view.endpoints.items():
             if before.endpoints.get(name) is not endpoint:
-                self._index.add_labels(name, endpoint.labels)
-
-    def _nodes(self, key: PolicyKey) -> set[str]:
-        endpoints = self._view.endpoints
-        found = (endpoints[one] for one in self._index.matching_labels(key))
-        return {one.node for one in found if one.node is not None and (one.addresses or one.interface is not None)}
+                self._needs.set_endpoint(name, endpoint)
 
     def _valid(self, view: View, reports: Mapping[str, NodeReport], *, is_sweep: bool) -> Iterator[_Due]:
-        """The valid policies to look at: all in a sweep, otherwise those that are not known to be in force everywhere."""
+        """The valid policies that are not in force everywhere, or not known to be; in a sweep all are looked at."""
         now_s = self.wall()
         for key, revision in view.revisions.items():
+            is_settled = self._settled.get(key) == revision
             kind = POLICY_KINDS.get(key.kind)
-            if kind is None or not revision or key not in view.policies:
+            if (is_settled and not is_sweep) or kind is None or not revision or key not in view.policies:
                 continue
             path = kind.path(key.namespace, key.name)
-            if path not in view.faults and (is_sweep or self._settled.get(key) != revision):
-                standing = evaluate(str(key), revision, self._nodes(key), reports, now_s)
-                yield _Due(standing, revision, kind, path, key)
+            if path in view.faults:
+                continue
+            nodes = self._needs.nodes(key)
+            if not (is_settled and is_proven(revision, nodes, reports, now_s)):
+                yield _Due(evaluate(str(key), revision, nodes, reports, now_s), revision, kind, path, key)
 
     def _faulty(self, view: View) -> Iterator[_Due]:
         """The objects that are not valid. Their generation is read from the server."""

@@ -20,9 +20,10 @@ from netpol_ebpf.policy.translate import Derivation
 from netpol_ebpf.policy.types import PolicyKey
 from netpol_ebpf.resources.load import LoadResult, parse_object
 from netpol_ebpf.status.kinds import POLICY_KINDS
+from netpol_ebpf.status.needs import nodes_needing
 from netpol_ebpf.status.report import COLLECTION, NodeReport, parse_reports
 from netpol_ebpf.status.requests import Response, Sender, request
-from netpol_ebpf.status.standing import Standing, evaluate, nodes_needing
+from netpol_ebpf.status.standing import Standing, evaluate
 
 PAGE_OBJECTS = 500
 FEW_NODES = 20

@@ -13,8 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from netpol_ebpf.policy.types import Endpoint, Policy
-from netpol_ebpf.status.report import NodeReport, render_time
+from netpol_ebpf.status.report import NodeReport, fingerprint, render_time
 
 RECENT = 16
 """How many older generations are tried to tell which one is in force on a node that is behind; arbitrary."""
@@ -92,13 +91,10 @@ class Standing:
         }
 
 
-def nodes_needing(policy: Policy, endpoints: Iterable[Endpoint]) -> set[str]:
-    """The nodes with an endpoint that the policy selects. A workload without an address does not run, and needs none."""
-    return {
-        one.node
-        for one in endpoints
-        if one.node is not None and (one.addresses or one.interface is not None) and policy.subject.matches(one.labels)
-    }
+def is_proven(revision: str, nodes: Iterable[str], reports: Mapping[str, NodeReport], now_s: float) -> bool:
+    """Whether the reports prove that a revision is in force on all of these nodes."""
+    mark = fingerprint(revision)
+    return all(_proves(reports.get(node), mark, now_s) for node in nodes)
 
 
 def evaluate(
@@ -106,13 +102,23 @@ def evaluate(
 ) -> Standing:
     """The standing of a policy. ``revision``: see `Meta.revision`; ``now_s``: seconds since 1970."""
     uid, _, generation = revision.rpartition("/")
-    found = tuple(_on_node(policy, uid, int(generation), node, reports.get(node), now_s) for node in sorted(nodes))
-    return Standing(policy, int(generation), found, problem)
+    mark, current = fingerprint(revision), int(generation)
+    found = []
+    for node in sorted(nodes):
+        report = reports.get(node)
+        if _proves(report, mark, now_s):
+            found.append(NodeStanding(node, IN_FORCE, "", current))
+        else:
+            found.append(_behind(policy, uid, current, node, report, now_s))
+    return Standing(policy, current, tuple(found), problem)
 
 
-def _on_node(
-    policy: str, uid: str, generation: int, node: str, report: NodeReport | None, now_s: float
-) -> NodeStanding:
+def _proves(report: NodeReport | None, mark: bytes, now_s: float) -> bool:
+    return report is not None and mark in report.fingerprints and not report.is_stale(now_s)
+
+
+def _behind(policy: str, uid: str, generation: int, node: str, report: NodeReport | None, now_s: float) -> NodeStanding:
+    """The standing on a node that does not prove the newest generation."""
     if report is None:
         return NodeStanding(node, NO_REPORT, "no agent has reported from this node")
     known = next((one for one in _recent(generation) if report.has(f"{uid}/{one}")), 0)
@@ -120,8 +126,6 @@ def _on_node(
         last = f"the last report is of {render_time(report.renewed_s)}"
         state = f"then generation {known} was in force" if known else "then no recent generation was in force"
         return NodeStanding(node, STALE, f"{last}: {state}; see whether the agent runs", known)
-    if known == generation:
-        return NodeStanding(node, IN_FORCE, "", known)
     short = report.shortfall_of(policy)
     if short is not None:
         return NodeStanding(node, short.reason, short.message, known)

@@ -165,7 +165,7 @@ def test_wait_looks_at_the_missing_policies_alone() -> None:
     found = wait(look, [A, B], 100.0, lambda: now_s, sleep)
     assert [one["programmed"] for one in found] == [True, True]
     assert asked == ["a", "b", "b", "b", "b"]
-    assert pauses == [20.0, 10.0, 10.0]
+    assert pauses == [8.0, 4.0, 4.0]
 
 
 def test_wait_ends_with_the_last_failure() -> None:
