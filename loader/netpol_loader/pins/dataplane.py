@@ -7,6 +7,7 @@ are kept when the program changes; a directory of another schema is never touche
 over an older one).  The module must not know what the maps mean, apart from configuration and schema.
 
     PIN_ROOT/v1/np_<map>             maps
+    PIN_ROOT/v1/np_layout            their layouts (netpol_loader.pins.layouts)
     PIN_ROOT/v1/programs/            the program set (netpol_loader.pins.programs)
     PIN_ROOT/v1/links/<ifindex>_in   tcx links (netpol_loader.pins.attach)
 """
@@ -31,6 +32,7 @@ from netpol_loader.kernel.hook import Hook
 from netpol_loader.kernel.maps import Map
 from netpol_loader.pins import attach, build, compilation, doctor
 from netpol_loader.pins.attach import LINKS
+from netpol_loader.pins.layouts import save_layouts
 from netpol_loader.pins.lock import locked
 from netpol_loader.pins.programs import CURRENT, DAMAGED_HINT, OLD, ProgramSet, begin_exchange, finish_exchange, recover
 from netpol_loader.pins.staging import Staging, remove_unfinished
@@ -154,6 +156,7 @@ class Dataplane:
         schema = abi.np_schema.from_buffer_copy(maps["np_schema"].get(_index(0)) or b"")
         if schema.version != abi.SCHEMA_VERSION:
             raise PlatformError(f"{pin_dir} holds schema {schema.version}, not {abi.SCHEMA_VERSION}")
+        save_layouts(pin_dir)  # of a version that did not
         dataplane = cls(pin_root, maps, ProgramSet.open(pin_dir / CURRENT))
         if (pin_dir / OLD).exists():
             dataplane.finish_exchange()
@@ -338,6 +341,7 @@ def fill(staging: Staging, sizes: Mapping[str, int], config: abi.np_config) -> N
         staging.programs = ProgramSet.load(build.compiled_program(), made)
         staging.programs.pin(directory / CURRENT)
         choose_secret(directory)
+        save_layouts(directory)
     finally:
         for one in made.values():
             one.close()

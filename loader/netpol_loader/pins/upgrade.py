@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Upgrade from pins of an older schema: new maps and programs are made beside them, then replace them.
 
-Maps that record events rather than policy (connections, fragments, counters) stay the same maps if their layout, by the
-kernel's BTF, is that of this version: the new directory pins them a second time.  So no connection that opens at the
-last moment is missed, as it would be by a copy.  The configuration is translated field by field.  All other maps are
-new, and the caller fills them.
+Maps that record events rather than policy (connections, fragments, counters) stay the same maps if their layout, as the
+older version saved it (`netpol_loader.pins.layouts`), is that of this version: the new directory pins them a second
+time.  So no connection that opens at the last moment is missed, as it would be by a copy.  The configuration is
+translated field by field.  All other maps are new, and the caller fills them.
 
 Steps, each atomic: a staging directory is filled while the old programs judge packets; its renaming to this schema's
 directory begins the exchange; the programs on each interface are exchanged; the removal of the old directory ends the
@@ -33,6 +33,7 @@ from netpol_loader.kernel.maps import Map
 from netpol_loader.pins import attach, build, doctor
 from netpol_loader.pins.attach import LINKS
 from netpol_loader.pins.dataplane import Dataplane, default_config, fill, find_older, schema_dir
+from netpol_loader.pins.layouts import Layouts, load_layouts
 from netpol_loader.pins.lock import locked
 from netpol_loader.pins.programs import DAMAGED_HINT, program_ids, supersede
 from netpol_loader.pins.staging import Staging, remove_unfinished
@@ -68,7 +69,7 @@ class Upgrade:
     def numbers(self) -> dict[int, int]:
         """Endpoint numbers by interface, from the rows of the older schema."""
         with _opened_map(self._older / "np_endpoint") as rows:
-            key, value = _layouts(rows)
+            key, value = _known_layouts(rows, load_layouts(self._older))
             ifindex, number = _field(rows, key, "ifindex"), _field(rows, value, "number")
             return {_read(one, ifindex): _read(row, number) for one, row in rows.items()}
 
@@ -122,10 +123,11 @@ def open_dataplane(pin_root: Path, sizes: Mapping[str, int] | None = None) -> tu
 def _prepare(pin_root: Path, older: Path, sizes: dict[str, int]) -> tuple[Dataplane, Upgrade]:
     staging = Staging(pin_root)
     try:
-        config = _config_of(older)
+        saved = load_layouts(older)
+        config = _config_of(older, saved)
         restarted = []
         for name in LASTING:
-            reason = _keep(older / name, staging.directory / name, abi.MAP_SPECS[name], sizes)
+            reason = _keep(older / name, staging.directory / name, abi.MAP_SPECS[name], sizes, saved)
             if reason:
                 restarted.append(name)
                 log.warning("%s of %s is not kept: %s", name, older, reason)
@@ -139,19 +141,21 @@ def _prepare(pin_root: Path, older: Path, sizes: dict[str, int]) -> tuple[Datapl
     return dataplane, upgrade
 
 
-def _keep(old: Path, new: Path, spec: abi.MapSpec, sizes: dict[str, int]) -> str | None:
+def _keep(
+    old: Path, new: Path, spec: abi.MapSpec, sizes: dict[str, int], saved: Mapping[str, Layouts] | None
+) -> str | None:
     """Pin an old map also in the new directory, and put its size into ``sizes``.
 
-    Returns why the map cannot be kept, or None if it is.
+    ``saved``: as `_layouts`.  Returns why the map cannot be kept, or None if it is.
     """
     if not old.exists():
         return "there is none"
     with _opened_map(old) as one:
         if one.type != spec.kind:
             return f"it is of type {one.type}, not {spec.kind}"
-        found, wanted = btf.layouts(syscall.map_info(one.fd)), (btf.declared(spec.key), btf.declared(spec.value))
+        found, wanted = _layouts(one, saved), (btf.declared(spec.key), btf.declared(spec.value))
         if (one.key_size, one.value_size) != (spec.key_size, spec.value_size) or found != wanted:
-            return "its layout is another" if found is not None else "the kernel does not know its layout"
+            return "its layout is another" if found is not None else "its layout is not known"
         is_table = spec.name in {*abi.TAG_MAPS, *abi.TAG_MAPS.values()}  # bucketed, so that any size fits
         asked = build.kernel_sizes(sizes)[spec.name] if spec.name in sizes else spec.max_entries
         if spec.kind.endswith("array") and one.max_entries < asked and not is_table:
@@ -166,11 +170,11 @@ def _keep(old: Path, new: Path, spec: abi.MapSpec, sizes: dict[str, int]) -> str
     return None
 
 
-def _config_of(older: Path) -> abi.np_config:
+def _config_of(older: Path, saved: Mapping[str, Layouts] | None) -> abi.np_config:
     """The older configuration in this version's layout: the agent's settings, and the connections' generation."""
     config = default_config(clock.measure_jiffies_per_second())
     with _opened_map(older / "np_config") as one:
-        _, layout = _layouts(one)
+        _, layout = _known_layouts(one, saved)
         row = one.get(bytes(4)) or b""
         _field(one, layout, "generation")  # without it, open and cut connections look the same
         for name, *_ in abi.np_config._fields_:
@@ -198,11 +202,19 @@ def _sets(directory: Path) -> list[Path]:
     return [directory, *directory.glob("programs*")]
 
 
-def _layouts(one: Map) -> tuple[btf.Layout, btf.Layout]:
-    found = btf.layouts(syscall.map_info(one.fd))
+def _layouts(one: Map, saved: Mapping[str, Layouts] | None) -> Layouts | None:
+    """The layouts of an older map; None if they are not known.
+
+    ``saved``: the layouts that its version saved; None: it saved none, so the kernel is asked, which needs CAP_SYS_ADMIN.
+    """
+    return btf.layouts(syscall.map_info(one.fd)) if saved is None else saved.get(one.name)
+
+
+def _known_layouts(one: Map, saved: Mapping[str, Layouts] | None) -> Layouts:
+    found = _layouts(one, saved)
     if found is None:
         raise PlatformError(
-            f"the kernel does not know the layout of map {one.name}, so it cannot be upgraded",
+            f"the layout of map {one.name} is not known, so it cannot be upgraded",
             hint="Start the version that made it, which goes on; or end enforcement with `netpolctl cleanup`, then start this one.",
         )
     return found
