@@ -1,0 +1,43 @@
+{{- /* SPDX-License-Identifier: Apache-2.0 */ -}}
+
+{{- /*
+Names of pods' interfaces on the node, by network. No interface of the node itself may have such a name.
+docs/beside-NAME.md has the reason for each.
+*/ -}}
+{{- define "netpol.barrierInterfaces" -}}
+flannel: ["veth*"]
+calico: ["cali*"]
+aws-vpc: ["eni*"]
+kindnet: ["veth*", "knet*"]
+other: []
+{{- end -}}
+
+{{- define "netpol.labels" -}}
+app.kubernetes.io/name: netpol-ebpf
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+{{- end -}}
+
+{{- /* The part of a pod that needs the node: every node, whatever its taints, and the means to pin. */ -}}
+{{- define "netpol.nodePod" -}}
+# The node's interfaces and tables are those of its network namespace. The CNI plugin does not wait for pods that are in it.
+hostNetwork: true
+priorityClassName: system-node-critical
+nodeSelector: {kubernetes.io/os: linux}
+tolerations: [{operator: Exists}]
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets: {{ toJson . }}
+{{- end }}
+securityContext:
+  # The default profiles of AppArmor and of some runtimes' seccomp reject bpf(2), and container_t may not write to bpffs.
+  appArmorProfile: {type: Unconfined}
+  seccompProfile: {type: Unconfined}
+  seLinuxOptions: {type: spc_t}
+{{- end -}}
+
+{{- /* The three capabilities of docs/agent.md. They suffice for the agent and for netpolctl cleanup. */ -}}
+{{- define "netpol.threeCapabilities" -}}
+runAsUser: 0
+readOnlyRootFilesystem: true
+allowPrivilegeEscalation: false
+capabilities: {drop: [ALL], add: [BPF, NET_ADMIN, PERFMON]}
+{{- end -}}
