@@ -195,7 +195,7 @@ def test_life_of_a_release(own_server: Server, tools: Tools, tmp_path: Path, net
         "netpol-ebpf",
         str(CHART),
         "--namespace=kube-system",
-        "--reuse-values",
+        "--reset-then-reuse-values",
         "--set=options={--keep-revoked}",
     )
     spec = own_server.get(f"{DAEMONSETS}/netpol-agent").body["spec"]["template"]["spec"]

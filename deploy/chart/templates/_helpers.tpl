@@ -28,7 +28,8 @@ tolerations: [{operator: Exists}]
 imagePullSecrets: {{ toJson . }}
 {{- end }}
 securityContext:
-  # The default profiles of AppArmor and of some runtimes' seccomp reject bpf(2), and container_t may not write to bpffs.
+  # The runtimes' AppArmor profile denies writes below /sys/fs, so no pin could be made, and SELinux denies them to container_t. The
+  # seccomp profile of some runtimes knows bpf(2) only with CAP_SYS_ADMIN.
   appArmorProfile: {type: Unconfined}
   seccompProfile: {type: Unconfined}
   seLinuxOptions: {type: spc_t}
