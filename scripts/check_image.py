@@ -26,6 +26,8 @@ FILE = ROOT / "deploy" / "Dockerfile"
 KNOWN = frozenset({"FROM", "RUN", "COPY", "WORKDIR", "ENV", "CMD"})
 PLAIN_NAME = re.compile(r"[a-z0-9]+:[a-z0-9.-]+")
 """An image without a registry host."""
+CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+"""Of this machine, for pip: a mirror may have a certificate of its own."""
 EXIT_WRONG, EXIT_PLATFORM = 1, 5
 TRIALS = (
     ("netpol-agent", "--version"),
@@ -92,11 +94,11 @@ class Built:
         self.place = place
         self._directory = "/"
         self._variables = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
+        self._variables["PIP_CERT"] = "/etc/certificates-of-the-machine.pem"
         suite = stage.base.partition(":")[2].removesuffix("-slim")
         subprocess.run(["mmdebstrap", "--quiet", "--variant=minbase", suite, str(place)], check=True)
-        for name in ("/etc/resolv.conf", "/etc/pip.conf"):
-            if Path(name).exists():
-                shutil.copyfile(name, place / name.lstrip("/"))
+        shutil.copyfile("/etc/resolv.conf", place / "etc/resolv.conf")
+        shutil.copyfile(CERTIFICATES, place / "etc/certificates-of-the-machine.pem")
 
     def apply(self, line: dockerfile.Command, stages: dict[str, Built]) -> None:
         """Do what an instruction says."""
