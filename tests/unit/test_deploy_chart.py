@@ -22,6 +22,7 @@ from netpol_ebpf.agent.source_options import DEFAULT_SAVED_STATE, node_name
 from netpol_ebpf.cli import main as netpolctl
 from netpol_ebpf.cli.uninstall import AGENTS, CLEANUP, STEPS
 from netpol_ebpf.cni.installation import DEFAULT_BIN_DIR, DEFAULT_CONF_DIR
+from netpol_ebpf.sources.kubernetes.client import SERVICE_ACCOUNT
 from netpol_loader.pins.doctor import BPFFS, CAPABILITIES
 
 ROOT = Path(__file__).parents[2]
@@ -55,8 +56,9 @@ def containers(name: str) -> dict[str, dict[str, Any]]:
 
 def mounts(name: str, container: str) -> dict[Path, Path]:
     """The node's directory by the container's."""
-    of_node = {one["name"]: Path(one["hostPath"]["path"]) for one in pod_of(name)["volumes"]}
-    return {Path(one["mountPath"]): of_node[one["name"]] for one in containers(name)[container]["volumeMounts"]}
+    of_node = {one["name"]: Path(one["hostPath"]["path"]) for one in pod_of(name)["volumes"] if "hostPath" in one}
+    found = containers(name)[container]["volumeMounts"]
+    return {Path(one["mountPath"]): of_node[one["name"]] for one in found if one["name"] in of_node}
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -84,6 +86,21 @@ def test_agent_has_the_three_capabilities_and_its_directories() -> None:
     spec = pod_of("agent-other")
     assert spec["hostNetwork"]
     assert not spec.keys() & {"hostPID", "hostIPC"}
+
+
+def test_agent_alone_has_the_token() -> None:
+    """Mounted where the agent reads it, and nowhere else."""
+    assert not pod_of("agent-other")["automountServiceAccountToken"]
+    places = {
+        (container["name"], mount["mountPath"])
+        for container in containers("agent-other").values()
+        for mount in container["volumeMounts"]
+        if mount["name"] == "account"
+    }
+    assert places == {("agent", str(SERVICE_ACCOUNT))}
+    (volume,) = (one for one in pod_of("agent-other")["volumes"] if one["name"] == "account")
+    token, authority = volume["projected"]["sources"]
+    assert (token["serviceAccountToken"]["path"], authority["configMap"]["items"][0]["path"]) == ("token", "ca.crt")
 
 
 def test_plugin_is_kept_installed_without_a_capability() -> None:
