@@ -226,7 +226,7 @@ enum np_reason {
     NP_REASON_ARP = 6, // an ARP packet
     NP_REASON_NEIGHBOUR = 7, // IPv6 neighbour discovery or multicast listener discovery
     NP_REASON_CONTINUE = 8, // a packet for which no stage of the host endpoint's policy decided
-    NP_REASON_HOST_NON_IP = 9, // a packet on a host interface that is not IP
+    NP_REASON_HOST_NON_IP = 9, // a packet that is not IP, on a host interface
     NP_REASON_DEFERRED = 10, // a packet to a service: policy judges it where it leaves the node or enters a workload
     NP_REASON_UPLINK = 11, // a packet on a host interface without policy
     NP_REASON_DHCP = 12, // a workload's DHCP request for an address
@@ -234,7 +234,7 @@ enum np_reason {
     NP_REASON_REVOKED = 33, // policy no longer allows an established connection
     NP_REASON_UNKNOWN_ENDPOINT = 34, // the interface has no endpoint row
     NP_REASON_SPOOFED = 35, // the workload may not use the source address
-    NP_REASON_NON_IP = 36, // a packet on a workload's interface that is neither IP nor ARP
+    NP_REASON_NON_IP = 36, // a packet that is neither IP nor ARP, on a workload's interface
     NP_REASON_SHORT = 37, // the frame ends inside a header
     NP_REASON_BAD_IP = 38, // the IP header contradicts itself
     NP_REASON_BAD_L4 = 39, // the transport header ends early or contradicts itself

@@ -73,7 +73,7 @@ NP_INLINE __u32 np_addr6_seek(struct np_addr *found, const __u32 *address)
     return used & NP_BUCKET_MORE;
 }
 
-// The row of an address. The row has identity 0 if the address is in no row. The result is valid until the next call.
+// The row of an address. If the address has no row, the result has identity 0. The result is valid until the next call.
 NP_INLINE const struct np_addr *np_addr_find(struct np_ctx *ctx, const __u32 *address, const int version)
 {
     struct np_addr *found = &ctx->ep->addr;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// From an interface to its endpoint; from an address to the address's owner (anti-spoofing); which addresses are the
-// node's.
+// Look-ups of three kinds: the endpoint of an interface, the owner of an address (anti-spoofing), and whether an
+// address is the node's.
 #pragma once
 
 #include "np_bucket.h"

@@ -192,7 +192,7 @@ NP_INLINE int np_sender_verdict(struct np_ctx *ctx, struct np_scratch *scratch, 
     }
     if (denied)
         return scratch->reason;
-    // A source that the sender chose records no connection. A source that the node chose by translation does.
+    // A source that the sender chose records no connection. A source that the node chose by translation records one.
     if (np_conn_opens(ctx) && !scratch->is_first_leg &&
         (!scratch->is_source_hidden || np_is_local(ctx, tuple->source, version)) &&
         np_conn_open(ctx, key, packet->protocol == NP_PROTOCOL_TCP ? NP_CONN_TCP_OPEN : 0, 0, version))

@@ -77,9 +77,9 @@ NP_INLINE __u64 np_tag_worth(__u64 tag, __u32 now)
     return ((worth & (is_past - 1)) | is_past) & -is_used;
 }
 
-// Find the slots with the key's hash: of an established and of an unreplied connection. NP_CONN_WAYS or more: there is
-// none. If two keys of one bucket have the same hash, only one of them is found. Policy then judges each packet of the
-// other connection, which is slow but correct.
+// Find the slots with the key's hash: one of an established connection, one of an unreplied connection. A slot number
+// of NP_CONN_WAYS or more means that there is none. If two keys of one bucket have the same hash, only one of them is
+// found. Policy then judges each packet of the other connection, which is slow but correct.
 NP_INLINE void np_ct_probe(const struct np_ctx *ctx, const union np_conn_key *key, const int version)
 {
     struct np_endpoint_ctx *ep = ctx->ep;

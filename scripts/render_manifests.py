@@ -34,20 +34,20 @@ def networks() -> list[str]:
     return list(schema["properties"]["network"]["enum"])
 
 
-def render_chart(network: str, template: str | None, version: str) -> str:
-    """One template of the chart, or all of it, as Helm renders it for a version of Kubernetes."""
+def render_chart(network: str, templates: tuple[str, ...], version: str) -> str:
+    """Some templates of the chart, or all of it, as Helm renders it for a version of Kubernetes."""
     command = [
         *("helm", "template", "netpol-ebpf", str(CHART), "--namespace=kube-system"),
         *(f"--set=network={network}", f"--kube-version={version}"),
-        *((f"--show-only=templates/{template}",) if template else ()),
+        *(f"--show-only=templates/{one}" for one in templates),
     ]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def render() -> dict[Path, str]:
     """The text of each file."""
-    plans = {"rbac.yaml": ("other", "rbac.yaml"), "cleanup.yaml": ("other", "cleanup.yaml")}
-    plans |= {f"agent-{network}.yaml": (network, "daemonset.yaml") for network in networks()}
+    plans = {name: ("other", (name,)) for name in ("rbac.yaml", "cleanup.yaml")}
+    plans |= {f"agent-{network}.yaml": (network, ("config.yaml", "daemonset.yaml")) for network in networks()}
     return {TARGET / name: HEADER + render_chart(*plan, VERSIONS[0]) for name, plan in plans.items()}
 
 
@@ -58,7 +58,7 @@ def invalid() -> list[str]:
     said = []
     for version in VERSIONS:
         for network in networks():
-            for obj in yaml.safe_load_all(render_chart(network, None, version)):
+            for obj in yaml.safe_load_all(render_chart(network, (), version)):
                 if obj is None:
                     continue
                 try:

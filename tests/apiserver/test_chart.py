@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from api_objects import CHART, DEPLOY, documents
 from server import TOKEN, Server
 
@@ -23,6 +24,7 @@ ROOT = DEPLOY.parent
 MERGE = "application/merge-patch+json"
 DAEMONSETS = "/apis/apps/v1/namespaces/kube-system/daemonsets"
 JOBS = "/apis/batch/v1/namespaces/kube-system/jobs"
+CONFIG = "/api/v1/namespaces/kube-system/configmaps/netpol-agent"
 DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 TOOLS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 """Where scripts/setup.sh --dev puts helm and kubectl, then the machine's own."""
@@ -186,9 +188,9 @@ def test_life_of_a_release(own_server: Server, tools: Tools, tmp_path: Path, net
     assert own_server.get(f"{DEFINITIONS}/{FOREIGN}").body["metadata"]["labels"] == {"whose": "another"}
     policies = "/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicies"
     assert {"tier-rights.projectcalico.org", "built-in-tiers.projectcalico.org"} <= names(own_server, policies)
-    command = own_server.get(f"{DAEMONSETS}/netpol-agent").body["spec"]["template"]["spec"]["containers"][0]["command"]
-    (rendered,) = documents(DEPLOY / "manifests" / f"agent-{network}.yaml")
-    assert command == rendered["spec"]["template"]["spec"]["containers"][0]["command"]
+    rendered, _daemonset = documents(DEPLOY / "manifests" / f"agent-{network}.yaml")
+    before_upgrade = own_server.get(CONFIG).body["data"]
+    assert before_upgrade == rendered["data"]
 
     tools.helm(
         "upgrade",
@@ -196,10 +198,11 @@ def test_life_of_a_release(own_server: Server, tools: Tools, tmp_path: Path, net
         str(CHART),
         "--namespace=kube-system",
         "--reset-then-reuse-values",
-        "--set=options={--keep-revoked}",
+        "--set=config.keepRevoked=true",
     )
-    spec = own_server.get(f"{DAEMONSETS}/netpol-agent").body["spec"]["template"]["spec"]
-    assert spec["containers"][0]["command"] == [*command, "--keep-revoked"]
+    wanted = {**yaml.safe_load(before_upgrade["config.yaml"]), "keepRevoked": True}
+    assert yaml.safe_load(own_server.get(CONFIG).body["data"]["config.yaml"]) == wanted
+    assert own_server.get(f"{DAEMONSETS}/netpol-agent").body["metadata"]["generation"] == 2, "the agents are replaced"
 
     tier = {"apiVersion": "projectcalico.org/v3", "kind": "Tier", "metadata": {"name": "ours"}, "spec": {"order": 5}}
     own_server.wait_for(lambda: own_server.apply(tier).status in (200, 201), "a tier is taken")
@@ -237,7 +240,7 @@ def test_life_of_a_release(own_server: Server, tools: Tools, tmp_path: Path, net
         (("--set=network=weave",), "network"),
         (("--set=network=flannel", "--set=cni.timeout=0"), "timeout"),
         (("--set=network=flannel", "--set=cni.delay=9"), "delay"),
-        (("--set=network=flannel", "--set=options={keep}"), "options"),
+        (("--set=network=flannel", "--set=config.stateDir=/tmp"), "stateDir"),
     ],
 )
 def test_wrong_values_are_refused(own_server: Server, tools: Tools, values: tuple[str, ...], words: str) -> None:

@@ -17,8 +17,9 @@ import yaml
 from netpol_ebpf import __version__
 from netpol_ebpf.agent.barrier import parse_barrier
 from netpol_ebpf.agent.cni import DEFAULT_DIR
+from netpol_ebpf.agent.configuration import CONFIG_VARIABLE, DEFAULT_FILE, parse_arguments, settings_of
 from netpol_ebpf.agent.main import BARRIER_MARKS, DEFAULT_STATE_DIR, build_parser
-from netpol_ebpf.agent.source_options import DEFAULT_SAVED_STATE, node_name
+from netpol_ebpf.agent.source_options import DEFAULT_SAVED_STATE, NODE_VARIABLE
 from netpol_ebpf.cli import main as netpolctl
 from netpol_ebpf.cli.uninstall import AGENTS, CLEANUP, STEPS
 from netpol_ebpf.cni.installation import DEFAULT_BIN_DIR, DEFAULT_CONF_DIR
@@ -38,10 +39,22 @@ THREE = {
 
 
 def daemonset(name: str) -> dict[str, Any]:
-    """The only object of a manifest."""
-    (found,) = yaml.safe_load_all((MANIFESTS / f"{name}.yaml").read_text())
-    assert found["kind"] == "DaemonSet"
+    """The DaemonSet of a manifest."""
+    (found,) = (
+        one for one in yaml.safe_load_all((MANIFESTS / f"{name}.yaml").read_text()) if one["kind"] == "DaemonSet"
+    )
     return dict(found)
+
+
+def config(network: str) -> str:
+    """The configuration file that the agent's pod has."""
+    first, *_ = yaml.safe_load_all((MANIFESTS / f"agent-{network}.yaml").read_text())
+    (volume,) = (one for one in pod_of(f"agent-{network}")["volumes"] if "configMap" in one)
+    assert (first["kind"], first["metadata"]["name"]) == ("ConfigMap", volume["configMap"]["name"])
+    (mount,) = (one for one in containers(f"agent-{network}")["agent"]["volumeMounts"] if one["name"] == volume["name"])
+    ((name, text),) = first["data"].items()
+    assert Path(mount["mountPath"]) / name == DEFAULT_FILE
+    return str(text)
 
 
 def pod_of(name: str) -> dict[str, Any]:
@@ -62,16 +75,16 @@ def mounts(name: str, container: str) -> dict[Path, Path]:
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_agent_of_each_network(network: str) -> None:
-    """Its options parse, and the names of interfaces are ones that the barrier can close."""
-    program, *options = containers(f"agent-{network}")["agent"]["command"]
-    assert program == "netpol-agent"
-    parsed = build_parser().parse_args(options)
+def test_agent_of_each_network(network: str, tmp_path: Path) -> None:
+    """Its configuration is valid, and the names of interfaces are ones that the barrier can close."""
+    (tmp_path / "config.yaml").write_text(config(network))
+    assert containers(f"agent-{network}")["agent"]["command"] == ["netpol-agent"]
+    parsed = parse_arguments(build_parser(), [], {CONFIG_VARIABLE: str(tmp_path / "config.yaml")})
     assert parsed.kubernetes
     (variable,) = containers(f"agent-{network}")["agent"]["env"]
     assert variable["valueFrom"] == {"fieldRef": {"fieldPath": "spec.nodeName"}}
-    assert node_name(parsed, {variable["name"]: "node-1"}) == "node-1"
-    assert (parsed.state_dir, parsed.saved_state, parsed.pin_root) == (DEFAULT_STATE_DIR, DEFAULT_SAVED_STATE, None)
+    assert variable["name"] == NODE_VARIABLE
+    assert (parsed.state_dir, parsed.saved_state) == (DEFAULT_STATE_DIR, DEFAULT_SAVED_STATE)
     barrier = parse_barrier(parsed.barrier, parsed.barrier_interfaces, BARRIER_MARKS, 0)
     assert bool(barrier.patterns) == (network != "other")
 
@@ -170,6 +183,15 @@ def test_versions_are_one() -> None:
     assert chart["version"] == chart["appVersion"] == __version__
     assert values["image"] == f"netpol-ebpf:{__version__}"
     assert values.keys() == set(SCHEMA["required"])
+
+
+def test_paths_are_no_values() -> None:
+    """Every option that names a path, or where the agent runs, is refused: the pod's mounts are made for the defaults."""
+    settings = settings_of(build_parser())
+    paths = {one.key for one in settings.values() if isinstance(one.default, Path) or one.action.type is Path}
+    refused = set(SCHEMA["properties"]["config"]["propertyNames"]["not"]["enum"])
+    assert paths <= refused
+    assert refused - {one.key for one in settings.values()} == {"apiVersion", "kind"}
 
 
 def test_each_network_has_names_and_a_page() -> None:

@@ -12,6 +12,15 @@ kindnet: ["veth*", "knet*"]
 other: []
 {{- end -}}
 
+{{- /* The agent's configuration file: what the chart sets, and over it the value `config`. */ -}}
+{{- define "netpol.config" -}}
+{{- $file := dict "apiVersion" "netpol-ebpf/v1alpha1" "kind" "NodeConfiguration" "kubernetes" true -}}
+{{- with get (include "netpol.barrierInterfaces" . | fromYaml) .Values.network -}}
+{{- $_ := set $file "barrierInterfaces" . -}}
+{{- end -}}
+{{- mergeOverwrite $file .Values.config | toYaml -}}
+{{- end -}}
+
 {{- define "netpol.labels" -}}
 app.kubernetes.io/name: netpol-ebpf
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}

@@ -107,8 +107,8 @@ class _Address:
 class _Doubts:
     """What must be dumped after the queued notifications are read.
 
-    ``routes``, ``addresses``, ``links``: indices of the interfaces whose routes or addresses, or which themselves, must
-    be dumped. ``all_routes``: the reason to dump all routes; "": there is none.
+    ``routes``, ``addresses``: indices of the interfaces whose routes or addresses must be dumped. ``links``: indices of
+    the interfaces that must be dumped themselves. ``all_routes``: the reason to dump all routes; "": there is none.
     """
 
     routes: set[int] = field(default_factory=set)
@@ -175,7 +175,7 @@ class Follower:
     def addresses(self) -> Mapping[IPAddress, int]:
         """The interface of each address of this namespace.
 
-        If several interfaces have the address, the one of the lowest index.
+        If several interfaces have the address, the one with the lowest index.
         """
         return self._derived()[0]
 
@@ -229,7 +229,7 @@ class Follower:
     # --- keeping in step --------------------------------------------------------------------------------------------
 
     def poll(self, *, is_brief: bool = False) -> list[LinkChange] | None:
-        """Read the queued notifications, then dump what they do not tell. Returns the changes of links in order.
+        """Read the queued notifications, then dump what they leave unknown. Returns the changes of links in order.
 
         Returns None if notifications were lost: then all state was dumped, and the single changes are unknown.
         ``is_brief``: leave the dumps of routes and addresses to the next call, so that a new interface does not wait
@@ -376,7 +376,10 @@ class Follower:
         return found
 
     def _settle_doubts(self) -> list[LinkChange]:
-        """Make the dumps that are marked or due again. Returns the changes of interfaces."""
+        """Make the dumps that were marked, and those that are due SETTLE_S after a change.
+
+        Returns the changes of interfaces.
+        """
         now_s = self._clock()
         doubts, self._doubts = self._doubts, _Doubts()
         self._put_off(doubts, now_s)

@@ -140,7 +140,7 @@ ChannelT = TypeVar("ChannelT", bound="Channel")
 
 
 class Channel:
-    """A netlink socket for requests and their answers. It is a context manager."""
+    """A netlink socket for requests and their answers. The class is a context manager."""
 
     def __init__(self, family: int, subject: str) -> None:
         """``subject``: the text at the beginning of error messages.

@@ -70,8 +70,8 @@ def attach(ifindex: int, dataplane: Dataplane, mechanism: Mechanism | None = Non
     """Attach both programs to an interface. A program that is already attached stays.
 
     ``mechanism``: for programs that are not attached yet; None: the preferred one. ``is_newborn``: the interface has
-    just appeared, so it has no filters of ours, and they are not looked for, which would take longer than everything
-    else. Raises PlatformError if the interface is gone, or the kernel refuses.
+    just appeared, so it has no filters of ours. The call then saves the query for filters, which takes longer than
+    everything else. Raises PlatformError if the interface is gone, or the kernel refuses.
     """
     found = _tcx_attachments(dataplane, ifindex)
     if not is_newborn:

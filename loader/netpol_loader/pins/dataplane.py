@@ -93,7 +93,7 @@ class TestRun:
 
 
 class Dataplane:
-    """The open descriptors of all maps and programs that are pinned in one directory. It is a context manager.
+    """The open descriptors of all maps and programs that are pinned in one directory. The class is a context manager.
 
     `open` returns a dataplane.
     """
@@ -188,9 +188,10 @@ class Dataplane:
         _write_schema(self.maps["np_schema"], jiffies_per_second)
 
     def exchange(self, staging: Staging) -> None:
-        """Replace the program set in force by the staged one on every interface, and the maps likewise.
+        """Replace the program set in force by the staged one on every interface.
 
-        If the process is killed meanwhile, the next `open` finishes the exchange. The replaced descriptors are closed.
+        The maps that are staged with the set replace those in force. If the process is killed meanwhile, the next
+        `open` finishes the exchange. The replaced descriptors are closed.
         """
         maps, programs = staging.taken()
         begin_exchange(self.pin_dir, staging.directory)

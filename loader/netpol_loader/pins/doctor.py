@@ -25,7 +25,10 @@ from netpol_loader.kernel import syscall
 from netpol_loader.tables.events import LIBRARIES
 
 FIRST_KERNEL_WITHOUT_BH_LOCK = (6, 18)
-"""The first kernel in which a real-time option allows two packets on one CPU (CONFIG_PREEMPT_RT_NEEDS_BH_LOCK)."""
+"""The first kernel with an option that lets a real-time kernel run two packets on one CPU.
+
+A kernel does so if CONFIG_PREEMPT_RT_NEEDS_BH_LOCK is off.
+"""
 
 COMPARE_AND_SWAP = b"".join(
     struct.pack("=BBhi", opcode, registers if sys.byteorder == "little" else registers << 4 & 0xF0 | registers >> 4, at, value)
@@ -161,7 +164,7 @@ def _require_lasting(place: Path) -> None:
 
 
 def _apart_from_node() -> str:
-    """The reason why a mount by this process would not be a mount of the node, or may not be; "": it would be one."""
+    """The reason why a mount by this process may not be a mount of the node; "": it would be one."""
     ours, nodes = mounts_of("self"), mounts_of_node()
     if nodes is None or ours is None:
         return "this process may not see what the node has mounted (it has a PID namespace of its own, or /proc hides process 1)"

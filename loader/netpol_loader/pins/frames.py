@@ -81,7 +81,7 @@ After the frame, the runner reads the row. ``redirects``: whether the gate sends
 
 
 class FrameRunner:
-    """Runs programs on frames as `Dataplane.test_run` does, but over veth pairs. It is a context manager.
+    """Runs programs on frames as `Dataplane.test_run` does, but over veth pairs. The class is a context manager.
 
     ``programs``: descriptors by hook, which the caller continues to own. The runner attaches these programs once. If
     they are replaced, a new runner is needed. Raises PrivilegeError without CAP_SYS_ADMIN, CAP_NET_ADMIN or
