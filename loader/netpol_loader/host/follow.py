@@ -76,7 +76,10 @@ _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _UNIVERSE, _PERMANENT = 0, 0x80  # RT_SCOPE_UNIVERSE, IFA_F_PERMANENT
 
 SETTLE_S = 0.2
-"""After this time, routes that vanish with a notified change are gone. Arbitrary: the kernel removes them at once."""
+"""Time after a notified change at which the routes that vanish with the change are gone.
+
+The kernel removes them at once, so the value is arbitrary.
+"""
 DATAGRAMS_A_LOOK = 20_000
 """Most datagrams that one `poll` reads, so that it ends even if the node changes constantly. The value is arbitrary."""
 DOUBTS = 200
