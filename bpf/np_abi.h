@@ -199,7 +199,7 @@ enum np_call {
 // Facts of the running kernel. The loader writes them into the program (NP_KERNEL).
 enum np_kernel_fact {
     NP_KERNEL_CAST = 0, // 1: the kernel has bpf_cast_to_kern_ctx
-    NP_KERNEL_FIRST = 1, // offset in sk_buff of the first field below; all fields are in the NP_KERNEL_BYTES from there on
+    NP_KERNEL_FIRST = 1, // offset in sk_buff of the first field below; the NP_KERNEL_BYTES from there on have all fields
     NP_KERNEL_SUMMED = 2, // offset of the byte with ip_summed; this and all later offsets count from NP_KERNEL_FIRST
     NP_KERNEL_SUMMED_SHIFT = 3, // lowest bit of ip_summed in that byte; ip_summed has two bits
     NP_KERNEL_CSUM_START = 4, // offset of csum_start; this field and the next two have 16 bits
@@ -666,7 +666,7 @@ _Static_assert(sizeof(struct np_log_limit) == 8, "np_log_limit");
 
 struct np_config {
     __u32 generation; // raised by the agent when an allow may have become a deny; never 0
-    __u32 epoch; // raised by the agent when an endpoint's row or address changed; makes older rows of np_ep_cache invalid
+    __u32 epoch; // raised by the agent when an endpoint's row or address changed; ends the validity of np_ep_cache
     __u32 flags; // enum np_config_flag
     __u32 jiffies_per_second;
     __u32 wildcard; // number of the wildcard host endpoint; 0: the node has none

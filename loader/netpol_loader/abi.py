@@ -212,7 +212,7 @@ NP_CALLS = 2  # number of slots
 
 # np_kernel_fact: Facts of the running kernel. The loader writes them into the program (NP_KERNEL).
 NP_KERNEL_CAST = 0  # 1: the kernel has bpf_cast_to_kern_ctx
-NP_KERNEL_FIRST = 1  # offset in sk_buff of the first field below; all fields are in the NP_KERNEL_BYTES from there on
+NP_KERNEL_FIRST = 1  # offset in sk_buff of the first field below; the NP_KERNEL_BYTES from there on have all fields
 NP_KERNEL_SUMMED = 2  # offset of the byte with ip_summed; this and all later offsets count from NP_KERNEL_FIRST
 NP_KERNEL_SUMMED_SHIFT = 3  # lowest bit of ip_summed in that byte; ip_summed has two bits
 NP_KERNEL_CSUM_START = 4  # offset of csum_start; this field and the next two have 16 bits
@@ -1031,7 +1031,7 @@ class np_config(ctypes.Structure):
     """``struct np_config``."""
 
     generation: int  # raised by the agent when an allow may have become a deny; never 0
-    epoch: int  # raised by the agent when an endpoint's row or address changed; makes older rows of np_ep_cache invalid
+    epoch: int  # raised by the agent when an endpoint's row or address changed; ends the validity of np_ep_cache
     flags: int  # enum np_config_flag
     jiffies_per_second: int
     wildcard: int  # number of the wildcard host endpoint; 0: the node has none
