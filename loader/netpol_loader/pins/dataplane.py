@@ -69,7 +69,7 @@ SKB_BYTES = 192
 SKB_MARK = 8
 SKB_INGRESS_IFINDEX = 36
 SKB_IFINDEX = 40
-"""Size of struct __sk_buff, and offsets in it. It is a kernel interface that never changes."""
+"""Size of struct __sk_buff, and offsets in the struct, which is a kernel interface and never changes."""
 
 
 @dataclass(frozen=True, slots=True)
