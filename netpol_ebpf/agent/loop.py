@@ -65,8 +65,7 @@ class AgentLoop:
         from netpol_ebpf.apply.events import FlowEvent
 
         readable, writable = self.control_socket.descriptors()
-        # Before the start interfaces stay as they are: the state of an earlier agent is in force.
-        network = self.node.network.fileno() if self.agent.is_started else None
+        network = self.node.network.fileno()
         barrier = self.node.barrier.fileno() if self.agent.is_started else None
         objects = self.agent.source.fileno()
         readable += [one for one in (wake, network, barrier, objects) if one is not None]

@@ -23,7 +23,7 @@ from test_source import OwnServer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "netns"))
 
-from agent_scene import CLUSTER, DB_POLICY, NODE, Scene, lab_for, scene_in, to_db, wait_for
+from agent_scene import CLUSTER, DB_POLICY, NODE, ClusterScene, Scene, lab_for, scene_in, to_db, wait_for
 
 from netpol_ebpf.lab import guard
 
@@ -79,16 +79,6 @@ class Relay:
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-
-
-class ClusterScene(Scene):
-    """A scene with an agent that watches the API server."""
-
-    def command(self, *options: str) -> list[str]:
-        kept = super().command(*options)
-        at = kept.index("--manifests")
-        kubeconfig = ("--kubeconfig", str(self.home / "kubeconfig"), "--saved-state", str(self.home / "cluster"))
-        return [*kept[:at], *kubeconfig, *kept[at + 2 :]]
 
 
 def put(server: Server, obj: dict[str, Any]) -> None:

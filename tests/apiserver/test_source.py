@@ -218,7 +218,7 @@ def test_deleted_definition_lifts_nothing(own_server: OwnServer, followed: Kuber
     followed.probe.step()
     assert take(followed, bool) == ["+Tier/one"]
     assert "2 of its objects" in followed.problems[0].message
-    assert followed.release(TIERS) == 2
+    assert followed.release(TIERS) == ("Tier/three", "Tier/two")
     assert sorted(take(followed, lambda found: len(found) == 2)) == ["-Tier/three", "-Tier/two"]
     own_server.request("DELETE", "/apis/projectcalico.org/v3/tiers/one")
     assert take(followed, bool) == ["-Tier/one"]
