@@ -97,7 +97,7 @@ missing_packages() {
             wanted+=(bpftool)
         fi
     fi
-    [[ "$dev" == no ]] || wanted+=(clang clang-format gcc libc6-dev make nftables iptables ipset containernetworking-plugins)
+    [[ "$dev" == no ]] || wanted+=(clang clang-format gcc libc6-dev make nftables iptables ipset containernetworking-plugins systemd)
     [[ "$vm" == no ]] || wanted+=(qemu-system-x86 qemu-system-common busybox-static kmod mmdebstrap)
     local package
     for package in "${wanted[@]}"; do installed "$package" || echo "$package"; done

@@ -102,6 +102,7 @@ step "import contracts" lint-imports
 step "codespell" codespell
 step "generated files are fresh" python scripts/generate_abi.py --check
 step "generated custom resources are fresh" python scripts/generate_crds.py --check
+step "generated table of options is fresh" python scripts/generate_configuration.py --check
 step "documented results are the recorded ones" python -m bench.page --check
 step "documented kernels are the recorded ones" python -m tests.vm.page --check
 step "documented networks are the recorded ones" python -m tests.netns.networks --check
