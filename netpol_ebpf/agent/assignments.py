@@ -209,6 +209,22 @@ class InterfaceAssignments:
                 by[winner.endpoint.key] = self._bind(ifindex, winner, wiring)
         return LocatedEndpoints(interfaces, by, problems)
 
+    def decide_roles(self, wiring: Wiring) -> None:
+        """Decide the role of each interface while no endpoint is known; assignments stay."""
+        self.forget([ifindex for ifindex, one in self._seen.items() if not self._is_there(ifindex, one, wiring)])
+        self.doubts = {}
+        self._decide_all(wiring, (), ())
+
+    @property
+    def assigned(self) -> set[int]:
+        """The interfaces that have an endpoint."""
+        return {ifindex for ifindex, one in self._seen.items() if one.assignment is not None}
+
+    def first_addresses(self, ifindex: int) -> tuple[IPAddress, ...]:
+        """The oldest address of each family at an interface's other end, when addresses were first seen there."""
+        seen = self._seen.get(ifindex)
+        return () if seen is None else seen.first
+
     def _release_named(self, wiring: Wiring, endpoints: Iterable[Endpoint]) -> None:
         """Release interfaces that were assigned because an object named them, if no object does so any more.
 
