@@ -27,16 +27,7 @@ from typing import Any, NamedTuple
 from netpol_ebpf.agent.derived_names import derived_hash, hash_in
 from netpol_ebpf.agent.settled import LookInputs, Settled, can_settle, still_settled
 from netpol_ebpf.agent.wiring import ETHERNET, NOWHERE, TAP_KINDS, Interface, Wiring
-from netpol_ebpf.apply.records import (
-    checked,
-    checked_list,
-    load_regular,
-    open_draft,
-    parse_json,
-    reason_of,
-    set_aside,
-    told,
-)
+from netpol_ebpf.apply.records import EntryFile, checked, checked_list
 from netpol_ebpf.errors import Location, Problem
 from netpol_ebpf.policy.types import Endpoint, EndpointKey, IPAddress, IPNetwork
 
@@ -489,28 +480,22 @@ class InterfaceAssignments:
 
         A damaged file is kept aside and reported; interfaces with an invalid entry are assigned anew.
         """
-        self._seen, wrong = {}, []
-        try:
-            document = checked(parse_json(load_regular(path, MOST_BYTES)), dict, "it")
-            if checked(document.get("format"), int, "the format") != FORMAT:
-                raise ValueError(f"format {document['format']} is not {FORMAT}")  # noqa: TRY301 - reported like all others
-            interfaces = checked(document.get("interfaces"), dict, "interfaces")
-            self._is_recalled = True
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            interfaces, wrong = {}, [reason_of(error)]
-        for ifindex, written in interfaces.items():
+        self._seen = {}
+
+        def take(entry: tuple[str, Any]) -> None:
+            ifindex, written = entry
             try:
                 self._seen[_read_ifindex(ifindex)] = _read_seen(written)
-            except ValueError as error:  # noqa: PERF203 - a faulty entry must not stop the others
-                wrong.append(f"interface {ifindex!r}: {error}")
-        if not wrong:
+            except ValueError as error:
+                raise ValueError(f"interface {ifindex!r}: {error}") from error
+            self._is_recalled = True
+
+        damage = _file_at(path).load(take)
+        if not damage:
             return None
         self.is_dirty = True
         message = (
-            f"the assignments of interfaces are damaged ({told(wrong)}); {set_aside(path)}: the agent keeps the valid ones "
-            "and decides the others anew"
+            f"the assignments of interfaces are {damage}: the agent keeps the valid ones and decides the others anew"
         )
         return Problem(Location(str(path)), "", message, severity="warning", slug="interfaces-file")
 
@@ -537,11 +522,7 @@ class InterfaceAssignments:
             if known is None or known[0] is not seen:
                 known = seen, json.dumps(_write_seen(seen))
             self._written[ifindex] = known
-        interfaces = ", ".join(f'"{ifindex}": {text}' for ifindex, (_, text) in self._written.items())
-        draft = path.with_suffix(".draft")
-        with open_draft(draft) as file:
-            file.write(f'{{"format": {FORMAT}, "interfaces": {{{interfaces}}}}}\n')
-        draft.replace(path)
+        _file_at(path).save(f'"{ifindex}": {text}' for ifindex, (_, text) in self._written.items())
         self.is_dirty = False
 
 
@@ -686,6 +667,10 @@ def _is_same(assignment: Assignment, endpoint: Endpoint) -> bool:
     if assignment.addresses is None or assignment.addresses == endpoint.addresses:
         return True
     return bool(set(assignment.addresses) & set(endpoint.addresses))
+
+
+def _file_at(path: Path) -> EntryFile:
+    return EntryFile(path, "interfaces", FORMAT, MOST_BYTES, is_keyed=True)
 
 
 def _write_seen(seen: InterfaceRecord) -> dict[str, Any]:
