@@ -61,6 +61,12 @@ metadata: {name: shop}
 """
 
 
+def with_capabilities(names: Iterable[str]) -> list[str]:
+    """The beginning of a command line whose process has these capabilities alone, and no way to more."""
+    only = ",".join(("-all", *(f"+{name}" for name in names)))
+    return ["setpriv", "--no-new-privs", "--bounding-set", only, "--inh-caps", only]
+
+
 def render_nodes(*addresses: str) -> str:
     """The nodes, with these addresses, and the pods' namespace. ``{}``: 10 for the first node, 20 for the second."""
     internal = ", ".join(f"{{type: InternalIP, address: {one}}}" for one in addresses)
