@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
+from netpol_ebpf.cli.agent_access import add_agent_options, ask_agent
 from netpol_ebpf.cli.output import add_output_option, print_value
 from netpol_ebpf.terminal import escaped, paragraph, say
 
@@ -31,7 +31,7 @@ def register(subparsers: Any) -> None:
         "kind", metavar="KIND", help="as `netpolctl status` names it, such as globalnetworkpolicies.projectcalico.org"
     )
     parser.add_argument("--dry-run", action="store_true", help="list the objects that would end, and end none")
-    add_state_dir_option(parser)
+    add_agent_options(parser, "--state-dir")
     add_output_option(parser)
     parser.set_defaults(run=run)
 
