@@ -41,6 +41,7 @@ COMMANDS = (
     "netpol_ebpf.cli.demo",
     "netpol_ebpf.cli.cni",
     "netpol_ebpf.cli.cleanup",
+    "netpol_ebpf.cli.uninstall",
     "netpol_ebpf.cli.compile",
     "netpol_ebpf.cli.doctor",
 )
