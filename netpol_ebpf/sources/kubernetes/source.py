@@ -221,6 +221,8 @@ class KubernetesSource:
         ``restored``: whether the saved state is in force; ``confirmed``: when the server last answered a probe, None:
         never; ``cut_off``: whether the server no longer answers probes; ``stale_since``: since when changes may be
         missing, None: none are, or the time is unknown. Times are UTC, ISO 8601.  ``kinds``: see `KindState`.
+        ``gaps``: by kind, how often events were lost, so that the kind was listed again; ``went_back`` and
+        ``went_back_at``: how often the server went back to an older state, and when it last did (None: never).
         """
         noted = self.cache.noted
         confirmed = self.probe.confirmed or None
@@ -235,6 +237,9 @@ class KubernetesSource:
             "cut_off": is_cut_off,
             "stale_since": self._saved_at if is_restored else confirmed if is_cut_off else None,
             "kinds": [one._asdict() for one in self.states()],
+            "gaps": {str(kind): one.gaps for kind, one in self.watchers.items() if one.gaps},
+            "went_back": self.probe.went_back,
+            "went_back_at": self.probe.went_back_at or None,
         }
         return (state,)
 

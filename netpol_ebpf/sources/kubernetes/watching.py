@@ -185,6 +185,8 @@ class KindWatcher:
     clock: Callable[[], float] = time.monotonic
     chance: Callable[[], float] = random.random
     state: State = State.LISTING
+    gaps: int = 0
+    """How often the server had no events from the known resourceVersion on, so that the kind was listed again."""
     _resource_version: str = ""  # where the next WATCH begins; "": a LIST comes first
     _streams: bool = True
     _stream_failures: int = 0
@@ -411,6 +413,7 @@ class KindWatcher:
         if status.code in (_GONE, _ERROR) or status.code in _OURS:  # 500: a resourceVersion of another server
             self._resource_version = ""
         if status.code == _GONE:
+            self.gaps += not is_list
             self._expired += 1
             return self._backoff_s(self._expired - 1) if self._expired > 1 else 0.0
         if status.code == _FORBIDDEN:
