@@ -246,9 +246,9 @@ NP_INLINE int np_ip_plan(struct np_ctx *ctx, struct np_scratch *scratch, __u8 ki
 }
 
 // Apply a new verdict to a known connection that was allowed under an older generation. Policy has judged the tuple of
-// the connection's first packet. A denied connection keeps its entry and its old generation. So it stays cut for as
-// long as policy denies it, and no packet of the other side passes as the first packet of a new flow. Returns
-// NP_REASON_NONE or the reason to drop the packet.
+// the connection's first packet. A denied connection keeps its entry and its old generation. So the connection stays
+// cut for as long as policy denies it, and no packet of the other side passes as the first packet of a new flow.
+// Returns NP_REASON_NONE or the reason to drop the packet.
 NP_INLINE int np_ip_again(struct np_ctx *ctx, const struct np_scratch *scratch, struct np_conn *conn)
 {
     struct np_decision *decision = ctx->decision;
@@ -498,7 +498,7 @@ NP_INLINE int np_ip_own(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scr
     if (NP_LIKELY(!packet->slow_only)) {
         struct np_ct_slot slot = np_ct_lookup(ctx, key, 0, version);
         struct np_conn *open = slot.conn;
-        __u32 generation = open ? open->generation : 0; // read before the rule and the flags; a generation is never 0
+        __u32 generation = open ? open->generation : 0; // read before rule and flags; a generation is never 0
         if (NP_LIKELY(open && generation == ctx->arrival->generation && np_conn_is_alive(open, ctx) &&
                       !np_conn_is_closed(open))) {
             open = np_load_after(open, generation);

@@ -19,7 +19,7 @@
 #include "np_maps.h"
 
 // Whether processes of this node receive packets to the tuple's destination. Most new flows need the answer twice, so
-// np_tuple keeps it.
+// np_tuple stores the answer.
 enum np_to_node {
     NP_TO_NODE_UNASKED = 0,
     NP_TO_NODE_NO = 1,

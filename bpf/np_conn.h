@@ -187,7 +187,7 @@ NP_INLINE int np_conn_is_initial(const struct np_packet *packet)
 
 // Whether the packet, which is not an initial SYN, belongs to the connection with its key. An ICMP connection has the
 // query that opened it, the reply of the matching type, and errors about the connection. Every other ICMP message
-// belongs to no connection, although its key may be the same.
+// belongs to no connection, although it may have the same key.
 NP_INLINE int np_conn_covers(const struct np_conn *conn, const struct np_ctx *ctx)
 {
     const struct np_packet *packet = ctx->packet;
@@ -280,8 +280,8 @@ NP_INLINE __u8 np_conn_first_state(__u8 protocol)
     }
 }
 
-// Whether a packet that policy allowed opens a connection. A SYN with ACK, a RST and an ICMP reply do not: their
-// connection should already exist. An ICMP message that is not a query, and an untracked packet, belong to no
+// Whether a packet that policy allowed opens a connection. A SYN with ACK, a RST and an ICMP reply do not, because
+// their connection should already exist. An ICMP message that is not a query, and an untracked packet, belong to no
 // connection.
 NP_INLINE int np_conn_opens(const struct np_ctx *ctx)
 {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// From an interface to its endpoint; from an address to the address's owner (anti-spoofing); which addresses are the
-// node's.
+// Look-ups of three kinds: the endpoint of an interface, the owner of an address (anti-spoofing), and whether an
+// address is the node's.
 #pragma once
 
 #include "np_bucket.h"
@@ -100,7 +100,7 @@ NP_INLINE int np_host_read(__u32 number, __u32 index, struct np_owner *owner)
     struct np_host *row = np_host_lookup(number);
     if (!row)
         return NP_REASON_UNKNOWN_ENDPOINT;
-    np_forget(index); // hides the known range from the compiler: verifiers before Linux 6.10 need the bound
+    np_forget(index); // keeps the compiler from removing the bound, which verifiers before Linux 6.10 need
     index &= NP_HOST_SETS - 1;
     __u32 present = row->present;
     owner->number = row->number;

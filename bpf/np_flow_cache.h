@@ -47,7 +47,7 @@ NP_INLINE struct np_flow_cache_fact *np_flow_cache_slot(const __u32 *source, con
 
 // Nonzero if the addresses before `fact` differ from the packet's. In both places the destination follows the source.
 // IPv6 addresses are compared in 8-byte words, although these are unaligned in the packet. The verifier allows
-// unaligned loads where the CPU does. This halves the number of loads.
+// unaligned loads where the CPU does. The wide words halve the number of loads.
 NP_INLINE __u64 np_flow_cache_differs(const struct np_flow_cache_fact *fact, const __u32 *source, const int version)
 {
     if (version == 4) {
@@ -140,7 +140,7 @@ NP_INLINE int np_fast_path_pass(struct __sk_buff *skb, const struct np_config *c
     __u64 other = np_flow_cache_differs(fact, source, version) | (fact->ports_be ^ candidate->ports_be) |
                   (fact->protocol ^ candidate->protocol) | ((fact->hook ^ (__u32)hook) & NP_HOOK_EGRESS) |
                   (fact->ifindex ^ skb->ifindex) | (fact->generation ^ config->generation);
-    // `left` is large if the entry has expired, also if the low 32 bits have wrapped since
+    // `left` is large if the entry has expired, even if the low 32 bits have wrapped since then
     __u32 left = fact->until_jiffies - (__u32)bpf_jiffies64() - 1;
     if (NP_UNLIKELY(other || left >= config->jiffies_per_second))
         return NP_SLOW_PATH;

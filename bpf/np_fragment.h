@@ -17,7 +17,7 @@ NP_INLINE void np_fragment_key(union np_frag_key *key, const struct np_ctx *ctx,
             .endpoint = ctx->ep->endpoint, .id = packet->fragment_id, .protocol = packet->protocol};
         __builtin_memcpy(key->v4.source, packet->source, sizeof(key->v4.source));
         __builtin_memcpy(key->v4.destination, packet->destination, sizeof(key->v4.destination));
-    } else { // the key has no protocol: further extension headers may follow in the first fragment
+    } else { // the key has no protocol: the first fragment may have extension headers, so its protocol may differ
         key->v6 = (struct np_frag6_key){.endpoint = ctx->ep->endpoint, .id = packet->fragment_id};
         __builtin_memcpy(key->v6.source, packet->source, sizeof(key->v6.source));
         __builtin_memcpy(key->v6.destination, packet->destination, sizeof(key->v6.destination));

@@ -7,8 +7,8 @@
 // function; there the program copies the fields.
 //
 // With checksum offload, the device writes the checksum at an offset that the packet's sender chooses. The sender may
-// be a virtual machine or a packet socket. It could choose the offset of a port or an address; then the network would
-// see another packet than policy judged.
+// be a virtual machine or a packet socket. A sender could choose the offset of a port or an address; then the network
+// would see another packet than policy judged.
 #pragma once
 
 #include "np_ctx.h"

@@ -29,7 +29,7 @@
 #define np_barrier() __asm__ __volatile__("" ::: "memory")
 
 // Force the object behind the pointer into memory, and act as a compiler barrier. Otherwise LLVM splits a large struct
-// into more registers than there are, and the spilled ones overflow the 512 bytes of stack (seen with LLVM 19).
+// into more registers than there are, and the spilled registers overflow the 512 bytes of stack (seen with LLVM 19).
 #define np_keep_in_memory(pointer) __asm__ __volatile__("" : : "r"(pointer) : "memory")
 
 // Hide the value of a number from the compiler, which then cannot use what it knows about that value.
@@ -58,7 +58,7 @@ static void *(*const np_ringbuf_reserve)(void *map, __u64 bytes, __u64 flags) = 
 static void (*const np_ringbuf_submit)(void *record, __u64 flags) = (void *)BPF_FUNC_ringbuf_submit;
 
 // bpf_cast_to_kern_ctx: returns the sk_buff of a __sk_buff. BCC cannot emit a call of a kernel function, so the loader
-// turns this call of a helper into one. If the kernel lacks the function, the program does not reach this call
+// turns this call of a helper into such a call. If the kernel lacks the function, the program does not reach this call
 // (NP_KERNEL_CAST is 0).
 static void *(*const np_kernel_skb)(void *context) = (void *)NP_CALLS_CAST;
 
@@ -93,7 +93,7 @@ typedef __u64 __attribute__((may_alias)) np_word;
 // A 32-bit word for copies of any type. The type is aligned: the compiler copies unaligned memory byte by byte.
 typedef __u32 __attribute__((may_alias)) np_half;
 
-// Copy a multiple of eight bytes; both sides must be aligned to eight bytes.
+// Copy a multiple of eight bytes; both addresses must be aligned to eight bytes.
 NP_INLINE void np_copy_words(void *to, const void *from, const int bytes)
 {
 #pragma unroll

@@ -129,9 +129,9 @@ NP_INLINE int np_is_beside(struct np_ctx *ctx, const __u32 *address)
     return row && row->link == ctx->ep->link;
 }
 
-// Whether the address is on the link of this interface. A link-local address is. So is an address that a workload on
-// this link has, or that the FIB routes to this link without a gateway. If the node does not forward, the FIB lookup
-// fails, and no further address is on the link.
+// Whether the address is on the link of this interface. A link-local address is on the link. So is an address that a
+// workload on this link has, or that the FIB routes to this link without a gateway. If the node does not forward, the
+// FIB lookup fails, and no further address is on the link.
 //
 // The node's own addresses always count as on the link. np_local has at most one interface of an address, but container
 // networks put one gateway address on many interfaces, or put the gateway beside a bridge. This is safe: a message to
@@ -348,7 +348,7 @@ NP_INLINE int np_link_arp(struct __sk_buff *skb, struct np_ctx *ctx, const int h
     __builtin_memcpy(&sender, arp.sender, sizeof(sender));
     __builtin_memcpy(&target, arp.target, sizeof(target));
     const __u32 *claimed = sender ? &sender : &target;
-    if (ctx->ep->missing) // without an endpoint, only an ARP probe for an address that nobody has
+    if (ctx->ep->missing) // an interface without an endpoint may only probe for an address that nobody has
         return is_own && !sender && np_is_nobodys(ctx, claimed, 4) ? NP_REASON_ARP : ctx->ep->missing;
     return is_own && np_may_claim(ctx, claimed, 4) ? NP_REASON_ARP : NP_REASON_LINK_FORGED;
 }

@@ -78,17 +78,18 @@ NP_MAP("hash", np_host, struct np_number_key, struct np_host, 64, BPF_F_NO_PREAL
 // Role: endpoint.
 NP_MAP("hash", np_ifindex, struct np_number_key, struct np_ifindex, 4096, BPF_F_NO_PREALLOC);
 
-// Maps an address to what it is at this node: an own address, broadcast, a joined multicast group, or another node's.
-// The agent writes, the program reads. Looked up for a new flow from a workload or on a host interface. When full: the
-// agent rejects the change. Key: network order. A row lives as long as the address is one of these.
+// Maps an address to what it is at this node: an own address, a broadcast address, a joined multicast group, or an
+// address of another node. The agent writes, the program reads. Looked up for a new flow from a workload or on a host
+// interface. When full: the agent rejects the change. Key: network order. A row lives as long as the address is one of
+// these.
 // Role: node.
 NP_MAP("hash", np_local4, struct np_addr4_key, struct np_local, 4096, BPF_F_NO_PREALLOC);
 NP_MAP("hash", np_local6, struct np_addr6_key, struct np_local, 4096, BPF_F_NO_PREALLOC);
 
-// Maps a prefix to an np_local row that holds for all its addresses: they are the node's own (local routes, except
-// 127.0.0.0/8). The agent writes, the program reads. Looked up for an address that np_local lacks, if
-// NP_CONFIG_LOCAL_NETS is set. When full: the agent rejects the change. Key: prefix length in host order, address in
-// network order. A row lives as long as the route.
+// Maps a prefix whose addresses are all the node's own to an np_local row (local routes, except 127.0.0.0/8). The agent
+// writes, the program reads. Looked up for an address that np_local lacks, if NP_CONFIG_LOCAL_NETS is set. When full:
+// the agent rejects the change. Key: prefix length in host order, address in network order. A row lives as long as the
+// route.
 // Role: node.
 NP_MAP("lpm_trie", np_local4_net, struct np_cidr4_key, struct np_local, 256, BPF_F_NO_PREALLOC);
 NP_MAP("lpm_trie", np_local6_net, struct np_cidr6_key, struct np_local, 256, BPF_F_NO_PREALLOC);
@@ -121,8 +122,8 @@ NP_MAP("percpu_array", np_scratch, __u32, struct np_scratch_words, 1, 0);
 NP_MAP("array", np_vip_filter, __u32, struct np_vip_filter, 2048, 0); // size in words of 64 bits
 
 // Maps a known address to its identity and holder, in buckets by hash (struct np_addr4_bucket).  The agent writes, the
-// program reads.  Looked up for a new flow.  When a bucket is full: the map np_addr4_more or np_addr6_more has its
-// further rows. Key: the hash of the address. A row lives as long as the agent knows the address.
+// program reads.  Looked up for a new flow.  When a bucket is full: the map np_addr4_more or np_addr6_more has the
+// bucket's further rows. Key: the hash of the address. A row lives as long as the agent knows the address.
 // Role: table, cached.
 NP_MAP("array", np_addr4, __u32, struct np_addr4_bucket, 65536, BPF_F_MMAPABLE); // size in buckets
 NP_MAP("array", np_addr6, __u32, struct np_addr6_bucket, 65536, BPF_F_MMAPABLE); // size in buckets
@@ -152,8 +153,8 @@ NP_MAP("lpm_trie", np_source6, struct np_source6_key, struct np_source, 4096, BP
 
 // Maps policy set and identity to the peer class, unless the class is the set's default; policy sets with equal class
 // tables share rows.  A bucket has two lines, each with the classes of consecutive identities (struct np_class_line).
-// The agent writes, the program reads.  Looked up for a new flow.  When a bucket is full: np_peer_more has its further
-// rows. Key: hash of set and block of identities.  A row lives as long as one of the sets.
+// The agent writes, the program reads.  Looked up for a new flow.  When a bucket is full: np_peer_more has the bucket's
+// further rows. Key: hash of set and block of identities.  A row lives as long as one of the sets.
 // Role: table.
 NP_MAP("array", np_peer_class, __u32, struct np_peer_bucket, 65536, BPF_F_MMAPABLE); // size in buckets
 

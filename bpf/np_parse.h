@@ -135,7 +135,7 @@ struct np_packet {
     __u16 ethertype;
     __u16 l4_offset; // offset of the transport header; until the network header is parsed, of the network header
     __u32 end; // offset of the packet's end, by the length in the IP header; padding may follow
-    __u16 fragment_start; // offset of the part that is fragmented; 0 in a packet that is not fragmented
+    __u16 fragment_start; // offset behind the IPv6 fragment header, or behind a fragment's IPv4 header; 0: neither
     __u16 fragment_units; // units of 8 bytes. Later fragment: its offset; first: end of its headers, rounded up
     __u8 fragment; // enum np_fragment
     __u8 protocol;

@@ -238,7 +238,7 @@ class EndpointFlag(enum.IntFlag):
 
 
 class LocalFlag(enum.IntFlag):
-    """The kind of an address of the node or of another node, as flags: NP_LOCAL_* in bpf/np_abi.h."""
+    """Properties of an address of this node or of another node: NP_LOCAL_* in bpf/np_abi.h."""
 
     OWN = abi.NP_LOCAL_OWN
     MANY = abi.NP_LOCAL_MANY

@@ -153,7 +153,6 @@ class _TestRunner:
     elsewhere: int = 2
 
     def run(self, hook: Hook, frame: bytes, *, ingress_ifindex: int, ifindex: int, mark: int) -> TestRun:
-        """See `Runner`."""
         return self.dataplane.test_run(hook, frame, ingress_ifindex=ingress_ifindex, ifindex=ifindex, mark=mark)
 
 

@@ -171,11 +171,9 @@ class _Family:
             self.contexts = {(context.owners, context.groups): context for context in (self.nowhere, *live)}
 
     def ordered_lengths(self) -> list[int]:
-        """The lengths of stored prefixes, the longest first."""
         return sorted(self.lengths, reverse=True)
 
     def context(self, owners: frozenset[int], groups: frozenset[int]) -> _Context:
-        """The interned context with these owners and groups."""
         known = self.contexts.get((owners, groups))
         if known is None:
             known = self.contexts[(owners, groups)] = _Context(owners, groups)

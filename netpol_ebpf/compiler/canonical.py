@@ -72,7 +72,6 @@ def canonical(tables: CompiledTables) -> dict[str, Hashable]:
 
 
 def _sets_in_use(tables: CompiledTables) -> set[SetRow]:
-    """The policy sets that at least one endpoint uses."""
     return {set_row for _, row in tables.endpoints.items() for set_row in row.sets.values()}
 
 

@@ -59,8 +59,8 @@ class Interpreter:
     def identity_of(self, address: IPAddress) -> int:
         """Step 1: the identity of an address.
 
-        It is in the address's own row, else in the row of the longest prefix that contains the address; without either,
-        it is WORLD_V4 or WORLD_V6.
+        The address's own row has the identity, else the row of the longest prefix that contains the address.  Without
+        either row, the identity is WORLD_V4 or WORLD_V6.
         """
         row = self._tables.addresses.get(address)
         if row is not None:

@@ -139,7 +139,6 @@ class _Run:
         return self.packet.source if self.direction is Direction.INGRESS else self.packet.destination
 
     def _takes_part(self, policy: Policy) -> bool:
-        """Whether a policy belongs to this stage and direction and selects the endpoint."""
         return (
             _is_of_stage(policy, self.stage, self.endpoint.kind)
             and self.direction in policy.types

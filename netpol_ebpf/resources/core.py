@@ -295,7 +295,10 @@ def _endpoint_slice(obj: Reader, meta: Meta) -> EndpointSlice:
 
 
 def any_name(name: str) -> str | None:
-    """Accept any name. Used for objects that a cluster created, because the API server has checked their names."""
+    """Accept any name.
+
+    This check is for objects that a cluster created, because the API server has checked their names.
+    """
     del name
     return None
 

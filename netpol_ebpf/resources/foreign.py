@@ -88,7 +88,10 @@ def find_slip(api_version: str, kind: str, known: Collection[KindName]) -> tuple
 
 
 def is_policy(kind: str) -> bool:
-    """Whether the name of a kind of another program is that of a network policy. Such a policy is not enforced here."""
+    """Whether ``kind``, a kind of another program, has the name of a network policy.
+
+    Such a policy is not enforced here.
+    """
     return _POLICY.search(kind) is not None
 
 

@@ -180,7 +180,6 @@ class _Loader:
         return LoadResult(resources, self.problems, self._documents, dict(sorted(self._skipped.items())))
 
     def file(self, path: FilePath) -> None:
-        """Read one file."""
         name = str(path)
         try:
             # A path on the command line may be a pipe of the shell; then reading must wait for data.
@@ -192,7 +191,6 @@ class _Loader:
         self.data(data, name)
 
     def data(self, data: bytes, name: str) -> None:
-        """Read the bytes of one file."""
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -207,7 +205,6 @@ class _Loader:
         self._files.setdefault(file, len(self._files))
 
     def text(self, text: str, file: str) -> None:
-        """Read the documents of one text."""
         self._order(file)
         for document in read_documents(text, file, self.problems):
             self._documents += 1

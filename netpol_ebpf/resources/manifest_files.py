@@ -34,7 +34,7 @@ DirectoryId = tuple[int, int]
 
 
 def never_pause() -> None:
-    """Do nothing. Used as ``pause`` of a search without interruptions."""
+    """Do nothing: the ``pause`` of a search without interruptions."""
 
 
 @dataclass(frozen=True, slots=True)

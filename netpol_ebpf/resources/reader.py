@@ -292,7 +292,10 @@ class Reader:
                 self.report.wrong_text(path, value)
 
     def refuse_line_breaks(self, key: str) -> None:
-        """Report strings with a line break in a list. Used for fields in which such a string can match nothing."""
+        """Report strings with a line break in a list.
+
+        Callers use this for fields in which such a string can match nothing.
+        """
         for path, text in self.indexed_strings(key):
             if "\n" in text:
                 self.report.error(path, f"holds a line break, so it matches nothing: {describe(text)}")

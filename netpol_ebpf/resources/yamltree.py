@@ -342,7 +342,6 @@ class _Stream:
         self.get_event = _LOADER(self.text).get_event
 
     def documents(self) -> Iterator[Document]:
-        """Yield each document that is not empty."""
         while True:
             event = self.get_event()
             kind = type(event)
@@ -586,7 +585,6 @@ def _quoted(text: str) -> str:
 
 
 def _is_too_deep(value: Any) -> bool:
-    """Whether containers are nested deeper than MAX_DEPTH."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [

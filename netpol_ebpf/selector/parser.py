@@ -59,8 +59,6 @@ def parse(text: str) -> Selector:
 
 
 class _Parser:
-    """The parser of one text."""
-
     def __init__(self, text: str) -> None:
         self._text = text
         # Tokens are scanned on demand, so that the first error in the text is reported, in a token or in the grammar.

@@ -40,9 +40,12 @@ from netpol_loader.host.nftables import BRIDGE, INET, Nftables, NftChain, NftMes
 TABLE = "np_barrier"
 FAMILIES: Mapping[int, str] = {INET: "inet", BRIDGE: "bridge"}
 WORKLOADS, KNOWN = "workloads", "known"
-"""Names of sets: the names of workloads' interfaces; the indices of known interfaces. All others are new."""
+"""Names of sets. WORKLOADS: the names of workloads' interfaces. KNOWN: the indices of interfaces that are not new."""
 UNSIGNED, NEWBORN, DUE = "unsigned", "newborn", "due"
-"""Names of counters. Each counts dropped packets: without the sign; to a new interface; with the due mark."""
+"""Names of counters of dropped packets. UNSIGNED: without the sign. NEWBORN: to a new interface.
+
+DUE: with the due mark.
+"""
 
 BEFORE_ALL, AFTER_IPVS, BEHIND_MANGLE, BEFORE_LAST = -450, 225, 300, 250
 """Priorities of the chains, in this order.
@@ -527,7 +530,7 @@ def _is_new(key: int) -> tuple[bytes, bytes]:
 
 @lru_cache(maxsize=4096)
 def raw_name(name: str) -> bytes:
-    r"""The bytes of an interface's name. `netpol_loader.host.netlink` writes a byte that is not UTF-8 as ``\xNN``."""
+    r"""The bytes of an interface's name, in which ``\xNN`` stands for a byte that is not UTF-8 (`read_text`)."""
     raw = re.sub(rb"\\x([0-9a-f]{2})", lambda one: bytes.fromhex(one[1].decode()), name.encode())
     return raw[: nftables.NAME_BYTES - 1].ljust(nftables.NAME_BYTES, b"\0")
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The clsact queueing discipline of an interface, and the filters on it.
 
-Programs are attached so on kernels without tcx.
+On kernels without tcx, programs are attached as such filters.
 
 Invariant: every call acts in the network namespace of the calling thread. The module must not know the contents of
 programs, and must not choose interfaces.
@@ -62,8 +62,8 @@ class ClsactFilter:
 def add(ifindex: int) -> bool:
     """Add the clsact discipline to an interface. Returns False if the interface has it already.
 
-    Raises PlatformError if that fails. It also fails if the interface has the older discipline *ingress* in the same
-    place: there the kernel would accept filters of both hooks, but run all of them at ingress.
+    Raises PlatformError if that fails. Also raises it if the interface has the older discipline *ingress* in the same
+    place. There the kernel would accept filters of both hooks, but run all of them at ingress.
     """
     try:
         with RouteChannel() as channel:
@@ -113,7 +113,7 @@ def delete_if_unused(ifindex: int) -> None:
 
 
 def put_filter(ifindex: int, hook: Hook, prog_fd: int, prog_id: int) -> None:
-    """Attach a program to a hook, in place of our older one. The kernel does so atomically.
+    """Attach a program to a hook. If one of ours is attached, the kernel replaces that one atomically.
 
     Each packet meets either the old program or the new one.
     """
@@ -157,7 +157,7 @@ def our_filters(ifindex: int) -> list[ClsactFilter]:
 
 
 def foreign_filters(ifindex: int, hook: Hook) -> list[str]:
-    """Names of the filters of others on a clsact hook, for messages. Empty if the interface is gone."""
+    """Names of the filters on a clsact hook that are not ours, for messages. Empty if the interface is gone."""
     with RouteChannel() as channel:
         return [name for name in _filter_names(channel, ifindex, hook) if not is_our_filter(name, hook)]
 
@@ -184,7 +184,7 @@ def filter_programs(ifindex: int, hook: Hook) -> list[tuple[str, int]]:
 def _filter_names(channel: RouteChannel, ifindex: int, hook: Hook) -> list[str]:
     """Names of the filters on a hook.
 
-    For a filter without a name, or of a kind other than bpf, the kind stands in its place.
+    A filter without a name, or of a kind other than bpf, is listed by its kind.
     """
     try:
         filters = _filters(channel, ifindex, hook)

@@ -76,9 +76,15 @@ _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _UNIVERSE, _PERMANENT = 0, 0x80  # RT_SCOPE_UNIVERSE, IFA_F_PERMANENT
 
 SETTLE_S = 0.2
-"""After this time, routes that vanish with a notified change are gone. Arbitrary: the kernel removes them at once."""
+"""Time after a notified change at which the routes that vanish with the change are gone.
+
+The kernel removes them at once, so the value is arbitrary.
+"""
 DATAGRAMS_A_LOOK = 20_000
-"""Most datagrams that one `poll` reads, so that it ends even if the node changes constantly. The value is arbitrary."""
+"""Most datagrams that one `poll` reads, so that a call ends even if the node changes constantly.
+
+The value is arbitrary.
+"""
 DOUBTS = 200
 """Most interfaces whose routes are dumped one by one. If there are more, all routes are dumped.
 
@@ -107,8 +113,8 @@ class _Address:
 class _Doubts:
     """What must be dumped after the queued notifications are read.
 
-    ``routes``, ``addresses``, ``links``: indices of the interfaces whose routes or addresses, or which themselves, must
-    be dumped. ``all_routes``: the reason to dump all routes; "": there is none.
+    ``routes``, ``addresses``: indices of the interfaces whose routes or addresses must be dumped. ``links``: indices of
+    the interfaces that must be dumped themselves. ``all_routes``: the reason to dump all routes; "": there is none.
     """
 
     routes: set[int] = field(default_factory=set)
@@ -118,7 +124,7 @@ class _Doubts:
 
 
 class Follower:
-    """A copy of the state of the network namespace in which it is created. Any thread may use the copy.
+    """A copy of the state of the network namespace in which the follower was created. Any thread may use the copy.
 
     `poll` updates the copy. The class is a context manager. ``links``: interfaces by index. ``listed_again``: numbers
     of dumps of all state or of all routes, by the reason for the dump.
@@ -175,7 +181,7 @@ class Follower:
     def addresses(self) -> Mapping[IPAddress, int]:
         """The interface of each address of this namespace.
 
-        If several interfaces have the address, the one of the lowest index.
+        If several interfaces have the address, the one with the lowest index.
         """
         return self._derived()[0]
 
@@ -229,7 +235,7 @@ class Follower:
     # --- keeping in step --------------------------------------------------------------------------------------------
 
     def poll(self, *, is_brief: bool = False) -> list[LinkChange] | None:
-        """Read the queued notifications, then dump what they do not tell. Returns the changes of links in order.
+        """Read the queued notifications, then dump what they leave unknown. Returns the changes of links in order.
 
         Returns None if notifications were lost: then all state was dumped, and the single changes are unknown.
         ``is_brief``: leave the dumps of routes and addresses to the next call, so that a new interface does not wait
@@ -376,7 +382,10 @@ class Follower:
         return found
 
     def _settle_doubts(self) -> list[LinkChange]:
-        """Make the dumps that are marked or due again. Returns the changes of interfaces."""
+        """Make the dumps that were marked, and those that are due SETTLE_S after a change.
+
+        Returns the changes of interfaces.
+        """
         now_s = self._clock()
         doubts, self._doubts = self._doubts, _Doubts()
         self._put_off(doubts, now_s)

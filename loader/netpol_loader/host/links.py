@@ -36,7 +36,7 @@ NEW_LINK, DELETE_LINK, GET_LINK = 16, 17, 18
 _LINK_HEADER = struct.Struct("=BBHiII")  # family, -, ARPHRD_*, index, flags, change mask
 _IFNAME, _LINK, _MASTER, _LINKINFO, _EXT_MASK, _LINK_NETNSID, _XDP = 3, 5, 10, 18, 29, 37, 43
 _XDP_ATTACHED, _XDP_NUMBERS = 2, (4, 5, 6, 7)
-"""IFLA_XDP_ATTACHED; and the attributes with ids of programs: of any mode, driver, generic, hardware."""
+"""IFLA_XDP_ATTACHED; and IFLA_XDP_PROG_ID, IFLA_XDP_DRV_PROG_ID, IFLA_XDP_SKB_PROG_ID, IFLA_XDP_HW_PROG_ID."""
 _INFO_KIND, _INFO_DATA = 1, 2
 _VRF_TABLE = 1
 _GRE_REMOTE, _GRE_COLLECT_METADATA = 7, 18

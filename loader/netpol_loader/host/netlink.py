@@ -44,7 +44,10 @@ The values are arbitrary.
 _NOTIFICATION_BUFFER_BYTES = 8 << 20
 """Size of the receive buffer for unread notifications. The value is arbitrary."""
 DUMP_ATTEMPTS = 10
-"""Most attempts at a dump, if the kernel marks each as interrupted by a change (NLM_F_DUMP_INTR). Arbitrary."""
+"""Most attempts at one dump. The kernel marks a dump that a change interrupted (NLM_F_DUMP_INTR).
+
+The value is arbitrary.
+"""
 
 Message = tuple[int, int, bytes]
 """A netlink message: its type, its flags, and the bytes after its header."""
@@ -140,7 +143,7 @@ ChannelT = TypeVar("ChannelT", bound="Channel")
 
 
 class Channel:
-    """A netlink socket for requests and their answers. It is a context manager."""
+    """A netlink socket for requests and their answers. The class is a context manager."""
 
     def __init__(self, family: int, subject: str) -> None:
         """``subject``: the text at the beginning of error messages.

@@ -132,7 +132,10 @@ def bitwise(mask: int, toggle: int = 0) -> bytes:
 
 
 def compare(value: bytes, operator: int = EQUAL) -> bytes:
-    """Expression: end the rule unless the first bytes of the register equal ``value``. UNEQUAL: unless they differ."""
+    """Expression: end the rule unless the first bytes of the register equal ``value``.
+
+    ``operator`` UNEQUAL: unless they differ.
+    """
     return _expression("cmp", number(1, _REGISTER), number(2, operator), nested(3, attribute(1, value)))
 
 

@@ -78,10 +78,7 @@ def _listed(peer: tuple[int, int], family: int) -> list[bytes]:
 
 
 def _parse_address(payload: bytes) -> IPAddress | None:
-    """Decode the address of a message; None if there is none.
-
-    On a point-to-point link, that is the local address (IFA_LOCAL).
-    """
+    """Decode the address of a message: on a point-to-point link the local one (IFA_LOCAL). None if there is none."""
     family = _ADDRESS_HEADER.unpack_from(payload)[0]
     found = attributes(payload, _ADDRESS_HEADER.size)
     raw = found.get(_IFA_LOCAL, found.get(_IFA_ADDRESS))

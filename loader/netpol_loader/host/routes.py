@@ -398,7 +398,7 @@ class RouteTable:
 
 
 def _first(routes: Collection[Route]) -> int | None:
-    """The interface of the preferred one of these direct routes. None if several interfaces are equally preferred."""
+    """The interface of the most preferred of these direct routes. None if several interfaces are equally preferred."""
     first = min((one.order for one in routes), default=None)
     found = {ifindex for one in routes if one.order == first for ifindex in one.interfaces}
     return found.pop() if len(found) == 1 else None
@@ -407,8 +407,8 @@ def _first(routes: Collection[Route]) -> int | None:
 def _local(destination: Destination, routes: Iterable[Route]) -> LocalRoute | None:
     """The local route to a destination. None if there is none.
 
-    If several interfaces have such a route, the one of the interface with the lowest index counts: that interface is
-    the oldest. Broadcast comes last.
+    If several interfaces have such a route, the one of the interface with the lowest index counts, because that
+    interface is the oldest. A broadcast route counts only if there is no other kind.
     """
     found = [(one.kind == BROADCAST, min(one.interfaces, default=0)) for one in routes if one.kind in _OF_THE_NODE]
     if not found:

@@ -181,7 +181,7 @@ def _namespace_files() -> Iterator[Path]:
 
 
 def _id_of(channel: RouteChannel, fd: int) -> int:
-    """The id in this namespace of another namespace, which ``fd`` is open on; -1: it has none. Raises NetlinkError."""
+    """The id that this namespace has for the namespace of the descriptor ``fd``; -1: none. Raises NetlinkError."""
     for kind, _, payload in channel.ask(_RTM_GETNSID, bytes(4) + attribute(_NETNSA_FD, struct.pack("=i", fd))):
         found = attributes(payload, 4)
         if kind == _RTM_NEWNSID and _NETNSA_NSID in found:

@@ -62,7 +62,7 @@ def read_jiffies() -> int:
 def measure_jiffies_per_second() -> int:
     """Measure the kernel's CONFIG_HZ. This takes 40 ticks.
 
-    Raises PlatformError if the clock does not advance, or its rate is near no known rate.
+    Raises PlatformError if the clock does not advance, or if its rate is not near a known one.
     """
     prog_fd = syscall.prog_load(CALL + EXIT)
     try:

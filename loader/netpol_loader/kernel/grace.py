@@ -28,7 +28,7 @@ from netpol_loader.kernel import syscall
 
 
 def is_strongly_ordered(machine: str) -> bool:
-    """Whether stores of a processor become visible to all others in program order, and loads happen in program order.
+    """Whether a processor's stores become visible in program order, and its loads happen in program order.
 
     ``machine``: the name of the architecture, as `uname -m` prints it.
     """
@@ -45,7 +45,7 @@ _WORD = struct.Struct("=I")
 
 
 def wait_for_readers() -> None:
-    """Wait for a grace period: at the return, every packet that a program was processing at the call has its verdict.
+    """Wait for a grace period. When the call returns, every program run that began before the call has ended.
 
     This takes some 10 ms, since Linux 6.19 some 0.1 ms. It is also a full memory barrier. Raises PrivilegeError and
     PlatformError.

@@ -154,7 +154,7 @@ class Map:
             at += done
 
     def clear(self) -> None:
-        """Remove all elements one by one, so only for small maps. The elements of an array cannot be removed."""
+        """Remove all elements one by one, which suits only small maps. The elements of an array cannot be removed."""
         key = syscall.empty(self.key_size)
         while True:
             try:

@@ -104,7 +104,7 @@ def load_program(name: str, instructions: bytes) -> int:
 
 
 def _load(name: str, instructions: bytes) -> int:
-    """Load a program. Retry after EAGAIN, which the verifier returns if a signal arrives, as often as libbpf does.
+    """Load a program. If a signal arrives, the verifier returns EAGAIN; then retry, as often as libbpf does.
 
     Raises OSError.
     """

@@ -48,7 +48,7 @@ PROGRAMS = (*(hook.value for hook in Hook), *abi.CALLS.values())
 FLAGS = ("-Wno-unknown-pragmas", "-Wno-pass-failed", "-Xclang", "-disable-llvm-passes")
 """Options of clang.
 
-With the last one, clang does not run LLVM's passes: BCC runs them itself, and twice takes twice as long.
+With the last one, clang does not run LLVM's passes: BCC runs them itself, and a second run would double the time.
 """
 
 DECLARED_MAP = re.compile(r'^NP_MAP(?:_RINGBUF\(|\("\w+", )(\w+)', re.MULTILINE)

@@ -25,7 +25,10 @@ from netpol_loader.kernel import syscall
 from netpol_loader.tables.events import LIBRARIES
 
 FIRST_KERNEL_WITHOUT_BH_LOCK = (6, 18)
-"""The first kernel in which a real-time option allows two packets on one CPU (CONFIG_PREEMPT_RT_NEEDS_BH_LOCK)."""
+"""The first kernel with an option that lets a real-time kernel run two packets on one CPU.
+
+A kernel does so if CONFIG_PREEMPT_RT_NEEDS_BH_LOCK is off.
+"""
 
 COMPARE_AND_SWAP = b"".join(
     struct.pack("=BBhi", opcode, registers if sys.byteorder == "little" else registers << 4 & 0xF0 | registers >> 4, at, value)
@@ -114,9 +117,9 @@ def require_all(pin_root: Path = BPFFS) -> None:
 def require_bpffs(pin_root: Path) -> None:
     """Require that ``pin_root`` is, or can be made, on a BPF file system, and that its pins outlive this process.
 
-    If only the mount is missing, and this process is in the node's own mount namespace, mounts /sys/fs/bpf. Raises
-    PrivilegeError without CAPABILITIES. Raises PlatformError if the path is not on a BPF file system, or if the pins
-    would end with this process.
+    If only the mount is missing, and this process is in the node's own mount namespace, the function mounts
+    /sys/fs/bpf. Raises PrivilegeError without CAPABILITIES. Raises PlatformError if the path is not on a BPF file
+    system, or if the pins would end with this process.
     """
     _look_at_privilege()
     existing = _nearest_existing(pin_root)
@@ -161,7 +164,7 @@ def _require_lasting(place: Path) -> None:
 
 
 def _apart_from_node() -> str:
-    """The reason why a mount by this process would not be a mount of the node, or may not be; "": it would be one."""
+    """The reason why a mount by this process may not be a mount of the node; "": it would be one."""
     ours, nodes = mounts_of("self"), mounts_of_node()
     if nodes is None or ours is None:
         return "this process may not see what the node has mounted (it has a PID namespace of its own, or /proc hides process 1)"

@@ -81,7 +81,7 @@ After the frame, the runner reads the row. ``redirects``: whether the gate sends
 
 
 class FrameRunner:
-    """Runs programs on frames as `Dataplane.test_run` does, but over veth pairs. It is a context manager.
+    """Runs programs on frames as `Dataplane.test_run` does, but over veth pairs. The class is a context manager.
 
     ``programs``: descriptors by hook, which the caller continues to own. The runner attaches these programs once. If
     they are replaced, a new runner is needed. Raises PrivilegeError without CAP_SYS_ADMIN, CAP_NET_ADMIN or
@@ -194,8 +194,8 @@ class FrameRunner:
     def _socket(self, interface: str, ethertype: int = 0, filter_fd: int | None = None) -> socket.socket:
         """A packet socket on an interface.
 
-        ``ethertype``: of the frames that the socket receives; 0: it receives none. ``filter_fd``: the program that
-        filters frames.
+        ``ethertype``: the socket receives frames of this ethertype; 0: it receives none. ``filter_fd``: the program
+        that filters frames.
         """
         try:
             one = self._namespace.call(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0))
@@ -331,7 +331,7 @@ def _create_interfaces() -> dict[str, int]:
 def _ethertypes(frame: bytes) -> set[int]:
     """All ethertypes under which the kernel may deliver the frame.
 
-    There are several, because it may remove VLAN tags.
+    There are several, because VLAN tags may be removed.
     """
     found: set[int] = set()
     at = 12

@@ -28,7 +28,7 @@ from netpol_loader.tables.buckets import bucketed
 
 
 class Renewal:
-    """The new set. It is a context manager, whose exit removes a set that did not take over."""
+    """The new set. The class is a context manager; its exit removes a set that did not take over."""
 
     def __init__(self, dataplane: Dataplane, fresh: Collection[str], sizes: Mapping[str, int] | None = None) -> None:
         """``fresh``: names of the maps to make anew.

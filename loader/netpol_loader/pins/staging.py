@@ -26,7 +26,10 @@ PREFIX = "new-"
 
 
 class Staging:
-    """A staging directory, with the descriptors of its pins. It is a context manager, whose exit calls `discard`."""
+    """A staging directory, with the descriptors of its pins.
+
+    The class is a context manager; its exit calls `discard`.
+    """
 
     def __init__(self, pin_root: Path) -> None:
         """Make the directory. Raises OSError."""

@@ -33,7 +33,7 @@ ROWS_PER_BUCKET = 4
 
 _WAYS = abi.NP_CONN_WAYS
 _STEP_SHIFTS = (0, 8, 16, 24)
-"""Possible lowest bits of a number that counts up, in a word of the key.
+"""Possible lowest bits of a value that counts up within a 32-bit word of the key.
 
 Ports are half words. Addresses are in network order, so their last byte may be the highest byte of a word.
 """

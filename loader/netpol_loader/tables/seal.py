@@ -13,7 +13,7 @@ from netpol_loader import abi
 
 
 def fold(words: list[int]) -> int:
-    """The FNV-1a hash over 32-bit words, where the original is over bytes."""
+    """The FNV-1a hash, computed over 32-bit words and not over bytes."""
     value = abi.NP_CHECK_SEED
     for word in words:
         value = ((value ^ word) * abi.NP_CHECK_PRIME) & 0xFFFF_FFFF

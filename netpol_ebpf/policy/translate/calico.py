@@ -182,7 +182,7 @@ def _entity(entity: EntityRule, namespace: str, *, service_ports: bool) -> Entit
     """Translate one side (source or destination) of a rule.
 
     ``namespace``: the policy's namespace; "" for a global policy.
-    ``service_ports``: `BackendMatch.match_ports` of the side's service.
+    ``service_ports``: whether a service on this side also restricts protocol and port (`BackendMatch.match_ports`).
     """
     service = None
     if entity.services is not None:

@@ -232,7 +232,6 @@ class Derivation:
             self.world.settings = self._changes.settings = settings
 
     def _derive_automatic_hosts(self, node: str) -> None:
-        """Update the automatic host endpoints of a node."""
         configuration, resource = self._resources.get(_CONTROLLERS), self._resources.get(ResourceKey("Node", "", node))
         wanted: Mapping[EndpointKey, Endpoint] = {}
         if isinstance(configuration, api.KubeControllersConfiguration) and isinstance(resource, api.Node):

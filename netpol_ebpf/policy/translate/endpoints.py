@@ -237,7 +237,7 @@ def _without_inherited(labels: Mapping[str, str]) -> dict[str, str]:
 
 
 def _without_reserved(labels: Mapping[str, str]) -> dict[str, str]:
-    """Labels of a host or a network set, without labels that would make it look like a pod to selectors."""
+    """Labels of a host or a network set, without labels that would make the object look like a pod to selectors."""
     return {key: value for key, value in labels.items() if key not in (NAMESPACE, ORCHESTRATOR, SERVICE_ACCOUNT)}
 
 
