@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent, one step at a time: it reads objects and interfaces, and updates enforcement.
+"""The agent, step by step: each step reads changes of objects and interfaces, and updates enforcement.
 
-Each of its parts has a module: `ClusterObjects` (the source's objects), `LocalInterfaces` (the interface of each
+Each part of the agent has a module: `ClusterObjects` (the source's objects), `LocalInterfaces` (the interface of each
 workload), `Enforcement` (compiled policy in maps), `EndpointBinder` with `Attachments` and `OwnInterfaces` (programs
-and rows on interfaces), `Barrier` (the tables behind the programs) and `Repair` (restores what others changed).  The
-agent calls them in order; its only own state is the rejected changes.
+and rows of interfaces), `Barrier` (the tables behind the programs) and `Repair` (restores what other programs changed).
+The agent calls them in order; its only own state is the rejected changes.
 
-Invariants: the policy in force was compiled whole from one state of the objects; a step that fails leaves the previous
-state in force and is reported in `Agent.problems`; a workload's interface is never open without policy: until its
+Invariants: the policy in force was compiled whole from one state of the objects. A step that fails leaves the previous
+state in force and is reported in `Agent.problems`. A workload's interface is never open without policy: until its
 workload is known, the program on it denies everything.
 
-Runs no loop and opens no files or sockets: `netpol_ebpf.agent.main` does, and tests work without both.
+This module runs no loop and opens no files or sockets; `netpol_ebpf.agent.main` does. So tests can run steps without
+them.
 """
 
 from __future__ import annotations
@@ -40,21 +41,21 @@ from netpol_ebpf.sources.source import ObjectEvent, Source, SourceUpdate
 from netpol_loader.tables.events import EventRecord
 
 CLOSE_S = 15.0
-"""How long a node on which nothing is in force waits for its objects before its workloads are closed; arbitrary, more than a source
-takes to fall back to its saved state."""
+"""Seconds that a node without any policy in force waits for its objects, before its workloads' interfaces are closed.
+The number is arbitrary, but longer than a source takes before it uses its saved state."""
 SHOWN = 5
-"""Most missing parts of a source that a message names; arbitrary; `status` shows all."""
+"""Largest number of a source's missing parts that a message names; `status` shows all. The number is arbitrary."""
 NOT_SYNCED = "not-synced"
 TELL_S = 60.0
-"""Interval in seconds of log lines that name what the agent waits for; arbitrary."""
+"""Seconds between two log lines that name what the agent waits for. The number is arbitrary."""
 log = logging.getLogger(__name__)
 
 
 class Agent:
-    """Keeps enforcement on a node up to date. Call `begin` or `start` once, then `step` again and again.
+    """Keeps enforcement on a node up to date. Callers call `begin` or `start` once, then `step` again and again.
 
-    ``is_started``: whether this agent has put a state in force; before that, the state of an earlier agent remains.
-    Callers may only read its parts.
+    ``is_started``: whether this agent has put a state in force; until then the state of an earlier agent remains. The
+    other attributes are the agent's parts, which callers may only read.
     """
 
     def __init__(
@@ -67,9 +68,9 @@ class Agent:
         assignments_file: Path | None = None,
         handovers_file: Path | None = None,
     ) -> None:
-        """``clock``: seconds.
+        """``clock``: returns the time in seconds.
 
-        ``assignments_file``: where interface assignments are kept across restarts; None: they are not kept.
+        ``assignments_file``: the file that keeps interface assignments across restarts; None: they are not kept.
         ``handovers_file``: the same for handovers of the CNI plugin.
         """
         self.settings = settings
@@ -100,19 +101,20 @@ class Agent:
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Wait for the source to sync, then apply its objects, in one exchange with the state of an earlier agent.
+        """Wait until the source has synced, then put its objects in force.
 
-        Raises LimitError or MapFullError if the objects do not fit, InvalidInputError or UnreachableError if a source
-        cannot be read: an unreadable source is not an empty one.  After an error the previous state is in force.
+        They replace the state of an earlier agent at once. Raises LimitError or MapFullError if the objects do not fit.
+        Raises InvalidInputError or UnreachableError if a source cannot be read, because an unreadable source is not an
+        empty one. After an error the previous state is in force.
         """
         self._open()
         self._take(self.source.sync())
         self._put_in_force()
 
     def begin(self) -> None:
-        """`start` without waiting for a server: a later `step` puts the objects in force, when the source has synced.
+        """Start without waiting for a server. A later `step` puts the objects in force when the source has synced.
 
-        Until then the state of an earlier agent stays in force; if there is none, workloads are closed after `CLOSE_S`.
+        Until then the state of an earlier agent stays in force. If there is none, workloads are closed after `CLOSE_S`.
         """
         self._open()
         update = self.source.begin()
@@ -129,14 +131,14 @@ class Agent:
 
     @property
     def keeps_enforcement(self) -> bool:
-        """Whether enforcement is in place, by this agent or an earlier one."""
+        """Whether the programs enforce anything, by this agent or an earlier one."""
         return self.is_started or bool(self._node.attached())
 
     def _open(self) -> None:
         self._ledger.open()
 
     def _take(self, update: SourceUpdate) -> bool:
-        """Apply an update to the objects; False if it was queued because the source has not synced."""
+        """Translate an update of the source. Returns False if it was only queued, because the source has not synced."""
         if not self.source.has_synced:
             self._early += update.events
             self.objects.note_problems(update.problems)
@@ -146,7 +148,10 @@ class Agent:
         return True
 
     def _put_in_force_if_due(self) -> None:
-        """Before the start: put the objects in force once the source has synced, or close workloads after `CLOSE_S`."""
+        """Before the start: put the objects in force if the source has synced.
+
+        Without it, close workloads after `CLOSE_S`.
+        """
         if self.source.has_synced:
             self._put_in_force()
             return
@@ -172,9 +177,9 @@ class Agent:
         self.is_started = True
 
     def step(self) -> list[ProgramEvent]:
-        """Do all pending work; returns the events that the program reported since the last step.
+        """Do all work that is due. Returns the events that the program reported since the last step.
 
-        Before the start it checks whether the source has synced, and raises what `start` raises.
+        Before the start this checks whether the source has synced, and may raise the errors of `start`.
         """
         if not self.is_started:
             update = self.source.step() if self.source.wait_s() <= 0 else None
@@ -203,7 +208,7 @@ class Agent:
         return self.read_events()
 
     def hand_over(self, handed: Handover) -> None:
-        """Record a handover of the CNI plugin; the next step applies it, and `missing_for` reports the progress."""
+        """Add a handover of the CNI plugin. The next step applies it; `missing_for` tells what is still missing."""
         if self.is_started:
             self.objects.handovers.add(handed)
         else:
@@ -215,7 +220,7 @@ class Agent:
         return self.objects.handovers.is_changed
 
     def missing_for(self, handed: Handover) -> str:
-        """Why policy is not in force yet on an interface that was handed over; "": it is."""
+        """Why policy is not in force yet on an interface that was handed over; "" if it is in force."""
         if not self.is_started:
             return self._not_synced().message
         if not self.interfaces.is_there(handed):
@@ -230,10 +235,10 @@ class Agent:
         return "" if is_attached else f"interface {handed.name} has no programs"
 
     def close_newborn(self) -> None:
-        """Attach programs to interfaces that just appeared, before anything else is known about them.
+        """Attach the programs to interfaces that just appeared, before anything else is known about them.
 
-        Takes little time. The programs deny everything until a step finds the workload of an interface, or detaches
-        them from an own interface.
+        This takes little time. The programs deny everything until a step finds the workload of the interface, or
+        detaches the programs because the interface is the node's own.
         """
         for link in self._node.network.take_born():
             self.binder.close_newborn(link)
@@ -250,9 +255,10 @@ class Agent:
         return changes
 
     def _bring_into_force(self, changes: Changes) -> None:
-        """Compile and apply changes.
+        """Compile changes and apply them.
 
-        A change that does not fit is reported, and tried again with the next change, or when memory may be free again.
+        A change that does not fit is reported. It is tried again with the next change, and at intervals if the kernel
+        had no memory.
         """
         if not changes and not self.enforcement.is_pending:
             return
@@ -279,7 +285,10 @@ class Agent:
         self.interfaces.look(self.enforcement.bound)
 
     def _is_searching(self) -> bool:
-        """Whether a search for changes without notification is due, or a new attempt of a failed change."""
+        """Whether to search the interfaces without a notification.
+
+        The reason is an address that may appear late, a workload without an interface, or an attachment that failed.
+        """
         return self.interfaces.is_search_due() and (
             bool(self.attachments.problems) or self.binder.is_waiting() or self.interfaces.is_curious()
         )
@@ -302,7 +311,7 @@ class Agent:
         return [*found, *self.objects.handovers.problems]
 
     def _not_synced(self) -> Problem:
-        """The problem that the source has not synced: its missing parts, and the policy in force meanwhile."""
+        """The problem that the source has not synced. It names the missing parts, and the policy in force meanwhile."""
         missing = [
             f"{one['source']} ({', '.join(one['waiting_for'][:SHOWN])}{', ...' if one['waiting_for'][SHOWN:] else ''})"
             for one in self.source.report()
@@ -318,12 +327,12 @@ class Agent:
         return Problem(Location(""), "", message, slug=NOT_SYNCED)
 
     def _unenforced(self) -> list[Problem]:
-        """Workloads of this node that policy does not reach as it is written."""
+        """Problems of this node's workloads on which policy is not enforced as written."""
         found = self.interfaces.unenforced(self.attachments.interfaces, self.enforcement.bound)
         return [*found, *self.objects.without_namespace()]
 
     def _log_unenforced(self) -> None:
-        """Log newly unenforced workloads; some become so by the passing of time alone."""
+        """Log new problems of `_unenforced`, some of which arise only because time passes."""
         found = {str(one): one for one in self._unenforced()}
         for text in found.keys() - self._logged:
             log.log(logging.ERROR if found[text].severity == "error" else logging.WARNING, "%s", text)
