@@ -16,30 +16,21 @@ know of programs.
 from __future__ import annotations
 
 import enum
-import hashlib
 import json
 import logging
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from netpol_ebpf.agent.derived_names import derived_hash, hash_in
+from netpol_ebpf.agent.settled import LookInputs, Settled, can_settle, still_settled
 from netpol_ebpf.agent.wiring import ETHERNET, NOWHERE, TAP_KINDS, Interface, Wiring
-from netpol_ebpf.apply.records import (
-    checked,
-    checked_list,
-    load_regular,
-    open_draft,
-    parse_json,
-    reason_of,
-    set_aside,
-    told,
-)
+from netpol_ebpf.apply.records import EntryFile, checked, checked_list
 from netpol_ebpf.errors import Location, Problem
-from netpol_ebpf.policy.types import Endpoint, EndpointKey, IPAddress
+from netpol_ebpf.policy.types import Endpoint, EndpointKey, IPAddress, IPNetwork
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +40,6 @@ MOST_BYTES = 1 << 26
 POD = "Pod"
 IPV4, IPV6 = 4, 6
 MOST_IFINDEX = (1 << 31) - 1
-DERIVED_NAME = re.compile(r"(?:cali|eni|vlan|gke|azv)([0-9a-f]{11})")
-"""Names that container networks give to a pod's interface on the node. They end with the first 11 hexadecimal digits of
-SHA-1("namespace.name"). (Calico; AWS VPC CNI, with ``vlan`` for pods that have security groups; GKE; Azure CNI.)"""
 
 
 class Evidence(enum.IntEnum):
@@ -78,9 +66,8 @@ class InterfaceRole(enum.Enum):
     WORKLOAD = "workload"
 
 
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """The assignment of an interface to an endpoint.
+class Assignment(NamedTuple):
+    """The endpoint of an interface.
 
     ``addresses``: the endpoint's addresses when it was last located at this interface; None: not known.
     """
@@ -117,24 +104,33 @@ class LocatedEndpoints:
     problems: Mapping[EndpointKey, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    """An endpoint and the interface that it would get."""
+class _Candidate(NamedTuple):
+    """The interface that one endpoint would be assigned."""
 
     endpoint: Endpoint
     evidence: Evidence
     ifindex: int
 
 
+class _Traits(NamedTuple):
+    """The properties of an interface that follow from its kind, its name and the agent's options.
+
+    ``is_judged``: whether the agent decides its role.  ``is_possible``: whether it can be a workload's.
+    ``is_bindable``: whether it can be assigned to an endpoint that does not name it in its object.  ``name_hash``: the
+    hash in its name, if that is a derived name.
+    """
+
+    link: Interface
+    is_judged: bool
+    is_possible: bool
+    is_bindable: bool
+    name_hash: str | None
+
+
 def may_be_workloads(link: Interface) -> bool:
     """Whether an interface is of a kind that workloads have: one end of a pair into another namespace, or a tap."""
     is_tap = link.kind in TAP_KINDS and link.hardware == ETHERNET  # without Ethernet headers it is the node's tunnel
     return link.peer is not None or is_tap
-
-
-def derived_hash(key: EndpointKey) -> str:
-    """The hash that the name of a pod's interface has at its end (`DERIVED_NAME`)."""
-    return hashlib.sha1(f"{key.namespace}.{key.name}".encode(), usedforsecurity=False).hexdigest()[:11]
 
 
 class InterfaceAssignments:
@@ -152,6 +148,9 @@ class InterfaceAssignments:
         self._workload_patterns, self._own_patterns = tuple(workloads), tuple(own)
         self._seen: dict[int, InterfaceRecord] = {}
         self._lost: set[EndpointKey] = set()  # endpoints with an assignment to an interface that is gone
+        self._traits: dict[int, _Traits] = {}  # of the interfaces of the last wiring
+        self._settled: dict[int, Settled] = {}
+        self._last = LookInputs(Wiring(), {}, frozenset(), {})  # the inputs of the look that left them settled
         self.doubts: dict[int, str] = {}
         self.is_dirty = False
         self._is_recalled = False
@@ -175,21 +174,62 @@ class InterfaceAssignments:
         workloads claim an address of an endpoint; such an endpoint keeps its present interface and gets no other one.
         Cost: linear in the numbers of endpoints, links and addresses.
         """
+        before = dict(self._seen)
         self.forget([ifindex for ifindex, one in self._seen.items() if not self._is_there(ifindex, one, wiring)])
-        bindable = {ifindex for ifindex, link in wiring.links.items() if self._may_be_bound(link)}
+        self._traits = self._traits_in(wiring)
         if self._is_recalled:
-            self._release_unbindable(bindable)
+            self._settled = {}
+            self._release_unbindable()
         self._is_recalled = False
         self._release_named(wiring, endpoints)
-        stated = {wiring.addresses[one] for one in node_addresses if one in wiring.addresses}
-        places = _TrustedEvidence(wiring, results or {}, bindable, closed_to_routes=wiring.uplinks | stated)
-        traces = {endpoint.key: places.beyond_reach(endpoint) for endpoint in endpoints}
+        stated = frozenset(wiring.addresses[one] for one in node_addresses if one in wiring.addresses)
+        now = LookInputs(wiring, {one.key: one for one in endpoints}, stated, results or {})
+        settled = still_settled(self._settled, self._last, now, self._seen)
+        located = {one.endpoint.key for one in settled.values()}
+        others = [one for one in endpoints if one.key not in located]
+        trusted = _TrustedEvidence(now, self._traits.values())
+        traces = {endpoint.key: trusted.beyond_reach(endpoint) for endpoint in others}
         self.doubts = {}
-        self._decide_all(wiring, stated, {ifindex for _, found in traces.values() for ifindex in found})
-        first: _FirstAddresses | None = None  # made only if an endpoint needs it
-        problems: dict[EndpointKey, str] = {}
-        wanted: dict[int, list[_Candidate]] = {}
+        self._decide_roles(now, {ifindex for _, found in traces.values() for ifindex in found}, settled)
         held = {one.assignment.key: ifindex for ifindex, one in self._seen.items() if one.assignment is not None}
+        problems: dict[EndpointKey, str] = {}
+        wanted = self._wanted(others, traces, held, wiring, is_contested, problems)
+        for ifindex in wanted.keys() & settled.keys():  # others want it as well: it is decided again
+            endpoint, assignment = settled.pop(ifindex)[:2]
+            wanted[ifindex].append(_Candidate(endpoint, assignment.evidence, ifindex))
+        interfaces = {one.endpoint.key: ifindex for ifindex, one in settled.items()}
+        by = {one.endpoint.key: one.assignment.evidence for one in settled.values()}
+        self._lost.difference_update(interfaces)
+        for ifindex, claims in wanted.items():
+            winner = self._choose(ifindex, claims, wiring, problems)
+            if winner is None:
+                continue
+            key = winner.endpoint.key
+            interfaces[key] = ifindex
+            by[key] = self._bind(ifindex, winner, wiring)
+            record = self._seen[ifindex]
+            is_kept = before.get(ifindex) is record and held.get(key) == ifindex
+            is_alone = len(claims) == 1 and key not in problems and traces[key][1] <= {ifindex}
+            if is_kept and is_alone and record.assignment is not None and can_settle(winner.endpoint, ifindex, now):
+                settled[ifindex] = Settled(winner.endpoint, record.assignment, record)
+        self._settled, self._last = settled, now
+        return LocatedEndpoints(interfaces, by, problems)
+
+    def _wanted(
+        self,
+        endpoints: Iterable[Endpoint],
+        traces: Mapping[EndpointKey, tuple[Evidence, set[int]]],
+        held: Mapping[EndpointKey, int],
+        wiring: Wiring,
+        is_contested: Callable[[EndpointKey], bool],
+        problems: dict[EndpointKey, str],
+    ) -> dict[int, list[_Candidate]]:
+        """By interface, the endpoints that would be assigned it.
+
+        ``traces``: the trusted evidence of each endpoint; ``held``: their present interfaces.  Adds to ``problems``.
+        """
+        wanted: dict[int, list[_Candidate]] = {}
+        first: _FirstAddresses | None = None  # made only if an endpoint needs it
         for endpoint in endpoints:
             evidence, found = traces[endpoint.key]
             if evidence is Evidence.ADDRESS:
@@ -200,21 +240,30 @@ class InterfaceAssignments:
                 problems[endpoint.key] = problem
             if trace is not None:
                 wanted.setdefault(trace.ifindex, []).append(trace)
-        interfaces: dict[EndpointKey, int] = {}
-        by: dict[EndpointKey, Evidence] = {}
-        for ifindex, claims in wanted.items():
-            winner = self._choose(ifindex, claims, wiring, problems)
-            if winner is not None:
-                interfaces[winner.endpoint.key] = ifindex
-                by[winner.endpoint.key] = self._bind(ifindex, winner, wiring)
-        return LocatedEndpoints(interfaces, by, problems)
+        return wanted
+
+    def decide_roles(self, wiring: Wiring) -> None:
+        """Decide the role of each interface while no endpoint is known; assignments stay."""
+        self.forget([ifindex for ifindex, one in self._seen.items() if not self._is_there(ifindex, one, wiring)])
+        self.doubts = {}
+        self._decide_all(wiring, (), ())
+
+    @property
+    def assigned(self) -> set[int]:
+        """The interfaces that have an endpoint."""
+        return {ifindex for ifindex, one in self._seen.items() if one.assignment is not None}
+
+    def first_addresses(self, ifindex: int) -> tuple[IPAddress, ...]:
+        """The oldest address of each family at an interface's other end, when addresses were first seen there."""
+        seen = self._seen.get(ifindex)
+        return () if seen is None else seen.first
 
     def _release_named(self, wiring: Wiring, endpoints: Iterable[Endpoint]) -> None:
         """Release interfaces that were assigned because an object named them, if no object names them any more.
 
         The workload cannot have caused this, because it does not write the objects.
         """
-        named = {(one.key, one.interface) for one in endpoints}
+        named = {(one.key, one.interface) for one in endpoints if one.interface is not None}
         for ifindex, seen in self._seen.items():
             assignment = seen.assignment
             if assignment is None or assignment.evidence is not Evidence.NAMED:
@@ -222,13 +271,13 @@ class InterfaceAssignments:
             if (assignment.key, wiring.name_of(ifindex)) not in named:
                 self._keep(ifindex, replace(seen, side=None, assignment=None))
 
-    def _release_unbindable(self, bindable: Collection[int]) -> None:
-        """Release interfaces that an earlier agent assigned, but which the options of this agent exclude."""
+    def _release_unbindable(self) -> None:
+        """Release interfaces that an earlier agent assigned and that this agent's options exclude."""
         for ifindex, seen in self._seen.items():
             if (
                 seen.assignment is not None
                 and seen.assignment.evidence is not Evidence.NAMED
-                and ifindex not in bindable
+                and not self._traits[ifindex].is_bindable
             ):
                 self._keep(ifindex, replace(seen, side=None, assignment=None))
 
@@ -251,8 +300,8 @@ class InterfaceAssignments:
     # --- own or workload's ------------------------------------------------------------------------------------------
 
     def close_newborn(self, link: Interface) -> bool:
-        """Whether an interface that just appeared must be closed. If its role is in doubt, it must."""
-        if link.ifindex in self._seen or not self._is_possible(link):
+        """Whether an interface that just appeared must be closed; if its role is in doubt, it must."""
+        if link.ifindex in self._seen or not self._traits_of(link).is_possible:
             return False
         self._keep(link.ifindex, InterfaceRecord(link.name, InterfaceRole.WORKLOAD))
         return True
@@ -262,28 +311,40 @@ class InterfaceAssignments:
         seen = self._seen.get(ifindex)
         return seen is not None and seen.side is InterfaceRole.WORKLOAD
 
-    def _is_possible(self, link: Interface) -> bool:
-        if self._workload_patterns:
-            return any(fnmatchcase(link.name, pattern) for pattern in self._workload_patterns)
-        return may_be_workloads(link) and not any(fnmatchcase(link.name, pattern) for pattern in self._own_patterns)
+    def _traits_in(self, wiring: Wiring) -> dict[int, _Traits]:
+        """The traits of all interfaces. Cost: little for an interface that is as it was at the last look."""
+        before, found = self._traits, {}
+        for ifindex, link in wiring.links.items():
+            known = before.get(ifindex)
+            found[ifindex] = known if known is not None and known.link is link else self._traits_of(link)
+        return found
 
-    def _may_be_bound(self, link: Interface) -> bool:
-        """Whether an interface may be assigned to an endpoint whose object does not name the interface."""
+    def _traits_of(self, link: Interface) -> _Traits:
         is_named = any(fnmatchcase(link.name, pattern) for pattern in self._workload_patterns)
         is_own = any(fnmatchcase(link.name, pattern) for pattern in self._own_patterns)
-        return (is_named or may_be_workloads(link)) and not is_own
+        is_kind = may_be_workloads(link)
+        is_possible = is_named if self._workload_patterns else is_kind and not is_own
+        return _Traits(
+            link,
+            is_judged=is_kind or bool(self._workload_patterns),
+            is_possible=is_possible,
+            is_bindable=(is_named or is_kind) and not is_own,
+            name_hash=hash_in(link.name),
+        )
 
-    def _decide_all(self, wiring: Wiring, stated: Collection[int], claimed: Collection[int]) -> None:
+    def _decide_roles(self, now: LookInputs, claimed: Collection[int], settled: Collection[int]) -> None:
         """Decide the role of every interface.
 
-        ``stated``: interfaces with an address that is in the Node object. ``claimed``: interfaces of endpoints by
-        evidence that a workload cannot forge.
+        ``claimed``: interfaces of endpoints, by evidence that a workload cannot forge; ``settled``: interfaces with a
+        settled assignment, which are workloads' and stay as they are.
         """
-        for link in wiring.links.values():
-            if not may_be_workloads(link) and not self._workload_patterns:
+        wiring = now.wiring
+        for ifindex, traits in self._traits.items():
+            if not traits.is_judged or ifindex in settled:
                 continue
-            seen = self._seen.get(link.ifindex) or InterfaceRecord(link.name)
-            side = self._side(link, wiring, seen, is_stated=link.ifindex in stated, is_claimed=link.ifindex in claimed)
+            link = traits.link
+            seen = self._seen.get(ifindex) or InterfaceRecord(link.name)
+            side = self._side(traits, wiring, seen, is_stated=ifindex in now.stated, is_claimed=ifindex in claimed)
             if seen.side not in (None, side):
                 log.warning("interface %s is %s", link.name, _SAID[side])
             first = seen.first
@@ -291,18 +352,19 @@ class InterfaceAssignments:
                 first = _oldest(wiring.peer_addresses.get(link.peer, ()))
             if (seen.name, seen.side, seen.first) != (link.name, side, first):
                 seen = replace(seen, name=link.name, side=side, first=first)
-            self._keep(link.ifindex, seen)
+            self._keep(ifindex, seen)
 
     def _side(
-        self, link: Interface, wiring: Wiring, seen: InterfaceRecord, *, is_stated: bool, is_claimed: bool
+        self, traits: _Traits, wiring: Wiring, seen: InterfaceRecord, *, is_stated: bool, is_claimed: bool
     ) -> InterfaceRole | None:
-        """The role of an interface; None if it is in doubt: it is treated as the node's own until there is evidence."""
+        """The role of an interface; None: in doubt, so it is treated as the node's own until there is evidence."""
+        link = traits.link
         if self._workload_patterns:
-            return InterfaceRole.WORKLOAD if self._is_possible(link) else InterfaceRole.OWN
+            return InterfaceRole.WORKLOAD if traits.is_possible else InterfaceRole.OWN
         if seen.assignment is not None or is_claimed:
             return InterfaceRole.WORKLOAD
         is_routed = link.ifindex in wiring.uplinks or link.ifindex in wiring.next_hops
-        if not self._is_possible(link) or is_stated or is_routed or seen.side is InterfaceRole.OWN:
+        if not traits.is_possible or is_stated or is_routed or seen.side is InterfaceRole.OWN:
             return InterfaceRole.OWN
         if link.ifindex in wiring.shared:
             is_closed = seen.side is InterfaceRole.WORKLOAD
@@ -419,28 +481,22 @@ class InterfaceAssignments:
         If entries are invalid, they are reported, the file is renamed so that nothing overwrites it, and their
         interfaces are assigned anew.
         """
-        self._seen, wrong = {}, []
-        try:
-            document = checked(parse_json(load_regular(path, MOST_BYTES)), dict, "it")
-            if checked(document.get("format"), int, "the format") != FORMAT:
-                raise ValueError(f"format {document['format']} is not {FORMAT}")  # noqa: TRY301 - reported like all others
-            interfaces = checked(document.get("interfaces"), dict, "interfaces")
-            self._is_recalled = True
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            interfaces, wrong = {}, [reason_of(error)]
-        for ifindex, written in interfaces.items():
+        self._seen = {}
+
+        def take(entry: tuple[str, Any]) -> None:
+            ifindex, written = entry
             try:
                 self._seen[_read_ifindex(ifindex)] = _read_seen(written)
-            except ValueError as error:  # noqa: PERF203 - a faulty entry must not stop the others
-                wrong.append(f"interface {ifindex!r}: {error}")
-        if not wrong:
+            except ValueError as error:
+                raise ValueError(f"interface {ifindex!r}: {error}") from error
+            self._is_recalled = True
+
+        damage = _file_at(path).load(take)
+        if not damage:
             return None
         self.is_dirty = True
         message = (
-            f"the assignments of interfaces are damaged ({told(wrong)}); {set_aside(path)}: the agent keeps the valid ones "
-            "and decides the others anew"
+            f"the assignments of interfaces are {damage}: the agent keeps the valid ones and decides the others anew"
         )
         return Problem(Location(str(path)), "", message, severity="warning", slug="interfaces-file")
 
@@ -467,11 +523,7 @@ class InterfaceAssignments:
             if known is None or known[0] is not seen:
                 known = seen, json.dumps(_write_seen(seen))
             self._written[ifindex] = known
-        interfaces = ", ".join(f'"{ifindex}": {text}' for ifindex, (_, text) in self._written.items())
-        draft = path.with_suffix(".draft")
-        with open_draft(draft) as file:
-            file.write(f'{{"format": {FORMAT}, "interfaces": {{{interfaces}}}}}\n')
-        draft.replace(path)
+        _file_at(path).save(f'"{ifindex}": {text}' for ifindex, (_, text) in self._written.items())
         self.is_dirty = False
 
 
@@ -485,31 +537,21 @@ _SAID = {
 class _TrustedEvidence:
     """Finds the interfaces of endpoints by evidence that a workload cannot forge."""
 
-    def __init__(
-        self,
-        wiring: Wiring,
-        results: Mapping[EndpointKey, Collection[str]],
-        bindable: Collection[int],
-        *,
-        closed_to_routes: Collection[int],
-    ) -> None:
-        """``bindable``: interfaces that can be assigned to an endpoint.
-
-        ``closed_to_routes``: interfaces that are certainly the node's own, so a route to an endpoint by them proves
-        nothing. For example, the node's route to a macvlan pod may use a macvlan device of the node, which the pod's
-        other packets do not pass.
-        """
-        self._wiring, self._results, self._bindable, self._closed = wiring, results, bindable, closed_to_routes
-        self._by_name = {link.name: link.ifindex for link in wiring.links.values()}
-        self._by_hash = {
-            match[1]: link.ifindex
-            for link in wiring.links.values()
-            if link.ifindex in bindable and (match := DERIVED_NAME.fullmatch(link.name))
-        }
+    def __init__(self, now: LookInputs, traits: Collection[_Traits]) -> None:
+        """``traits``: of all interfaces."""
+        self._wiring, self._results = now.wiring, now.results
+        # These are certainly the node's own, although a route to an endpoint leads there.  A route alone proves
+        # nothing: the node's route to a macvlan pod may use a macvlan device of its own, which the pod's other packets
+        # do not pass.
+        self._closed_to_routes = now.wiring.uplinks | now.stated
+        self._by_name = {one.link.name: one.link.ifindex for one in traits}
+        self._bindable = {one.link.ifindex for one in traits if one.is_bindable}
+        self._by_hash = {one.name_hash: one.link.ifindex for one in traits if one.name_hash and one.is_bindable}
+        self._subnets = _by_length(now.wiring.subnets)
         self._ways = [(Evidence.ROUTE, self._by_route)]  # strongest first, only kinds that can apply here
         if self._by_hash:
             self._ways.insert(0, (Evidence.NAME, self._by_derived_name))
-        if results:
+        if now.results:
             self._ways.insert(0, (Evidence.CNI, self._by_result))
 
     def beyond_reach(self, endpoint: Endpoint) -> tuple[Evidence, set[int]]:
@@ -543,7 +585,7 @@ class _TrustedEvidence:
             ifindex = self._wiring.host_routes.get(address)
             if ifindex is None:
                 ifindex = self._by_subnet(address)
-            if ifindex is not None and ifindex in self._bindable and ifindex not in self._closed:
+            if ifindex is not None and ifindex in self._bindable and ifindex not in self._closed_to_routes:
                 found.add(ifindex)
         return found
 
@@ -553,15 +595,32 @@ class _TrustedEvidence:
         Behind a veth pair the subnet may contain many workloads. Only the addresses at the other end tell which one it
         is, and the workload chooses these.
         """
-        nets = [net for net in self._wiring.subnets if net.version == address.version and address in net]
-        if not nets:
-            return None
-        found = self._wiring.subnets[max(nets, key=lambda net: net.prefixlen)]
+        found = self._longest_match(address)
         if len(found) != 1:
             return None
         (ifindex,) = found
         link = self._wiring.links.get(ifindex)
         return ifindex if link is None or link.peer is None else None
+
+    def _longest_match(self, address: IPAddress) -> Collection[int]:
+        """The interfaces of the longest prefix that contains an address."""
+        for version, host_bits, nets in self._subnets:
+            if version == address.version:
+                found = nets.get(int(address) >> host_bits)
+                if found is not None:
+                    return found
+        return ()
+
+
+def _by_length(
+    subnets: Mapping[IPNetwork, Collection[int]],
+) -> list[tuple[int, int, dict[int, Collection[int]]]]:
+    """The interfaces of prefixes: for each IP version and number of host bits, by the bits before those; longest prefix first."""
+    found: dict[tuple[int, int], dict[int, Collection[int]]] = {}
+    for net, interfaces in subnets.items():
+        host_bits = net.max_prefixlen - net.prefixlen
+        found.setdefault((host_bits, net.version), {})[int(net.network_address) >> host_bits] = interfaces
+    return [(version, host_bits, found[host_bits, version]) for host_bits, version in sorted(found)]
 
 
 class _FirstAddresses:
@@ -598,10 +657,9 @@ class _FirstAddresses:
 
 
 def _oldest(addresses: Sequence[IPAddress]) -> tuple[IPAddress, ...]:
-    """The oldest address of each family that is not link-local.
-
-    ``addresses``: in the kernel's order, which is oldest first for IPv4 and newest first for IPv6.
-    """
+    """The oldest address of each family: the kernel lists IPv4 from the oldest on, IPv6 from the newest on."""
+    if not addresses:
+        return ()
     found = [[one for one in addresses if one.version == version and not one.is_link_local] for version in (IPV4, IPV6)]
     return (*found[0][:1], *found[1][-1:])
 
@@ -611,6 +669,10 @@ def _is_same(assignment: Assignment, endpoint: Endpoint) -> bool:
     if assignment.addresses is None or assignment.addresses == endpoint.addresses:
         return True
     return bool(set(assignment.addresses) & set(endpoint.addresses))
+
+
+def _file_at(path: Path) -> EntryFile:
+    return EntryFile(path, "interfaces", FORMAT, MOST_BYTES, is_keyed=True)
 
 
 def _write_seen(seen: InterfaceRecord) -> dict[str, Any]:

@@ -9,7 +9,7 @@ attach programs or write maps.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from netpol_ebpf.agent.assignments import Evidence, InterfaceAssignments, LocatedEndpoints
@@ -38,10 +38,9 @@ SHOWN = 5
 class LocalInterfaces:
     """Finds the interfaces of local workloads.
 
-    `look` takes a new snapshot and searches it; `locate` searches the last one.
-
-    `locate` is enough if no interface changed, only endpoints did. ``wiring``: the last snapshot; read-only for
-    callers. ``has_looked``: whether `look` ran since the caller last reset this to False.
+    `locate` is enough if only the objects changed. ``wiring``: the last snapshot; read-only for callers.
+    ``has_looked``: whether `look` was called since the owner last set this to False.  ``has_recalled``: whether
+    `recall` was called.
     """
 
     def __init__(
@@ -58,6 +57,7 @@ class LocalInterfaces:
         """
         self.wiring = Wiring()
         self.has_looked = False
+        self.has_recalled = False
         self._settings = settings
         self._network = network
         self._objects = objects
@@ -123,6 +123,31 @@ class LocalInterfaces:
         """The interface by which the node would now send to an address; None if there is no route."""
         return self._network.interface_towards(address)
 
+    def with_evident_addresses(self) -> Iterator[tuple[Interface, tuple[IPAddress, ...]]]:
+        """Workloads' interfaces whose workload is not known, each with the addresses that the node has evidence of.
+
+        The strongest evidence counts: the CNI plugin's handover, the result that the plugin left on the node, routes,
+        or the first addresses at the other end.  The latter do not count on a bridge: the workload chose them, and could
+        answer there in the name of another host.  Interfaces without evidence are left out.
+        """
+        handed = {
+            one.ifindex: one.addresses
+            for pod in self._objects.handovers.pods
+            for one in self._objects.handovers.of(pod)
+        }
+        results = {name: one.addresses for one in self.wiring.results for name in one.names}
+        routed: dict[int, list[IPAddress]] = {}
+        for address, ifindex in self.wiring.host_routes.items():
+            routed.setdefault(ifindex, []).append(address)
+        for ifindex, link in sorted(self.wiring.links.items()):
+            if not self.is_workload(ifindex):
+                continue
+            first = self._assignments.first_addresses(ifindex) if self.wiring.link_of(ifindex) == ifindex else ()
+            found = handed.get(ifindex) or results.get(link.name) or routed.get(ifindex) or first
+            addresses = {address for address in found if address not in self.wiring.addresses}
+            if addresses:
+                yield link, tuple(sorted(addresses, key=lambda one: (one.version, one.packed)))
+
     # --- looking ----------------------------------------------------------------------------------------------------
 
     def look(self, bound: Collection[int] = ()) -> None:
@@ -131,6 +156,18 @@ class LocalInterfaces:
         self.wiring = self._network.snapshot(set(bound))
         self._objects.set_tunnels(self.wiring.tunnels | self._settings.tunnels)
         self.locate()
+
+    def look_for_roles(self) -> None:
+        """Take a snapshot and decide which interfaces are workloads', before the objects are known.
+
+        Assignments of an earlier agent stay.
+        """
+        self._looked_at_s = self._clock()
+        self.wiring = self._network.snapshot(self._assignments.assigned)
+        doubts = set(self._assignments.doubts.values())
+        self._assignments.decide_roles(self.wiring)
+        self._log_doubts(doubts)
+        self._save()
 
     def locate(self) -> None:
         """Find the local workloads' interfaces in the last snapshot."""
@@ -144,10 +181,13 @@ class LocalInterfaces:
         )
         for key, message in self._located.problems.items() - before.problems.items():
             log.warning("%s: interface: %s", key, message)
-        for message in set(self._assignments.doubts.values()) - doubts:
-            log.error("%s", message)
+        self._log_doubts(doubts)
         self._note_missing()
         self._save()
+
+    def _log_doubts(self, before: Collection[str]) -> None:
+        for message in set(self._assignments.doubts.values()) - set(before):
+            log.error("%s", message)
 
     def is_there(self, handed: Handover) -> bool:
         """Whether the node has the interface of a handover, with the reported name and other end."""
@@ -227,6 +267,7 @@ class LocalInterfaces:
         ``former``: the interface in each of these rows, by workload. ``attached``: interfaces with the programs; if a
         row's interface is not among them, it no longer exists.
         """
+        self.has_recalled = True
         if self._file is not None:
             problem = self._assignments.load(self._file)
             if problem is not None:

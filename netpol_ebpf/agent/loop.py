@@ -22,8 +22,12 @@ from netpol_ebpf.agent.service_manager import ServiceManager
 from netpol_ebpf.apply.ledger import Ledger
 
 NEWS_GAP_S = 0.05
-"""Least seconds between two passes over all interfaces. A new interface gets the programs without this delay. The
-number is arbitrary."""
+"""Least time between two passes over all interfaces; arbitrary. New interfaces get programs without such a gap."""
+REST_FACTOR = 4
+"""After a step, changes of the source wait this many times as long as the step took, at most NEWS_GAP_S.
+
+So a busy source takes a fifth of a processor while its changes are small, and a single change waits for nothing.
+"""
 TICK_S = 0.2
 """Most seconds between two steps of the agent. Steps read flow events, which wake no process. The number is
 arbitrary."""
@@ -50,6 +54,7 @@ class AgentLoop:
     _is_ready: bool = False
     _is_told: bool = False
     _stepped_s: float = -math.inf
+    _rested_s: float = -math.inf  # changes of the source wait until then
     _is_news: bool = False
     _opened_s: float = -math.inf
 
@@ -73,8 +78,7 @@ class AgentLoop:
         from netpol_ebpf.apply.events import FlowEvent
 
         readable, writable = self.control_socket.descriptors()
-        # Before the start interfaces stay as they are: the state of an earlier agent is in force.
-        network = self.node.network.fileno() if self.agent.is_started else None
+        network = self.node.network.fileno()
         barrier = self.node.barrier.fileno() if self.agent.is_started else None
         objects = self.agent.source.fileno()
         readable += [one for one in (wake, network, barrier, objects) if one is not None]
@@ -95,6 +99,8 @@ class AgentLoop:
             self.control_socket.publish(report.flow(self.agent, flow) for flow in flows)
             self.ledger.try_again()
             self.note_progress()
+            ended_s = self.clock()
+            self._rested_s = ended_s + min(NEWS_GAP_S, REST_FACTOR * (ended_s - self._stepped_s))
         if not self.control_socket.is_open and self.clock() >= self._opened_s + RETRY_S:
             self.open()
         self.control_socket.poll()
@@ -111,16 +117,12 @@ class AgentLoop:
             self.when_in_force()
 
     def _wait_s(self) -> float:
-        """Seconds until the next step; 0 if the step is due.
-
-        NEWS_GAP_S also applies to the source, so that a source with many changes does not delay everything else.
-        """
+        """Seconds until the next step; 0 if it is due."""
         now_s = self.clock()
-        soonest_s = self._stepped_s + NEWS_GAP_S - now_s
         if self._is_news:
-            return max(0.0, soonest_s)
+            return max(0.0, self._stepped_s + NEWS_GAP_S - now_s)
         tick_s, source_s = self._stepped_s + TICK_S - now_s, float(self.agent.source.wait_s())
-        return max(0.0, min(tick_s, max(soonest_s, source_s)))
+        return max(0.0, min(tick_s, max(self._rested_s - now_s, source_s)))
 
 
 def serve(loop: AgentLoop) -> None:

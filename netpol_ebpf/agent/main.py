@@ -352,7 +352,7 @@ def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) 
 
 
 def waits_of(agent: Any, clock: Callable[[], float] = time.monotonic) -> dict[str, Callable[[Mapping[str, Any]], Wait]]:
-    """The operations of the CNI plugin, by name; the agent's own loop answers them. ``clock``: seconds."""
+    """The operations of the CNI plugin, and ``release``, by name; the agent's own loop answers them. ``clock``: seconds."""
     from netpol_ebpf.agent.handover import parse_attach
 
     def attach(request: Mapping[str, Any]) -> Wait:
@@ -375,7 +375,15 @@ def waits_of(agent: Any, clock: Callable[[], float] = time.monotonic) -> dict[st
             raise UnreachableError(agent.problems[-1].message, hint="Try again.")
         return IN_FORCE
 
-    return {"attach": attach, "ready": lambda _request: is_ready}
+    def release(request: Mapping[str, Any]) -> Wait:
+        kind, is_trial = request.get("kind"), request.get("dry_run")
+        if not isinstance(kind, str) or not isinstance(is_trial, bool):
+            raise UsageError("a release names a kind, and says whether it is a dry run")
+        names = agent.release(kind, is_trial=is_trial)
+        rejected = agent.rejected.problem if agent.is_started and not is_trial else None
+        return lambda: {"released": list(names), "rejected": None if rejected is None else rejected.message}
+
+    return {"attach": attach, "ready": lambda _request: is_ready, "release": release}
 
 
 @contextlib.contextmanager

@@ -85,6 +85,9 @@ class MapAccess(Protocol):
     def former_numbers(self) -> Mapping[int, int]:
         """The endpoint number in each interface's row in force, also if an agent of another version wrote the row."""
 
+    def drop_rows(self, gone: Collection[int]) -> None:
+        """Delete the rows in force of interfaces that are gone, so that no new interface with such an index has one."""
+
 
 class RepairAccess(Protocol):
     """Detection and repair of changes that other programs made."""
