@@ -53,10 +53,10 @@ log = logging.getLogger(__name__)
 
 
 class Agent:
-    """Keeps enforcement on a node up to date. Callers call `begin` or `start` once, then `step` again and again.
+    """Keeps enforcement on a node up to date. Call `begin` or `start` once, then `step` again and again.
 
-    ``is_started``: whether this agent has put a state in force; until then the state of an earlier agent remains. The
-    other attributes are the agent's parts, which callers may only read.
+    ``is_started``: whether this agent has put a state in force; before that, the state of an earlier agent remains.
+    Callers may only read its parts.
     """
 
     def __init__(
@@ -397,12 +397,12 @@ class Agent:
         return f"{', '.join(names[:SHOWN])}{', ...' if names[SHOWN:] else ''}"
 
     def _unenforced(self) -> list[Problem]:
-        """Problems of this node's workloads on which policy is not enforced as written."""
+        """Workloads of this node that policy does not reach as it is written."""
         found = self.interfaces.unenforced(self.attachments.interfaces, self.enforcement.bound)
         return [*found, *self.objects.without_namespace()]
 
     def _log_unenforced(self) -> None:
-        """Log new problems of `_unenforced`, some of which arise only because time passes."""
+        """Log newly unenforced workloads; some become so by the passing of time alone."""
         found = {str(one): one for one in self._unenforced()}
         for text in found.keys() - self._logged:
             log.log(logging.ERROR if found[text].severity == "error" else logging.WARNING, "%s", text)

@@ -68,9 +68,10 @@ class NumberNames:
 
 
 class Enforcement:
-    """The policy in force. `install` makes a new set of maps; `apply` changes the maps in force.
+    """The policy in force. `install` makes a new set of maps; `apply` changes the set in force.
 
-    ``audit``: compares the maps in force with the tables; None before the first `install`.
+    ``audit``: compares the maps in force with the tables; None before the first `install`.  ``is_pending``: whether the
+    tables lag behind the objects because a change was rejected.
     """
 
     def __init__(

@@ -29,6 +29,6 @@ class WorldInForce:
                 setattr(self._awaited, one.name, later)
 
     def accept(self) -> None:
-        """Apply all changes that were not in force to ``world``."""
+        """Mark all pending changes as in force."""
         self._awaited.apply_to(self.world)
         self._awaited = Changes()

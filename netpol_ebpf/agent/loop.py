@@ -38,10 +38,10 @@ log = logging.getLogger("netpol-agent")
 
 @dataclass
 class AgentLoop:
-    """The agent's loop, as single passes.
+    """The agent's loop, pass by pass.
 
-    ``when_in_force``: called once, when a state of the source is in force. ``service_manager``: gets the report that
-    the agent is ready, and signs of life. ``clock``: returns the time in seconds.
+    ``when_in_force``: called once, when a state of the source is in force.  ``service_manager``: learns of readiness,
+    and of each pass.  ``clock``: seconds.
     """
 
     agent: Any

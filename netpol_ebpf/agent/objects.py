@@ -84,7 +84,7 @@ class ClusterObjects:
                 self.derivation.remove(*event.key)
 
     def note_problems(self, problems: tuple[Problem, ...]) -> None:
-        """Replace the problems of the source by ``problems``, and log the new ones."""
+        """Replace the source's problems by the present ones, and log the new ones."""
         known = set(self._source_problems)
         for problem in problems:
             if problem not in known:
@@ -131,7 +131,7 @@ class ClusterObjects:
                 changes.endpoints.setdefault(key, endpoint)
 
     def accept(self) -> None:
-        """Note that all changes that `take_changes` returned are in force."""
+        """Mark all taken changes as in force."""
         self._in_force.accept()
 
     def set_tunnels(self, encapsulations: Iterable[tuple[int, int]]) -> None:

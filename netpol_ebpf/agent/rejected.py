@@ -69,7 +69,7 @@ class RejectedChanges:
                 self.objects[f"{kind}/{name}" if kind.strip() else name] = place
 
     def accept(self) -> None:
-        """Note that all changes are in force."""
+        """Mark everything as in force."""
         self.objects.clear()
         self.full = ""
         self.problem, self.retry_at_s, self._gap_s = None, None, RETRY_S

@@ -25,7 +25,7 @@ from netpol_ebpf.policy.types import EndpointKey
 from netpol_loader import abi
 
 WAITING = 100
-"""Most objects of a rejected change that are reported. The number is arbitrary."""
+"""Objects shown of a rejected change; arbitrary."""
 CONNECTIONS = 10_000
 """Most connections that are reported. The number is arbitrary: they make an answer of some megabytes."""
 CONNECTION_TABLES = (
