@@ -141,6 +141,7 @@ class Agent:
             self._early += update.events
             self.objects.note_problems(update.problems)
             return False
+        self.enforcement.record.begin()
         self.objects.take(SourceUpdate((*self._early, *update.events), update.problems))
         self._early.clear()
         return True
@@ -198,6 +199,7 @@ class Agent:
             self._bring_into_force(self._take_changes())
         elif self.rejected.retry_at_s is not None and self._clock() >= self.rejected.retry_at_s:
             self._bring_into_force(Changes())
+        self.enforcement.record.write_line()
         if self.repair.step():
             self._log_unenforced()
         return self.read_events()
@@ -255,7 +257,9 @@ class Agent:
         A change that does not fit is reported, and tried again with the next change, or when memory may be free again.
         """
         if not changes and not self.enforcement.is_pending:
+            self.enforcement.record.drop()
             return
+        self.enforcement.record.begin()
         self.rejected.expect(changes, self._location_of)
         before = self.own_interfaces.inputs
         try:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from netpol_ebpf.agent.control_socket import ControlSocket
+from netpol_ebpf.agent.health import Health, readiness
 from netpol_ebpf.apply.ledger import Ledger
 
 NEWS_GAP_S = 0.05
@@ -33,7 +34,8 @@ log = logging.getLogger("netpol-agent")
 class AgentLoop:
     """The agent's loop, pass by pass.
 
-    ``when_in_force``: called once, when a state of the source is in force.  ``clock``: seconds.
+    ``when_in_force``: called once, when a state of the source is in force.  ``clock``: seconds.  ``health``: the health
+    endpoint, which gets beats; None: there is none.
     """
 
     agent: Any
@@ -42,6 +44,7 @@ class AgentLoop:
     control_socket: ControlSocket
     when_in_force: Callable[[], None] = lambda: None
     clock: Callable[[], float] = time.monotonic
+    health: Health | None = None
     _is_ready: bool = False
     _is_told: bool = False
     _stepped_s: float = -math.inf
@@ -90,6 +93,8 @@ class AgentLoop:
         if not self.control_socket.is_open and self.clock() >= self._opened_s + RETRY_S:
             self.open()
         self.control_socket.poll()
+        if self.health is not None and self.clock() >= self.health.next_s:
+            self.health.beat(readiness(self.agent))
         self._is_news = self._is_news or self.agent.has_handovers
 
     def note_progress(self) -> None:

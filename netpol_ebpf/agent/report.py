@@ -16,12 +16,14 @@ from typing import Any
 from netpol_ebpf import __version__
 from netpol_ebpf.agent.assignments import Evidence
 from netpol_ebpf.agent.core import Agent
+from netpol_ebpf.agent.health import readiness
+from netpol_ebpf.agent.metrics import families
 from netpol_ebpf.agent.timeouts import STATES, read_timeouts
 from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.apply.events import FlowEvent
 from netpol_ebpf.errors import Problem
 from netpol_ebpf.policy.provenance import trace
-from netpol_ebpf.policy.types import EndpointKey
+from netpol_ebpf.policy.types import Cause, CauseKind, EndpointKey
 from netpol_loader import abi
 
 WAITING = 100
@@ -197,6 +199,54 @@ def rules(agent: Agent, maps: Mapping[str, KernelMap]) -> list[dict[str, Any]]:
             {"number": number, "rule": str(cause), "packets": packets, "bytes": size, "staged_packets": pending}
         )
     return found
+
+
+def rule_labels(cause: Cause) -> dict[str, str]:
+    """The labels of a rule in metrics; different causes have different labels.
+
+    ``rule``: the index; or end-of-tier, no-match, or failsafe or tunnel with the index; or missing, for the absence of
+    a profile.  ``kind``: of the policy; Profile for a profile, which ``policy`` then names.
+    """
+    key, index = cause.policy, str(cause.index)
+    rules = {
+        CauseKind.RULE: index,
+        CauseKind.TIER_END: "end-of-tier",
+        CauseKind.PROFILE: index if cause.index >= 0 else "missing",
+        CauseKind.NO_MATCH: "no-match",
+        CauseKind.FAILSAFE: f"failsafe-{index}",
+        CauseKind.TUNNEL: f"tunnel-{index}",
+    }
+    return {
+        "tier": cause.tier,
+        "kind": "" if key is None else key.kind,
+        "namespace": "" if key is None else key.namespace,
+        "policy": "" if key is None else key.name,
+        **({"kind": "Profile", "policy": cause.profile} if cause.kind is CauseKind.PROFILE else {}),
+        "direction": cause.direction.value,
+        "rule": rules[cause.kind],
+        "action": cause.action.value,
+    }
+
+
+def metrics(agent: Agent, maps: Mapping[str, KernelMap], state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The agent's metrics, see `netpol_ebpf.agent.metrics`. ``state``: the answer of `status` or `waiting`."""
+    whole = {**state, "readiness": readiness(agent)}
+    if not agent.is_started:
+        return [one.as_dict() for one in families(whole)]
+    whole |= {"change_seconds": agent.enforcement.record.histogram(), "connections": connection_counts(maps)}
+    counted = (
+        {**one, "labels": rule_labels(cause)}
+        for one, (_, cause) in zip(rules(agent, maps), sorted(agent.enforcement.tables.rules.items()), strict=True)
+    )
+    return [one.as_dict() for one in families(whole, counted)]
+
+
+def connection_counts(maps: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Live connections by table; see `ConnectionMap`: ``established``, ``unreplied``, and ``size``, the number of slots."""
+    return {
+        name: {"established": maps[name].count_live(), "unreplied": maps[view].count_live(), "size": maps[name].slots}
+        for name, view in abi.UNREPLIED_VIEWS.items()
+    }
 
 
 def identities(agent: Agent) -> list[dict[str, Any]]:

@@ -37,6 +37,12 @@ def test_service_has_the_capabilities_that_are_tested() -> None:
     assert set(service["CapabilityBoundingSet"].split()) == {one.name for one in CAPABILITIES}
     assert service["NoNewPrivileges"] == "yes"
     assert set(service["RestrictAddressFamilies"].split()) == {"AF_UNIX", "AF_NETLINK"}
+    assert "--health-address" not in service["ExecStart"]
+
+
+def test_drop_in_for_health_adds_the_families_of_the_internet_alone() -> None:
+    """The unit permits no listening socket of a network protocol; the drop-in permits it and changes nothing else."""
+    assert dict(read_unit("netpol-agent-health.conf")["Service"]) == {"RestrictAddressFamilies": "AF_INET AF_INET6"}
 
 
 def test_service_keeps_the_compiled_program() -> None:
