@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent's side of the health endpoint: the listening socket, the server's process, beats and readiness checks.
+"""The agent's side of the health endpoint: the listening socket, the server's process, and beats.
 
 Invariants: the agent never waits for the server (`netpol_ebpf.agent.health_server`).  No fault of the endpoint ends the
 agent or keeps it from starting: an address that cannot be bound and a server that ended are logged and tried again.
@@ -8,7 +8,6 @@ agent or keeps it from starting: an address that cannot be bound and a server th
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import logging
 import socket
@@ -19,9 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 
-from netpol_ebpf.errors import PlatformError, UsageError
+from netpol_ebpf.errors import UsageError
 
 BEAT_S = 1.0
 """Interval of beats in seconds; arbitrary, far below the server's STALL_S."""
@@ -31,8 +29,6 @@ BACKLOG = 64
 """Connections that the kernel keeps while no server runs; arbitrary."""
 END_S = 1.0
 """How long a server may take to end after its socket is closed; then it is killed."""
-SHOWN = 3
-"""Most causes that a failed check names; arbitrary."""
 MOST_PORTS = 0xFFFF
 LOOPBACK_NAME = b"lo"
 
@@ -63,42 +59,6 @@ def parse_health_address(text: str | None) -> tuple[str, int] | None:
             hint="Give the loopback address, or the address from which Prometheus scrapes this node.",
         )
     return str(address), int(port)
-
-
-def require_metrics_package() -> None:
-    """Raises PlatformError if the package that renders metrics is missing."""
-    if importlib.util.find_spec("prometheus_client") is None:
-        raise PlatformError(
-            "the Python package prometheus-client is missing, without which no metrics can be rendered",
-            hint="Install the extra: pip install 'netpol-ebpf[metrics]'.",
-        )
-
-
-def readiness(agent: Any) -> dict[str, str]:
-    """The readiness checks of the agent: name, and the reason of failure, "" for a check that passes.
-
-    ``synced``: the agent has all objects of all sources.  ``programmed``: they are in force.  ``fresh``: no source is
-    behind.  An object that its writer has to correct fails no check: a tenant could then make every node unready.
-    """
-    reports = agent.source.report()
-    missing = [f"{one['source']}: {', '.join(one['waiting_for'][:SHOWN])}" for one in reports if not one["synced"]]
-    behind = [f"{one['source']}: {part}" for one in reports for part in one["behind"]]
-    return {
-        "synced": f"waiting for all objects of {'; '.join(missing)}" if missing else "",
-        "programmed": _not_programmed(agent),
-        "fresh": "; ".join(behind[:SHOWN]) + ("; ..." if behind[SHOWN:] else ""),
-    }
-
-
-def _not_programmed(agent: Any) -> str:
-    if not agent.is_started:
-        return "what an earlier agent put in force stays" if agent.keeps_enforcement else "nothing is in force yet"
-    if not agent.is_in_force:
-        return "the workloads of this node are closed until the sources have synced"
-    if agent.rejected.problem is not None:
-        return str(agent.rejected.problem.message)
-    failed = agent.attachments.problems
-    return "; ".join(one.message for one in failed[:SHOWN])
 
 
 @dataclass

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from netpol_ebpf.agent.control_socket import ControlSocket
-from netpol_ebpf.agent.health import Health, readiness
+from netpol_ebpf.agent.health import Health
 from netpol_ebpf.apply.ledger import Ledger
 
 NEWS_GAP_S = 0.05
@@ -94,7 +94,7 @@ class AgentLoop:
             self.open()
         self.control_socket.poll()
         if self.health is not None and self.clock() >= self.health.next_s:
-            self.health.beat(readiness(self.agent))
+            self.health.beat(report.readiness(self.agent))
         self._is_news = self._is_news or self.agent.has_handovers
 
     def note_progress(self) -> None:

@@ -25,8 +25,9 @@ from netpol_ebpf import __version__
 from netpol_ebpf.agent import footprint
 from netpol_ebpf.agent.answering import Answer
 from netpol_ebpf.agent.control_socket import SOCKET_NAME, ControlSocket, Wait
-from netpol_ebpf.agent.health import parse_health_address, require_metrics_package, served
+from netpol_ebpf.agent.health import parse_health_address, served
 from netpol_ebpf.agent.loop import AgentLoop, serve
+from netpol_ebpf.agent.metrics import require_metrics_package
 from netpol_ebpf.agent.source_options import NODE_VARIABLE, add_source_options, node_name, plan_source
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, UnreachableError, UsageError

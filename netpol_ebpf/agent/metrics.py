@@ -14,6 +14,7 @@ series beyond a limit.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Union
 
+from netpol_ebpf.errors import PlatformError
 from netpol_ebpf.terminal import escaped
 
 EVENTS_LOST = "event-lost"
@@ -296,6 +298,15 @@ def _timestamp(utc: str) -> float:
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
+
+
+def require_metrics_package() -> None:
+    """Raises PlatformError if the package that renders metrics is missing."""
+    if importlib.util.find_spec("prometheus_client") is None:
+        raise PlatformError(
+            "the Python package prometheus-client is missing, without which no metrics can be rendered",
+            hint="Install the extra: pip install 'netpol-ebpf[metrics]'.",
+        )
 
 
 def render(found: Iterable[Family]) -> bytes:

@@ -16,7 +16,6 @@ from typing import Any
 from netpol_ebpf import __version__
 from netpol_ebpf.agent.assignments import Evidence
 from netpol_ebpf.agent.core import Agent
-from netpol_ebpf.agent.health import readiness
 from netpol_ebpf.agent.metrics import families
 from netpol_ebpf.agent.timeouts import STATES, read_timeouts
 from netpol_ebpf.apply.applier import KernelMap
@@ -28,6 +27,8 @@ from netpol_loader import abi
 
 WAITING = 100
 """Objects shown of a rejected change; arbitrary."""
+CAUSES = 3
+"""Most causes that a failed readiness check names; arbitrary."""
 CONNECTIONS = 10_000
 """Connections shown; arbitrary: some megabytes of answer."""
 CONNECTION_TABLES = (
@@ -199,6 +200,33 @@ def rules(agent: Agent, maps: Mapping[str, KernelMap]) -> list[dict[str, Any]]:
             {"number": number, "rule": str(cause), "packets": packets, "bytes": size, "staged_packets": pending}
         )
     return found
+
+
+def readiness(agent: Agent) -> dict[str, str]:
+    """The readiness checks of the agent: name, and the reason of failure, "" for a check that passes.
+
+    ``synced``: the agent has all objects of all sources.  ``programmed``: they are in force.  ``fresh``: no source is
+    behind.  An object that its writer has to correct fails no check: a tenant could then make every node unready.
+    """
+    reports = agent.source.report()
+    missing = [f"{one['source']}: {', '.join(one['waiting_for'][:CAUSES])}" for one in reports if not one["synced"]]
+    behind = [f"{one['source']}: {part}" for one in reports for part in one["behind"]]
+    return {
+        "synced": f"waiting for all objects of {'; '.join(missing)}" if missing else "",
+        "programmed": _not_programmed(agent),
+        "fresh": "; ".join(behind[:CAUSES]) + ("; ..." if behind[CAUSES:] else ""),
+    }
+
+
+def _not_programmed(agent: Agent) -> str:
+    if not agent.is_started:
+        return "what an earlier agent put in force stays" if agent.keeps_enforcement else "nothing is in force yet"
+    if not agent.is_in_force:
+        return "the workloads of this node are closed until the sources have synced"
+    if agent.rejected.problem is not None:
+        return agent.rejected.problem.message
+    failed = list(agent.attachments.problems)
+    return "; ".join(one.message for one in failed[:CAUSES])
 
 
 def rule_labels(cause: Cause) -> dict[str, str]:

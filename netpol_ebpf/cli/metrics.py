@@ -12,8 +12,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from netpol_ebpf.agent.health import require_metrics_package
-from netpol_ebpf.agent.metrics import Family, render
+from netpol_ebpf.agent.metrics import Family, render, require_metrics_package
 from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
 from netpol_ebpf.cli.output import print_value
 

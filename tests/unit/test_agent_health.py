@@ -22,9 +22,10 @@ import pytest
 from canned_state import full_state, rule
 
 from netpol_ebpf.agent import health_server
-from netpol_ebpf.agent.health import RETRY_S, Health, parse_health_address, readiness
+from netpol_ebpf.agent.health import RETRY_S, Health, parse_health_address
 from netpol_ebpf.agent.health_server import CONNECTIONS, STALL_S, HealthServer, Page, error_page
 from netpol_ebpf.agent.metrics import families
+from netpol_ebpf.agent.report import readiness
 from netpol_ebpf.errors import Location, Problem, UsageError
 from netpol_ebpf.terminal import escaped
 
@@ -146,12 +147,12 @@ def test_anything_but_one_address_is_refused(text: str) -> None:
 # --- readiness --------------------------------------------------------------------------------------------------------
 
 
-def agent(**changes: Any) -> SimpleNamespace:
+def agent(**changes: Any) -> Any:
     """An agent that is ready, but for the changes."""
     report = {"source": "api", "synced": True, "waiting_for": [], "behind": [], **changes.pop("report", {})}
     whole = {
         "source": SimpleNamespace(report=lambda: (report,)), "is_started": True, "is_in_force": True, "keeps_enforcement": True,
-        "rejected": SimpleNamespace(problem=None), "attachments": SimpleNamespace(problems=[]), **changes,
+        "rejected": SimpleNamespace(problem=None), "attachments": SimpleNamespace(problems={}.values()), **changes,
     }  # fmt: skip
     return SimpleNamespace(**whole)
 
@@ -168,7 +169,7 @@ PROBLEM = Problem(Location("a"), "", "no room in np_rule", slug="map-full")
         ({"is_started": False, "keeps_enforcement": False}, "programmed", "nothing is in force"),
         ({"is_in_force": False}, "programmed", "closed"),
         ({"rejected": SimpleNamespace(problem=PROBLEM)}, "programmed", "no room in np_rule"),
-        ({"attachments": SimpleNamespace(problems=[PROBLEM])}, "programmed", "no room in np_rule"),
+        ({"attachments": SimpleNamespace(problems={5: PROBLEM}.values())}, "programmed", "no room in np_rule"),
     ],
 )
 def test_a_check_names_why_it_fails(changes: dict[str, Any], failed: str, reason: str) -> None:
