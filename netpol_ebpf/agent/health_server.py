@@ -40,10 +40,12 @@ from netpol_ebpf.agent.metrics import TEXT_FORMAT, Family, render
 from netpol_ebpf.errors import NetpolError
 from netpol_ebpf.terminal import LOG_FORMATS, escaped, log_to_standard_error
 
-STALL_S = 120.0
-"""The loop counts as stopped when it sent no beat for this long; arbitrary, more than the compilation of the largest
-cluster takes, which is one step of the loop.
+STALL_S = 600.0
+"""The loop counts as hung when it sent no beat for this long: as long as the watchdog of the systemd unit allows. One
+step of the loop applies all objects of a large cluster.
 """
+LATE_S = 60.0
+"""The agent counts as unready when it sent no beat for this long; arbitrary."""
 CONNECTIONS = 32
 """Most connections; arbitrary. One more closes the oldest."""
 REQUEST_S = 5.0
@@ -120,11 +122,11 @@ class HealthServer:
 
     def livez(self) -> Page:
         """Whether the loop turns."""
-        return _checked({"loop": self._stall()})
+        return _checked({"loop": self._silence(STALL_S)})
 
     def readyz(self) -> Page:
         """Whether the loop turns and every check passes."""
-        return _checked({**self._checks, "loop": self._stall() or self._checks.get("loop", "")})
+        return _checked({**self._checks, "loop": self._silence(LATE_S) or self._checks.get("loop", "")})
 
     async def metrics(self) -> Page:
         """The metrics, at most METRICS_AGE_S old."""
@@ -139,9 +141,10 @@ class HealthServer:
         finally:
             self._loaded_s = self.clock()
 
-    def _stall(self) -> str:
+    def _silence(self, most_s: float) -> str:
+        """Why the loop counts as still; "": it sent a beat less than ``most_s`` seconds ago."""
         silent_s = self.clock() - self._beat_s
-        return "" if silent_s < STALL_S else f"the agent's loop has not turned for {silent_s:.0f} s"
+        return "" if silent_s < most_s else f"the agent's loop has not turned for {silent_s:.0f} s"
 
     # --- connections ------------------------------------------------------------------------------------------------
 

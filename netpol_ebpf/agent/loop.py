@@ -14,11 +14,12 @@ import select
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from netpol_ebpf.agent.control_socket import ControlSocket
 from netpol_ebpf.agent.health import Health
+from netpol_ebpf.agent.service_manager import ServiceManager
 from netpol_ebpf.apply.ledger import Ledger
 
 NEWS_GAP_S = 0.05
@@ -34,8 +35,8 @@ log = logging.getLogger("netpol-agent")
 class AgentLoop:
     """The agent's loop, pass by pass.
 
-    ``when_in_force``: called once, when a state of the source is in force.  ``clock``: seconds.  ``health``: the health
-    endpoint, which gets beats; None: there is none.
+    ``when_in_force``: called once, when a state of the source is in force.  ``service_manager``: learns of readiness,
+    and of each pass.  ``clock``: seconds.  ``health``: the health endpoint, which gets beats; None: there is none.
     """
 
     agent: Any
@@ -43,6 +44,7 @@ class AgentLoop:
     ledger: Ledger
     control_socket: ControlSocket
     when_in_force: Callable[[], None] = lambda: None
+    service_manager: ServiceManager = field(default_factory=ServiceManager)
     clock: Callable[[], float] = time.monotonic
     health: Health | None = None
     _is_ready: bool = False
@@ -96,12 +98,13 @@ class AgentLoop:
         if self.health is not None and self.clock() >= self.health.next_s:
             self.health.beat(report.readiness(self.agent))
         self._is_news = self._is_news or self.agent.has_handovers
+        self.service_manager.tick()
 
     def note_progress(self) -> None:
         """Report once that enforcement is in place, and once that the objects are in force."""
         if not self._is_ready and self.agent.keeps_enforcement:
             self._is_ready = True
-            notify_ready()
+            self.service_manager.ready()
         if not self._is_told and self.agent.is_in_force:
             self._is_told = True
             self.when_in_force()
@@ -127,6 +130,7 @@ def serve(loop: AgentLoop) -> None:
         with wakened_by(signal.SIGTERM, signal.SIGINT) as (received, wake):
             while not received:
                 loop.run_once(wake)
+            loop.service_manager.stopping()
             log.info(
                 "ended by %s; enforcement stays as it is, `netpolctl cleanup` ends it", signal.Signals(received[0]).name
             )
@@ -149,14 +153,3 @@ def wakened_by(*signals: signal.Signals) -> Iterator[tuple[list[int], int]]:
             signal.signal(number, handler)
         os.close(reading)
         os.close(writing)
-
-
-def notify_ready() -> None:
-    """Notify the service manager (sd_notify(3)): policy is in force, or workloads are closed."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
-        import socket
-
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-            channel.connect("\0" + address[1:] if address.startswith("@") else address)
-            channel.sendall(b"READY=1")

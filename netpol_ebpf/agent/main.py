@@ -24,11 +24,13 @@ from typing import Any
 from netpol_ebpf import __version__
 from netpol_ebpf.agent import footprint
 from netpol_ebpf.agent.answering import Answer
+from netpol_ebpf.agent.configuration import add_config_option, origin_hint, parse_arguments
 from netpol_ebpf.agent.control_socket import SOCKET_NAME, ControlSocket, Wait
 from netpol_ebpf.agent.health import parse_health_address, served
 from netpol_ebpf.agent.loop import AgentLoop, serve
 from netpol_ebpf.agent.metrics import require_metrics_package
-from netpol_ebpf.agent.source_options import NODE_VARIABLE, add_source_options, node_name, plan_source
+from netpol_ebpf.agent.service_manager import ServiceManager
+from netpol_ebpf.agent.source_options import NODE_VARIABLE, add_source_options, manifests_dir, node_name, plan_source
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, UnreachableError, UsageError
 from netpol_ebpf.terminal import LOG_FORMATS, escaped, log_to_standard_error, paragraph, say
@@ -63,22 +65,24 @@ def build_parser() -> argparse.ArgumentParser:
         description="Enforce the network policies of a cluster, or of a directory of manifests, on the workloads of this node.",
         epilog="exit codes: 0 done, 2 usage, 3 invalid objects (--once) or kubeconfig, 4 the API server cannot be read (--once), "
         "5 kernel, permission or missing package, 70 a bug. "
+        "The configuration file and environment variables can give options, too: docs/configuration.md. "
         "Enforcement outlives the agent; `netpolctl cleanup` ends it.",
     )
     parser.add_argument("--version", action="version", version=f"netpol-agent {__version__}")
+    add_config_option(parser)
     add_source_options(parser)
     parser.add_argument(
         "--node",
         metavar="NAME",
-        help="name of this node: enforce for its pods (spec.nodeName); default: with --kubernetes, the environment variable "
-        f"{NODE_VARIABLE}; with --manifests alone, enforce for all pods found here",
+        help="name of this node: enforce for its pods (spec.nodeName); default: the environment variable "
+        f"{NODE_VARIABLE}; with manifests alone and without a name, enforce for all pods found here",
     )
     parser.add_argument("--once", action="store_true", help="apply the objects, then exit; enforcement stays")
     parser.add_argument(
         "--pin-root",
         type=Path,
         metavar="DIR",
-        help="directory in which the agent pins maps and programs (on a BPF file system)",
+        help="directory in which the agent pins maps and programs (on a BPF file system; default: /sys/fs/bpf/netpol)",
     )
     parser.add_argument(
         "--state-dir", type=Path, default=DEFAULT_STATE_DIR, metavar="DIR",
@@ -177,16 +181,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    arguments = build_parser().parse_args(argv)
-    log_to_standard_error(arguments.log_format, logging.DEBUG if arguments.verbose else logging.INFO)
+    arguments = argparse.Namespace(debug=False, origins={})
     try:
+        arguments = parse_arguments(build_parser(), argv)
+        log_to_standard_error(arguments.log_format, logging.DEBUG if arguments.verbose else logging.INFO)
         return run(arguments)
     except NetpolError as error:
         if arguments.debug:
             say(traceback.format_exc(), file=sys.stderr)
         say(paragraph(f"netpol-agent: error: {error.message}"), file=sys.stderr)
-        if error.hint:
-            say(paragraph(f"netpol-agent: hint: {error.hint}"), file=sys.stderr)
+        for hint in (origin_hint(error.message, arguments.origins), error.hint):
+            if hint:
+                say(paragraph(f"netpol-agent: hint: {hint}"), file=sys.stderr)
         return error.exit_code
     except OSError as error:  # no room, no permission, an existing file: a fault of the machine, not a bug
         if arguments.debug:
@@ -224,6 +230,7 @@ def run(arguments: argparse.Namespace) -> int:
     health_address = parse_health_address(arguments.health_address)
     if health_address is not None:
         require_metrics_package()
+    arguments.manifests = manifests_dir(arguments)
     node_of_pods = node_name(arguments)
     open_source = plan_source(arguments, state_dir)
     doctor.require_all(pin_root)
@@ -277,7 +284,8 @@ def run(arguments: argparse.Namespace) -> int:
         control_socket = ControlSocket(
             state_dir / SOCKET_NAME, answers_of(agent, node, ledger, place), group, waits_of(agent)
         )
-        serve(AgentLoop(agent, node, ledger, control_socket, tell_in_force, health=health))
+        manager = ServiceManager.of_environment()
+        serve(AgentLoop(agent, node, ledger, control_socket, tell_in_force, manager, health=health))
     return 0
 
 

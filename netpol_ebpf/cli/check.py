@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from netpol_ebpf.agent.configuration import add_config_option
+from netpol_ebpf.cli.agent_access import manifests_dir
 from netpol_ebpf.cli.output import add_output_option, counted, print_value
 from netpol_ebpf.errors import InvalidInputError, Problem
 from netpol_ebpf.policy.lint import lint
@@ -34,11 +36,13 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument(
         "paths",
-        nargs="+",
+        nargs="*",
         type=Path,
         metavar="PATH",
-        help="a file, a directory (searched for *.yaml, *.yml and *.json), or - for standard input",
+        help="a file, a directory (searched for *.yaml, *.yml and *.json), or - for standard input; default: the manifests of the agent "
+        "of this node",
     )
+    add_config_option(parser)
     parser.add_argument("--strict", action="store_true", help="exit with 3 for warnings, too")
     add_output_option(parser)
     parser.set_defaults(run=run)
@@ -46,9 +50,10 @@ def register(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    loaded = load_paths(arguments.paths)
+    given = arguments.paths or [manifests_dir(arguments.config)]
+    loaded = load_paths(given)
     if not loaded.documents and not loaded.problems:
-        paths = " ".join(map(str, arguments.paths))
+        paths = " ".join(map(str, given))
         raise InvalidInputError(f"no object found in {paths}", hint="Manifests end in .yaml, .yml or .json.")
     problems = list(loaded.problems)
     linted = not loaded.errors  # checks of all objects together would be wrong if objects were missing

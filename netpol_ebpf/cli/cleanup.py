@@ -25,6 +25,7 @@ from netpol_ebpf.agent.main import (
 )
 from netpol_ebpf.agent.source_options import COPIES_NAME, DEFAULT_SAVED_STATE
 from netpol_ebpf.apply.records import DAMAGED_SUFFIX
+from netpol_ebpf.cli.agent_access import add_agent_options
 from netpol_ebpf.cli.cni import add_directory_options
 from netpol_ebpf.cli.output import add_output_option, print_value
 from netpol_ebpf.cni.installation import find_installed
@@ -43,15 +44,9 @@ def register(subparsers: Any) -> None:
         epilog="exit codes: 0 nothing is left, 5 something could not be removed, or an agent is running",
     )
     parser.add_argument("--dry-run", action="store_true", help="list what would be removed, and remove nothing")
-    parser.add_argument("--pin-root", type=Path, metavar="DIR", help="the agent's --pin-root")
-    parser.add_argument(
-        "--state-dir", type=Path, default=DEFAULT_STATE_DIR, metavar="DIR",
-        help=f"the agent's --state-dir (default: {DEFAULT_STATE_DIR})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--saved-state", type=Path, metavar="FILE",
-        help=f"the agent's --saved-state (default: {DEFAULT_SAVED_STATE}, for the agent with the default state directory)",
-    )  # fmt: skip
+    add_agent_options(parser, "--pin-root", "--state-dir", "--saved-state")
+    # The default saved state is that of the agent with the default state directory.
+    parser.set_defaults(agent_options={**parser.get_default("agent_options"), "saved_state": None})
     add_directory_options(parser, "cni-")
     add_output_option(parser)
     parser.set_defaults(run=run)

@@ -18,7 +18,7 @@ from typing import Any
 
 from netpol_ebpf.agent.control_socket import SOCKET_NAME
 from netpol_ebpf.agent.loop import wakened_by
-from netpol_ebpf.agent.main import DEFAULT_STATE_DIR
+from netpol_ebpf.cli.agent_access import add_agent_options
 from netpol_ebpf.cli.output import add_output_option, print_value
 from netpol_ebpf.cni.installation import (
     DEFAULT_BIN_DIR,
@@ -60,10 +60,7 @@ def register(subparsers: Any) -> None:
         "action", choices=ACTIONS, help="put it into its place, or take it away; pods that run stay as they are"
     )
     add_directory_options(parser, "")
-    parser.add_argument(
-        "--state-dir", type=Path, default=DEFAULT_STATE_DIR, metavar="DIR",
-        help=f"install: as given to the agent (default: {DEFAULT_STATE_DIR})",
-    )  # fmt: skip
+    add_agent_options(parser, "--state-dir")
     parser.add_argument(
         "--timeout", type=int, default=TIMEOUT_S, metavar="SECONDS",
         help="install: how long a pod's start waits for its policy (default: %(default)s)",

@@ -385,7 +385,7 @@ class Demo:
         """Start the agent inside the node, and wait until it reports everything in force. Returns the seconds taken."""
         began = time.monotonic()
         command = [
-            sys.executable, "-m", "netpol_ebpf.agent.main",
+            sys.executable, "-m", "netpol_ebpf.agent.main", "--config", "none",
             "--manifests", str(self.manifests), "--node", shop.NODE,
             "--pin-root", str(self.pins), "--state-dir", str(self.state),
         ]  # fmt: skip

@@ -21,7 +21,7 @@ from netpol_ebpf.analysis.explanation import parse_end as read_end
 from netpol_ebpf.cases.case import Probe
 from netpol_ebpf.cases.engines import open_engine
 from netpol_ebpf.cases.runner import Cast
-from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
+from netpol_ebpf.cli.agent_access import add_agent_options, ask_agent, manifests_dir
 from netpol_ebpf.cli.output import add_output_option, print_value
 from netpol_ebpf.errors import Location, UsageError
 from netpol_ebpf.policy.translate import derive
@@ -63,8 +63,9 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--icmp-type", type=parse_octet, metavar="NUMBER", help="ICMP type (default: echo request)")
     parser.add_argument("--icmp-code", type=parse_octet, metavar="NUMBER", help="ICMP code (default: 0)")
     parser.add_argument(
-        "--manifests", action="append", type=Path, metavar="PATH",
-        help="evaluate this file or directory of manifests instead of asking the agent (may be repeated)",
+        "--manifests", action="append", nargs="?", type=Path, metavar="PATH",
+        help="evaluate this file or directory of manifests instead of asking the agent (may be repeated); without PATH: the agent's "
+        "manifests",
     )  # fmt: skip
     parser.add_argument(
         "--engine",
@@ -72,7 +73,7 @@ def register(subparsers: Any) -> None:
         default=ENGINES[0],
         help="engine that evaluates: the reference model, or the compiled tables",
     )
-    add_state_dir_option(parser)
+    add_agent_options(parser, "--state-dir")
     add_output_option(parser)
     parser.set_defaults(run=run)
 
@@ -87,7 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
         icmp_code=arguments.icmp_code, location=Location("netpolctl explain"),
     )  # fmt: skip
     if arguments.manifests:
-        ways = _by_files(arguments.manifests, probe, arguments.engine)
+        paths = [one or manifests_dir(arguments.config) for one in arguments.manifests]
+        ways = _by_files(paths, probe, arguments.engine)
         say(FROM_FILES, file=sys.stderr)
     else:
         request = {**as_request(probe), "engine": arguments.engine}

@@ -10,7 +10,7 @@ import argparse
 from typing import Any
 
 from netpol_ebpf.agent.control_socket import CLIENT_TIMEOUT_S
-from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
+from netpol_ebpf.cli.agent_access import add_agent_options, ask_agent
 from netpol_ebpf.cli.output import render_json
 from netpol_ebpf.policy.types import ICMP, ICMPV6, SCTP, TCP, UDP
 from netpol_ebpf.terminal import escaped, say
@@ -34,7 +34,7 @@ def register(subparsers: Any) -> None:
         default="text",
         help="output format; json: one object per line (default: text)",
     )
-    add_state_dir_option(parser)
+    add_agent_options(parser, "--state-dir")
     parser.set_defaults(run=run)
 
 

@@ -13,7 +13,7 @@ import argparse
 from typing import Any
 
 from netpol_ebpf.agent.metrics import Family, render, require_metrics_package
-from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
+from netpol_ebpf.cli.agent_access import add_agent_options, ask_agent
 from netpol_ebpf.cli.output import print_value
 
 
@@ -33,7 +33,7 @@ def register(subparsers: Any) -> None:
         default="text",
         help="output format; text: Prometheus' text format (default: text)",
     )
-    add_state_dir_option(parser)
+    add_agent_options(parser, "--state-dir")
     parser.set_defaults(run=run)
 
 

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
+from netpol_ebpf.cli.agent_access import add_agent_options, ask_agent
 from netpol_ebpf.cli.output import add_output_option, counted, print_value, render_table
 from netpol_ebpf.terminal import escaped, paragraph, say
 
@@ -28,7 +28,7 @@ def register(subparsers: Any) -> None:
         description="Show what the agent of this node enforces, on which interfaces, and what keeps it from enforcing the rest.",
         epilog="exit codes: 0 everything that the sources say is in force, 1 something is not, 4 no agent answers",
     )
-    add_state_dir_option(parser)
+    add_agent_options(parser, "--state-dir")
     add_output_option(parser)
     parser.set_defaults(run=run)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An agent on a node of network namespaces, with the rights of deploy/rbac.yaml at a real API server: real connections say what is in force."""
+"""An agent on a node of network namespaces, with the rights of deploy/manifests/rbac.yaml at a real API server: real connections say what is in force."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def put(server: Server, obj: dict[str, Any]) -> None:
 
 
 def give_rights(server: Server) -> None:
-    """Apply deploy/rbac.yaml."""
-    for one in yaml.safe_load_all((ROOT / "deploy" / "rbac.yaml").read_text(encoding="utf-8")):
+    """Apply deploy/manifests/rbac.yaml."""
+    for one in yaml.safe_load_all((ROOT / "deploy" / "manifests" / "rbac.yaml").read_text(encoding="utf-8")):
         put(server, one)
 
 

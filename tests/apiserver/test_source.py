@@ -62,17 +62,17 @@ class OwnServer(Server):
 
     def define_tiers(self) -> None:
         """Apply the definition, and wait until it is served."""
-        (definition,) = yaml.safe_load_all((ROOT / "deploy" / "crds" / f"{TIERS}.yaml").read_text())
+        (definition,) = yaml.safe_load_all((ROOT / "deploy" / "chart" / "crds" / f"{TIERS}.yaml").read_text())
         assert self.apply(definition).status in (200, 201)
         self.wait_for(lambda: self.get("/apis/projectcalico.org/v3/tiers").status == 200, "tiers are served")
 
 
 @pytest.fixture(scope="module")
 def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnServer]:
-    """With the role of deploy/rbac.yaml, bound to the user agent, and the definition of tiers."""
+    """With the role of deploy/manifests/rbac.yaml, bound to the user agent, and the definition of tiers."""
     made = OwnServer(Path(os.environ["KUBE_APISERVER"]), Path(os.environ["ETCD"]), tmp_path_factory.mktemp("own"))
     try:
-        documents = yaml.safe_load_all((ROOT / "deploy" / "rbac.yaml").read_text(encoding="utf-8"))
+        documents = yaml.safe_load_all((ROOT / "deploy" / "manifests" / "rbac.yaml").read_text(encoding="utf-8"))
         (role,) = (one for one in documents if one["kind"] == "ClusterRole")
         assert made.apply(role).status in (200, 201)
         binding = {

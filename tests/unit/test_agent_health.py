@@ -23,7 +23,7 @@ from canned_state import full_state, rule
 
 from netpol_ebpf.agent import health_server
 from netpol_ebpf.agent.health import RETRY_S, Health, parse_health_address
-from netpol_ebpf.agent.health_server import CONNECTIONS, STALL_S, HealthServer, Page, error_page
+from netpol_ebpf.agent.health_server import CONNECTIONS, LATE_S, STALL_S, HealthServer, Page, error_page
 from netpol_ebpf.agent.metrics import families
 from netpol_ebpf.agent.report import readiness
 from netpol_ebpf.errors import Location, Problem, UsageError
@@ -207,10 +207,13 @@ def test_a_loop_that_stands_still_is_neither_live_nor_ready() -> None:
     now_s = 0.0
     server = HealthServer(lambda: error_page(health_server.HTTPStatus.OK), clock=lambda: now_s)
     server.note_beat(json.dumps(READY).encode())
-    now_s = STALL_S - 1
-    assert (server.livez().status, server.readyz().status) == (200, 200)
-    now_s = STALL_S
-    assert (server.livez().status, server.readyz().status) == (503, 503)
+    for now_s, live, ready in (
+        (LATE_S - 1, 200, 200),
+        (LATE_S, 200, 503),
+        (STALL_S - 1, 200, 503),
+        (STALL_S, 503, 503),
+    ):
+        assert (server.livez().status, server.readyz().status) == (live, ready), now_s
     assert b"has not turned for" in server.livez().body
     server.note_beat(json.dumps(READY).encode())
     assert (server.livez().status, server.readyz().status) == (200, 200)
