@@ -101,7 +101,7 @@ enum np_action {
     NP_ACTION_NONE = 0, // the row was never written
     NP_ACTION_ALLOW = 1, // the packet passes, and the program records its connection
     NP_ACTION_DENY = 2, // the packet is dropped
-    NP_ACTION_CONTINUE = 3, // the policy list decides nothing, so the next one follows; only host endpoints have it
+    NP_ACTION_CONTINUE = 3, // the list decides nothing, so the next one follows (only in policy of host endpoints)
 };
 
 // The policy lists of a host endpoint. Workloads have only the normal one.
@@ -109,7 +109,7 @@ enum np_stage {
     NP_STAGE_NORMAL = 0, // packets from or to processes of the node
     NP_STAGE_FORWARD = 1, // packets that the node forwards from one interface to another
     NP_STAGE_PRE_DNAT = 2, // all incoming packets, before netfilter translates their destination
-    NP_STAGE_UNTRACKED = 3, // all packets, before every other stage; a packet that it allows records no connection
+    NP_STAGE_UNTRACKED = 3, // all packets, before every other stage; a packet allowed here records no connection
 };
 
 // Flags of an endpoint.
@@ -153,7 +153,7 @@ enum np_conn_state {
 enum np_conn_flag {
     NP_CONN_FIN_ORIGINAL = 1, // the side that opened the connection has sent FIN
     NP_CONN_FIN_REPLY = 2, // the other side has sent FIN
-    NP_CONN_EXEMPT = 4, // no policy applies: the host opened it to its workload, or the workload to itself
+    NP_CONN_EXEMPT = 4, // from the host to its workload, or from a workload to itself: no policy applies
     NP_CONN_DEFERRED = 8, // to a service: policy judges where the packet leaves the node or enters a workload
     NP_CONN_FORWARDED = 16, // at a host endpoint: a forwarded packet opened the connection
     NP_CONN_TAGGED = 32, // as DEFERRED, and the packets carry the sender tag: no policy has finally allowed them yet
@@ -199,10 +199,10 @@ enum np_call {
 // Facts of the running kernel. The loader writes them into the program (NP_KERNEL).
 enum np_kernel_fact {
     NP_KERNEL_CAST = 0, // 1: the kernel has bpf_cast_to_kern_ctx
-    NP_KERNEL_FIRST = 1, // offset in sk_buff of the first field below; all are within NP_KERNEL_BYTES after it
-    NP_KERNEL_SUMMED = 2, // offset of the byte with ip_summed; this and the following count from NP_KERNEL_FIRST
+    NP_KERNEL_FIRST = 1, // offset in sk_buff of the first field below; NP_KERNEL_BYTES from there on have all fields
+    NP_KERNEL_SUMMED = 2, // offset of the byte with ip_summed; this and all later offsets count from NP_KERNEL_FIRST
     NP_KERNEL_SUMMED_SHIFT = 3, // lowest bit of ip_summed in that byte; ip_summed has two bits
-    NP_KERNEL_CSUM_START = 4, // offset of csum_start, a field of 16 bits; so are the next two
+    NP_KERNEL_CSUM_START = 4, // offset of csum_start; this field and the next two have 16 bits
     NP_KERNEL_CSUM_OFFSET = 5,
     NP_KERNEL_MAC_HEADER = 6,
 };
@@ -238,7 +238,7 @@ enum np_reason {
     NP_REASON_SHORT = 37, // the frame ends inside a header
     NP_REASON_BAD_IP = 38, // the IP header contradicts itself
     NP_REASON_BAD_L4 = 39, // the transport header ends early or contradicts itself
-    NP_REASON_IP6_HEADERS = 40, // more IPv6 extension headers than the parser supports
+    NP_REASON_IP6_HEADERS = 40, // an IPv6 packet with more extension headers than the parser supports
     NP_REASON_NO_NEXT_HEADER = 41, // an IPv6 packet without a payload protocol (next header 59)
     NP_REASON_FRAGMENT = 42, // a later fragment, but its first fragment was not seen or not allowed
     NP_REASON_ICMP_UNRELATED = 43, // an ICMP error about an unknown connection
@@ -253,7 +253,7 @@ enum np_reason {
     NP_REASON_TO_HOST = 52, // a packet from a workload to its own node, which the configuration forbids
     NP_REASON_NO_EXIT = 53, // a packet to a service, but some interface by which it could leave lacks the program
     NP_REASON_LOST_SENDER = 54, // a packet to a service, but the endpoint that its sender tag names is gone
-    NP_REASON_HIDDEN_SOURCE = 55, // to a service; the sender's policy depends on the source, which was translated
+    NP_REASON_HIDDEN_SOURCE = 55, // a packet to a service: policy depends on its source, but the source was translated
     NP_REASON_LOCAL_BACKENDS = 56, // a packet to a service with several backends that are processes of this node
     NP_REASON_CALL_MISSING = 57, // np_call lacks the program of a tail call
     NP_REASON_CALL_BUDGET = 58, // policy changed each time it was read, until all tail calls of the packet were used
@@ -263,10 +263,10 @@ enum np_reason {
     NP_REASON_TUNNEL = 62, // a workload's packet in an encapsulation that a node's tunnel accepts from any sender
     NP_REASON_FOREIGN_SOURCE = 63, // a packet from outside with a source address of this node or of a local workload
     NP_REASON_LINK_TYPE = 64, // a packet with a link header that the parser does not support
-    NP_REASON_TUNNEL_SOURCE = 65, // from a tunnel; the node that has the inner source did not send the packet
+    NP_REASON_TUNNEL_SOURCE = 65, // a tunnelled packet that was not sent by the node that has its inner source
     NP_REASON_EVENT_LOST = 96, // the ring buffer had no room for an event
     NP_REASON_LOG_LIMITED = 97, // the rate limit suppressed a log event
-    NP_REASON_RULE_RANGE = 98, // a rule number beyond np_rule_count or np_staged_count; counted once for each
+    NP_REASON_RULE_RANGE = 98, // a rule number beyond np_rule_count or np_staged_count; counted for each of the two
     NP_REASON_CONN_EVICTED = 99, // an established connection was evicted, because a new one needed room in its bucket
     NP_REASON_COUNT = 128, // number of rows of np_reason_count
 };
@@ -581,13 +581,13 @@ _Static_assert(sizeof(struct np_conn6_entry) == 72, "np_conn6_entry");
 
 // The tags of a conntrack bucket. A tag has what look-up and eviction need: the hash of the key (bits 63 to 32);
 // whether the connection is unreplied (31); when it expires, in units of 64 jiffies (30 to 2); and enum np_rank (1 and
-// 0). A slot with the tag 0 is free. An entry is valid only if its tag is.
+// 0). A slot with the tag 0 is free. The entry of a slot is valid only if the rank in the tag is not NP_RANK_NONE.
 struct np_conn_tags {
     __u64 tag[NP_CONN_WAYS];
 };
 _Static_assert(sizeof(struct np_conn_tags) == 64, "np_conn_tags is a cache line");
 
-// The random numbers of the conntrack hash, secret and different on each node. Nobody who does not know them can choose
+// The random numbers of the conntrack hash, secret and different on each node. Without them, nobody can choose
 // connections that collide in one bucket.
 struct np_secret {
     __u64 number[NP_HASH_WORDS];
@@ -665,8 +665,8 @@ _Static_assert(sizeof(struct np_log_limit) == 8, "np_log_limit");
 // --- configuration ---------------------------------------------------------------------------------------------------
 
 struct np_config {
-    __u32 generation; // the agent raises it when an allow may have become a deny; never 0
-    __u32 epoch; // the agent raises it when an endpoint's row or address changed; older rows of np_ep_cache are invalid
+    __u32 generation; // raised by the agent when an allow may have become a deny; never 0
+    __u32 epoch; // raised by the agent when an endpoint's row or address changed; ends the validity of np_ep_cache
     __u32 flags; // enum np_config_flag
     __u32 jiffies_per_second;
     __u32 wildcard; // number of the wildcard host endpoint; 0: the node has none

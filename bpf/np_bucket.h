@@ -93,7 +93,7 @@ NP_INLINE const struct np_addr *np_addr_find(struct np_ctx *ctx, const __u32 *ad
 // class.
 NP_INLINE __u32 np_class_seek(const struct np_peer_bucket *bucket, __u32 set, __u32 block, __u32 index, __u32 *more)
 {
-    np_forget(index); // hides the known range; otherwise the compiler removes the bound that the verifier needs
+    np_forget(index); // keeps the compiler from removing the bound, which the verifier needs
     index &= 31; // for index 31 of line 1, the read is still within the bucket
 #pragma unroll
     for (int i = 0; i < NP_BUCKET_LINES; i++) {

@@ -100,7 +100,7 @@ NP_INLINE int np_host_read(__u32 number, __u32 index, struct np_owner *owner)
     struct np_host *row = np_host_lookup(number);
     if (!row)
         return NP_REASON_UNKNOWN_ENDPOINT;
-    np_forget(index); // hides the known range from the compiler: verifiers before Linux 6.10 need the bound
+    np_forget(index); // keeps the compiler from removing the bound, which verifiers before Linux 6.10 need
     index &= NP_HOST_SETS - 1;
     __u32 present = row->present;
     owner->number = row->number;

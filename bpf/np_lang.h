@@ -93,7 +93,7 @@ typedef __u64 __attribute__((may_alias)) np_word;
 // A 32-bit word for copies of any type. The type is aligned: the compiler copies unaligned memory byte by byte.
 typedef __u32 __attribute__((may_alias)) np_half;
 
-// Copy a multiple of eight bytes; both sides must be aligned to eight bytes.
+// Copy a multiple of eight bytes; both addresses must be aligned to eight bytes.
 NP_INLINE void np_copy_words(void *to, const void *from, const int bytes)
 {
 #pragma unroll

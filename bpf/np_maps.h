@@ -78,10 +78,10 @@ NP_MAP("hash", np_host, struct np_number_key, struct np_host, 64, BPF_F_NO_PREAL
 // Role: endpoint.
 NP_MAP("hash", np_ifindex, struct np_number_key, struct np_ifindex, 4096, BPF_F_NO_PREALLOC);
 
-// Maps an address to its role at this node: an own address, a broadcast address, a joined multicast group, or an
+// Maps an address to what it is at this node: an own address, a broadcast address, a joined multicast group, or an
 // address of another node. The agent writes, the program reads. Looked up for a new flow from a workload or on a host
-// interface. When full: the agent rejects the change. Key: network order. A row lives as long as the address has a
-// role.
+// interface. When full: the agent rejects the change. Key: network order. A row lives as long as the address is one of
+// these.
 // Role: node.
 NP_MAP("hash", np_local4, struct np_addr4_key, struct np_local, 4096, BPF_F_NO_PREALLOC);
 NP_MAP("hash", np_local6, struct np_addr6_key, struct np_local, 4096, BPF_F_NO_PREALLOC);

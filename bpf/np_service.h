@@ -6,7 +6,8 @@
 // sender's endpoint. The later hook judges the packet for that endpoint, by the translated address.
 //
 // Invariants.
-// 1. No packet with a deferred verdict passes the program's hook at its exit without that verdict.
+// 1. A packet with a deferred verdict gets that verdict at the hook where the packet leaves the node or enters a
+//    workload.
 // 2. If the backend is a process of this node, no hook follows. Then policy judges the backend's address at once.
 // 3. If the sender may not send to the service's own address, the packet carries due_mark, so that no process of this
 //    node receives the packet.

@@ -88,9 +88,10 @@ NP_INLINE void np_ct_probe(const struct np_ctx *ctx, const union np_conn_key *ke
     if (!secret) // cannot happen: an array always has its row
         return;
     __u64 sum = secret->number[NP_HASH_WORDS - 1];
+    // a multilinear hash: its high half is as good as random
 #pragma unroll
     for (__u32 word = 0; word < np_key_words(version); word++)
-        sum += secret->number[word] * ((const np_half *)key)[word]; // multilinear hash: its high half is as if random
+        sum += secret->number[word] * ((const np_half *)key)[word];
     __u32 hash = (__u32)(sum >> 32) | NP_HASH_BIT;
     const struct np_conn_tags *tags = np_conn_tags_lookup(hash, version);
     ep->hash = hash;
@@ -118,7 +119,7 @@ NP_INLINE struct np_ct_slot np_ct_slot_at(const struct np_ctx *ctx, __u32 way, c
     struct np_conn_tags *tags = np_conn_tags_lookup(ctx->ep->hash, version);
     if (!tags)
         return slot;
-    np_forget(way); // hides the known range; otherwise the compiler removes the bound that the verifier needs
+    np_forget(way); // keeps the compiler from removing the bound, which the verifier needs
     way &= NP_CONN_WAYS - 1;
     np_forget(tags); // otherwise the compiler adds to the pointer before the NULL check
     slot.tag = &tags->tag[way];

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`netpolctl can-i`: ask an API server whether the caller may write policies of a tier, and which right is missing.
 
-The checks are those of the admission policy deploy/admission/tier-rights.yaml, which kubectl cannot ask: they concern
+The checks are those of the admission policy deploy/chart/admission/tier-rights.yaml, which kubectl cannot ask: they concern
 virtual resources (``tier.networkpolicies``) with names such as ``security.*``.
 
 Exit codes: 0 yes, 1 no, 2 usage, 4 the API server does not answer.
@@ -142,11 +142,11 @@ def admission(sender: Sender) -> tuple[bool, str]:
     if HTTPStatus.NOT_FOUND in found:
         return (
             False,
-            "Rights to tiers are NOT in force: the cluster lacks deploy/admission/tier-rights.yaml, so plain rights alone decide.",
+            "Rights to tiers are NOT in force: the cluster lacks deploy/chart/admission/tier-rights.yaml, so plain rights alone decide.",
         )
     if all(one == HTTPStatus.OK for one in found):
         return True, "Rights to tiers are in force: the admission policy and its binding are there."
     return (
         True,
-        "You may not read admission policies: this answer supposes that deploy/admission/tier-rights.yaml is in force.",
+        "You may not read admission policies: this answer supposes that deploy/chart/admission/tier-rights.yaml is in force.",
     )

@@ -38,10 +38,12 @@ COMMANDS = (
     "netpol_ebpf.cli.can_i",
     "netpol_ebpf.cli.metrics",
     "netpol_ebpf.cli.flows",
+    "netpol_ebpf.cli.release",
     "netpol_ebpf.cli.bench",
     "netpol_ebpf.cli.demo",
     "netpol_ebpf.cli.cni",
     "netpol_ebpf.cli.cleanup",
+    "netpol_ebpf.cli.uninstall",
     "netpol_ebpf.cli.compile",
     "netpol_ebpf.cli.doctor",
 )

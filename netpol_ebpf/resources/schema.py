@@ -6,7 +6,7 @@ the parsers beside this module; `tests/unit/test_resources_schema.py` checks tha
 fields.  Every list and text that a CEL rule reads is bounded, because the API server estimates the cost of a rule from
 the bounds and rejects a definition that is too expensive.
 
-Nothing imports this module at run time.  `scripts/generate_crds.py` writes `deploy/crds` from it.
+Nothing imports this module at run time.  `scripts/generate_crds.py` writes `deploy/chart/crds` from it.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def _checked(answer: Response, path: str, what: str) -> Response:
     if answer.is_done:
         return answer
     if answer.status == HTTPStatus.NOT_FOUND:
-        raise InvalidInputError(f"the API server has no {what}", hint="See `kubectl get`, and deploy/crds.")
+        raise InvalidInputError(f"the API server has no {what}", hint="See `kubectl get`, and deploy/chart/crds.")
     if answer.status in (HTTPStatus.FORBIDDEN, HTTPStatus.UNAUTHORIZED):
         raise PrivilegeError(f"the API server refused to read {path} ({answer.message})", hint="Ask for that right.")
     raise UnreachableError(f"the API server did not answer for {path} ({answer.message})", hint="Try again.")

@@ -115,10 +115,13 @@ class ReportWriter:
         status = response.status
         if status == HTTPStatus.NOT_FOUND:
             return self._failed(
-                "the cluster has no NodeReports: apply deploy/crds/nodereports.netpol-ebpf.io.yaml", ABSENT_RETRY_S
+                "the cluster has no NodeReports: apply deploy/chart/crds/nodereports.netpol-ebpf.io.yaml",
+                ABSENT_RETRY_S,
             )
         if status == HTTPStatus.FORBIDDEN:
-            return self._failed(f"a right is missing ({response.message}): apply deploy/rbac.yaml", ABSENT_RETRY_S)
+            return self._failed(
+                f"a right is missing ({response.message}): apply deploy/manifests/rbac.yaml", ABSENT_RETRY_S
+            )
         wait_s = self._backoff_s() if response.retry_after_s is None else response.retry_after_s + self.chance()
         return self._failed(f"the API server refused it ({response.message})", wait_s)
 

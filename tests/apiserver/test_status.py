@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports, conditions, Events and questions about rights at a real API server, with the rights of deploy/rbac.yaml and deploy/roles."""
+"""Reports, conditions, Events and questions about rights at a real API server, with the rights of deploy/manifests/rbac.yaml and deploy/roles."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def shop(server: Server) -> Iterator[Server]:
 
 def give_lease(server: Server, user: str, verb: str = "") -> None:
     """The rights to the Lease, but for one verb."""
-    documents = list(yaml.safe_load_all((ROOT / "deploy" / "rbac.yaml").read_text(encoding="utf-8")))
+    documents = list(yaml.safe_load_all((ROOT / "deploy" / "manifests" / "rbac.yaml").read_text(encoding="utf-8")))
     (own,) = (one for one in documents if one["kind"] == "Role")
     rules = [{**rule, "verbs": [one for one in rule["verbs"] if one != verb]} for rule in own["rules"]]
     named = {"name": user, "namespace": "kube-system"}
@@ -373,7 +373,7 @@ def guarded(server: Server) -> Iterator[Server]:
     """With the roles and the admission policy."""
     for name in ("shop", "blue"):
         server.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
-    admission = documents(DEPLOY / "admission" / "tier-rights.yaml")
+    admission = documents(DEPLOY / "chart" / "admission" / "tier-rights.yaml")
     for one in (*admission, *(one for path in sorted((DEPLOY / "roles").glob("*.yaml")) for one in documents(path))):
         assert server.apply(one, fieldValidation="Strict").status in (200, 201)
     server.wait_for(lambda: ask(server, "security", "create", "globalnetworkpolicies", "security")["allowed"], "roles")

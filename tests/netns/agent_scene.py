@@ -28,6 +28,7 @@ from netpol_ebpf.agent.control_socket import SOCKET_NAME, ask
 from netpol_ebpf.errors import UnreachableError
 from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.laboratory import Lab
+from netpol_ebpf.lab.patience import scaled
 from netpol_ebpf.lab.scene import plan_for
 from netpol_ebpf.lab.topology import TCP, Host
 from netpol_ebpf.resources.load import parse_documents
@@ -36,7 +37,7 @@ from netpol_loader.kernel import syscall
 NODE = "node-1"
 ATTACH_TYPES = {syscall.TCX_INGRESS: "ingress", syscall.TCX_EGRESS: "egress"}
 HOOKS = tuple(ATTACH_TYPES.values())
-DEADLINE_S = 180.0
+DEADLINE_S = scaled(180.0)
 """For what takes milliseconds, or the seconds of a compile: only a fault, or a machine that stands still, exceeds it."""
 
 POD = """\
@@ -59,6 +60,12 @@ apiVersion: v1
 kind: Namespace
 metadata: {name: shop}
 """
+
+
+def with_capabilities(names: Iterable[str]) -> list[str]:
+    """The beginning of a command line whose process has these capabilities alone, and no way to more."""
+    only = ",".join(("-all", *(f"+{name}" for name in names)))
+    return ["setpriv", "--no-new-privs", "--bounding-set", only, "--inh-caps", only]
 
 
 def render_nodes(*addresses: str) -> str:
@@ -281,6 +288,21 @@ class Scene:
         wait_for(
             lambda: self.reached(to_db("shop/web"), to_db("shop/other")) == [True, False], "the policy of the beginning"
         )
+
+
+@dataclass
+class ClusterScene(Scene):
+    """A scene with an agent that watches the API server of a kubeconfig, or while ``is_of_files`` the manifests."""
+
+    is_of_files: bool = False
+
+    def command(self, *options: str) -> list[str]:
+        kept = super().command(*options)
+        if self.is_of_files:
+            return kept
+        at = kept.index("--manifests")
+        kubeconfig = ("--kubeconfig", str(self.home / "kubeconfig"), "--saved-state", str(self.home / "cluster"))
+        return [*kept[:at], *kubeconfig, *kept[at + 2 :]]
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import service_filter
-from agent_scene import DB_POLICY, NODE, OTHER_ALLOWED, Scene, scene_in, to_db
+from agent_scene import DB_POLICY, NODE, OTHER_ALLOWED, Scene, scene_in, to_db, with_capabilities
 
 from netpol_ebpf.agent.control_socket import SOCKET_NAME, ask
 from netpol_ebpf.errors import UnreachableError
@@ -54,13 +54,17 @@ class LeastScene(Scene):
     is_filtered: bool = False
 
     def command(self, *options: str) -> list[str]:
-        only = ",".join(("-all", *(f"+{name}" for name in self.capabilities)))
-        prefix = ["setpriv", "--no-new-privs", "--bounding-set", only, "--inh-caps", only]
+        prefix = with_capabilities(self.capabilities)
         if self.user:
-            prefix += ["--ambient-caps", only, "--reuid", str(self.user), "--regid", str(self.user)]
+            prefix += ["--ambient-caps", prefix[-1], "--reuid", str(self.user), "--regid", str(self.user)]
         member = str(grp.getgrnam(GROUP).gr_gid)
         filtered = [sys.executable, service_filter.__file__] if self.is_filtered else []
         return [*prefix, "--groups", member, *filtered, *super().command(*options)]
+
+    def ctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """See `Scene`. Root has the agent's capabilities here as well; pins of another user are opened to root by one more."""
+        prefix = [] if self.user else with_capabilities(self.capabilities)
+        return self.lab.run(NODE, [*prefix, sys.executable, "-m", "netpol_ebpf.cli.main", *arguments], check=False)
 
     def prepare(self) -> None:
         """What the service manager makes for an agent that is not root: its directories."""

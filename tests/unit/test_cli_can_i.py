@@ -17,7 +17,7 @@ from writable_api import ok
 from netpol_ebpf.cli.can_i import ADMISSION, NO_READS, POLICY, REVIEWS, TIERED, WRITES
 from netpol_ebpf.cli.main import main
 
-FILE = Path(__file__).resolve().parents[2] / "deploy" / "admission" / "tier-rights.yaml"
+FILE = Path(__file__).resolve().parents[2] / "deploy" / "chart" / "admission" / "tier-rights.yaml"
 
 
 class Rights:

@@ -26,6 +26,7 @@ from netpol_loader.pins.compiled import CACHE_DIR
 from netpol_loader.pins.doctor import CAPABILITIES
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
+CHART = DEPLOY / "chart"
 UNIT = DEPLOY / "netpol-agent.service"
 MOST_EXPOSED = 4.0
 
@@ -108,7 +109,7 @@ def require_systemd() -> None:
 
 def admission(name: str) -> dict[str, Any]:
     """The first object of a file, which is the policy."""
-    policy: dict[str, Any] = next(yaml.safe_load_all((DEPLOY / "admission" / f"{name}.yaml").read_text()))
+    policy: dict[str, Any] = next(yaml.safe_load_all((CHART / "admission" / f"{name}.yaml").read_text()))
     return policy["spec"]
 
 
@@ -128,9 +129,9 @@ def test_the_guard_of_tiers_names_the_built_in_ones() -> None:
 
 def test_the_chart_and_the_kustomization_have_every_admission_policy() -> None:
     """The chart has all files, one label policy or the other; the kustomization those that any API server takes."""
-    folder = DEPLOY / "admission"
-    files = {path.name for path in folder.glob("*.yaml")} - {"Chart.yaml", "kustomization.yaml"}
-    template = (folder / "templates" / "admission.yaml").read_text()
+    folder = CHART / "admission"
+    files = {path.name for path in folder.glob("*.yaml")} - {"kustomization.yaml"}
+    template = (CHART / "templates" / "admission.yaml").read_text()
     assert set(re.findall(r'"([a-z-]+\.yaml)"', template)) == files
     kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
     assert set(kustomization["resources"]) == files - {"tier-label.yaml", "tier-label-check.yaml"}

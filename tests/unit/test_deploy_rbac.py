@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rights that deploy/rbac.yaml gives are those that the source of a cluster and the status use, and no others."""
+"""The rights that deploy/manifests/rbac.yaml gives are those that the source of a cluster and the status use, and no others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from netpol_ebpf.sources.kubernetes.decoding import KINDS
 from netpol_ebpf.status.election import LEASE, LEASES
 from netpol_ebpf.status.kinds import POLICY_KINDS
 
-FILE = Path(__file__).resolve().parents[2] / "deploy" / "rbac.yaml"
+FILE = Path(__file__).resolve().parents[2] / "deploy" / "manifests" / "rbac.yaml"
 
 
 def test_roles_name_what_is_used_and_no_more() -> None:

@@ -107,7 +107,7 @@ def test_all_nodes_together_write_no_storm(nodes: int) -> None:
 
 
 ANSWERS = [
-    (failure(404), "deploy/crds/nodereports", ABSENT_RETRY_S),
+    (failure(404), "deploy/chart/crds/nodereports", ABSENT_RETRY_S),
     (failure(403, "user may not patch nodereports"), "may not patch", ABSENT_RETRY_S),
     (failure(409), "refused", LONGEST_RETRY_S),
     (failure(410), "refused", LONGEST_RETRY_S),

@@ -76,9 +76,15 @@ _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _UNIVERSE, _PERMANENT = 0, 0x80  # RT_SCOPE_UNIVERSE, IFA_F_PERMANENT
 
 SETTLE_S = 0.2
-"""After this time, routes that vanish with a notified change are gone. Arbitrary: the kernel removes them at once."""
+"""Time after a notified change at which the routes that vanish with the change are gone.
+
+The kernel removes them at once, so the value is arbitrary.
+"""
 DATAGRAMS_A_LOOK = 20_000
-"""Most datagrams that one `poll` reads, so that it ends even if the node changes constantly. The value is arbitrary."""
+"""Most datagrams that one `poll` reads, so that a call ends even if the node changes constantly.
+
+The value is arbitrary.
+"""
 DOUBTS = 200
 """Most interfaces whose routes are dumped one by one. If there are more, all routes are dumped.
 
@@ -118,7 +124,7 @@ class _Doubts:
 
 
 class Follower:
-    """A copy of the state of the network namespace in which it is created. Any thread may use the copy.
+    """A copy of the state of the network namespace in which the follower was created. Any thread may use the copy.
 
     `poll` updates the copy. The class is a context manager. ``links``: interfaces by index. ``listed_again``: numbers
     of dumps of all state or of all routes, by the reason for the dump.

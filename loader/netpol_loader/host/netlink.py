@@ -44,7 +44,10 @@ The values are arbitrary.
 _NOTIFICATION_BUFFER_BYTES = 8 << 20
 """Size of the receive buffer for unread notifications. The value is arbitrary."""
 DUMP_ATTEMPTS = 10
-"""Most attempts at a dump, if the kernel marks each as interrupted by a change (NLM_F_DUMP_INTR). Arbitrary."""
+"""Most attempts at one dump. The kernel marks a dump that a change interrupted (NLM_F_DUMP_INTR).
+
+The value is arbitrary.
+"""
 
 Message = tuple[int, int, bytes]
 """A netlink message: its type, its flags, and the bytes after its header."""

@@ -66,8 +66,8 @@ def layouts(info: syscall.MapInfo) -> tuple[Layout, Layout] | None:
     except PermissionError as error:
         raise PlatformError(
             f"cannot read the layout of map {info.name}: {error.strerror}",
-            hint="The kernel tells it to CAP_SYS_ADMIN alone: run `netpol-agent --once` of this version as root, with the "
-            "options of the service; then start the service.",
+            hint="The version that made the maps saved no layouts, and the kernel shows them to CAP_SYS_ADMIN alone: run "
+            "`netpol-agent --once` of this version as root, with the options of the service; then start the service.",
         ) from error
     return types.layout(info.btf_key_type), types.layout(info.btf_value_type)
 

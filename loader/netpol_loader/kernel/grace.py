@@ -45,7 +45,7 @@ _WORD = struct.Struct("=I")
 
 
 def wait_for_readers() -> None:
-    """Wait for a grace period. When the call returns, every packet that was in a program before has its verdict.
+    """Wait for a grace period. When the call returns, every program run that began before the call has ended.
 
     This takes some 10 ms, since Linux 6.19 some 0.1 ms. It is also a full memory barrier. Raises PrivilegeError and
     PlatformError.

@@ -9,6 +9,7 @@ kernel has loaded. Maps are kept when the program changes. A directory of anothe
 configuration and schema.
 
     PIN_ROOT/v1/np_<map>             maps
+    PIN_ROOT/v1/np_layout            their layouts (netpol_loader.pins.layouts)
     PIN_ROOT/v1/programs/            the program set (netpol_loader.pins.programs)
     PIN_ROOT/v1/links/<ifindex>_in   tcx links (netpol_loader.pins.attach)
 """
@@ -33,6 +34,7 @@ from netpol_loader.kernel.hook import Hook
 from netpol_loader.kernel.maps import Map
 from netpol_loader.pins import attach, build, compilation, doctor
 from netpol_loader.pins.attach import LINKS
+from netpol_loader.pins.layouts import save_layouts
 from netpol_loader.pins.lock import locked
 from netpol_loader.pins.programs import CURRENT, DAMAGED_HINT, OLD, ProgramSet, begin_exchange, finish_exchange, recover
 from netpol_loader.pins.staging import Staging, remove_unfinished
@@ -67,7 +69,7 @@ SKB_BYTES = 192
 SKB_MARK = 8
 SKB_INGRESS_IFINDEX = 36
 SKB_IFINDEX = 40
-"""Size of struct __sk_buff, and offsets in it. It is a kernel interface that never changes."""
+"""Size of struct __sk_buff, and offsets in the struct, which is a kernel interface and never changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,7 @@ class Dataplane:
         schema = abi.np_schema.from_buffer_copy(maps["np_schema"].get(_index(0)) or b"")
         if schema.version != abi.SCHEMA_VERSION:
             raise PlatformError(f"{pin_dir} holds schema {schema.version}, not {abi.SCHEMA_VERSION}")
+        save_layouts(pin_dir)  # of a version that did not
         dataplane = cls(pin_root, maps, ProgramSet.open(pin_dir / CURRENT))
         if (pin_dir / OLD).exists():
             dataplane.finish_exchange()
@@ -351,6 +354,7 @@ def fill(staging: Staging, sizes: Mapping[str, int], config: abi.np_config) -> N
         staging.programs = ProgramSet.load(build.compiled_program(), made)
         staging.programs.pin(directory / CURRENT)
         choose_secret(directory)
+        save_layouts(directory)
     finally:
         for one in made.values():
             one.close()

@@ -117,9 +117,9 @@ def require_all(pin_root: Path = BPFFS) -> None:
 def require_bpffs(pin_root: Path) -> None:
     """Require that ``pin_root`` is, or can be made, on a BPF file system, and that its pins outlive this process.
 
-    If only the mount is missing, and this process is in the node's own mount namespace, mounts /sys/fs/bpf. Raises
-    PrivilegeError without CAPABILITIES. Raises PlatformError if the path is not on a BPF file system, or if the pins
-    would end with this process.
+    If only the mount is missing, and this process is in the node's own mount namespace, the function mounts
+    /sys/fs/bpf. Raises PrivilegeError without CAPABILITIES. Raises PlatformError if the path is not on a BPF file
+    system, or if the pins would end with this process.
     """
     _look_at_privilege()
     existing = _nearest_existing(pin_root)

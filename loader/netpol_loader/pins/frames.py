@@ -194,8 +194,8 @@ class FrameRunner:
     def _socket(self, interface: str, ethertype: int = 0, filter_fd: int | None = None) -> socket.socket:
         """A packet socket on an interface.
 
-        ``ethertype``: of the frames that the socket receives; 0: it receives none. ``filter_fd``: the program that
-        filters frames.
+        ``ethertype``: the socket receives frames of this ethertype; 0: it receives none. ``filter_fd``: the program
+        that filters frames.
         """
         try:
             one = self._namespace.call(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0))
@@ -331,7 +331,7 @@ def _create_interfaces() -> dict[str, int]:
 def _ethertypes(frame: bytes) -> set[int]:
     """All ethertypes under which the kernel may deliver the frame.
 
-    There are several, because it may remove VLAN tags.
+    There are several, because VLAN tags may be removed.
     """
     found: set[int] = set()
     at = 12

@@ -5,10 +5,10 @@ Some packets pass no program at their destination, ours included: those that bpf
 those that XDP sends to another interface. (Packets that bpf_redirect, bpf_redirect_neigh and bpf_clone_redirect send
 from TC do pass the hooks of the target device.)
 
-The translated instructions of a program show whether it can redirect so. In translated instructions, a call of a helper
-contains the distance to the helper's code, which differs from kernel to kernel. So the module loads a program of its
-own with the same call, which shows the distance on this kernel. Rejected: the addresses of helpers from /proc/kallsyms,
-which has ten megabytes and needs the same privileges.
+The translated instructions of a program show whether it can redirect in these ways. In translated instructions, a call
+of a helper contains the distance to the helper's code, which differs from kernel to kernel. So the module loads a
+program of its own with the same call, which shows the distance on this kernel. Rejected: the addresses of helpers from
+/proc/kallsyms, which has ten megabytes and needs the same privileges.
 
 Invariant: a program that cannot be read counts as unknown, never as harmless. The module changes nothing, and must not
 know policy.

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns: which interfaces a periodic check looks at next. So the cost of a round is spread over several checks.
+"""Turns: which interfaces a periodic check looks at next.
+
+In this way the cost of a round is spread over several checks.
 
 Invariant: an interface that stays is checked once in each round, whatever interfaces come and go meanwhile. The module
 makes no system call.
@@ -11,11 +13,14 @@ from bisect import bisect_right
 from collections.abc import Collection
 
 CHECKS = 5
-"""Checks in one round over all interfaces. With one check a second, a round takes five seconds. Arbitrary."""
-LEAST = 50
-"""Least number of interfaces in one check, which takes some milliseconds. Arbitrary.
+"""Checks in one round over all interfaces. The value is arbitrary.
 
-If a node has fewer interfaces, one check looks at all of them.
+With one check a second, a round takes five seconds.
+"""
+LEAST = 50
+"""Least number of interfaces in one check. The value is arbitrary.
+
+A check of so many takes some milliseconds. If a node has fewer interfaces, one check looks at all of them.
 """
 
 

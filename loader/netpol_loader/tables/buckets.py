@@ -189,7 +189,7 @@ class BucketMap(Map):
 _ROWS = abi.NP_BUCKET_ROWS
 _ALL_ROWS = (1 << _ROWS) - 1
 _LOWEST = tuple(next((i for i in range(_ROWS) if bits >> i & 1), _ROWS) for bits in range(_ALL_ROWS + 1))
-"""The index of the lowest set bit of a number, by that number; _ROWS: no bit is set."""
+"""For each number of _ROWS bits, the index of its lowest set bit; _ROWS if no bit is set."""
 
 
 class AddressMap(BucketMap):
