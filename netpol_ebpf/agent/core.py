@@ -198,6 +198,8 @@ class Agent:
             self._bring_into_force(self._take_changes())
         elif self.rejected.retry_at_s is not None and self._clock() >= self.rejected.retry_at_s:
             self._bring_into_force(Changes())
+        if self.interfaces.audit():
+            self.binder.reconcile()
         if self.repair.step():
             self._log_unenforced()
         return self.read_events()

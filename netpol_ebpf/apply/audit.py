@@ -79,18 +79,21 @@ class Audit:
 
         Yields the restored difference of each row, None for a correct row.
         """
+        ours: set[tuple[str, bytes]] = set()
         for key in list(self._applier.bindings):
             # All elements of one endpoint in one step: between two steps the endpoint may get another row.
-            yield from [self._compare(element) for element in self._applier.endpoint_elements(key)]
+            written = list(self._applier.endpoint_elements(key))
+            ours.update((name, raw) for name, raw, _ in written)
+            yield from [self._compare(element) for element in written]
         for (name, raw), value in list(self._node.rows.items()):
             if self._node.rows.get((name, raw)) == value:  # otherwise it changed after the list was made
                 yield self._compare((name, raw, value))
-        ours = self._of_endpoints()
+        ours |= self._node.rows.keys()
         for name in (*BY_ENDPOINT, *BY_NODE):
             for raw in self._keys(name):
-                # Computed again before a removal: the row may be newer than ``ours``.
-                is_ours = (name, raw) in ours or (name, raw) in self._of_endpoints()
-                yield None if is_ours else self._remove(name, raw)
+                if (name, raw) not in ours:
+                    ours = self._of_endpoints()  # the row may be newer than ``ours``
+                yield None if (name, raw) in ours else self._remove(name, raw)
         for name in BY_TABLE:
             for raw in self._keys(name):
                 table, place = decode_key(name, raw)
