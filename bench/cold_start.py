@@ -67,7 +67,7 @@ def start(lab: Lab, manifests: Path) -> tuple[float, float, int]:
     command = lab.command(
         NODE,
         [
-            sys.executable, "-m", "netpol_ebpf.agent.main", "--once", "--manifests", str(manifests), "--node", NODE,
+            sys.executable, "-m", "netpol_ebpf.agent.main", "--config", "none", "--once", "--manifests", str(manifests), "--node", NODE,
             "--pin-root", str(pins), "--state-dir", str(state),
         ],
     )  # fmt: skip

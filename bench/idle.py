@@ -41,6 +41,8 @@ def run_suite(run: Run, *, windows: int, seconds: float) -> None:
                 sys.executable,
                 "-m",
                 "netpol_ebpf.agent.main",
+                "--config",
+                "none",
                 "--manifests",
                 str(manifests),
                 "--node",

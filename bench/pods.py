@@ -144,6 +144,8 @@ class Stage:
             sys.executable,
             "-m",
             "netpol_ebpf.agent.main",
+            "--config",
+            "none",
             "--manifests",
             str(self._manifests),
             "--node",

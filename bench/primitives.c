@@ -193,6 +193,7 @@ int np_bare_event(struct __sk_buff *skb) {
   if (!event)
     return 2;
   __builtin_memset(event, 0, sizeof(*event));
+  event->kind = NP_EVENT_DENY;
   np_event_submit(event);
   return -1;
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// The policy of one interface, from a packet to a verdict.  There is one program for each hook, and two programs that
-// they tail-call (enum np_call).  Read this file from the bottom up:
+// The program that enforces policy at one interface: from a packet to a verdict. There is one program for each hook,
+// and there are two programs that the hooks' programs tail-call (enum np_call). Read this file from the bottom up:
 //
 //     np_tc          the fast path, otherwise: packet and endpoint -> np_frame -> np_conclude
 //     np_frame       frame -> ARP | IPv4 | IPv6 | other
@@ -14,8 +14,8 @@
 //     np_conclude    count, report, pass or drop
 //
 // Each step returns the reason why the packet passes or is dropped (enum np_reason), or NP_REASON_NONE if the next step
-// must decide.  A tail call does not return.  The called program finds its state in np_scratch, so the verifier checks
-// it on its own.
+// must decide. A tail call does not return. The called program finds the packet's state in np_scratch, so the verifier
+// checks each program separately.
 //
 // Invariants.
 // 1. A packet that the program cannot parse is dropped, and counted under a reason.
@@ -52,14 +52,14 @@
 #include "np_kernel.h"
 #include "np_flow_cache.h"
 
-// The policy's direction for a packet at this hook.
+// The direction of policy for a packet at this hook.
 NP_INLINE __u8 np_direction_at(const int hook, __u32 endpoint_flags)
 {
     int host = (endpoint_flags & NP_ENDPOINT_HOST) != 0;
     return (hook == NP_HOOK_INGRESS) == host ? NP_DIRECTION_INGRESS : NP_DIRECTION_EGRESS;
 }
 
-// Whether `decision->rule` names the rule that decided. Rule 0 stands for exempt traffic.
+// Whether `decision->rule` is the number of the rule that decided. Number 0 stands for exempt traffic.
 NP_INLINE int np_has_rule(int reason)
 {
     switch (reason) {
@@ -77,7 +77,7 @@ NP_INLINE int np_has_rule(int reason)
     }
 }
 
-// Whether policy judged this very packet, so that the decision has a staged action beside the enforced one.
+// Whether policy judged this packet itself, and not only its connection. Then the decision also has a staged action.
 NP_INLINE int np_is_judged(int reason)
 {
     return reason == NP_REASON_POLICY_ALLOW || reason == NP_REASON_CONTINUE || reason == NP_REASON_POLICY_DENY ||
@@ -90,8 +90,8 @@ NP_INLINE int np_is_new_flow(int reason)
     return reason == NP_REASON_POLICY_ALLOW || reason == NP_REASON_HOST || reason == NP_REASON_SELF;
 }
 
-// Return the verdict that lets the packet pass.  At ingress, set the mark that proves to the second barrier that a
-// program saw the packet.
+// Let the packet pass: return the verdict of TC. At ingress, also set the mark that proves to the second barrier that
+// the program saw the packet.
 NP_INLINE int np_pass(struct __sk_buff *skb, const struct np_ctx *ctx)
 {
     if (ctx->arrival->hook == NP_HOOK_INGRESS)
@@ -99,7 +99,7 @@ NP_INLINE int np_pass(struct __sk_buff *skb, const struct np_ctx *ctx)
     return ctx->ep->end_chain ? NP_PASS_ALONE : NP_PASS;
 }
 
-// Count the packet, write its events, and return the verdict to the kernel.
+// Count the packet, write its events, and return the verdict of TC.
 NP_INLINE int np_conclude(struct __sk_buff *skb, struct np_ctx *ctx, int reason)
 {
     struct np_decision *decision = ctx->decision;
@@ -117,9 +117,10 @@ NP_INLINE int np_conclude(struct __sk_buff *skb, struct np_ctx *ctx, int reason)
     __u8 kind = 0;
     if (dropped) {
         kind = NP_EVENT_DENY;
-        if (!np_has_rule(reason)) // policy did not decide, so neither did a staged policy
+        if (!np_has_rule(reason)) // policy did not decide, so there is no staged action either
             decision->action = decision->staged_action = NP_ACTION_DENY;
-    } else if (np_is_new_flow(reason) || reason == NP_REASON_CONTINUE) { // has an event, although it opens no flow
+    } else if (np_is_new_flow(reason) || reason == NP_REASON_CONTINUE) {
+        // NP_REASON_CONTINUE opens no flow, but has an event
         __u32 wanted = ctx->config->flags;
         if (wanted & NP_CONFIG_ALLOW_EVENTS ||
             (wanted & NP_CONFIG_STAGED_EVENTS && decision->staged_action != decision->action))
@@ -130,8 +131,9 @@ NP_INLINE int np_conclude(struct __sk_buff *skb, struct np_ctx *ctx, int reason)
     return dropped ? NP_DROP : np_pass(skb, ctx);
 }
 
-// Why policy does not apply to the packet: a process of the node sends to its workload, or a workload sends to itself
-// through the node, which may have replaced the source address with its own.  NP_REASON_NONE: policy applies.
+// The reason why policy does not apply to the packet, or NP_REASON_NONE. Policy does not apply if a process of the node
+// sends to a workload, or if a workload sends to itself through the node. In the second case the node may have replaced
+// the source address by its own.
 NP_INLINE int np_exempt(const struct np_ctx *ctx, const int hook, const int version)
 {
     if (hook != NP_HOOK_EGRESS || ctx->ep->endpoint_flags & NP_ENDPOINT_HOST)
@@ -145,7 +147,7 @@ NP_INLINE int np_exempt(const struct np_ctx *ctx, const int hook, const int vers
     return NP_REASON_NONE;
 }
 
-// The kind of the flow that its first packet opens: NP_CONN_DEFERRED, NP_CONN_FORWARDED, or 0.
+// The kind of the flow that this first packet opens: NP_CONN_DEFERRED, NP_CONN_FORWARDED, or 0.
 NP_INLINE __u8 np_ip_kind(const struct np_ctx *ctx, struct np_tuple *tuple, const int hook, const int version)
 {
     int is_host = (ctx->ep->endpoint_flags & NP_ENDPOINT_HOST) != 0;
@@ -156,8 +158,8 @@ NP_INLINE __u8 np_ip_kind(const struct np_ctx *ctx, struct np_tuple *tuple, cons
     return is_host && !np_is_for_node(ctx, tuple->destination, version) ? NP_CONN_FORWARDED : 0;
 }
 
-// The policy steps at a host's interface.  `last`: NP_STEP_NORMAL for a process of the node, NP_STEP_FORWARD for
-// forwarded packets, NP_STEP_NONE for forwarded packets with a deferred verdict.
+// The policy steps at a host's interface. `last`: NP_STEP_NORMAL for packets from or to a process of the node,
+// NP_STEP_FORWARD for forwarded packets, NP_STEP_NONE for forwarded packets with a deferred verdict.
 NP_INLINE __u32 np_host_steps(__u8 direction, __u32 last)
 {
     int is_local = last == NP_STEP_NORMAL;
@@ -168,9 +170,9 @@ NP_INLINE __u32 np_host_steps(__u8 direction, __u32 last)
                     : np_steps(NP_STEP_UNTRACKED, last, NP_STEP_NONE, NP_STEP_NONE);
 }
 
-// The policy steps for a packet that a workload sends.  Such a packet enters the host, so the wildcard host endpoint's
-// steps follow. `is_deferred`: the packet is to a service, and its verdict is deferred.  `to_host`: to a process of the
-// node.
+// The policy steps for a packet that a workload sends. Such a packet enters the host, so steps of the wildcard host
+// endpoint follow the workload's. `is_deferred`: whether the packet is to a service and its verdict is deferred.
+// `to_host`: whether the packet is to a process of the node.
 NP_INLINE __u32 np_workload_steps(const struct np_config *config, __u32 host, int is_deferred, int to_host)
 {
     __u32 last = NP_STEP_NONE;
@@ -184,14 +186,14 @@ NP_INLINE __u32 np_workload_steps(const struct np_config *config, __u32 host, in
     return config->due_mark ? steps << NP_STEP_BITS | NP_STEP_SERVICE : steps;
 }
 
-// Choose the policy steps for a flow of the given kind, from the original tuple and the direction of its first packet.
-// Returns NP_REASON_NONE, or the reason to drop the packet without policy.
+// Choose the policy steps for a flow of the given kind, from the original tuple and the direction of the flow's first
+// packet. Returns NP_REASON_NONE, or the reason to drop the packet without policy.
 NP_INLINE int np_ip_plan(struct np_ctx *ctx, struct np_scratch *scratch, __u8 kind, __u8 direction, const int version)
 {
     const struct np_config *config = ctx->config;
     struct np_tuple *original = &scratch->tuples[NP_TUPLE_ORIGINAL];
     int is_deferred = (kind & NP_CONN_DEFERRED) != 0;
-    int is_node_backend = 0; // the backend is a process of this node, so no later hook judges the packet
+    int is_node_backend = 0; // 1: the backend is a process of this node, so no later hook judges the packet
     scratch->is_source_hidden = scratch->default_drop = 0;
     scratch->number = ctx->ep->endpoint;
     scratch->ifindex = ctx->arrival->ifindex;
@@ -243,10 +245,10 @@ NP_INLINE int np_ip_plan(struct np_ctx *ctx, struct np_scratch *scratch, __u8 ki
     return NP_REASON_NONE;
 }
 
-// Apply a new verdict to a known connection that an older generation allowed.  Policy has judged it by its first
-// packet's tuple.  A denied connection keeps its entry and its old generation, so that it stays cut for as long as
-// policy denies it, and so that a packet of the other side cannot pass as the first of a new flow.  Returns
-// NP_REASON_NONE or the reason to drop.
+// Apply a new verdict to a known connection that was allowed under an older generation. Policy has judged the tuple of
+// the connection's first packet. A denied connection keeps its entry and its old generation. So the connection stays
+// cut for as long as policy denies it, and no packet of the other side passes as the first packet of a new flow.
+// Returns NP_REASON_NONE or the reason to drop the packet.
 NP_INLINE int np_ip_again(struct np_ctx *ctx, const struct np_scratch *scratch, struct np_conn *conn)
 {
     struct np_decision *decision = ctx->decision;
@@ -261,12 +263,12 @@ NP_INLINE int np_ip_again(struct np_ctx *ctx, const struct np_scratch *scratch, 
             flags = decision->action == NP_ACTION_ALLOW ? flags & ~NP_CONN_TAGGED : flags | NP_CONN_TAGGED;
         conn->flags = scratch->is_due ? flags | NP_CONN_DUE : flags;
     }
-    decision->log_list = 0; // Log rules are for new flows
+    decision->log_list = 0; // Log rules apply only to new flows
     return NP_REASON_NONE;
 }
 
-// Handle a packet of a known connection that this generation allows: advance the connection, tag the packet, fill the
-// flow cache.
+// Handle a packet of a known connection that this generation allows: update the connection, set the packet's sender
+// tag, and fill the flow cache.
 NP_INLINE int np_ip_known(struct __sk_buff *skb, struct np_ctx *ctx, union np_conn_key *key,
                           const struct np_found *found, struct np_ct_slot *slot, int hook, const int version)
 {
@@ -282,17 +284,19 @@ NP_INLINE int np_ip_known(struct __sk_buff *skb, struct np_ctx *ctx, union np_co
     if (ctx->ep->related)
         return NP_REASON_RELATED;
     np_conn_advance(ctx, key, slot, found, version);
-    if (found->is_unreplied && ctx->ep->reply && !(packet->tcp_flags & NP_TCP_RST)) { // now established
+    if (found->is_unreplied && ctx->ep->reply && !(packet->tcp_flags & NP_TCP_RST)) {
+        // the connection is now established
         np_flow_cache_fill(ctx, ctx->decision->rule, 0, 0, hook, version);
         np_flow_cache_fill_reply(ctx, ctx->decision->rule, sender_tag, is_due, hook, version);
     } else if (found->is_unreplied && packet->protocol == NP_PROTOCOL_UDP && packet->fragment == NP_FRAGMENT_WHOLE) {
-        np_flow_cache_fill(ctx, ctx->decision->rule, sender_tag, is_due, hook, version); // some streams have no replies
+        // some UDP streams have no replies
+        np_flow_cache_fill(ctx, ctx->decision->rule, sender_tag, is_due, hook, version);
     }
     return NP_REASON_ESTABLISHED;
 }
 
-// Whether a process of the node listens on the packet's source port; if so, the node did not open this connection.  The
-// look-up uses remote port 0, which no connection has, so it can only find a listening socket.
+// Whether a process of the node listens on the packet's source port. If so, the node did not open this connection. The
+// look-up uses the remote port 0, which no connection has, so that it can find only a listening socket.
 NP_INLINE int np_is_served(struct __sk_buff *skb, const struct np_packet *packet, const int version)
 {
     struct bpf_sock_tuple tuple = {};
@@ -313,7 +317,8 @@ NP_INLINE int np_is_served(struct __sk_buff *skb, const struct np_packet *packet
     return 1;
 }
 
-// Record the connection of an allowed first packet; tag the packet if its verdict is deferred.
+// Record the connection of an allowed first packet, and set the packet's sender tag if its verdict is deferred. Returns
+// the reason why the packet passes or is dropped.
 NP_INLINE int np_ip_new(struct __sk_buff *skb, struct np_ctx *ctx, const struct np_scratch *scratch,
                         union np_conn_key *key, __u8 kind, const int version)
 {
@@ -326,8 +331,8 @@ NP_INLINE int np_ip_new(struct __sk_buff *skb, struct np_ctx *ctx, const struct 
         ctx->ep->end_chain = np_sender_tag_set(skb, ctx->config, ctx->ep->endpoint, scratch->is_due);
         reason = NP_REASON_DEFERRED;
     }
-    // A packet from the node in the middle of a TCP connection opens none if a process listens on its port: the
-    // workload opened that connection, and its entry was evicted.
+    // A packet from the node in the middle of a TCP connection opens no connection if a process listens on its source
+    // port. In that case the workload opened the connection, and the entry was evicted.
     if (reason == NP_REASON_HOST && packet->protocol == NP_PROTOCOL_TCP && !(packet->tcp_flags & NP_TCP_SYN) &&
         np_is_served(skb, packet, version))
         return reason;
@@ -344,18 +349,20 @@ NP_INLINE int np_asks_for_address(const struct np_ctx *ctx, const int version)
            np_is_dhcp_request(ctx->packet, version);
 }
 
-// Record a first fragment that passes, so that later fragments do.  Returns the reason why the packet passes or is
-// dropped.
+// Record a first fragment that passes, so that its later fragments pass too. Returns the reason why the packet passes
+// or is dropped.
 NP_INLINE int np_ip_remember(const struct np_ctx *ctx, const struct np_scratch *scratch, int reason, const int version)
 {
-    // An ICMP error fits into one packet; later fragments of one must not pass as the beginning of an error.
+    // An ICMP error fits into one packet. Without this check, later fragments could pass as the beginning of another
+    // ICMP error.
     if (ctx->packet->fragment != NP_FRAGMENT_FIRST || reason >= NP_REASON_POLICY_DENY || scratch->is_error)
         return reason;
     int failed = np_fragment_remember(ctx, version);
     return failed ? failed : reason;
 }
 
-// Apply the verdict of policy for the interface's endpoint.  `decision->reason` also says if policy was skipped.
+// Apply the verdict of policy for the interface's endpoint. `decision->reason` has the reason, also if policy was
+// skipped.
 NP_INLINE int np_ip_verdict(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch, const int version)
 {
     union np_conn_key *key = &scratch->key;
@@ -376,8 +383,8 @@ NP_INLINE int np_ip_verdict(struct __sk_buff *skb, struct np_ctx *ctx, struct np
     return np_ip_remember(ctx, scratch, reason, version);
 }
 
-// Judge the flow of a connection key: run its policy steps, unless `scratch->reason` exempts it.  np_ip_verdict
-// continues.
+// Judge a new flow, or a connection of an older generation, by its conntrack key. If `scratch->reason` is set, policy
+// does not apply. Otherwise the policy steps run, and np_ip_verdict continues.
 NP_INLINE int np_ip_ask(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch,
                         const union np_conn_key *key, const int hook, const int version)
 {
@@ -406,7 +413,7 @@ NP_INLINE int np_ip_ask(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scr
     return np_ip_verdict(skb, ctx, scratch, version);
 }
 
-// The slow path: every packet that neither the flow cache nor an established connection of this generation decides.
+// The slow path, for every packet that neither the flow cache nor an established connection of this generation decides.
 NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_ctx *ctx, union np_conn_key *key, struct np_scratch *scratch,
                          const int hook, const int version)
 {
@@ -417,7 +424,7 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_ctx *ctx, union np_con
     scratch->is_error = packet->icmp_kind == NP_ICMP_ERROR;
     scratch->is_due = 0;
 
-    if (np_is_spoofed(ctx, version)) { // a DHCP client without an address
+    if (np_is_spoofed(ctx, version)) { // the packet may come from a DHCP client without an address
         int has_none = version == 4 ? !packet->source[0] : np_is_link_local(packet->source);
         return has_none && np_asks_for_address(ctx, version) ? NP_REASON_DHCP : NP_REASON_SPOOFED;
     }
@@ -432,7 +439,7 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_ctx *ctx, union np_con
         if (ep->related == NP_REASON_ICMP_UNRELATED)
             return NP_REASON_ICMP_UNRELATED;
         if (ep->related == NP_REASON_NONE)
-            ctx->packet->icmp_kind = NP_ICMP_PLAIN; // policy judges it as a message like any other
+            ctx->packet->icmp_kind = NP_ICMP_PLAIN; // policy judges the error like any other message
     }
     np_barrier();
     if (ep->related)
@@ -463,8 +470,8 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_ctx *ctx, union np_con
     return np_ip_ask(skb, ctx, scratch, key, hook, version);
 }
 
-// Finish the sender's part after the sender's policy allowed the packet (`scratch->reason` has the reason): remove the
-// sender tag, and return to the endpoint of this interface.
+// Continue after the sender's policy allowed the packet (`scratch->reason` has the reason). Remove the sender tag, and
+// return to the endpoint of this interface.
 NP_INLINE void np_ip_sender_allowed(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch)
 {
     np_conclude(skb, ctx, scratch->reason);
@@ -476,7 +483,8 @@ NP_INLINE void np_ip_sender_allowed(struct __sk_buff *skb, struct np_ctx *ctx, s
     ctx->ep->end_chain = np_sender_tag_set(skb, ctx->config, 0, 0);
 }
 
-// Judge the packet for the interface's own endpoint.  A packet in the middle of an established connection passes here.
+// Judge the packet for the interface's own endpoint. A packet of an established connection passes here, unless it needs
+// the slow path.
 NP_INLINE int np_ip_own(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch, const int hook,
                         const int version)
 {
@@ -490,7 +498,7 @@ NP_INLINE int np_ip_own(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scr
     if (NP_LIKELY(!packet->slow_only)) {
         struct np_ct_slot slot = np_ct_lookup(ctx, key, 0, version);
         struct np_conn *open = slot.conn;
-        __u32 generation = open ? open->generation : 0; // read before rule and flags; never 0
+        __u32 generation = open ? open->generation : 0; // read before rule and flags; a generation is never 0
         if (NP_LIKELY(open && generation == ctx->arrival->generation && np_conn_is_alive(open, ctx) &&
                       !np_conn_is_closed(open))) {
             open = np_load_after(open, generation);
@@ -511,7 +519,8 @@ NP_INLINE int np_ip_own(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scr
     return np_ip_slow(skb, ctx, key, scratch, hook, version);
 }
 
-// A malformed packet is dropped.  On an uplink (a host interface without policy) it passes, unless it has a sender tag.
+// The reason for a malformed packet. The packet is dropped, but on an uplink (a host interface without policy) it
+// passes unless it has a sender tag.
 NP_INLINE int np_malformed(struct np_ctx *ctx, int reason)
 {
     return ctx->ep->endpoint_flags & NP_ENDPOINT_UPLINK && !ctx->ep->sender ? NP_REASON_UPLINK : reason;
@@ -542,8 +551,8 @@ NP_INLINE int np_ip(struct __sk_buff *skb, const struct np_bytes *bytes, struct 
             return reason;
     }
     if (hook == NP_HOOK_INGRESS && ctx->ep->sender) {
-        // A sender tag on a packet from a workload is false: no hook comes before it.  A packet on a host interface may
-        // have come through a bridge from a tagging hook, so its tag stays.
+        // A sender tag on a packet from a workload is false, because no hook comes before this one. A packet on a host
+        // interface may have come through a bridge from a hook that set the tag, so its tag stays.
         if (!(ctx->ep->endpoint_flags & NP_ENDPOINT_HOST))
             ctx->ep->end_chain = np_sender_tag_set(skb, ctx->config, 0, 0);
         ctx->ep->sender = 0;
@@ -568,7 +577,8 @@ NP_INLINE int np_ip(struct __sk_buff *skb, const struct np_bytes *bytes, struct 
     return np_ip_own(skb, ctx, scratch, hook, version);
 }
 
-// Neither IP nor ARP: dropped at a workload's interface, passed at a host's.
+// The reason for a packet that is neither IP nor ARP. The packet is dropped at a workload's interface, and passes at a
+// host's.
 NP_INLINE int np_not_ip(struct np_ctx *ctx)
 {
     if (ctx->ep->missing)
@@ -626,8 +636,8 @@ NP_INLINE int np_tc(struct __sk_buff *skb, const int hook)
         return NP_DROP;
     }
     np_ctx_set(&ctx, scratch, config);
-    // One load reads generation and epoch, before any row.  Otherwise a verdict from a row that was cached under the
-    // old epoch could carry the new generation.
+    // One load reads both generation and epoch, before any row. Otherwise a verdict from a row that was cached under
+    // the old epoch could carry the new generation.
     __u64 version = *(const volatile __u64 *)config;
     np_barrier();
     scratch->arrival = (struct np_arrival){
@@ -636,8 +646,8 @@ NP_INLINE int np_tc(struct __sk_buff *skb, const int hook)
         .ingress_ifindex = skb->ingress_ifindex,
         .frame_bytes = skb->len,
         .hook = hook,
-        // Neither condition is enough.  A packet that the stack builds anew (IPv6 fragments) has no ingress_ifindex
-        // either; a packet that a bridge forwards keeps its sender's socket.
+        // Neither condition is enough alone. A packet that the stack builds anew (IPv6 fragments) has no
+        // ingress_ifindex either. A packet that a bridge forwards still has its sender's socket.
         .is_from_node = !skb->ingress_ifindex && (skb->sk || skb->mark & config->node_mark),
     };
     *(np_word *)&scratch->arrival.generation = version;
@@ -652,11 +662,11 @@ NP_INLINE int np_tc(struct __sk_buff *skb, const int hook)
     ctx.ep->missing = np_endpoint_find(&ctx);
     np_barrier();
     scratch->reason = np_frame(skb, &ctx, scratch, hook);
-    np_barrier(); // the verifier drops the known reason, so it walks np_conclude once, not once for each reason
+    np_barrier(); // the verifier forgets the reason here, so it checks np_conclude once and not once for each reason
     return np_conclude(skb, &ctx, scratch->reason);
 }
 
-// Restore the context in a tail-called program. NULL: it has no configuration or scratch memory.
+// Restore the context in a tail-called program. Returns NULL if there is no configuration or no scratch memory.
 NP_INLINE struct np_scratch *np_resume(struct __sk_buff *skb, struct np_ctx *ctx)
 {
     const struct np_config *config = np_config_lookup();

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// The layout that the packet path and the control plane share: limits, numbers, and the key and value of every map.  It
-// is declared here alone.  scripts/generate_abi.py generates loader/netpol_loader/abi.py from this text, comments
-// included; when the loader makes the maps it compares the sizes with what the kernel reports.
+// The layout that the packet path and the control plane share: limits, numbers, and the key and value of every map. No
+// other file declares any part of it. scripts/generate_abi.py generates loader/netpol_loader/abi.py from this text,
+// comments included. When the loader makes the maps, it compares the sizes in abi.py with those that the kernel
+// reports.
 //
 // Rules of this file.
-// 1. Types have fixed widths; padding is explicit and zero; each struct has a size assert.
+// 1. Types have fixed widths. Padding is explicit and zero. Each struct has a size assert.
 // 2. Field names are user interface: `bpftool map dump` prints them.
 // 3. Numbers are in host byte order unless the name ends in _be.  Addresses are byte arrays in network order, so that a
 //    dump reads 10, 0, 0, 1.
-// 4. A number that leaves this machine's memory (reason, kind, state) is never reused.
+// 4. A number that users may store outside this machine (reason, kind, state) is never reused.
 // 5. Every change of a layout raises NP_SCHEMA_VERSION.
 #pragma once
 
@@ -20,33 +21,35 @@
 // --- limits ----------------------------------------------------------------------------------------------------------
 
 #define NP_RULE_NAME_BYTES 120 // longest readable rule name, with its terminating zero
-#define NP_ATOM_BLOCK 256 // atoms per row of np_l4_atom
-#define NP_ATOM_BLOCKS 1537 // 6 slots of 256 blocks, and the block of the other protocols
-#define NP_COLUMN_BLOCK 64 // L4 classes per row of np_l4_col
-#define NP_IP6_HEADERS 8 // IPv6 extension headers parsed; a packet with more is dropped
-#define NP_VLAN_TAGS 2 // VLAN tags skipped; a frame with more counts as non-IP
-#define NP_PULL_BYTES 256 // bytes of the frame that are made linear before parsing
+#define NP_ATOM_BLOCK 256 // atoms in a row of np_l4_atom
+#define NP_ATOM_BLOCKS 1537 // rows of np_l4_atom: 6 slots of 256, and NP_OTHER_BLOCK
+#define NP_COLUMN_BLOCK 64 // L4 classes in a row of np_l4_col
+#define NP_IP6_HEADERS 8 // the parser reads this many IPv6 extension headers; a packet with more is dropped
+#define NP_VLAN_TAGS 2 // the parser skips this many VLAN tags; a frame with more counts as non-IP
+#define NP_PULL_BYTES 256 // the program makes this many bytes of the frame linear before it parses them
 
-// np_l4_atom has slots of 256 blocks, one slot for each of the following.  For a port: block slot * 256 + (port >> 8),
-// index port & 255.  For ICMP: block slot * 256 + type, index code.
+// A block is a row of np_l4_atom: NP_ATOM_BLOCK atoms. The blocks are in slots of 256, one slot for each of the
+// following.
+//   a port                  is in block slot * 256 + (port >> 8), at index port & 255
+//   an ICMP type and code   are in block slot * 256 + type, at index code
 #define NP_SLOT_TCP 0 // by destination port
 #define NP_SLOT_UDP 1 // by destination port
 #define NP_SLOT_SCTP 2 // by destination port
 #define NP_SLOT_ICMP 3 // by type and code
 #define NP_SLOT_ICMPV6 4 // by type and code
 #define NP_SLOT_SOURCE 5 // by source port, for all protocols
-#define NP_OTHER_BLOCK 1536 // the only block that is indexed by protocol number
+#define NP_OTHER_BLOCK 1536 // the block of all other protocols; its index is the protocol number
 
-#define NP_BUCKET_ROWS 5 // rows of a bucket: as many as fit into one cache line (IPv6: two)
+#define NP_BUCKET_ROWS 5 // rows of a bucket: as many as fit into one cache line (IPv4) or two (IPv6)
 #define NP_BUCKET_LINES 2 // lines of a bucket of np_peer_class
-#define NP_BUCKET_MORE 128 // flag of a bucket: the overflow map has further rows of it
-#define NP_LINE_CLASSES 24 // identities of a line of np_peer_class
-#define NP_CLASS_NONE 65535 // no class
+#define NP_BUCKET_MORE 128 // flag of a bucket: further rows of the bucket are in the overflow map
+#define NP_LINE_CLASSES 24 // identities of a line (struct np_class_line)
+#define NP_CLASS_NONE 65535 // the line has no class for this identity
 
 #define NP_HASH_MULTIPLIER 0x9e3779b97f4a7c15ull // 2^64 divided by the golden ratio: adjacent keys get distant hashes
 
-#define NP_CONN_WAYS 8 // slots of a conntrack bucket; their tags fill a cache line
-#define NP_HASH_WORDS 12 // random numbers of the conntrack hash: one for each word of the longest key, and one more
+#define NP_CONN_WAYS 8 // slots of a conntrack bucket; the tags of the slots fill a cache line
+#define NP_HASH_WORDS 12 // random numbers of the conntrack hash: one a 32-bit word of the longest key, one to add
 #define NP_HASH_BIT 0x80000000u // set in every conntrack hash, so that no hash is 0
 
 // Fields of a tag (struct np_conn_tags).
@@ -55,31 +58,31 @@
 #define NP_TAG_TIME_SHIFT 2
 #define NP_TAG_TIME_BITS 29
 #define NP_TAG_RANK_MASK 3 // enum np_rank
-#define NP_TAG_JIFFIES 64 // jiffies in a unit of a tag's time
-#define NP_TAG_OWNED_UNITS 64 // how long a slot stays reserved: longer than any CPU needs to write the entry
+#define NP_TAG_JIFFIES 64 // jiffies in one unit of a tag's time
+#define NP_TAG_OWNED_UNITS 64 // units for which a slot stays reserved: longer than a CPU needs to write the entry
 
-#define NP_HOST_SETS 8 // policy sets of a host endpoint, by stage * 2 + direction
+#define NP_HOST_SETS 8 // policy sets of a host endpoint; the index is stage * 2 + direction
 #define NP_SCRATCH_WORDS 76 // 64-bit words of np_scratch
 
-#define NP_KERNEL_BYTES 96 // bytes copied from sk_buff if it cannot be read in place
+#define NP_KERNEL_BYTES 96 // bytes that the program copies from sk_buff if it cannot read the fields in place
 
 #define NP_FLOW_CACHE_DUE 2 // flag in np_flow_cache_fact.hook: packets of the connection carry np_config.due_mark
 
-// Verdicts of TC.
-#define NP_PASS (-1) // TC_ACT_UNSPEC of clsact, TCX_NEXT of tcx: the next program decides
+// Verdicts that the program returns to TC.
+#define NP_PASS (-1) // TC_ACT_UNSPEC of clsact, TCX_NEXT of tcx: the next program at this hook decides
 #define NP_PASS_ALONE 0 // TC_ACT_OK, TCX_PASS: no further program at this hook runs
 #define NP_DROP 2 // TC_ACT_SHOT, TCX_DROP
 
-// Markers in the compiled program where the loader fills in a number: the source register of a load, or the number of a
-// helper call.  All are the project's own choice.
-#define NP_LOADS_MASK 15 // number of slots of a map that a hash chooses from, minus one
-#define NP_LOADS_FACT 14 // enum np_kernel_fact
-#define NP_CALLS_CAST 0x4e50 // not a helper: a call of bpf_cast_to_kern_ctx
+// Markers in the compiled program, where the loader fills in a number. A marker is the source register of a load
+// instruction, or the number of a helper call. All values are arbitrary.
+#define NP_LOADS_MASK 15 // the load gets the number of slots that a hash chooses from, minus one
+#define NP_LOADS_FACT 14 // the load gets a fact of the kernel, enum np_kernel_fact
+#define NP_CALLS_CAST 0x4e50 // the loader replaces this call of a helper by one of the function bpf_cast_to_kern_ctx
 
-#define NP_CHECK_SEED 2166136261 // FNV-1a's 32-bit offset basis and prime
+#define NP_CHECK_SEED 2166136261 // FNV-1a's 32-bit offset basis; NP_CHECK_PRIME is FNV-1a's prime
 #define NP_CHECK_PRIME 16777619
 
-#define NP_NODE_FIRST 1048576 // first number of a node in np_addr.holder; endpoints have lower numbers; arbitrary
+#define NP_NODE_FIRST 1048576 // first number of another node in np_addr.holder; endpoints have lower numbers; arbitrary
 
 #define NP_IDENTITY_UNKNOWN 0 // never the identity of a packet
 #define NP_IDENTITY_WORLD_V4 1 // an IPv4 address that no table describes
@@ -87,7 +90,7 @@
 
 // --- numbers ---------------------------------------------------------------------------------------------------------
 
-// The direction of policy, from the endpoint's view. Where a program is attached is a hook, another type.
+// The direction of policy, from the endpoint's view. It is not the same as the hook, where a program is attached.
 enum np_direction {
     NP_DIRECTION_INGRESS = 0, // towards the endpoint
     NP_DIRECTION_EGRESS = 1, // from the endpoint
@@ -96,83 +99,84 @@ enum np_direction {
 // The action of a verdict row. A row of zeros was never written; it denies.
 enum np_action {
     NP_ACTION_NONE = 0, // the row was never written
-    NP_ACTION_ALLOW = 1, // pass, and record the connection
-    NP_ACTION_DENY = 2, // drop
-    NP_ACTION_CONTINUE = 3, // decides nothing (host endpoint stages without a default deny)
+    NP_ACTION_ALLOW = 1, // the packet passes, and the program records its connection
+    NP_ACTION_DENY = 2, // the packet is dropped
+    NP_ACTION_CONTINUE = 3, // the list decides nothing, so the next one follows (only in policy of host endpoints)
 };
 
 // The policy lists of a host endpoint. Workloads have only the normal one.
 enum np_stage {
     NP_STAGE_NORMAL = 0, // packets from or to processes of the node
-    NP_STAGE_FORWARD = 1, // packets that the node forwards
-    NP_STAGE_PRE_DNAT = 2, // all incoming packets, before destination translation
-    NP_STAGE_UNTRACKED = 3, // before all other stages, and without conntrack
+    NP_STAGE_FORWARD = 1, // packets that the node forwards from one interface to another
+    NP_STAGE_PRE_DNAT = 2, // all incoming packets, before netfilter translates their destination
+    NP_STAGE_UNTRACKED = 3, // all packets, before every other stage; a packet allowed here records no connection
 };
 
 // Flags of an endpoint.
 enum np_endpoint_flag {
-    NP_ENDPOINT_HOST = 1, // a host interface: directions agree with hooks, non-IP passes, policy is in np_host
-    NP_ENDPOINT_SOURCES = 2, // has rows in np_source4 or np_source6
-    NP_ENDPOINT_UPLINK = 4, // a host interface without policy: only packets with a sender tag are judged
-    NP_ENDPOINT_ROUTES = 8, // a workload that is a router: it may receive packets for other addresses
-    NP_ENDPOINT_LAYER3 = 16, // packets begin with the network header (tun, WireGuard, IPIP, PPP)
+    NP_ENDPOINT_HOST = 1, // a host interface: TC ingress is ingress policy, non-IP passes, np_host has the policy
+    NP_ENDPOINT_SOURCES = 2, // the endpoint has rows in np_source4 or np_source6
+    NP_ENDPOINT_UPLINK = 4, // a host interface without policy: the program judges only packets with a sender tag
+    NP_ENDPOINT_ROUTES = 8, // the workload is a router: it may receive packets for addresses that it does not own
+    NP_ENDPOINT_LAYER3 = 16, // packets begin with the network header (tun, WireGuard, IPIP, PPP devices)
     NP_ENDPOINT_UNREADABLE = 32, // packets begin with a link header that the parser does not support
-    NP_ENDPOINT_OUTSIDE = 64, // a host interface that leads to no local workload
-    NP_ENDPOINT_EXTERNAL = 128, // OUTSIDE, and a tunnel device in metadata mode (external, collect_md)
+    NP_ENDPOINT_OUTSIDE = 64, // a host interface that leads out of the node, to no local workload
+    NP_ENDPOINT_EXTERNAL = 128, // as OUTSIDE, and a tunnel device in metadata mode (external, collect_md)
 };
 
-// Flags of the configuration.
+// Flags of the configuration (np_config.flags).
 enum np_config_flag {
     NP_CONFIG_ALLOW_EVENTS = 1, // write an event for each new allowed flow
-    NP_CONFIG_STAGED_EVENTS = 2, // write an event for each new allowed flow with a different staged action
-    NP_CONFIG_KEEP_REVOKED = 4, // connections that policy no longer allows live until they end
-    NP_CONFIG_DEFER = 8, // each interface by which a packet to a service could leave has the program
-    NP_CONFIG_TO_HOST_DENY = 16, // workloads may not reach their own node
+    NP_CONFIG_STAGED_EVENTS = 2, // write an event for each new allowed flow whose staged action differs from its action
+    NP_CONFIG_KEEP_REVOKED = 4, // established connections that policy no longer allows are not cut
+    NP_CONFIG_DEFER = 8, // the program is on every interface by which a packet to a service can leave the node
+    NP_CONFIG_TO_HOST_DENY = 16, // packets of workloads to their own node are dropped
     NP_CONFIG_TO_HOST_PASS = 32, // the wildcard host endpoint's normal policy judges workloads' packets to their node
     NP_CONFIG_LOCAL_NETS = 64, // np_local4_net or np_local6_net has rows
-    NP_CONFIG_HAIRPIN = 128, // a packet from outside may have a source of this node
+    NP_CONFIG_HAIRPIN = 128, // packets from outside the node may have a source address of this node
 };
 
 // The state of a connection. Each state has its own time-out, np_config.timeout_jiffies[state].
 enum np_conn_state {
     NP_CONN_TCP_NEW = 0, // TCP, unreplied
     NP_CONN_TCP_OPEN = 1, // TCP, established
-    NP_CONN_TCP_CLOSING = 2, // TCP, FIN seen from both sides
-    NP_CONN_TCP_RESET = 3, // TCP, RST seen
+    NP_CONN_TCP_CLOSING = 2, // TCP, both sides have sent FIN
+    NP_CONN_TCP_RESET = 3, // TCP, one side has sent RST
     NP_CONN_UDP = 4, // UDP
     NP_CONN_ICMP = 5, // ICMP echo and other queries
     NP_CONN_OTHER = 6, // any other protocol
-    NP_CONN_FRAGMENT = 7, // not a connection: a row of np_frag4 or np_frag6
-    NP_CONN_STATES = 8, // number of states
+    NP_CONN_FRAGMENT = 7, // not a connection: only the time-out of rows in np_frag4 and np_frag6
+    NP_CONN_STATES = 8, // number of states above
 };
 
 // Flags of a connection.
 enum np_conn_flag {
-    NP_CONN_FIN_ORIGINAL = 1, // FIN seen from the side that opened the connection
-    NP_CONN_FIN_REPLY = 2, // FIN seen from the other side
-    NP_CONN_EXEMPT = 4, // opened by the host to its workload, or by the workload to itself: no policy applies
-    NP_CONN_DEFERRED = 8, // to a service: policy judges where the packet leaves
-    NP_CONN_FORWARDED = 16, // of a host endpoint: opened by a forwarded packet
-    NP_CONN_TAGGED = 32, // DEFERRED, and its packets carry the sender tag: no policy has finally allowed them yet
-    NP_CONN_DUE = 64, // DEFERRED; policy denies packets to the service's own address, so they carry due_mark
+    NP_CONN_FIN_ORIGINAL = 1, // the side that opened the connection has sent FIN
+    NP_CONN_FIN_REPLY = 2, // the other side has sent FIN
+    NP_CONN_EXEMPT = 4, // from the host to its workload, or from a workload to itself: no policy applies
+    NP_CONN_DEFERRED = 8, // to a service: policy judges where the packet leaves the node or enters a workload
+    NP_CONN_FORWARDED = 16, // at a host endpoint: a forwarded packet opened the connection
+    NP_CONN_TAGGED = 32, // as DEFERRED, and the packets carry the sender tag: no policy has finally allowed them yet
+    NP_CONN_DUE = 64, // as DEFERRED, and the packets carry due_mark: policy denies packets to the service's own address
 };
 
-// The rank of a connection for eviction: the lowest is evicted first; in the low bits of its tag.
+// The rank of a connection, in the low bits of its tag. When a bucket is full, the connection of the lowest rank is
+// evicted.
 enum np_rank {
-    NP_RANK_NONE = 0, // reserved by the CPU that writes the entry, until the tag's time; then free
-    NP_RANK_CLOSED = 1, // FIN from both sides, or RST
-    NP_RANK_UNREPLIED = 2, // no reply was seen yet
+    NP_RANK_NONE = 0, // a CPU has reserved the slot to write the entry; the slot is free after the tag's time
+    NP_RANK_CLOSED = 1, // both sides have sent FIN, or one side RST
+    NP_RANK_UNREPLIED = 2, // the other side has not replied yet
     NP_RANK_ESTABLISHED = 3, // both sides have sent packets
 };
 
 // Flags of a verdict.
 enum np_verdict_flag {
-    NP_VERDICT_FAILSAFE = 1, // a failsafe port decided: no list before normal policy may drop the packet
+    NP_VERDICT_FAILSAFE = 1, // the packet is to a failsafe port: no list before normal policy may drop it
 };
 
-// The roles of an address at this node.
+// What an address is at this node.
 enum np_local_flag {
-    NP_LOCAL_OWN = 1, // an address of this node
+    NP_LOCAL_OWN = 1, // an own address of this node
     NP_LOCAL_MANY = 2, // a broadcast address of this node's links
     NP_LOCAL_GROUP = 4, // a multicast group that this node has joined
     NP_LOCAL_NODE = 8, // an address of another node of the cluster
@@ -180,24 +184,25 @@ enum np_local_flag {
 
 // Flags of a service address.
 enum np_vip_flag {
-    NP_VIP_LOCAL = 1, // `local` may be the backend: a process of this node, so no later hook sees the packet
-    NP_VIP_MANY = 2, // several backends are processes of this node; which one receives the packet is unknown
+    NP_VIP_LOCAL = 1, // the backend `local` is a process of this node; if it is chosen, no later hook sees the packet
+    NP_VIP_MANY = 2, // several backends are processes of this node; the program cannot tell which one gets the packet
 };
 
-// Slots of np_call: the programs, named np_tc_*, that the hooks' programs tail-call. A tail call never returns.
+// Slots of np_call, which has the programs np_tc_judge and np_tc_sender. A hook's program tail-calls them. A tail call
+// never returns.
 enum np_call {
-    NP_CALL_JUDGE = 0, // evaluate one policy list, then the next; at the end apply the verdict
-    NP_CALL_SENDER = 1, // apply the verdict for the sender, the endpoint that the sender tag names
+    NP_CALL_JUDGE = 0, // evaluates one policy list, then calls itself for the next; at the end applies the verdict
+    NP_CALL_SENDER = 1, // applies the verdict for the sender, which is the endpoint that the sender tag names
     NP_CALLS = 2, // number of slots
 };
 
-// Facts of the running kernel that the loader fills in (NP_KERNEL).
+// Facts of the running kernel. The loader writes them into the program (NP_KERNEL).
 enum np_kernel_fact {
     NP_KERNEL_CAST = 0, // 1: the kernel has bpf_cast_to_kern_ctx
-    NP_KERNEL_FIRST = 1, // offset in sk_buff; all fields below are within NP_KERNEL_BYTES after it
-    NP_KERNEL_SUMMED = 2, // offset of the byte with ip_summed, from NP_KERNEL_FIRST, as all that follow
-    NP_KERNEL_SUMMED_SHIFT = 3, // lowest bit of ip_summed in that byte; it has two bits
-    NP_KERNEL_CSUM_START = 4, // a field of 16 bits, as the next two
+    NP_KERNEL_FIRST = 1, // offset in sk_buff of the first field below; NP_KERNEL_BYTES from there on have all fields
+    NP_KERNEL_SUMMED = 2, // offset of the byte with ip_summed; this and all later offsets count from NP_KERNEL_FIRST
+    NP_KERNEL_SUMMED_SHIFT = 3, // lowest bit of ip_summed in that byte; ip_summed has two bits
+    NP_KERNEL_CSUM_START = 4, // offset of csum_start; this field and the next two have 16 bits
     NP_KERNEL_CSUM_OFFSET = 5,
     NP_KERNEL_MAC_HEADER = 6,
 };
@@ -206,86 +211,87 @@ enum np_kernel_fact {
 enum np_event_kind {
     NP_EVENT_DENY = 1, // a packet was dropped
     NP_EVENT_ALLOW = 2, // a new flow was allowed
-    NP_EVENT_LOG = 3, // Log rules matched a new flow; the verdict is in `action`
+    NP_EVENT_LOG = 3, // Log rules matched a new flow; `action` has the verdict
 };
 
-// Why a packet passed or was dropped; index of np_reason_count. Below 32: passed. From 32: dropped. From 96: no
-// verdict, only an event that is counted. Numbers are never reused.
+// Why a packet passed or was dropped; the index of np_reason_count. Below 32 the packet passed. From 32 on it was
+// dropped. From 96 on there is no verdict: the number only counts an event. Numbers are never reused.
 enum np_reason {
     NP_REASON_NONE = 0, // never counted
     NP_REASON_POLICY_ALLOW = 1, // a new flow that policy allows
-    NP_REASON_ESTABLISHED = 2, // belongs to an allowed connection (counted by rule, not here)
+    NP_REASON_ESTABLISHED = 2, // a packet of an allowed connection (counted under its rule, not here)
     NP_REASON_RELATED = 3, // an ICMP error about an allowed connection
-    NP_REASON_HOST = 4, // from the host itself to its workload
-    NP_REASON_SELF = 5, // from a workload to itself
-    NP_REASON_ARP = 6, // ARP
+    NP_REASON_HOST = 4, // a packet from the host itself to its workload
+    NP_REASON_SELF = 5, // a packet from a workload to itself
+    NP_REASON_ARP = 6, // an ARP packet
     NP_REASON_NEIGHBOUR = 7, // IPv6 neighbour discovery or multicast listener discovery
-    NP_REASON_CONTINUE = 8, // no stage of the host endpoint decided
-    NP_REASON_HOST_NON_IP = 9, // not IP, on a host interface
-    NP_REASON_DEFERRED = 10, // to a service: policy judges where the packet leaves the node or enters a workload
-    NP_REASON_UPLINK = 11, // on a host interface without policy
+    NP_REASON_CONTINUE = 8, // a packet for which no stage of the host endpoint's policy decided
+    NP_REASON_HOST_NON_IP = 9, // a packet that is not IP, on a host interface
+    NP_REASON_DEFERRED = 10, // a packet to a service: policy judges it where it leaves the node or enters a workload
+    NP_REASON_UPLINK = 11, // a packet on a host interface without policy
     NP_REASON_DHCP = 12, // a workload's DHCP request for an address
     NP_REASON_POLICY_DENY = 32, // policy denies the flow
     NP_REASON_REVOKED = 33, // policy no longer allows an established connection
     NP_REASON_UNKNOWN_ENDPOINT = 34, // the interface has no endpoint row
-    NP_REASON_SPOOFED = 35, // the workload does not own the source address
-    NP_REASON_NON_IP = 36, // neither IP nor ARP, on a workload interface
+    NP_REASON_SPOOFED = 35, // the workload may not use the source address
+    NP_REASON_NON_IP = 36, // a packet that is neither IP nor ARP, on a workload's interface
     NP_REASON_SHORT = 37, // the frame ends inside a header
     NP_REASON_BAD_IP = 38, // the IP header contradicts itself
     NP_REASON_BAD_L4 = 39, // the transport header ends early or contradicts itself
-    NP_REASON_IP6_HEADERS = 40, // more IPv6 extension headers than the parser supports
-    NP_REASON_NO_NEXT_HEADER = 41, // IPv6 packet without any payload protocol
-    NP_REASON_FRAGMENT = 42, // a later fragment whose first one was not seen or not allowed
+    NP_REASON_IP6_HEADERS = 40, // an IPv6 packet with more extension headers than the parser supports
+    NP_REASON_NO_NEXT_HEADER = 41, // an IPv6 packet without a payload protocol (next header 59)
+    NP_REASON_FRAGMENT = 42, // a later fragment, but its first fragment was not seen or not allowed
     NP_REASON_ICMP_UNRELATED = 43, // an ICMP error about an unknown connection
-    NP_REASON_CONN_FULL = 44, // the connection could not be recorded
-    NP_REASON_FRAGMENT_FULL = 45, // the fragment could not be recorded
-    NP_REASON_TORN_ENDPOINT = 46, // the endpoint row changed during each attempt to read it
-    NP_REASON_CLASS_RANGE = 47, // a peer class beyond the policy set's verdicts
-    NP_REASON_L4_RANGE = 48, // an atom or L4 class outside its table
-    NP_REASON_VERDICT_RANGE = 49, // a verdict outside its table
-    NP_REASON_VERDICT_EMPTY = 50, // a verdict entry that was never written
+    NP_REASON_CONN_FULL = 44, // the connection table had no room for the connection
+    NP_REASON_FRAGMENT_FULL = 45, // the fragment table had no room for the first fragment
+    NP_REASON_TORN_ENDPOINT = 46, // the agent replaced the endpoint row during each attempt to read it
+    NP_REASON_CLASS_RANGE = 47, // the peer class is beyond the policy set's verdicts
+    NP_REASON_L4_RANGE = 48, // the atom or the L4 class is outside its table
+    NP_REASON_VERDICT_RANGE = 49, // the row of the verdict is outside np_verdict
+    NP_REASON_VERDICT_EMPTY = 50, // the row of the verdict was never written
     NP_REASON_NO_CONFIG = 51, // the configuration is missing (cannot happen)
-    NP_REASON_TO_HOST = 52, // a workload to its own node, which the setting forbids
-    NP_REASON_NO_EXIT = 53, // to a service, while an interface where the packet could leave lacks the program
-    NP_REASON_LOST_SENDER = 54, // to a service, with the sender tag of an endpoint that is gone
-    NP_REASON_HIDDEN_SOURCE = 55, // to a service, with a translated source, while the sender's policy depends on it
-    NP_REASON_LOCAL_BACKENDS = 56, // to a service with several backends that are processes of this node
-    NP_REASON_CALL_MISSING = 57, // the program of a tail call is missing from np_call
-    NP_REASON_CALL_BUDGET = 58, // policy lists changed each time they were read, until the budget of calls was spent
-    NP_REASON_CHECKSUM_AIM = 59, // checksum offload would overwrite bytes that policy judged
-    NP_REASON_LINK_FORGED = 60, // ARP, neighbour discovery or DHCP in the name of another host, or of a router
-    NP_REASON_MISDELIVERED = 61, // to a workload's interface, but for none of its addresses
-    NP_REASON_TUNNEL = 62, // from a workload, in an encapsulation that a node's tunnel device accepts from any sender
-    NP_REASON_FOREIGN_SOURCE = 63, // from outside, with a source address of this node or of a local workload
-    NP_REASON_LINK_TYPE = 64, // on an interface with a link header that the parser does not support
-    NP_REASON_TUNNEL_SOURCE = 65, // decapsulated, and the outer sender is not the node with the inner source address
+    NP_REASON_TO_HOST = 52, // a packet from a workload to its own node, which the configuration forbids
+    NP_REASON_NO_EXIT = 53, // a packet to a service, but some interface by which it could leave lacks the program
+    NP_REASON_LOST_SENDER = 54, // a packet to a service, but the endpoint that its sender tag names is gone
+    NP_REASON_HIDDEN_SOURCE = 55, // a packet to a service: policy depends on its source, but the source was translated
+    NP_REASON_LOCAL_BACKENDS = 56, // a packet to a service with several backends that are processes of this node
+    NP_REASON_CALL_MISSING = 57, // np_call lacks the program of a tail call
+    NP_REASON_CALL_BUDGET = 58, // policy changed each time it was read, until all tail calls of the packet were used
+    NP_REASON_CHECKSUM_AIM = 59, // a device would write the packet's checksum over bytes that policy judged
+    NP_REASON_LINK_FORGED = 60, // ARP, neighbour discovery or DHCP message in the name of another host or of a router
+    NP_REASON_MISDELIVERED = 61, // a packet to a workload's interface, but to none of the workload's addresses
+    NP_REASON_TUNNEL = 62, // a workload's packet in an encapsulation that a node's tunnel accepts from any sender
+    NP_REASON_FOREIGN_SOURCE = 63, // a packet from outside with a source address of this node or of a local workload
+    NP_REASON_LINK_TYPE = 64, // a packet with a link header that the parser does not support
+    NP_REASON_TUNNEL_SOURCE = 65, // a tunnelled packet that was not sent by the node that has its inner source
     NP_REASON_EVENT_LOST = 96, // the ring buffer had no room for an event
-    NP_REASON_LOG_LIMITED = 97, // a log event suppressed by the rate limit
-    NP_REASON_RULE_RANGE = 98, // a rule number beyond np_rule_count or np_staged_count, counted once for each map
-    NP_REASON_CONN_EVICTED = 99, // an established connection made room for a new one in its bucket
+    NP_REASON_LOG_LIMITED = 97, // the rate limit suppressed a log event
+    NP_REASON_RULE_RANGE = 98, // a rule number beyond np_rule_count or np_staged_count; counted for each of the two
+    NP_REASON_CONN_EVICTED = 99, // an established connection was evicted, because a new one needed room in its bucket
     NP_REASON_COUNT = 128, // number of rows of np_reason_count
 };
 
 // --- policy tables ---------------------------------------------------------------------------------------------------
 
-// A compiled policy set: all policies and profiles of an endpoint in one direction. The verdict is in row verdict_base
-// + ((peer class * own_classes + own class) * l4_classes + L4 class) * source_classes + source class of np_verdict.
+// A compiled policy set: all policies and profiles of an endpoint in one direction. The row of the verdict in
+// np_verdict is verdict_base + ((peer class * own_classes + own class) * l4_classes + L4 class) * source_classes +
+// source port class.
 struct np_set {
-    __u32 number; // part of the key of np_peer_class; sets with equal class tables share it
-    __u16 default_class4; // peer class of an IPv4 identity without a row
-    __u16 default_class6; // the same for IPv6; it differs if a rule matches one family only, such as 0.0.0.0/0
+    __u32 number; // part of the key of np_peer_class; policy sets with equal class tables have the same number
+    __u16 default_class4; // peer class of an IPv4 identity that has no row in np_peer_class
+    __u16 default_class6; // the same for IPv6; the two differ if a rule matches only one family, such as 0.0.0.0/0
     __u32 peer_classes; // number of peer classes
-    __u32 own_set; // `number` of the class table for the endpoint's own side; 0: the own side does not matter
+    __u32 own_set; // `number` of the class table of the own side; 0: no rule of the set constrains the own side
     __u16 own_default_class4;
     __u16 own_default_class6;
-    __u32 own_classes; // number of own classes; 1 if own_set is 0
-    __u32 l4_base; // first row in np_l4_col for destination atoms
+    __u32 own_classes; // number of classes of the own side; 1 if own_set is 0
+    __u32 l4_base; // row of np_l4_col with the L4 classes of the first destination port atoms
     __u16 l4_classes; // number of L4 classes; 1: no rule matches on protocol or destination port
-    __u16 asks_source; // 1: an enforced rule matches on who owns the source address, or on the source port
-    __u32 source_base; // first row in np_l4_col for source port atoms
+    __u16 asks_source; // 1: an enforced rule matches on the owner of the source address, or on the source port
+    __u32 source_base; // row of np_l4_col with the source port classes of the first source port atoms
     __u32 source_classes; // number of source port classes; 1: no rule matches on source ports
     __u32 verdict_base;
-    __u32 check; // see struct np_endpoint
+    __u32 check; // detects a torn read; see struct np_endpoint
 };
 _Static_assert(sizeof(struct np_set) == 48, "np_set");
 
@@ -294,50 +300,50 @@ struct np_endpoint_key {
 };
 _Static_assert(sizeof(struct np_endpoint_key) == 4, "np_endpoint_key");
 
-// The policy of an interface: its endpoint and both policy sets. One element has both sets, so one update flips both.
-// The kernel may reuse the memory of a replaced element while a packet still reads it; each set's `check` detects that.
-// It is the FNV-1a fold, word by word, of number, ifindex, flags, link and the set's other words. The loader's
-// seal_endpoint() fills it in.
+// The policy of an interface: its endpoint, and the policy sets of both directions. One map element has both sets, so
+// that one update replaces both. The kernel may reuse the memory of a replaced element while a packet still reads that
+// element. The `check` of each set detects such a read. `check` is the FNV-1a hash, word by word, of number, ifindex,
+// flags, link and all other words of the set. The loader's seal_endpoint() computes it.
 struct np_endpoint {
-    __u32 number; // stable, unique on the node, never 0
-    __u32 ifindex; // equal to the key
+    __u32 number; // number of the endpoint: stable, unique on the node, never 0
+    __u32 ifindex; // the same as in the key
     __u32 flags; // enum np_endpoint_flag
-    __u32 link; // interface that has the addresses of the link: the bridge of this interface, or itself
+    __u32 link; // interface that has the IP addresses of this link: the bridge of this interface, or itself
     struct np_set ingress;
     struct np_set egress;
 };
 _Static_assert(sizeof(struct np_endpoint) == 112, "np_endpoint");
 
 struct np_number_key {
-    __u32 number; // of an endpoint
+    __u32 number; // number of an endpoint
 };
 _Static_assert(sizeof(struct np_number_key) == 4, "np_number_key");
 
-// All policy sets of a host endpoint in one element, so that one update flips them all; see struct np_endpoint. A set's
-// check word has the set's index in place of the ifindex, the row's `version` in place of the flags, and 0 in place of
-// the link.
+// All policy sets of a host endpoint in one map element, so that one update replaces them all. The `check` of a set is
+// as in struct np_endpoint, with three replacements: index | present << 8 for the ifindex, `version` for the flags, and
+// 0 for the link.
 struct np_host {
     __u32 number;
-    __u32 version; // version of the row: all look-ups for one packet must see the same
-    __u32 present; // bit i: sets[i] exists; a missing set decides nothing
+    __u32 version; // version of the row: all look-ups for one packet must see the same version
+    __u32 present; // bit i: sets[i] exists; a set that does not exist decides nothing
     __u32 pad;
-    struct np_set sets[NP_HOST_SETS]; // by stage * 2 + direction
+    struct np_set sets[NP_HOST_SETS]; // the index is stage * 2 + direction
 };
 _Static_assert(sizeof(struct np_host) == 400, "np_host");
 
 struct np_ifindex {
-    __u32 ifindex; // key of np_endpoint
+    __u32 ifindex; // interface of the endpoint; key of np_endpoint
 };
 _Static_assert(sizeof(struct np_ifindex) == 4, "np_ifindex");
 
 struct np_local {
     __u32 flags; // enum np_local_flag
-    __u32 ifindex; // interface that has the address; 0: no single one
-    __u32 node; // number of the other node that has the address, from NP_NODE_FIRST on; 0: unknown
+    __u32 ifindex; // the only interface that has the address; 0: none or several
+    __u32 node; // number of the other node that has the address, at least NP_NODE_FIRST; 0: unknown
 };
 _Static_assert(sizeof(struct np_local) == 12, "np_local");
 
-// Encapsulation that a tunnel device of the node accepts from any sender.
+// The key of an encapsulation that a tunnel device of the node accepts from any sender.
 struct np_tunnel_key {
     __u16 port; // destination port of UDP; 0 for other protocols
     __u8 protocol;
@@ -351,7 +357,7 @@ struct np_tunnel {
 _Static_assert(sizeof(struct np_tunnel) == 4, "np_tunnel");
 
 struct np_vip4_key {
-    __u8 address[4]; // 0.0.0.0 means all addresses of the node (node ports)
+    __u8 address[4]; // 0.0.0.0: the row holds for all addresses of the node (node ports)
     __u16 port;
     __u8 protocol;
     __u8 pad;
@@ -359,7 +365,7 @@ struct np_vip4_key {
 _Static_assert(sizeof(struct np_vip4_key) == 8, "np_vip4_key");
 
 struct np_vip6_key {
-    __u8 address[16]; // :: means all addresses of the node (node ports)
+    __u8 address[16]; // :: (all zeros): the row holds for all addresses of the node (node ports)
     __u16 port;
     __u8 protocol;
     __u8 pad;
@@ -370,7 +376,7 @@ struct np_vip {
     __u32 flags; // enum np_vip_flag
     __u16 local_port;
     __u16 pad;
-    __u8 local[16]; // IPv4 in the first four bytes
+    __u8 local[16]; // address of the backend; IPv4 in the first four bytes
 };
 _Static_assert(sizeof(struct np_vip) == 24, "np_vip");
 
@@ -385,32 +391,32 @@ struct np_addr6_key {
 _Static_assert(sizeof(struct np_addr6_key) == 16, "np_addr6_key");
 
 struct np_addr {
-    __u32 identity; // never 0
-    __u32 holder; // number of the local endpoint that owns the address, or of the other node that has it; 0: unknown
+    __u32 identity; // identity of the address; never 0
+    __u32 holder; // number of the local endpoint that owns the address, or of the other node that has it; 0: neither
 };
 _Static_assert(sizeof(struct np_addr) == 8, "np_addr");
 
-// A bucket of addresses with the same hash: one or two cache lines. A kernel hash table would need three memory
-// fetches. A row is in its bucket or, if that is full, in the overflow map (_more); never in both. The agent writes the
-// key, then the row, then the bit in `used`, so no packet sees half a row. It overwrites a removed row only after a
-// grace period.
+// A bucket of addresses with the same hash, in one or two cache lines. A kernel hash table would need three memory
+// fetches for a look-up. A row is in its bucket, or in the overflow map if the bucket is full, never in both. The agent
+// writes the key, then the row, then the bit in `used`, so that no packet sees half a row. The agent overwrites a
+// removed row only after a grace period.
 struct np_addr4_bucket {
-    __u32 used; // bit i: row i is valid; NP_BUCKET_MORE
+    __u32 used; // bit i: row i is valid; and the flag NP_BUCKET_MORE
     struct np_addr4_key key[NP_BUCKET_ROWS];
     struct np_addr row[NP_BUCKET_ROWS];
 };
 _Static_assert(sizeof(struct np_addr4_bucket) == 64, "np_addr4_bucket is a cache line");
 
 struct np_addr6_bucket {
-    __u32 used; // bit i: row i is valid; NP_BUCKET_MORE
+    __u32 used; // bit i: row i is valid; and the flag NP_BUCKET_MORE
     __u32 pad;
     struct np_addr6_key key[NP_BUCKET_ROWS];
     struct np_addr row[NP_BUCKET_ROWS];
 };
 _Static_assert(sizeof(struct np_addr6_bucket) == 128, "np_addr6_bucket is two cache lines");
 
-// A bit for each hash of the node's and services' addresses. If the bit is 0, neither np_local nor np_vip has the
-// address.
+// A bit for each hash of an address of the node or of a service. If the bit of an address is 0, neither np_local nor
+// np_vip has that address.
 struct np_vip_filter {
     __u64 bits;
 };
@@ -434,14 +440,14 @@ struct np_cidr {
 _Static_assert(sizeof(struct np_cidr) == 4, "np_cidr");
 
 struct np_source4_key {
-    __u32 prefix_bits; // 32 for the endpoint, plus the length of the prefix
+    __u32 prefix_bits; // length of the prefix, plus 32 for `endpoint`
     __u32 endpoint;
     __u8 address[4];
 };
 _Static_assert(sizeof(struct np_source4_key) == 12, "np_source4_key");
 
 struct np_source6_key {
-    __u32 prefix_bits; // 32 for the endpoint, plus the length of the prefix
+    __u32 prefix_bits; // length of the prefix, plus 32 for `endpoint`
     __u32 endpoint;
     __u8 address[16];
 };
@@ -463,18 +469,18 @@ struct np_peer_class {
 };
 _Static_assert(sizeof(struct np_peer_class) == 4, "np_peer_class");
 
-// The peer classes of 24 consecutive identities for one class table. Identities are assigned densely, so that the lines
+// The peer classes of 24 consecutive identities in one class table. Identities are assigned densely, so that the lines
 // of a whole cluster fit into the CPU's cache.
 struct np_class_line {
-    __u16 peer_class[NP_LINE_CLASSES]; // NP_CLASS_NONE: the set's default class applies
-    __u32 set; // np_set.number; 0: unused
-    __u32 block; // identity / NP_LINE_CLASSES
-    __u32 flags; // of the bucket's first line only: NP_BUCKET_MORE
+    __u16 peer_class[NP_LINE_CLASSES]; // NP_CLASS_NONE: the set's default class applies to the identity
+    __u32 set; // np_set.number; 0: the line is unused
+    __u32 block; // number of the first identity, divided by NP_LINE_CLASSES
+    __u32 flags; // NP_BUCKET_MORE; only the first line of a bucket has flags
     __u32 pad;
 };
 _Static_assert(sizeof(struct np_class_line) == 64, "np_class_line is a cache line");
 
-// A bucket of lines with the same hash of set and block. Rows of a block without a line are in np_peer_more.
+// A bucket of lines with the same hash of set and block. The rows of a block that has no line are in np_peer_more.
 struct np_peer_bucket {
     struct np_class_line line[NP_BUCKET_LINES];
 };
@@ -491,9 +497,9 @@ struct np_l4_col {
 _Static_assert(sizeof(struct np_l4_col) == 128, "np_l4_col");
 
 struct np_verdict {
-    __u32 rule; // key of np_rule
-    __u32 staged_rule; // key of np_rule, if staged policies were enforced
-    __u32 log_list; // list of the Log rules that matched before the verdict; 0: none
+    __u32 rule; // the deciding rule, key of np_rule
+    __u32 staged_rule; // the rule that would decide if staged policies were enforced, key of np_rule
+    __u32 log_list; // number of the list of Log rules that matched before the verdict; 0: none matched
     __u8 action; // enum np_action
     __u8 staged_action; // enum np_action
     __u16 flags; // enum np_verdict_flag
@@ -506,7 +512,7 @@ struct np_rule_key {
 _Static_assert(sizeof(struct np_rule_key) == 4, "np_rule_key");
 
 struct np_rule {
-    char name[NP_RULE_NAME_BYTES]; // tier|policy|direction|index|action
+    char name[NP_RULE_NAME_BYTES]; // in the form tier|policy|direction|index|action
 };
 _Static_assert(sizeof(struct np_rule) == 120, "np_rule");
 
@@ -514,17 +520,17 @@ _Static_assert(sizeof(struct np_rule) == 120, "np_rule");
 
 struct np_count {
     __u64 packets;
-    __u64 bytes; // of the frames, Ethernet header included
+    __u64 bytes; // bytes of the frames, Ethernet header included
 };
 _Static_assert(sizeof(struct np_count) == 16, "np_count");
 
 // --- connections -----------------------------------------------------------------------------------------------------
 
-// The conntrack key of a connection at one endpoint, the same for both directions: local is the endpoint's side. An
-// ICMP query has its identifier in the port of the querying side and 0 in the other; a protocol without ports has 0 in
-// both.
+// The conntrack key of a connection at one endpoint, the same for the packets of both directions. Local is the
+// endpoint's side. An ICMP query has its identifier as the port of the querying side, and 0 as the other port. Both
+// ports of a protocol without ports are 0.
 struct np_conn4_key {
-    __u32 endpoint; // number, not ifindex: the interface may be replaced
+    __u32 endpoint; // number of the endpoint, not ifindex: the interface may be replaced
     __u8 local[4];
     __u8 remote[4];
     __u16 local_port;
@@ -535,7 +541,7 @@ struct np_conn4_key {
 _Static_assert(sizeof(struct np_conn4_key) == 20, "np_conn4_key");
 
 struct np_conn6_key {
-    __u32 endpoint; // number, not ifindex: the interface may be replaced
+    __u32 endpoint; // number of the endpoint, not ifindex: the interface may be replaced
     __u8 local[16];
     __u8 remote[16];
     __u16 local_port;
@@ -546,14 +552,14 @@ struct np_conn6_key {
 _Static_assert(sizeof(struct np_conn6_key) == 44, "np_conn6_key");
 
 struct np_conn {
-    __u64 seen_jiffies; // written at most once a second
-    __u32 generation; // the one under which policy allowed the flow
-    __u32 rule; // the rule that allowed it; 0: exempt, or judged elsewhere
-    __u8 direction; // of its first packet, enum np_direction
+    __u64 seen_jiffies; // when a packet was last seen; updated at most once a second
+    __u32 generation; // the generation under which policy last allowed the connection
+    __u32 rule; // the rule that allowed the connection; 0: no policy applies, or another hook judges it
+    __u8 direction; // direction of the first packet, enum np_direction
     __u8 state; // enum np_conn_state
     __u8 flags; // enum np_conn_flag
-    __u8 icmp_type; // of its first packet
-    __u8 icmp_code; // of its first packet
+    __u8 icmp_type; // ICMP type of the first packet
+    __u8 icmp_code; // ICMP code of the first packet
     __u8 pad[3];
 };
 _Static_assert(sizeof(struct np_conn) == 24, "np_conn");
@@ -573,16 +579,16 @@ struct np_conn6_entry {
 };
 _Static_assert(sizeof(struct np_conn6_entry) == 72, "np_conn6_entry");
 
-// The tags of a conntrack bucket. A tag has what look-up and eviction need: the key's hash (bits 63 to 32), whether the
-// connection is unreplied (31), when it expires in units of 64 jiffies (30 to 2), and enum np_rank (1 and 0). A tag of
-// 0 is a free slot; an entry is valid only through its tag.
+// The tags of a conntrack bucket. A tag has what look-up and eviction need: the hash of the key (bits 63 to 32);
+// whether the connection is unreplied (31); when it expires, in units of 64 jiffies (30 to 2); and enum np_rank (1 and
+// 0). A slot with the tag 0 is free. The entry of a slot is valid only if the rank in the tag is not NP_RANK_NONE.
 struct np_conn_tags {
     __u64 tag[NP_CONN_WAYS];
 };
 _Static_assert(sizeof(struct np_conn_tags) == 64, "np_conn_tags is a cache line");
 
-// The secret of the conntrack hash, one for each node. Without it, nobody can choose connections that collide in one
-// bucket.
+// The random numbers of the conntrack hash, secret and different on each node. Without them, nobody can choose
+// connections that collide in one bucket.
 struct np_secret {
     __u64 number[NP_HASH_WORDS];
 };
@@ -592,7 +598,7 @@ struct np_frag4_key {
     __u32 endpoint;
     __u8 source[4];
     __u8 destination[4];
-    __u32 id; // identification of the fragmented packet, as on the wire
+    __u32 id; // identification field of the fragmented packet, as on the wire
     __u8 protocol;
     __u8 pad[3];
 };
@@ -602,7 +608,7 @@ struct np_frag6_key {
     __u32 endpoint;
     __u8 source[16];
     __u8 destination[16];
-    __u32 id; // identification of the fragmented packet, as on the wire
+    __u32 id; // identification field of the fragmented packet, as on the wire
 };
 _Static_assert(sizeof(struct np_frag6_key) == 40, "np_frag6_key");
 
@@ -610,29 +616,30 @@ struct np_frag {
     __u64 seen_jiffies;
     __u16 source_port;
     __u16 destination_port;
-    __u8 protocol; // of the payload, after any IPv6 extension headers
+    __u8 protocol; // protocol of the payload, after all IPv6 extension headers
     __u8 icmp_type;
     __u8 icmp_code;
-    __u8 header_units; // end of the headers in units of 8 bytes; a later fragment must not overlap them
+    __u8 header_units; // end of the headers in units of 8 bytes; later fragments may not overlap the headers
 };
 _Static_assert(sizeof(struct np_frag) == 16, "np_frag");
 
 // --- events ----------------------------------------------------------------------------------------------------------
 
-// An event. It has the enforced action, and the action if staged policies were enforced. Addresses of IPv4 packets are
-// in the first four bytes. Source and destination are those of the flow's first packet as policy sees it.
+// An event that the program reports. It has two actions: the enforced one, and the one that would hold if staged
+// policies were enforced. IPv4 addresses are in the first four bytes. Source and destination are those of the flow's
+// first packet, as policy sees it.
 struct np_event {
     __u64 time_jiffies;
     __u32 rule;
     __u32 staged_rule;
     __u32 log_list;
     __u32 set; // np_set.number; 0 if no policy set was evaluated
-    __u32 peer_identity; // 0 if it was not looked up
+    __u32 peer_identity; // 0: not looked up
     __u32 peer_class;
     __u32 endpoint;
     __u32 ifindex;
-    __u32 own_identity; // 0 if it was not looked up
-    __u32 frame_bytes; // Ethernet header included
+    __u32 own_identity; // 0: not looked up
+    __u32 frame_bytes; // length of the frame, Ethernet header included
     __u8 source[16];
     __u8 destination[16];
     __u16 source_port;
@@ -643,7 +650,7 @@ struct np_event {
     __u8 direction; // enum np_direction
     __u8 action; // enum np_action
     __u8 staged_action; // enum np_action
-    __u8 ip_version; // 4, 6; 0: not IP, or malformed
+    __u8 ip_version; // 4 or 6; 0: the packet is not IP, or malformed
     __u8 protocol;
     __u8 icmp_type;
     __u8 icmp_code;
@@ -651,22 +658,22 @@ struct np_event {
 _Static_assert(sizeof(struct np_event) == 96, "np_event");
 
 struct np_log_limit {
-    __u64 last_jiffies; // when the last event of the log list was written
+    __u64 last_jiffies; // when the program wrote the last event of the log list
 };
 _Static_assert(sizeof(struct np_log_limit) == 8, "np_log_limit");
 
 // --- configuration ---------------------------------------------------------------------------------------------------
 
 struct np_config {
-    __u32 generation; // raised when an allow may have become a deny
-    __u32 epoch; // raised when an endpoint's row or address changed; invalidates np_ep_cache
+    __u32 generation; // raised by the agent when an allow may have become a deny; never 0
+    __u32 epoch; // raised by the agent when an endpoint's row or address changed; ends the validity of np_ep_cache
     __u32 flags; // enum np_config_flag
     __u32 jiffies_per_second;
-    __u32 wildcard; // number of the wildcard host endpoint, which has all interfaces; 0: none
+    __u32 wildcard; // number of the wildcard host endpoint; 0: the node has none
     __u32 mark_shift; // lowest bit of the 16-bit sender tag in skb->mark; 0: the tag is in skb->tc_index
-    __u32 seen_mark; // bit of skb->mark that proves to the second barrier that a program saw the packet; 0: unused
+    __u32 seen_mark; // bit of skb->mark by which the second barrier knows that the program saw the packet; 0: unused
     __u32 node_mark; // bit of skb->mark that the node sets on its own processes' packets; 0: it sets none
-    __u32 due_mark; // bit of skb->mark: no process of the node may receive the packet; 0: nothing checks it
+    __u32 due_mark; // bit of skb->mark that keeps the packet from every process of the node; 0: nothing checks the bit
     __u32 pad;
     __u64 timeout_jiffies[NP_CONN_STATES];
 };
@@ -674,22 +681,22 @@ _Static_assert(sizeof(struct np_config) == 104, "np_config");
 
 struct np_schema {
     __u32 version; // NP_SCHEMA_VERSION
-    __u32 jiffies_per_second; // measured when the maps were made
+    __u32 jiffies_per_second; // jiffies per second as the loader measured them when it made the maps
     __u8 source_digest[32]; // SHA-256 of the sources and options of the pinned program
 };
 _Static_assert(sizeof(struct np_schema) == 40, "np_schema");
 
-// The flow cache's facts about one direction of a connection, for one CPU. Valid for one generation and until
+// What the flow cache of one CPU has about one direction of a connection. Valid for one generation, and until
 // `until_jiffies`.
 struct np_flow_cache_fact {
     __u32 ports_be; // source and destination port, as in the packet
     __u32 ifindex;
-    __u32 generation; // 0: unused
-    __u32 until_jiffies; // a second after the connection table was read; low 32 bits
+    __u32 generation; // 0: the slot is unused
+    __u32 until_jiffies; // one second after the connection table was read; the low 32 bits
     __u32 rule;
-    __u16 sender_tag; // for packets of the connection; 0: none
+    __u16 sender_tag; // sender tag for packets of the connection; 0: none
     __u8 protocol;
-    __u8 hook; // enum np_hook, and NP_FLOW_CACHE_DUE
+    __u8 hook; // enum np_hook, and the flag NP_FLOW_CACHE_DUE
 };
 _Static_assert(sizeof(struct np_flow_cache_fact) == 24, "np_flow_cache_fact");
 
@@ -708,24 +715,24 @@ struct np_flow_cache6 {
 };
 _Static_assert(sizeof(struct np_flow_cache6) == 64, "np_flow_cache6 is one cache line");
 
-// Room for struct np_scratch (np_judge.h).
+// Memory for struct np_scratch (np_judge.h).
 struct np_scratch_words {
     __u64 words[NP_SCRATCH_WORDS];
 };
 _Static_assert(sizeof(struct np_scratch_words) == 608, "np_scratch_words");
 
-// An endpoint's row by interface, copied and checked, per CPU and direct-mapped; also the last source addresses that
-// proved to be the workload's own. Valid for one epoch.
+// A checked copy of an interface's np_endpoint row, per CPU. The slot is the ifindex modulo the size. The copy also has
+// the last IPv4 and IPv6 source address that proved to be the workload's own. Valid for one epoch.
 struct np_ep_cache {
     __u32 ifindex;
-    __u32 epoch; // 0: unused
+    __u32 epoch; // 0: the slot is unused
     __u32 number;
     __u32 flags;
-    __u32 own4[1]; // network order
+    __u32 own4[1]; // the workload's last own IPv4 source address, in network order
     __u32 identity4; // identity of own4; 0: own4 is unset
-    __u32 own6[4]; // network order
+    __u32 own6[4]; // the workload's last own IPv6 source address, in network order
     __u32 identity6; // identity of own6; 0: own6 is unset
-    __u32 link; // as in np_endpoint
+    __u32 link; // as np_endpoint.link
     struct np_set ingress;
     struct np_set egress;
 };

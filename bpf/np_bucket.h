@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// Look-ups in the bucketed policy tables.  The rows of one hash are in one bucket of one or two cache lines.  So a
-// look-up fetches one bucket and compares at most five keys, whatever the size of the table.  The agent writes the
-// buckets by netpol_loader/tables/buckets.py, which must compute the same hashes.
+// Look-ups in the bucketed policy tables. All rows with the same hash are in one bucket of one or two cache lines. A
+// look-up therefore fetches one bucket and compares at most five keys, whatever the size of the table. The agent writes
+// the buckets with netpol_loader/tables/buckets.py, which must compute the same hashes.
 //
-// Results are kept in the endpoint context, which is in a map.  The verifier does not track values in a map, so it
-// walks the code after a look-up once, and not once for each row of the bucket.
+// A look-up stores its result in the endpoint context, which is in a map. The verifier does not track values in a map,
+// so it checks the code after a look-up once, and not once for each row of the bucket.
 #pragma once
 
 #include "np_ctx.h"
@@ -25,7 +25,8 @@ NP_INLINE __u32 np_addr_hash(const __u32 *address, const int version)
     return np_hash(low ^ high * NP_HASH_MULTIPLIER);
 }
 
-// Whether the address may be one of the node or of a service. 0 is certain: neither np_local nor np_vip has it.
+// Whether the address may be one of the node or of a service. The result 0 is certain: neither np_local nor np_vip has
+// the address.
 NP_INLINE int np_vip_filter_has(const __u32 *address, const int version)
 {
     __u32 hash = np_addr_hash(address, version);
@@ -39,13 +40,13 @@ NP_INLINE __u32 np_addr4_seek(struct np_addr *found, const __u32 *address)
     if (!bucket)
         return 0;
     __u32 used = bucket->used;
-    np_barrier(); // `used` is read before the rows
+    np_barrier(); // `used` must be read before the rows
 #pragma unroll
     for (int i = 0; i < NP_BUCKET_ROWS; i++) {
         __u32 key;
         __builtin_memcpy(&key, bucket->key[i].address, sizeof(key));
         if (key == address[0] && used >> i & 1) {
-            np_copy_words(found, &bucket->row[i], sizeof(*found)); // one load for both fields
+            np_copy_words(found, &bucket->row[i], sizeof(*found)); // one load copies both fields
             return 0;
         }
     }
@@ -58,21 +59,21 @@ NP_INLINE __u32 np_addr6_seek(struct np_addr *found, const __u32 *address)
     if (!bucket)
         return 0;
     __u32 used = bucket->used;
-    np_barrier(); // `used` is read before the rows
+    np_barrier(); // `used` must be read before the rows
 #pragma unroll
     for (int i = 0; i < NP_BUCKET_ROWS; i++) {
         __u32 key[4];
         __builtin_memcpy(key, bucket->key[i].address, sizeof(key));
         if (key[3] == address[3] && !((key[0] ^ address[0]) | (key[1] ^ address[1]) | (key[2] ^ address[2])) &&
             used >> i & 1) {
-            np_copy_words(found, &bucket->row[i], sizeof(*found)); // one load for both fields
+            np_copy_words(found, &bucket->row[i], sizeof(*found)); // one load copies both fields
             return 0;
         }
     }
     return used & NP_BUCKET_MORE;
 }
 
-// The row of an address.  If there is none, its identity is 0.  Valid until the next call.
+// The row of an address. If the address has no row, the result has identity 0. The result is valid until the next call.
 NP_INLINE const struct np_addr *np_addr_find(struct np_ctx *ctx, const __u32 *address, const int version)
 {
     struct np_addr *found = &ctx->ep->addr;
@@ -88,16 +89,16 @@ NP_INLINE const struct np_addr *np_addr_find(struct np_ctx *ctx, const __u32 *ad
     return found;
 }
 
-// The class of an identity in its bucket; NP_CLASS_NONE if the bucket has none.  `more` is set if the overflow map may
-// have one.
+// The class of an identity in its bucket, or NP_CLASS_NONE. Sets `more` to nonzero if the overflow map may have the
+// class.
 NP_INLINE __u32 np_class_seek(const struct np_peer_bucket *bucket, __u32 set, __u32 block, __u32 index, __u32 *more)
 {
-    np_forget(index); // hides the known range from the compiler, so the bound reaches the verifier
-    index &= 31; // line 1 with index 31 is still within the bucket
+    np_forget(index); // keeps the compiler from removing the bound, which the verifier needs
+    index &= 31; // for index 31 of line 1, the read is still within the bucket
 #pragma unroll
     for (int i = 0; i < NP_BUCKET_LINES; i++) {
         __u32 owner = bucket->line[i].set;
-        np_barrier(); // `set` is read before block and classes
+        np_barrier(); // `set` must be read before the block and the classes
         if (owner == set && bucket->line[i].block == block)
             return bucket->line[i].peer_class[index];
     }
@@ -105,7 +106,7 @@ NP_INLINE __u32 np_class_seek(const struct np_peer_bucket *bucket, __u32 set, __
     return NP_CLASS_NONE;
 }
 
-// The peer class of an identity in policy set `set`, otherwise `default_class`.
+// The peer class of an identity in policy set `set`; `default_class` if the set has no class for the identity.
 NP_INLINE __u32 np_class_of(struct np_ctx *ctx, __u32 set, __u32 identity, __u32 default_class)
 {
     __u32 *found = &ctx->ep->class;

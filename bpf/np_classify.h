@@ -1,34 +1,35 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// Policy classification: from a tuple (addresses, ports, protocol) to a verdict, in four steps.  Each step is one
-// look-up, whatever the number of rules.
+// Policy classification: from a tuple (addresses, ports, protocol) to a verdict, in four steps. Each step is one
+// look-up, whatever the number of rules is.
 //
-//   1. peer address -> identity     np_addr (exact), else np_cidr (longest prefix), else the world identity of the
-//                                   address family
-//   2. identity     -> peer class   np_peer_class, else the set's default class for the family; the same for the
-//                                   endpoint's own side, if it matters to the set
-//   3. protocol and destination port, or ICMP type and code -> atom (np_l4_atom) -> L4 class (np_l4_col); the same for
-//      the source port, if a rule of the set matches on source ports
+//   1. peer address -> identity     np_addr (exact); otherwise np_cidr (longest prefix); otherwise the world identity
+//                                   of the address family
+//   2. identity     -> peer class   np_peer_class; otherwise the set's default class for the family.  The same for the
+//                                   endpoint's own address, if the set has own classes.
+//   3. protocol and destination port, or ICMP type and code -> atom (np_l4_atom) -> L4 class (np_l4_col).  The same for
+//      the source port, if a rule of the set matches on source ports.
 //   4. the classes  -> verdict      np_verdict
 //
-// If a required row is missing, the packet is denied under a reason of its own.
+// If a required row is missing, the packet is denied; each such case has its own reason.
 #pragma once
 
 #include "np_endpoint.h"
 #include "np_ctx.h"
 #include "np_maps.h"
 
-// Whether the destination reaches processes of this node.  Most new flows need this twice, so np_tuple caches it.
+// Whether processes of this node receive packets to the tuple's destination. Most new flows need the answer twice, so
+// np_tuple stores the answer.
 enum np_to_node {
     NP_TO_NODE_UNASKED = 0,
     NP_TO_NODE_NO = 1,
     NP_TO_NODE_YES = 2,
 };
 
-// The input of policy: addresses and ports of the flow's first packet.
+// The input of policy: addresses, ports and protocol of the flow's first packet.
 struct np_tuple {
     __u32 source[4];
-    __u32 destination[4]; // must follow the source (np_identity_of)
+    __u32 destination[4]; // must be directly after the source (np_identity_of)
     __u16 source_port;
     __u16 destination_port;
     __u8 protocol;
@@ -45,8 +46,8 @@ NP_INLINE int np_is_to_node(const struct np_ctx *ctx, struct np_tuple *tuple, co
     return tuple->to_node == NP_TO_NODE_YES;
 }
 
-// The identity of the tuple's source (`side` 0) or destination (1).  `holder` becomes the endpoint or node that has the
-// address, as in struct np_addr.
+// The identity of the tuple's source (`side` 0) or destination (`side` 1). Sets `holder` to the endpoint or node that
+// has the address, as in struct np_addr.
 NP_INLINE __u32 np_identity_of(struct np_ctx *ctx, const struct np_tuple *tuple, __u32 side, __u32 *holder,
                                const int version)
 {
@@ -71,7 +72,8 @@ NP_INLINE __u32 np_identity_of(struct np_ctx *ctx, const struct np_tuple *tuple,
     return version == 4 ? NP_IDENTITY_WORLD_V4 : NP_IDENTITY_WORLD_V6;
 }
 
-// The class of the atom at (block, index) in the column that begins at `column_base`; -1 if it is outside the tables.
+// The class of an atom, or -1 if a row is outside the tables. The atom is at `index` of row `block` in np_l4_atom; its
+// class is in the rows of np_l4_col from `column_base` on.
 NP_INLINE int np_column_class(__u32 block, __u32 index, __u32 column_base)
 {
     struct np_l4_atom *atoms = np_l4_atom_lookup(block);
@@ -113,7 +115,7 @@ NP_INLINE int np_l4_class_of(const struct np_tuple *tuple, const struct np_set *
     return np_column_class(slot * 256 + high, low, set->l4_base);
 }
 
-// The class of the source port.  Only TCP, UDP and SCTP have source ports; 0 stands for all other protocols.
+// The class of the source port. Only TCP, UDP and SCTP have source ports; for all other protocols the port is 0.
 NP_INLINE int np_source_class_of(const struct np_tuple *tuple, const struct np_set *set)
 {
     __u8 protocol = tuple->protocol;
@@ -123,14 +125,15 @@ NP_INLINE int np_source_class_of(const struct np_tuple *tuple, const struct np_s
     return np_column_class(NP_SLOT_SOURCE * 256 + (port >> 8), port & 255, set->source_base);
 }
 
-// Do all four steps and fill in the decision, except its reason.  Returns NP_REASON_NONE; NP_REASON_SELF if the peer is
-// endpoint `self` (0: no endpoint is); otherwise the reason for a deny.
+// Do all four steps, and fill in the decision except its reason. Returns NP_REASON_NONE, or NP_REASON_SELF if the peer
+// is the endpoint `self` (0: none is), or the reason to deny the packet.
 NP_INLINE int np_classify(struct np_ctx *ctx, const struct np_tuple *tuple, const struct np_set *set, __u8 direction,
                           __u32 self, const int version)
 {
     struct np_decision *decision = ctx->decision;
     __u32 endpoint;
-    decision->peer_identity = np_identity_of(ctx, tuple, direction, &endpoint, version); // egress: its destination
+    // the direction is the peer's side: egress is 1, and its peer is the destination (side 1)
+    decision->peer_identity = np_identity_of(ctx, tuple, direction, &endpoint, version);
     if (self && endpoint == self)
         return NP_REASON_SELF;
     decision->set = set->number;

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// Connection tracking: the connection of a packet, whether it is alive, and its state.  This file knows no policy: an
-// entry records the generation under which policy allowed the connection, and the tuple from which policy can judge it
-// again.
+// Connection tracking: finds the connection of a packet, says whether the connection is alive, and keeps its state.
+// This file knows no policy. An entry records the generation under which policy allowed the connection, and the tuple
+// from which policy can judge the connection again.
 //
-// A connection is unreplied until its first reply, then established.  A new connection leaves an established one with
-// the same tuple alone until the new one has a reply, which then replaces the old one.  Otherwise a SYN with a forged
-// source could end a connection.
+// A connection is unreplied until its first reply; then it is established. A new connection may have the tuple of an
+// established one. The established one stays until the new connection has a reply; then it is removed. Otherwise a SYN
+// with a forged source could end a connection.
 #pragma once
 
 #include "np_ctx.h"
@@ -14,13 +14,13 @@
 
 #define NP_ICMP_HEADER_BYTES 8
 
-// The result of a look-up, as a copy, because another CPU may reuse the slot at any time.  All fields are of one
+// The result of a look-up: a copy, because another CPU may reuse the slot at any time. All fields are from one
 // connection.
 struct np_found {
-    __u32 generation; // of struct np_conn, like all fields from `rule` on but the two flags
+    __u32 generation; // as in struct np_conn, like rule, direction, flags, icmp_type and icmp_code
     __u32 rule;
-    __u8 is_known; // a live connection covers the packet
-    __u8 is_unreplied; // that connection is unreplied
+    __u8 is_known; // 1: the packet belongs to a live connection
+    __u8 is_unreplied; // 1: that connection is unreplied
     __u8 direction;
     __u8 flags;
     __u8 icmp_type;
@@ -28,7 +28,7 @@ struct np_found {
     __u8 pad[2];
 };
 
-// Fill in the conntrack key of a tuple. `from_endpoint`: the source is the endpoint's (local) side.
+// Fill in the conntrack key of a tuple. `from_endpoint`: whether the source is the endpoint's (local) side.
 NP_INLINE void np_conn_key_set(union np_conn_key *key, const struct np_ctx *ctx, const __u32 *source,
                                const __u32 *destination, __u16 source_port, __u16 destination_port, __u8 protocol,
                                int from_endpoint, const int version)
@@ -52,7 +52,7 @@ NP_INLINE void np_conn_key_set(union np_conn_key *key, const struct np_ctx *ctx,
         words = 4;
     }
 #pragma unroll
-    for (int word = 0; word < words; word++) { // select words, not pointers: the verifier loses track of pointers
+    for (int word = 0; word < words; word++) { // chooses words, not pointers: the verifier loses track of pointers
         __u32 ours = from_endpoint ? source[word] : destination[word];
         __u32 theirs = from_endpoint ? destination[word] : source[word];
         __builtin_memcpy(local + word * 4, &ours, 4);
@@ -67,12 +67,12 @@ NP_INLINE void np_conn_key_of(union np_conn_key *key, const struct np_ctx *ctx, 
                     packet->protocol, ctx->ep->direction == NP_DIRECTION_EGRESS, version);
 }
 
-// Fill in the conntrack key of the packet inside an ICMP error.  That packet went the other way, so its source is the
-// local side if the error goes towards the endpoint.  Returns
+// Fill in the conntrack key of the packet inside an ICMP error.  The inner packet went in the opposite direction, so
+// its source is the local side if the error goes towards the endpoint.  Returns
 //   NP_REASON_RELATED          the key is filled in
-//   NP_REASON_NONE             the error has no readable inner header, so policy judges it like any other message
-//   NP_REASON_ICMP_UNRELATED   the error's destination is not the sender of the inner packet.  Without this check, a
-//                              workload with a single connection could send errors with any content to anyone.
+//   NP_REASON_NONE             the inner header is not readable, so policy judges the error like any other message
+//   NP_REASON_ICMP_UNRELATED   the error's destination is not the source of the inner packet. Without this check, a
+//                              workload with one connection could send errors with any content to anyone.
 NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, const struct np_ctx *ctx,
                                 const int version)
 {
@@ -99,7 +99,7 @@ NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, c
         offset += sizeof(ip);
 #pragma unroll
         for (int header = 0; header < NP_IP6_HEADERS; header++) {
-            struct np_ip6_fragment extension; // no extension header is shorter
+            struct np_ip6_fragment extension; // no IPv6 extension header is shorter than a fragment header
             if (!np_is_ip6_extension(protocol))
                 break;
             if (bpf_skb_load_bytes(skb, offset, &extension, sizeof(extension)))
@@ -121,7 +121,7 @@ NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, c
 
     __u16 source_port = 0;
     __u16 destination_port = 0;
-    struct np_icmp_header l4; // eight bytes are what an error must carry of any transport header
+    struct np_icmp_header l4; // an error must carry the first eight bytes of any transport header
     if (offset + sizeof(l4) > ctx->packet->end || bpf_skb_load_bytes(skb, offset, &l4, sizeof(l4)))
         return NP_REASON_NONE;
     __u32 other = source[0] ^ ctx->packet->destination[0];
@@ -147,23 +147,24 @@ NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, c
     return NP_REASON_RELATED;
 }
 
-// Whether both sides appear to have closed the connection.  Anybody outside who knows the tuple can forge FIN and RST.
+// Whether both sides have sent FIN, or one side RST. Anybody outside who knows the tuple can forge FIN and RST.
 NP_INLINE int np_conn_is_closed(const struct np_conn *conn)
 {
     return conn->state == NP_CONN_TCP_CLOSING || conn->state == NP_CONN_TCP_RESET;
 }
 
-// Whether the connection is alive.  A closed one lives as long as an established one, because its FIN or RST may be
-// forged; only its slot is evicted earlier (np_ct_refresh).
+// Whether the connection is alive. A closed connection has the time-out of an established one, because its FIN or RST
+// may be forged. Only its slot is evicted earlier (np_ct_refresh).
 NP_INLINE int np_conn_is_alive(const struct np_conn *conn, const struct np_ctx *ctx)
 {
     __u32 state = np_conn_is_closed(conn) ? NP_CONN_TCP_OPEN : conn->state;
-    // another CPU may have written a seen_jiffies one tick ahead; the difference is then negative
+    // the difference is negative if another CPU, one tick ahead, wrote seen_jiffies
     return (long long)(ctx->arrival->now_jiffies - conn->seen_jiffies) <=
            (long long)ctx->config->timeout_jiffies[state & (NP_CONN_STATES - 1)];
 }
 
-// Record the newer generation under which policy allows the connection, after the rule and flags that belong to it.
+// Record that policy allows the connection under a newer generation. This store is after those of the rule and the
+// flags that policy gave the connection.
 NP_INLINE void np_conn_renew(struct np_conn *conn, __u32 generation)
 {
 #ifdef NP_WEAK_ORDER // there is no 32-bit exchange
@@ -178,36 +179,36 @@ NP_INLINE void np_conn_renew(struct np_conn *conn, __u32 generation)
 #endif
 }
 
-// Whether the packet is an initial SYN. It never belongs to a connection: policy judges each one.
+// Whether the packet is an initial SYN. An initial SYN never belongs to a known connection: policy judges each one.
 NP_INLINE int np_conn_is_initial(const struct np_packet *packet)
 {
     return packet->protocol == NP_PROTOCOL_TCP && (packet->tcp_flags & (NP_TCP_SYN | NP_TCP_ACK)) == NP_TCP_SYN;
 }
 
-// Whether the connection covers the packet, which is not an initial SYN.  Of ICMP, a connection covers the query that
-// opened it, the reply of the matching type, and an error about it; every other ICMP message stands alone, although its
-// key may be the same.
+// Whether the packet, which is not an initial SYN, belongs to the connection with its key. An ICMP connection has the
+// query that opened it, the reply of the matching type, and errors about the connection. Every other ICMP message
+// belongs to no connection, although it may have the same key.
 NP_INLINE int np_conn_covers(const struct np_conn *conn, const struct np_ctx *ctx)
 {
     const struct np_packet *packet = ctx->packet;
     if (packet->icmp_kind == NP_ICMP_QUERY)
         return packet->icmp_type == conn->icmp_type && packet->icmp_code == conn->icmp_code;
-    if (packet->icmp_kind == NP_ICMP_ANSWER) // type 0 answers 8; each of 14, 16, 18 and 129 answers the type before it
+    if (packet->icmp_kind == NP_ICMP_ANSWER) // type 0 answers 8; each of 14, 16, 18 and 129 answers the type below it
         return packet->icmp_type == (conn->icmp_type == 8 ? 0 : conn->icmp_type + 1);
     if (packet->protocol == NP_PROTOCOL_ICMP || packet->protocol == NP_PROTOCOL_ICMPV6)
         return packet->icmp_kind == NP_ICMP_ERROR;
     return 1;
 }
 
-// Whether the packet may answer an initial SYN: SYN with ACK, or RST.  Such a packet is looked up among unreplied
-// connections first, because the new SYN did not touch an older established connection with the same tuple.
+// Whether the packet may answer an initial SYN: SYN with ACK, or RST. Such a packet is looked up among unreplied
+// connections first, because an older established connection with the same tuple may still exist.
 NP_INLINE int np_conn_may_answer(const struct np_packet *packet)
 {
     return packet->protocol == NP_PROTOCOL_TCP && packet->tcp_flags & (NP_TCP_SYN | NP_TCP_RST);
 }
 
-// Copy an entry into `found`.  The generation is read first, so rule and flags are of that generation or a newer one.
-// Returns whether the slot still has the same connection after the copy.
+// Copy an entry into `found`. The generation is read first, so that rule and flags are of that generation or of a newer
+// one. Returns whether the slot still has the same connection after the copy.
 NP_INLINE int np_conn_copy(struct np_found *found, const struct np_ct_slot *slot, const struct np_ctx *ctx,
                            int unreplied)
 {
@@ -222,8 +223,8 @@ NP_INLINE int np_conn_copy(struct np_found *found, const struct np_ct_slot *slot
     return np_ct_slot_is_kept(slot, found->rule + found->flags, unreplied, ctx);
 }
 
-// Find the packet's connection, after np_ct_probe.  No slot: no live connection covers the packet.  An initial SYN
-// belongs to no connection, so a flood of denied SYNs does not even touch this large table.
+// Find the packet's connection, after np_ct_probe. The result has no slot if the packet belongs to no live connection.
+// An initial SYN belongs to none, so a flood of denied SYNs does not even touch this large table.
 NP_INLINE struct np_ct_slot np_conn_find(struct np_found *found, const union np_conn_key *key, const struct np_ctx *ctx,
                                          const int version)
 {
@@ -247,14 +248,15 @@ NP_INLINE struct np_ct_slot np_conn_find(struct np_found *found, const union np_
     return none;
 }
 
-// Look up the connection in `found` again, after the policy step. No slot: the connection was evicted meanwhile.
+// Look up the connection in `found` again, after the policy steps. The result has no slot if the connection was evicted
+// meanwhile.
 NP_INLINE struct np_ct_slot np_conn_again(const struct np_ctx *ctx, const struct np_found *found,
                                           const union np_conn_key *key, const int version)
 {
     return np_ct_lookup(ctx, key, found->is_unreplied, version);
 }
 
-// Update the time when the connection was last seen.  All CPUs share the entry, so it is written at most once a second.
+// Update when the connection was last seen. All CPUs share the entry, so the time is written at most once a second.
 NP_INLINE void np_conn_touch(const struct np_ct_slot *slot, const struct np_ctx *ctx)
 {
     if (ctx->arrival->now_jiffies - slot->conn->seen_jiffies < ctx->config->jiffies_per_second)
@@ -278,8 +280,8 @@ NP_INLINE __u8 np_conn_first_state(__u8 protocol)
     }
 }
 
-// Whether a packet that policy allowed opens a connection.  A SYN with ACK, a RST and an ICMP reply belong to a
-// connection that should exist.  An ICMP message that is no query stands alone.  Untracked packets record no
+// Whether a packet that policy allowed opens a connection. A SYN with ACK, a RST and an ICMP reply do not, because
+// their connection should already exist. An ICMP message that is not a query, and an untracked packet, belong to no
 // connection.
 NP_INLINE int np_conn_opens(const struct np_ctx *ctx)
 {
@@ -300,8 +302,8 @@ NP_INLINE void np_conn_remove(const struct np_ctx *ctx, const union np_conn_key 
         np_ct_release(&open);
 }
 
-// Record the packet as the first of a connection.  `state` 0: the protocol's first state.  An initial SYN leaves an
-// older established connection with the same key; any other packet replaces it.
+// Record a connection with this packet as its first. `state` 0: the protocol's first state. If the packet is an initial
+// SYN, an older established connection with the same key stays; any other packet replaces that connection.
 NP_INLINE int np_conn_open(const struct np_ctx *ctx, const union np_conn_key *key, __u8 state, __u8 flags,
                            const int version)
 {
@@ -331,15 +333,15 @@ NP_INLINE int np_conn_open(const struct np_ctx *ctx, const union np_conn_key *ke
     return NP_REASON_NONE;
 }
 
-// Whether a TCP packet carries data and neither opens nor ends a connection.
+// Whether the packet is a TCP packet with data that neither opens nor ends a connection.
 NP_INLINE int np_goes_on(const struct np_packet *packet)
 {
     return packet->protocol == NP_PROTOCOL_TCP && !(packet->tcp_flags & (NP_TCP_SYN | NP_TCP_FIN | NP_TCP_RST)) &&
            packet->end > packet->l4_offset + packet->l4_bytes;
 }
 
-// Update a connection from one of its packets: last seen, FIN and RST, unreplied to established at the first reply,
-// closed back to established when data still flows.
+// Update a connection from one of its packets: when it was last seen, and its state. FIN and RST close it. The first
+// reply makes it established. Data on a closed connection makes it established again.
 NP_INLINE void np_conn_advance(const struct np_ctx *ctx, const union np_conn_key *key, const struct np_ct_slot *slot,
                                const struct np_found *found, const int version)
 {
@@ -362,7 +364,7 @@ NP_INLINE void np_conn_advance(const struct np_ctx *ctx, const union np_conn_key
     else if (is_over)
         conn->state = NP_CONN_TCP_CLOSING;
     if (unreplied && ctx->ep->reply && !(packet->tcp_flags & NP_TCP_RST)) {
-        np_conn_remove(ctx, key, version); // an older established connection, if there is one
+        np_conn_remove(ctx, key, version); // an older established connection with the same key, if there is one
         if (conn->state == NP_CONN_TCP_NEW)
             conn->state = NP_CONN_TCP_OPEN;
         conn->seen_jiffies = ctx->arrival->now_jiffies;

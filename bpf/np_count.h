@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// Counters for each rule and each reason.  They are per CPU, so they need no atomics.  No verdict depends on a counter.
+// Counters for each rule and each reason. The counters are per CPU, so they need no atomic operations. No verdict
+// depends on a counter.
 #pragma once
 
 #include "np_maps.h"
@@ -14,7 +15,7 @@ NP_INLINE void np_count_add(struct np_count *count, __u32 bytes)
 NP_INLINE void np_count_reason(__u32 reason, __u32 bytes)
 {
     struct np_count *count = np_reason_count_lookup(reason);
-    if (count) // always true: a reason is below NP_REASON_COUNT
+    if (count) // always true: every reason is below NP_REASON_COUNT
         np_count_add(count, bytes);
 }
 
@@ -27,7 +28,7 @@ NP_INLINE void np_count_rule(__u32 rule, __u32 bytes)
         np_count_reason(NP_REASON_RULE_RANGE, bytes);
 }
 
-// Count the rule that would decide if staged policies were enforced, for a packet that policy judged.
+// Count a packet that policy judged under the rule that would decide if staged policies were enforced.
 NP_INLINE void np_count_staged(__u32 rule, __u32 bytes)
 {
     struct np_count *count = np_staged_count_lookup(rule);

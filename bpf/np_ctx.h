@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// The context of one packet, which all steps share: the packet, its endpoint, the policy decision and the arrival.
+// The context of one packet, which all steps share: the packet, its endpoint, the policy decision, and when and where
+// the packet arrived.
 #pragma once
 
 #include "np_abi.h"
 #include "np_parse.h"
 
-// Where the program is attached.  Not a direction: at a workload's interface the two are opposite.
+// Where the program is attached. A hook is not a direction: TC ingress is egress policy at a workload's interface, and
+// ingress policy at a host's.
 enum np_hook {
     NP_HOOK_INGRESS = 0, // TC ingress of the interface
     NP_HOOK_EGRESS = 1, // TC egress of the interface
@@ -27,26 +29,26 @@ struct np_decision {
 };
 _Static_assert(sizeof(struct np_decision) == 32, "np_decision is whole words");
 
-// The endpoint that this hook enforces policy for.
+// The endpoint whose policy this hook enforces for the packet.
 struct np_endpoint_ctx {
     __u32 endpoint; // number of the endpoint
     __u32 endpoint_flags;
-    __u32 own_identity; // 0: not looked up yet
-    __u32 sender; // sender tag: the endpoint that must also allow the packet here; 0: none
-    __u32 link; // interface that has the addresses of this link; 0: unknown
-    struct np_addr addr; // result of np_addr_find
-    __u32 class; // result of np_class_of
-    __u8 direction; // of this packet, enum np_direction
-    __u8 reply; // the packet goes against its connection's first packet
-    __u8 untracked; // records no connection: borrowed source, or allowed by untracked policy
-    __u8 end_chain; // no program may run after this one: it could overwrite the sender tag
+    __u32 own_identity; // identity of the endpoint's own address; 0: not looked up yet
+    __u32 sender; // sender tag: number of the endpoint whose policy must also allow the packet here; 0: none
+    __u32 link; // interface that has the IP addresses of this link; 0: unknown
+    struct np_addr addr; // result of the last np_addr_find
+    __u32 class; // result of the last np_class_of
+    __u8 direction; // direction of this packet, enum np_direction
+    __u8 reply; // 1: the packet's direction is opposite to that of the connection's first packet
+    __u8 untracked; // 1: the packet records no connection: its source is borrowed, or untracked policy allowed it
+    __u8 end_chain; // 1: no later program at this hook may run, because it could overwrite the sender tag
     __u8 first_direction; // direction of the flow's first packet
-    __u8 kind; // of the flow: NP_CONN_DEFERRED, NP_CONN_FORWARDED
-    __u8 related; // NP_REASON_RELATED: the packet is an ICMP error about the connection
-    __u8 missing; // enum np_reason: why the interface has no endpoint; 0: it has one
-    __u32 hash; // conntrack hash of the packet's key; this and the next two are results of np_ct_probe
-    __u32 established_slot; // of an established connection with this hash; NP_CONN_WAYS or more: none
-    __u32 unreplied_slot; // of an unreplied connection with this hash; the same
+    __u8 kind; // kind of the flow: NP_CONN_DEFERRED, NP_CONN_FORWARDED, or 0
+    __u8 related; // NP_REASON_RELATED: the packet is an ICMP error about the connection; 0: it is not
+    __u8 missing; // enum np_reason: why the interface has no valid endpoint row; 0: it has one
+    __u32 hash; // conntrack hash of the packet's key; np_ct_probe sets this field and the next two
+    __u32 established_slot; // slot of an established connection with this hash; NP_CONN_WAYS or more: there is none
+    __u32 unreplied_slot; // slot of an unreplied connection with this hash; NP_CONN_WAYS or more: there is none
     __u32 pad;
 };
 _Static_assert(sizeof(struct np_endpoint_ctx) == 56, "np_endpoint_ctx is whole words");
@@ -54,19 +56,19 @@ _Static_assert(sizeof(struct np_endpoint_ctx) == 56, "np_endpoint_ctx is whole w
 // When and where the packet arrived.
 struct np_arrival {
     __u64 now_jiffies;
-    __u32 generation; // read before any row: a verdict from older rows must not carry a newer generation
+    __u32 generation; // generation, read before any row: a verdict from older rows must not carry a newer generation
     __u32 epoch;
     __u32 ifindex;
-    __u32 ingress_ifindex; // 0: unknown, or sent by the node
+    __u32 ingress_ifindex; // interface by which the packet entered the node; 0: unknown, or the node sent the packet
     __u32 frame_bytes;
     __u32 hook; // enum np_hook
-    __u32 is_from_node; // a process or the kernel of the node sent it
+    __u32 is_from_node; // 1: a process or the kernel of the node sent the packet
     __u32 pad;
 };
 
-// Everything that the pointers refer to is in np_scratch, for three reasons.  The stack has only 512 bytes.  A
-// tail-called program has a new stack.  The verifier does not track values in a map, so it does not walk the rest of
-// the program once for each way in which a value came about.
+// The context. Its pointers refer to parts of np_scratch, which is a map, for three reasons. The stack has only 512
+// bytes. A tail-called program has a new stack. The verifier does not track values in a map, so it checks the code that
+// follows once, and not once for each way in which a value came about.
 struct np_ctx {
     struct np_packet *packet;
     struct np_decision *decision;

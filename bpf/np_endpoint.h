@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// From an interface to its endpoint; from an address to its owner (anti-spoofing); which addresses are the node's.
+// Look-ups of three kinds: the endpoint of an interface, the owner of an address (anti-spoofing), and whether an
+// address is the node's.
 #pragma once
 
 #include "np_bucket.h"
 #include "np_ctx.h"
 #include "np_maps.h"
 
-#define NP_ENDPOINT_TRIES 4 // arbitrary: within a few reads a row is replaced once at most
+#define NP_ENDPOINT_TRIES 4 // arbitrary: the agent replaces a row at most once during a few reads
 
-// A copy of a host endpoint's number, its row's version (`flags`) and one of its policy sets.
+// A copy of a host endpoint's number, of the version of its row (in `flags`), and of one of its policy sets.
 struct np_owner {
     __u32 number;
     __u32 flags;
@@ -21,13 +22,14 @@ NP_INLINE __u32 np_fold(__u32 value, __u32 word)
     return (value ^ word) * NP_CHECK_PRIME;
 }
 
-// The 32-bit word that two adjacent fields of 16 bits share.
+// The 32-bit word that two adjacent 16-bit fields form.
 NP_INLINE __u32 np_halves(__u16 low, __u16 high)
 {
     return (__u32)high << 16 | low;
 }
 
-// The check word of a policy set.  The loader's seal_endpoint() must compute the same.
+// The check word of a policy set. `place`: the ifindex, or the index of a host endpoint's set. The loader's
+// seal_endpoint() must compute the same.
 NP_INLINE __u32 np_set_check(const struct np_set *set, __u32 number, __u32 place, __u32 flags, __u32 link)
 {
     __u32 value = NP_CHECK_SEED;
@@ -48,9 +50,9 @@ NP_INLINE __u32 np_set_check(const struct np_set *set, __u32 number, __u32 place
     return np_fold(value, set->verdict_base);
 }
 
-// Copy an interface's row into np_ep_cache.  The kernel may reuse the memory of a replaced hash element while a program
-// still reads it (since 6.1 with or without preallocation).  The check words detect that; then the program looks up the
-// row again.
+// Copy an interface's row of np_endpoint into np_ep_cache. The kernel may reuse the memory of a replaced hash element
+// while a program still reads that memory (since Linux 6.1 with or without preallocation). The check words then differ,
+// and the program looks up the row again.
 NP_INLINE int np_ep_cache_fill(struct np_ep_cache *cached, __u32 ifindex, __u32 epoch)
 {
     cached->epoch = cached->identity4 = cached->identity6 = 0;
@@ -65,7 +67,7 @@ NP_INLINE int np_ep_cache_fill(struct np_ep_cache *cached, __u32 ifindex, __u32 
         cached->link = row->link;
         cached->ingress = row->ingress;
         cached->egress = row->egress;
-        np_keep_in_memory(cached); // the compiler must not read the row again
+        np_keep_in_memory(cached); // keeps the compiler from reading the row again
         if (np_set_check(&cached->ingress, cached->number, ifindex, cached->flags, cached->link) ==
                 cached->ingress.check &&
             np_set_check(&cached->egress, cached->number, ifindex, cached->flags, cached->link) ==
@@ -77,7 +79,8 @@ NP_INLINE int np_ep_cache_fill(struct np_ep_cache *cached, __u32 ifindex, __u32 
     return NP_REASON_TORN_ENDPOINT;
 }
 
-// The interface's row from the endpoint cache.  NULL, with the reason, if there is no valid row.
+// The interface's row in the endpoint cache, copied from np_endpoint if necessary. Returns NULL and sets `reason` if
+// there is no valid row.
 NP_INLINE struct np_ep_cache *np_ep_cache_find(__u32 ifindex, __u32 epoch, int *reason)
 {
     struct np_ep_cache *cached = np_ep_cache_lookup(ifindex);
@@ -90,26 +93,27 @@ NP_INLINE struct np_ep_cache *np_ep_cache_find(__u32 ifindex, __u32 epoch, int *
     return *reason ? 0 : cached;
 }
 
-// Copy the policy set `index` of a host endpoint.  Returns NP_REASON_CONTINUE if the endpoint has no such policy set:
-// it then decides nothing, and the next policy step follows.
+// Copy the policy set `index` of a host endpoint. Returns NP_REASON_CONTINUE if the endpoint has no such set; then the
+// next policy step follows.
 NP_INLINE int np_host_read(__u32 number, __u32 index, struct np_owner *owner)
 {
     struct np_host *row = np_host_lookup(number);
     if (!row)
         return NP_REASON_UNKNOWN_ENDPOINT;
-    np_forget(index); // hides the known range from the compiler: verifiers before 6.10 need the bound
+    np_forget(index); // keeps the compiler from removing the bound, which verifiers before Linux 6.10 need
     index &= NP_HOST_SETS - 1;
     __u32 present = row->present;
     owner->number = row->number;
     owner->flags = row->version;
     owner->set = row->sets[index];
-    np_keep_in_memory(owner); // the compiler must not read the row again
+    np_keep_in_memory(owner); // keeps the compiler from reading the row again
     if (np_set_check(&owner->set, owner->number, index | present << 8, owner->flags, 0) != owner->set.check)
         return NP_REASON_TORN_ENDPOINT;
     return present >> index & 1 ? NP_REASON_NONE : NP_REASON_CONTINUE;
 }
 
-// Set number, flags and link of the interface's endpoint in the context.
+// Set number, flags and link of the interface's endpoint in the endpoint context. Returns NP_REASON_NONE or the reason
+// why there is no valid row.
 NP_INLINE int np_endpoint_find(struct np_ctx *ctx)
 {
     int reason;
@@ -122,7 +126,8 @@ NP_INLINE int np_endpoint_find(struct np_ctx *ctx)
     return NP_REASON_NONE;
 }
 
-// The interface of the local workload that has the address; NULL if none has it, or if its interface is unknown.
+// The interface of the local workload that has the address. NULL: no local workload has it, or the workload's interface
+// is unknown.
 NP_INLINE const struct np_ifindex *np_ifindex_of(struct np_ctx *ctx, const __u32 *address, const int version)
 {
     __u32 holder = np_addr_find(ctx, address, version)->holder;
@@ -134,13 +139,13 @@ NP_INLINE int np_is_loopback(const __u32 *address, const int version)
     return version == 4 && (address[0] & np_host32(0xff000000)) == np_host32(0x7f000000);
 }
 
-// Whether an address without a row in np_local may still be the node's.
+// Whether an address that has no row in np_local may still be an address of the node.
 NP_INLINE int np_may_be_in_net(const struct np_ctx *ctx, const __u32 *address, const int version)
 {
     return ctx->config->flags & NP_CONFIG_LOCAL_NETS || np_is_loopback(address, version);
 }
 
-// The np_local row of an address, which has the address's role at this node; NULL: none.
+// The np_local row that says what the address is at this node; NULL: there is none.
 NP_INLINE const struct np_local *np_local_find(const struct np_ctx *ctx, const __u32 *address, const int version)
 {
     const struct np_local *found = 0;
@@ -163,7 +168,7 @@ NP_INLINE const struct np_local *np_local_find(const struct np_ctx *ctx, const _
     return found;
 }
 
-// The roles of an address at this node (enum np_local_flag); 0: none.
+// What the address is at this node (enum np_local_flag); 0: nothing that np_local lists.
 NP_INLINE __u32 np_local_flags(const struct np_ctx *ctx, const __u32 *address, const int version)
 {
     if (NP_UNLIKELY(np_is_loopback(address, version)))
@@ -186,8 +191,8 @@ NP_INLINE int np_is_many(const __u32 *address, const int version)
     return (address[0] & np_host32(0xff000000)) == np_host32(0xff000000);
 }
 
-// Whether processes of the node receive packets to the address: it is the node's, broadcast, or a group that it has
-// joined.
+// Whether processes of the node receive packets to the address: an own or broadcast address of the node, or a multicast
+// group that the node has joined.
 NP_INLINE int np_reaches_node(const struct np_ctx *ctx, const __u32 *address, const int version)
 {
     if (version == 4 && address[0] == 0xffffffff)
@@ -195,7 +200,7 @@ NP_INLINE int np_reaches_node(const struct np_ctx *ctx, const __u32 *address, co
     return (np_local_flags(ctx, address, version) & (NP_LOCAL_OWN | NP_LOCAL_MANY | NP_LOCAL_GROUP)) != 0;
 }
 
-// Whether a packet to the address may be for processes of the node; any multicast counts.
+// Whether processes of the node may receive a packet to the address. Any multicast address counts.
 NP_INLINE int np_is_for_node(const struct np_ctx *ctx, const __u32 *address, const int version)
 {
     return np_is_many(address, version) || np_reaches_node(ctx, address, version);
@@ -206,7 +211,7 @@ NP_INLINE int np_is_link_local(const __u32 *address)
     return (address[0] & np_host32(0xffc00000)) == np_host32(0xfe800000);
 }
 
-// Whether the workload may borrow the address: send from a prefix in np_source that it does not own.
+// Whether the workload may borrow the address: np_source allows it to send from the address, which it does not own.
 NP_INLINE int np_may_borrow(const struct np_ctx *ctx, const __u32 *address, const int version)
 {
     union np_source_key key;
@@ -224,7 +229,7 @@ NP_INLINE int np_may_borrow(const struct np_ctx *ctx, const __u32 *address, cons
     return np_source_lookup(&key, version) != 0;
 }
 
-// Whether the workload owns the address, by np_ep_cache or by the address's row.
+// Whether the workload owns the address, according to np_ep_cache or to the address's row in np_addr.
 NP_INLINE int np_is_own(struct np_ctx *ctx, const __u32 *address, const int version)
 {
     struct np_ep_cache *cached = np_ep_cache_lookup(ctx->arrival->ifindex);
@@ -246,9 +251,9 @@ NP_INLINE int np_is_own(struct np_ctx *ctx, const __u32 *address, const int vers
     return 1;
 }
 
-// Whether only the node can receive this packet with a link-local source.  Nobody else is on the link, or the
-// destination is the node's address on the link.  Other receivers would need the source's owner, which np_addr does not
-// have.
+// Whether only the node can receive this packet, which has a link-local source. This is so if no other host is on the
+// link, or if the destination is the node's address on the link. Any other receiver's policy would need the owner of
+// the source, but np_addr does not have link-local addresses.
 NP_INLINE int np_is_for_node_alone(const struct np_ctx *ctx)
 {
     if (ctx->ep->link == ctx->arrival->ifindex)
@@ -257,11 +262,11 @@ NP_INLINE int np_is_for_node_alone(const struct np_ctx *ctx)
     return local && local->flags & NP_LOCAL_OWN && local->ifindex == ctx->ep->link;
 }
 
-// Whether a workload sends from an address that it may not use.  It may use three kinds:
-//   own          the address's row names this endpoint
-//   borrowed     a prefix of np_source has the address; such a packet records no connection, because the workload could
-//                fill the table with addresses of its choice
-//   link-local   any such address, if only the node receives the packet
+// Whether a workload sends from an address that it may not use. A workload may use three kinds of addresses:
+//   own          the address's row in np_addr names this endpoint
+//   borrowed     a prefix in np_source has the address; the packet records no connection, because the workload could
+//                otherwise fill the table with addresses of its choice
+//   link-local   any such address, if only the node can receive the packet
 NP_INLINE int np_is_spoofed(struct np_ctx *ctx, const int version)
 {
     if (ctx->ep->direction != NP_DIRECTION_EGRESS || ctx->ep->endpoint_flags & NP_ENDPOINT_HOST)
@@ -278,9 +283,9 @@ NP_INLINE int np_is_spoofed(struct np_ctx *ctx, const int version)
     return 1;
 }
 
-// Whether a packet at a workload's interface is not for that workload.  A packet may be for an address that the
-// workload owns or may borrow, multicast, broadcast, or a link-local address (the agent does not know owners of
-// link-local addresses).
+// Whether a packet that leaves by a workload's interface is not for that workload. A packet may be for an address that
+// the workload owns or may borrow, and for a multicast or broadcast address. It may also be for any link-local address,
+// because the agent does not know the owners of link-local addresses.
 NP_INLINE int np_is_misdelivered(struct np_ctx *ctx, const int version)
 {
     const __u32 *destination = ctx->packet->destination;
@@ -288,14 +293,14 @@ NP_INLINE int np_is_misdelivered(struct np_ctx *ctx, const int version)
         return 0;
     if (NP_LIKELY(np_is_own(ctx, destination, version)))
         return 0;
-    if (np_is_dhcp_request(ctx->packet, version)) // a request to the DHCP servers of the link
+    if (np_is_dhcp_request(ctx->packet, version)) // only DHCP servers may receive a DHCP request
         return 1;
     if (np_is_many(destination, version) || (version == 6 && np_is_link_local(destination)))
         return 0;
     return !(np_local_flags(ctx, destination, version) & NP_LOCAL_MANY) && !np_may_borrow(ctx, destination, version);
 }
 
-// Whether a workload sends an encapsulated packet that a tunnel device of a node would accept from any sender.
+// Whether a workload sends a packet in an encapsulation that a tunnel device of a node would accept from any sender.
 NP_INLINE int np_is_tunnelled(const struct np_ctx *ctx, const int version)
 {
     const struct np_packet *packet = ctx->packet;

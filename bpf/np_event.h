@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// Events for the agent.  The program writes one for each drop, and for a new flow if the configuration asks for it;
-// never for a packet of an established connection.  If the ring buffer is full the event is lost and counted; the
-// verdict stays the same.
+// Events for the agent. The program writes an event for each drop, and for a new flow if the configuration asks for
+// one. It writes no event for a packet of an established connection. If the ring buffer is full, the event is lost and
+// counted; the verdict stays the same.
 #pragma once
 
 #include "np_count.h"
@@ -19,13 +19,13 @@ NP_INLINE void np_event_write(const struct np_ctx *ctx, __u8 kind, __u16 reason)
         return;
     }
     event->time_jiffies = ctx->arrival->now_jiffies;
-    np_copy_words(&event->rule, &decision->rule, 24); // rule to peer_class
+    np_copy_words(&event->rule, &decision->rule, 24); // copies the fields from rule to peer_class
     event->endpoint = ctx->ep->endpoint;
     event->ifindex = ctx->arrival->ifindex;
     event->own_identity = ctx->ep->own_identity;
     event->frame_bytes = ctx->arrival->frame_bytes;
     if (NP_LIKELY(!ctx->ep->reply)) {
-        np_copy_words(event->source, packet->source, 32); // source and destination
+        np_copy_words(event->source, packet->source, 32); // copies source and destination
         event->source_port = packet->source_port;
         event->destination_port = packet->destination_port;
         event->direction = ctx->ep->direction;
@@ -48,7 +48,7 @@ NP_INLINE void np_event_write(const struct np_ctx *ctx, __u8 kind, __u16 reason)
     np_event_submit(event);
 }
 
-// Write an event for the Log rules that matched: at most one a second for each log list.
+// Write an event for the Log rules that matched, but at most one event a second for each log list.
 NP_INLINE void np_event_log(const struct np_ctx *ctx, __u16 reason)
 {
     struct np_log_limit *limit = np_log_limit_lookup(ctx->decision->log_list);
@@ -57,6 +57,6 @@ NP_INLINE void np_event_log(const struct np_ctx *ctx, __u16 reason)
         return;
     }
     if (limit)
-        limit->last_jiffies = ctx->arrival->now_jiffies; // if two CPUs pass at once, one event more is written
+        limit->last_jiffies = ctx->arrival->now_jiffies; // if two CPUs are here at once, both write an event
     np_event_write(ctx, NP_EVENT_LOG, reason);
 }

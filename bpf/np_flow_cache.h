@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// The fast path: a per-CPU flow cache of established connections, which holds for one second.  A look-up in the
-// connection table costs more than the rest of the slow path; a look-up in this cache costs one multiplication and one
-// cache line.
+// The fast path: a per-CPU cache of the tuples of established connections, in which an entry holds for one second. A
+// look-up in the connection table costs more than the rest of the slow path. A look-up in this cache costs one
+// multiplication and one cache line.
 //
-// A fast-path candidate is an unfragmented packet, Ethernet and IPv4 without options or IPv6 without extension headers,
-// with UDP, or TCP without SYN, FIN and RST.  Every other packet, and every malformed one, takes the slow path.
+// The fast path handles an unfragmented packet in an Ethernet frame, with UDP, or with TCP without SYN, FIN and RST,
+// after an IPv4 header without options or an IPv6 header without extension headers. Such a packet is called a
+// candidate. Every other packet takes the slow path.
 //
-// Invariant: an entry repeats what np_conn had, at most a second ago and under the same generation, of an established
-// connection or an unreplied UDP one.  Two consequences: the slow path refreshes each live connection in np_conn once a
-// second, and packets of a removed connection pass for at most a second.  A packet that changes a connection's state,
+// Invariant: an entry repeats what np_conn had at most a second ago, under the same generation, about an established
+// connection or an unreplied UDP one. This has two consequences. The slow path updates each live connection in np_conn
+// once a second. Packets of a removed connection pass for at most a second. A packet that changes a connection's state,
 // or that carries a sender tag, never takes the fast path.
 #pragma once
 
@@ -19,23 +20,23 @@
 #include "np_maps.h"
 #include "np_service.h"
 
-#define NP_SLOW_PATH (-2) // not a TC verdict
+#define NP_SLOW_PATH (-2) // no verdict of TC: the packet takes the slow path
 
-// The part of a candidate's tuple that is not an address.
+// Ports and protocol of a candidate, which the fast path compares besides the addresses.
 struct np_candidate {
     __u32 ports_be;
     __u32 protocol;
 };
 
-// The flow cache's slot for a tuple at a hook.  A packet between two workloads of the node passes both hooks on one
-// CPU, so the slots of both hooks are adjacent.
+// The slot of the flow cache for a tuple at a hook. A packet between two workloads of the node passes a hook of each on
+// one CPU. The two slots are adjacent, so they are in one cache line (IPv4).
 NP_INLINE struct np_flow_cache_fact *np_flow_cache_slot(const __u32 *source, const __u32 *destination, __u32 ports_be,
                                                         const int hook, const int version)
 {
     __u64 mixed = (__u64)(source[0] ^ ports_be) << 32 | (destination[0] ^ ports_be);
     if (version == 4) {
         struct np_flow_cache4 *slot = np_flow_cache4_lookup(np_hash(mixed) ^ (__u32)hook);
-        np_forget(slot); // otherwise the compiler adds to the pointer before the NULL check (LLVM 14 on arm64)
+        np_forget(slot); // otherwise the compiler (LLVM 14 on arm64) adds to the pointer before the NULL check
         return slot ? &slot->fact : 0;
     }
     mixed ^= (__u64)(source[3] ^ source[1]) << 32 | (destination[3] ^ destination[1]);
@@ -44,9 +45,9 @@ NP_INLINE struct np_flow_cache_fact *np_flow_cache_slot(const __u32 *source, con
     return slot ? &slot->fact : 0;
 }
 
-// Nonzero if the addresses before `fact` differ from the packet's.  Source and destination are adjacent in both.  IPv6
-// is compared in 8-byte words, unaligned in the packet: the verifier allows that where the CPU does, and it halves the
-// loads.
+// Nonzero if the addresses before `fact` differ from the packet's. In both places the destination follows the source.
+// IPv6 addresses are compared in 8-byte words, although these are unaligned in the packet. The verifier allows
+// unaligned loads where the CPU does. The wide words halve the number of loads.
 NP_INLINE __u64 np_flow_cache_differs(const struct np_flow_cache_fact *fact, const __u32 *source, const int version)
 {
     if (version == 4) {
@@ -58,7 +59,7 @@ NP_INLINE __u64 np_flow_cache_differs(const struct np_flow_cache_fact *fact, con
     return (address[0] ^ packet[0]) | (address[1] ^ packet[1]) | (address[2] ^ packet[2]) | (address[3] ^ packet[3]);
 }
 
-// Write the entry of a tuple at one hook of the packet's interface.
+// Write the flow cache's entry of a tuple, for one hook of the packet's interface.
 NP_INLINE void np_flow_cache_store(const struct np_ctx *ctx, const __u32 *source, const __u32 *destination,
                                    struct np_ports ports, __u32 rule, __u32 sender_tag, int is_due, const int hook,
                                    const int version)
@@ -66,7 +67,8 @@ NP_INLINE void np_flow_cache_store(const struct np_ctx *ctx, const __u32 *source
     __u32 ports_be;
     __builtin_memcpy(&ports_be, &ports, sizeof(ports_be));
     struct np_flow_cache_fact *fact = np_flow_cache_slot(source, destination, ports_be, hook, version);
-    // The fast path parses only Ethernet, and does not check the outer source of a packet from a tunnel.
+    // No entry for a packet without an Ethernet header, because the fast path parses only Ethernet.  No entry for an
+    // incoming packet of a tunnel, because the fast path does not check the outer source.
     const __u32 never = hook == NP_HOOK_INGRESS ? NP_ENDPOINT_LAYER3 | NP_ENDPOINT_EXTERNAL : NP_ENDPOINT_LAYER3;
     if (!fact || ctx->ep->endpoint_flags & never)
         return;
@@ -87,7 +89,7 @@ NP_INLINE void np_flow_cache_store(const struct np_ctx *ctx, const __u32 *source
     fact->hook = is_due ? hook | NP_FLOW_CACHE_DUE : hook;
 }
 
-// Write the entry of the packet's own tuple and hook.
+// Write the flow cache's entry of the packet's own tuple, for the packet's hook.
 NP_INLINE void np_flow_cache_fill(const struct np_ctx *ctx, __u32 rule, __u32 sender_tag, int is_due, const int hook,
                                   const int version)
 {
@@ -98,8 +100,8 @@ NP_INLINE void np_flow_cache_fill(const struct np_ctx *ctx, __u32 rule, __u32 se
     np_flow_cache_store(ctx, packet->source, packet->destination, ports, rule, sender_tag, is_due, hook, version);
 }
 
-// Write the entry of the reply tuple at the interface's other hook.  So both directions hit the cache as soon as a
-// connection is established.
+// Write the flow cache's entry of the reply tuple, for the interface's other hook. So packets of both directions take
+// the fast path as soon as a connection is established.
 NP_INLINE void np_flow_cache_fill_reply(const struct np_ctx *ctx, __u32 rule, __u32 sender_tag, int is_due,
                                         const int hook, const int version)
 {
@@ -110,7 +112,8 @@ NP_INLINE void np_flow_cache_fill_reply(const struct np_ctx *ctx, __u32 rule, __
     np_flow_cache_store(ctx, packet->destination, packet->source, ports, rule, sender_tag, is_due, !hook, version);
 }
 
-// Parse the transport header of a candidate.  `room`: length of header and payload; 20 bytes are readable.
+// Parse the transport header of a possible candidate; returns 0 if it is none. `room`: length of header and payload.
+// The caller has checked that 20 bytes are readable.
 NP_INLINE int np_candidate_l4(const struct np_tcp_header *tcp, __u8 protocol, __u32 room,
                               struct np_candidate *candidate)
 {
@@ -126,7 +129,7 @@ NP_INLINE int np_candidate_l4(const struct np_tcp_header *tcp, __u8 protocol, __
     return 1;
 }
 
-// The verdict from the flow cache, or NP_SLOW_PATH.
+// The verdict for a candidate from the flow cache; NP_SLOW_PATH if the cache has no valid entry.
 NP_INLINE int np_fast_path_pass(struct __sk_buff *skb, const struct np_config *config,
                                 const struct np_candidate *candidate, const __u32 *source, const __u32 *destination,
                                 const int hook, const int version)
@@ -137,7 +140,7 @@ NP_INLINE int np_fast_path_pass(struct __sk_buff *skb, const struct np_config *c
     __u64 other = np_flow_cache_differs(fact, source, version) | (fact->ports_be ^ candidate->ports_be) |
                   (fact->protocol ^ candidate->protocol) | ((fact->hook ^ (__u32)hook) & NP_HOOK_EGRESS) |
                   (fact->ifindex ^ skb->ifindex) | (fact->generation ^ config->generation);
-    // expired, or so long ago that the low 32 bits have wrapped
+    // `left` is large if the entry has expired, even if the low 32 bits have wrapped since then
     __u32 left = fact->until_jiffies - (__u32)bpf_jiffies64() - 1;
     if (NP_UNLIKELY(other || left >= config->jiffies_per_second))
         return NP_SLOW_PATH;

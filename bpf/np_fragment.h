@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// Fragments.  Only the first one has ports, so the fragment table records them for each first fragment that passes, by
-// the packet's identification.  A later fragment takes its ports from there and is then judged like any packet.  A
-// later fragment that arrives before the first one is dropped: an attacker could fill a table that keeps such
-// fragments.
+// Fragments. Only the first fragment of a packet has ports. For each first fragment that passes, the fragment table
+// records the ports under the packet's identification. A later fragment takes its ports from there; then it is judged
+// like any other packet. A later fragment that arrives before the first one is dropped. An attacker could fill a table
+// that keeps such fragments.
 #pragma once
 
 #include "np_ctx.h"
@@ -17,15 +17,15 @@ NP_INLINE void np_fragment_key(union np_frag_key *key, const struct np_ctx *ctx,
             .endpoint = ctx->ep->endpoint, .id = packet->fragment_id, .protocol = packet->protocol};
         __builtin_memcpy(key->v4.source, packet->source, sizeof(key->v4.source));
         __builtin_memcpy(key->v4.destination, packet->destination, sizeof(key->v4.destination));
-    } else { // without the protocol: the first fragment may have more extension headers behind its fragment header
+    } else { // the key has no protocol: the first fragment may have extension headers, so its protocol may differ
         key->v6 = (struct np_frag6_key){.endpoint = ctx->ep->endpoint, .id = packet->fragment_id};
         __builtin_memcpy(key->v6.source, packet->source, sizeof(key->v6.source));
         __builtin_memcpy(key->v6.destination, packet->destination, sizeof(key->v6.destination));
     }
 }
 
-// Restore the fields of the transport header in a later fragment, from its first one.  Returns NP_REASON_FRAGMENT if
-// there is none, or if the fragment overlaps the first one's headers.
+// Restore the fields of the transport header in a later fragment, as recorded for the first fragment. Returns
+// NP_REASON_FRAGMENT if there is no such record, or if the later fragment overlaps the first fragment's headers.
 NP_INLINE int np_fragment_recall(struct np_ctx *ctx, const int version)
 {
     struct np_packet *packet = ctx->packet;
@@ -46,7 +46,7 @@ NP_INLINE int np_fragment_recall(struct np_ctx *ctx, const int version)
     return NP_REASON_NONE;
 }
 
-// Record a first fragment that passes.
+// Record a first fragment that passes. Returns NP_REASON_NONE or NP_REASON_FRAGMENT_FULL.
 NP_INLINE int np_fragment_remember(const struct np_ctx *ctx, const int version)
 {
     const struct np_packet *packet = ctx->packet;
@@ -59,7 +59,7 @@ NP_INLINE int np_fragment_remember(const struct np_ctx *ctx, const int version)
         .protocol = packet->protocol,
         .icmp_type = packet->icmp_type,
         .icmp_code = packet->icmp_code,
-        .header_units = packet->fragment_units, // fits: at most NP_PULL_BYTES / 8 and a transport header
+        .header_units = packet->fragment_units, // fits into 8 bits: at most NP_PULL_BYTES / 8, and a transport header
     };
     return np_frag_update(&key, &first, version) ? NP_REASON_FRAGMENT_FULL : NP_REASON_NONE;
 }

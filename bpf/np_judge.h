@@ -8,14 +8,15 @@
 //     for a process of the node    failsafe ports of normal policy, then untracked, pre-DNAT (ingress), normal policy
 //     for a forwarded packet       untracked, pre-DNAT (ingress), forward policy
 //
-// If a list decides nothing, the next list follows.  A deny is final.  An allow by untracked or pre-DNAT policy ends
-// the host's lists.  If no list of a host endpoint decides, the packet passes (NP_ACTION_CONTINUE).
+// If a list decides nothing, the next list follows. A deny is final. If untracked or pre-DNAT policy allows the packet,
+// no further list of the host endpoint follows. If no list of a host endpoint decides, the packet passes
+// (NP_ACTION_CONTINUE).
 //
-// The program np_tc_judge evaluates one list, then tail-calls itself for the next.  So the verifier walks the
-// evaluation once, whatever the number of lists.
+// The program np_tc_judge evaluates one list, then tail-calls itself for the next list. The verifier therefore checks
+// the code of an evaluation once, whatever the number of lists.
 //
-// Invariants: one version of a host endpoint's row judges the packet, in all its lists (np_judge_step starts again if
-// the version changes); one packet costs at most NP_JUDGE_CALLS calls.
+// Invariants: all lists that judge a packet are from one version of the host endpoint's row (np_judge_step starts again
+// if the version changes). One packet costs at most NP_JUDGE_CALLS calls.
 #pragma once
 
 #include "np_classify.h"
@@ -25,78 +26,80 @@
 #include "np_maps.h"
 #include "np_outside.h"
 
-// The policy steps: each is one policy list, and np_steps puts them in order.
+// The policy steps. Each evaluates one policy list; np_steps puts them in order.
 enum np_step {
     NP_STEP_NONE = 0,
-    NP_STEP_WORKLOAD = 1, // the workload's policy
-    NP_STEP_NORMAL = 2, // a list of the host endpoint, as the next three
+    NP_STEP_WORKLOAD = 1, // the policy of the workload
+    NP_STEP_NORMAL = 2, // a list of the host endpoint, by enum np_stage; so are the next three
     NP_STEP_FORWARD = 3,
     NP_STEP_PRE_DNAT = 4,
     NP_STEP_UNTRACKED = 5,
-    NP_STEP_SERVICE = 6, // the workload's policy, for a service's own address; a deny only sets due_mark
-    NP_STEP_FAILSAFE = 10, // the host endpoint's normal policy, but only its failsafe ports
+    NP_STEP_SERVICE = 6, // the workload's policy for a service's own address; a deny only sets due_mark
+    NP_STEP_FAILSAFE = 10, // the host endpoint's normal policy, but the result counts only if a failsafe port decides
 };
 
 #define NP_STEP_BITS 4 // bits of one step in np_scratch.steps
-// enum np_stage of the steps NORMAL, FORWARD, PRE_DNAT and UNTRACKED: four bits for each, beginning with step 2.
+// A table from step to enum np_stage, for the steps NORMAL, FORWARD, PRE_DNAT and UNTRACKED: four bits for each, and
+// step 2 in the lowest bits.
 #define NP_STEP_STAGES 0x3210u
 #define NP_EGRESS_STEPS_WORKLOAD (1u << NP_STEP_WORKLOAD | 1u << NP_STEP_SERVICE)
 #define NP_EGRESS_STEPS_HOST                                                                                           \
     (1u << NP_STEP_NORMAL | 1u << NP_STEP_FORWARD | 1u << NP_STEP_PRE_DNAT | 1u << NP_STEP_UNTRACKED |                 \
      1u << NP_STEP_FAILSAFE)
 #define NP_STEP_ORIGINAL 4u // bit of a step that judges the original tuple, before translation
-// Most calls of np_tc_judge for a packet: two lists of its sender, four of its own interface, and four in reserve for
-// rows that change meanwhile. The kernel allows 33 tail calls; docs/adr/0012-program-set.md divides them.
+// Most calls of np_tc_judge for a packet: two for the lists of its sender, four for those of its own interface's
+// endpoint, and four in reserve for rows that change meanwhile. The kernel allows 33 tail calls;
+// docs/adr/0012-program-set.md divides them.
 #define NP_JUDGE_CALLS 10
 
-// Working memory of one packet, shared by all programs that handle it.
+// Working memory of one packet. All programs that handle the packet share it.
 struct np_scratch {
     struct np_packet packet;
     struct np_decision decision;
     struct np_endpoint_ctx ep;
     struct np_arrival arrival;
-    struct np_owner owner; // copy of the host endpoint's policy set for this step
-    struct np_tuple tuples[2]; // original and translated tuple
-    __u32 reason; // result of the last step, enum np_reason
-    struct np_decision workload_decision; // saved verdict of the workload's policy, while host lists follow
+    struct np_owner owner; // copy of the host endpoint's policy set for the current step
+    struct np_tuple tuples[2]; // the original tuple and the translated tuple
+    __u32 reason; // result of the last step or program part, enum np_reason
+    struct np_decision workload_decision; // verdict of the workload's policy, saved while the host's lists follow
     struct np_found found;
     struct np_found sender_found;
     union {
-        union np_conn_key key; // conntrack key of the packet
-        struct np_outer outer; // tunnel key; only before the conntrack key is set
+        union np_conn_key key; // conntrack key of the packet at the interface's endpoint
+        struct np_outer outer; // tunnel key of the packet; valid only until `key` is set
     };
-    union np_conn_key sender_key; // conntrack key of the packet under its sender's number
-    __u32 steps; // all policy steps (np_steps)
-    __u32 number; // number of the workload that a step of its own judges
-    __u32 ifindex; // interface of the workload
-    __u32 host; // number of the host endpoint
-    __u32 self; // workload that may be its own peer; 0: none
+    union np_conn_key sender_key; // conntrack key of the packet at its sender's endpoint
+    __u32 steps; // all policy steps of the packet, in the format of np_steps
+    __u32 number; // number of the workload whose policy the workload's steps evaluate
+    __u32 ifindex; // interface of that workload
+    __u32 host; // number of the host endpoint whose policy the host's steps evaluate
+    __u32 self; // number of the workload that may send to itself without policy; 0: none
     __u32 steps_left;
-    __u32 egress_steps; // bit i: step i (enum np_step) takes the egress policy
-    __u32 host_version; // version of the host endpoint's row that the first list saw; 0: none yet
-    __u32 asked_tuple; // tuple that steps without NP_STEP_ORIGINAL judge
-    __u32 own_endpoint; // number of the interface's endpoint, while the sender is judged
-    __u8 has_workload_decision; // workload_decision is set
-    __u8 is_source_hidden; // the node has replaced the source that the sender wrote
-    __u8 default_drop; // reason to drop a packet that no list denies: NP_REASON_TO_HOST; 0: none
-    __u8 is_sender; // the steps are those of the sender
-    __u8 calls_left; // calls of np_tc_judge left, of NP_JUDGE_CALLS
-    __u8 is_error; // the packet came as an ICMP error
-    __u8 is_first_leg; // the sender's connection is the deferred one of the ingress hook
-    __u8 is_due; // the sender may not send to the service's own address
+    __u32 egress_steps; // bit i: step i (enum np_step) evaluates egress policy, otherwise ingress policy
+    __u32 host_version; // version of the host endpoint's row at its first list; 0: no list was evaluated yet
+    __u32 asked_tuple; // which of `tuples` the steps without the bit NP_STEP_ORIGINAL judge
+    __u32 own_endpoint; // number of the interface's endpoint, saved while policy of the sender judges
+    __u8 has_workload_decision; // 1: workload_decision is set
+    __u8 is_source_hidden; // 1: the node has replaced the source address that the sender wrote
+    __u8 default_drop; // reason to drop the packet if no list denies it: NP_REASON_TO_HOST; 0: none
+    __u8 is_sender; // 1: the steps judge for the packet's sender, not for the interface's endpoint
+    __u8 calls_left; // number of calls of np_tc_judge that the packet may still use
+    __u8 is_error; // 1: the packet arrived as an ICMP error
+    __u8 is_first_leg; // 1: the connection found for the sender is the deferred one that the ingress hook recorded
+    __u8 is_due; // 1: the sender may not send to the service's own address
 };
 #define NP_TUPLE_ORIGINAL 0
 #define NP_TUPLE_TRANSLATED 1
 _Static_assert(sizeof(struct np_scratch) <= sizeof(struct np_scratch_words), "np_scratch fits");
 
-// Put policy steps in order, the first in the lowest bits. The first NP_STEP_NONE ends them.
+// Put policy steps into one number, the first step in the lowest bits. The first NP_STEP_NONE ends the steps.
 NP_INLINE __u32 np_steps(__u32 first, __u32 second, __u32 third, __u32 fourth)
 {
     return first | second << NP_STEP_BITS | third << 2 * NP_STEP_BITS | fourth << 3 * NP_STEP_BITS;
 }
 
-// Rebuild the tuple of a flow's first packet from the conntrack key. `direction` is that packet's; the caller sets the
-// ICMP fields.
+// Rebuild the tuple of a flow's first packet from the conntrack key. `direction`: direction of that first packet. The
+// caller sets the ICMP fields.
 NP_INLINE void np_tuple_of_key(struct np_tuple *tuple, const union np_conn_key *key, __u8 direction, const int version)
 {
     const __u8 *local = version == 4 ? key->v4.local : key->v6.local;
@@ -119,8 +122,8 @@ NP_INLINE void np_tuple_of_key(struct np_tuple *tuple, const union np_conn_key *
     tuple->to_node = NP_TO_NODE_UNASKED;
 }
 
-// Find the policy set of a step, in the endpoint cache or by a copy of the host endpoint's row.  NP_REASON_CONTINUE:
-// the host endpoint has no policy for this step.
+// Find the policy set of a step. A workload's set is in the endpoint cache; a host endpoint's is copied from the
+// endpoint's row. Returns NP_REASON_CONTINUE if the host endpoint has no policy for this step.
 NP_INLINE int np_step_set(const struct np_ctx *ctx, struct np_scratch *scratch, __u32 step, __u8 direction,
                           const struct np_set **set)
 {
@@ -137,20 +140,20 @@ NP_INLINE int np_step_set(const struct np_ctx *ctx, struct np_scratch *scratch, 
     return np_host_read(scratch->host, stage * 2 + direction, &scratch->owner);
 }
 
-// Evaluate the next policy list and fill in the decision.  Returns 1 if the decision is final.
+// Evaluate the next policy list, and fill in the decision. Returns 1 if the decision is final.
 NP_INLINE int np_judge_step(struct np_ctx *ctx, struct np_scratch *scratch, const int version)
 {
     struct np_decision *decision = ctx->decision;
     __u32 step = scratch->steps_left & ((1u << NP_STEP_BITS) - 1);
     if (step == NP_STEP_NONE)
         return 1;
-    __u8 direction = scratch->egress_steps >> step & 1; // NP_DIRECTION_EGRESS is 1
+    __u8 direction = scratch->egress_steps >> step & 1; // 1 is NP_DIRECTION_EGRESS, 0 is NP_DIRECTION_INGRESS
     const struct np_set *set;
     scratch->reason = np_step_set(ctx, scratch, step, direction, &set);
     np_barrier();
     int reason = scratch->reason;
     if (reason == NP_REASON_TORN_ENDPOINT)
-        return 0; // the next call reads the row again
+        return 0; // the next call of np_tc_judge reads the row again
     scratch->steps_left >>= NP_STEP_BITS;
     int is_workload = step == NP_STEP_WORKLOAD || step == NP_STEP_SERVICE;
     if (!is_workload && (reason == NP_REASON_NONE || reason == NP_REASON_CONTINUE)) {
@@ -175,7 +178,7 @@ NP_INLINE int np_judge_step(struct np_ctx *ctx, struct np_scratch *scratch, cons
         np_barrier();
         reason = scratch->reason;
     }
-    if (NP_UNLIKELY(step == NP_STEP_SERVICE)) { // no verdict: the hook where the packet leaves judges it
+    if (NP_UNLIKELY(step == NP_STEP_SERVICE)) { // no verdict here: the hook where the packet leaves judges it
         scratch->is_due = reason || decision->action != NP_ACTION_ALLOW;
         decision->action = decision->staged_action = NP_ACTION_CONTINUE;
         decision->reason = NP_REASON_CONTINUE;
@@ -197,7 +200,7 @@ NP_INLINE int np_judge_step(struct np_ctx *ctx, struct np_scratch *scratch, cons
         if (!reason)
             decision->reason = NP_REASON_POLICY_DENY;
         if (!is_workload && scratch->host != ctx->ep->endpoint) {
-            ctx->ep->endpoint = scratch->host; // the endpoint that denies
+            ctx->ep->endpoint = scratch->host; // the event and the counters then name the endpoint that denies
             ctx->ep->direction = ctx->ep->reply ? !direction : direction;
         }
         return 1;
@@ -217,7 +220,8 @@ NP_INLINE int np_judge_step(struct np_ctx *ctx, struct np_scratch *scratch, cons
     return step == NP_STEP_UNTRACKED || step == NP_STEP_PRE_DNAT || step == NP_STEP_FAILSAFE;
 }
 
-// End the evaluation: the decision then has its reason and NP_ACTION_ALLOW, _DENY or _CONTINUE.
+// Complete the decision after the last list: its action is now NP_ACTION_ALLOW, _DENY or _CONTINUE, and its reason is
+// set.
 NP_INLINE void np_judge_end(struct np_ctx *ctx, struct np_scratch *scratch)
 {
     struct np_decision *decision = ctx->decision;
@@ -231,7 +235,7 @@ NP_INLINE void np_judge_end(struct np_ctx *ctx, struct np_scratch *scratch)
     }
 }
 
-// Tail-call np_tc_judge for the next list. Returns only if that fails: the reason to drop.
+// Tail-call np_tc_judge for the next list. Returns only if the call fails, with the reason to drop the packet.
 NP_INLINE int np_judge_next(struct __sk_buff *skb, struct np_scratch *scratch)
 {
     if (!scratch->calls_left)
@@ -241,7 +245,7 @@ NP_INLINE int np_judge_next(struct __sk_buff *skb, struct np_scratch *scratch)
     return NP_REASON_CALL_MISSING;
 }
 
-// Evaluate all lists of `scratch->steps`.  Returns only if the tail call fails: the reason to drop.
+// Evaluate all lists of `scratch->steps`. Returns only if the tail call fails, with the reason to drop the packet.
 NP_INLINE int np_judge(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch)
 {
     struct np_decision *decision = ctx->decision;

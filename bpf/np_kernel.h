@@ -1,20 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// Fields of the kernel's sk_buff that __sk_buff does not have: whether a device will write the packet's checksum, and
-// where. The loader fills in the offsets of these fields on this kernel (netpol_loader.kernel.facts) and the way to
-// read them: the kernel function bpf_cast_to_kern_ctx, which costs nothing, or a copy (kernels before 6.2).
+// Fields of the kernel's sk_buff that __sk_buff lacks: whether a device will write the packet's checksum, and where.
 //
-// Checksum offload writes where the packet's sender says; a virtual machine or a packet socket chooses that place.  It
-// could choose a port or an address, and the network would see another packet than the one that was judged.
+// The loader fills in the offsets of these fields on the running kernel (netpol_loader.kernel.facts), and the way to
+// read them. One way is the kernel function bpf_cast_to_kern_ctx, which costs nothing. Kernels before 6.2 lack this
+// function; there the program copies the fields.
+//
+// With checksum offload, the device writes the checksum at an offset that the packet's sender chooses. The sender may
+// be a virtual machine or a packet socket. A sender could choose the offset of a port or an address; then the network
+// would see another packet than policy judged.
 #pragma once
 
 #include "np_ctx.h"
 #include "np_lang.h"
 #include "np_parse.h"
 
-#define NP_CHECKSUM_PARTIAL 3 // CHECKSUM_PARTIAL of the kernel
+#define NP_CHECKSUM_PARTIAL 3 // the kernel's CHECKSUM_PARTIAL
 
-// Offset at which a device will write a checksum, from the packet's beginning; NP_NO_CHECKSUM: none.
+// np_checksum_at returns the offset from the packet's beginning at which a device will write a checksum, or
+// NP_NO_CHECKSUM.
 #define NP_NO_CHECKSUM (~0u)
 
 NP_INLINE __u32 np_checksum_in(const void *fields)
@@ -34,11 +38,11 @@ NP_INLINE __u32 np_checksum_at(struct __sk_buff *skb)
         return np_checksum_in(np_kernel_skb(skb) + NP_KERNEL(NP_KERNEL_FIRST));
     __u8 copy[NP_KERNEL_BYTES];
     if (np_probe_read_kernel(copy, sizeof(copy), (void *)skb + NP_KERNEL(NP_KERNEL_FIRST)))
-        return 0; // cannot happen; at offset 0 no checksum may be written, so the packet is dropped
+        return 0; // cannot happen; np_checksum_misaims refuses a checksum at offset 0, so the packet is dropped
     return np_checksum_in(copy);
 }
 
-// The offset of the checksum in a transport header; NP_NO_CHECKSUM: unknown.
+// The offset of the checksum field in a transport header; NP_NO_CHECKSUM: the protocol has no known checksum field.
 NP_INLINE __u32 np_checksum_place(__u8 protocol)
 {
     switch (protocol) {
@@ -56,14 +60,13 @@ NP_INLINE __u32 np_checksum_place(__u8 protocol)
     }
 }
 
-// Whether checksum offload would change bytes that policy judged: it writes within the headers, but not to the checksum
-// field.  It may write anywhere in the payload, unless the packet is an ICMP error: policy also judges the packet
-// inside an error.
+// Whether checksum offload would change bytes that policy judged. A device may write to the checksum field. It may also
+// write into the payload, unless the packet is an ICMP error, because policy judges the payload of an error.
 NP_INLINE int np_checksum_misaims(struct __sk_buff *skb, const struct np_packet *packet)
 {
     __u32 at = np_checksum_at(skb);
     __u32 header = packet->l4_offset;
-    // an ICMP error's payload is judged too
+    // policy also judges the payload of an ICMP error
     if (NP_LIKELY(at >= header + packet->l4_bytes && packet->icmp_kind != NP_ICMP_ERROR) || at == NP_NO_CHECKSUM)
         return 0;
     __u32 place = np_checksum_place(packet->protocol);

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// Link-local control messages: ARP, IPv6 neighbour and listener discovery, DHCP.  No host can communicate without them,
-// so they pass before policy.  Policy never sees them, so the program must check that each one is genuine.
+// Link-local control messages: ARP, IPv6 neighbour and listener discovery, DHCP. No host can communicate without these
+// messages, so they pass before policy. Because policy never sees them, the program must check that each one is
+// genuine.
 //
-// passes    a well-formed message about the sender itself, or a question about the link, that no router forwards
+// passes    a well-formed message that no router forwards: about the sender itself, or a question about the link
 // dropped   a message in the name of another host, a router or a DHCP server
 // policy    every other packet of these types
 //
-// A message that a workload sends is checked in full at the workload's own interface (TC ingress).  Any other message
-// is checked by its hop limit alone: either a hook of this node has checked it, or it comes from outside the node,
-// where this program cannot vouch for any sender.
+// A message that a workload sends is checked in full at the workload's own interface (TC ingress). Of any other message
+// only the hop limit is checked. If a workload of this node sent it, the workload's own hook has checked it. If it
+// comes from outside the node, this program cannot check the sender.
 #pragma once
 
 #include "np_endpoint.h"
@@ -57,7 +58,7 @@ struct np_arp {
 };
 _Static_assert(sizeof(struct np_arp) == 28, "np_arp");
 
-// A hop-by-hop options header that has a router alert and no other option.
+// A hop-by-hop options header with a router alert and no other option.
 struct np_link_alert {
     __u8 next;
     __u8 length;
@@ -76,7 +77,7 @@ struct np_link_record {
 
 struct np_link_option {
     __u8 type;
-    __u8 length; // in units of 8 bytes
+    __u8 length; // length of the option in units of 8 bytes
     __u8 mac[6];
 };
 
@@ -90,19 +91,19 @@ NP_INLINE int np_is_unspecified(const __u32 *address)
     return !(address[0] | address[1] | address[2] | address[3]);
 }
 
-// Whether the address is a multicast group of link-local scope, which no router forwards.
+// Whether the address is a multicast group of link-local scope. No router forwards packets to such a group.
 NP_INLINE int np_is_link_group(const __u32 *address)
 {
     return (address[0] & np_host32(0xff0f0000)) == np_host32(0xff020000);
 }
 
-// Whether the frame ends with the packet, without padding.
+// Whether the frame ends where the IP packet ends, without padding.
 NP_INLINE int np_is_alone(const struct np_ctx *ctx)
 {
     return ctx->packet->end == ctx->arrival->frame_bytes;
 }
 
-// Whether the address belongs neither to the node nor to a workload with a known interface.
+// Whether neither the node nor a workload with a known interface has the address.
 NP_INLINE int np_is_nobodys(struct np_ctx *ctx, const __u32 *address, const int version)
 {
     if (np_local_flags(ctx, address, version) & NP_LOCAL_OWN)
@@ -110,8 +111,9 @@ NP_INLINE int np_is_nobodys(struct np_ctx *ctx, const __u32 *address, const int 
     return !np_ifindex_of(ctx, address, version);
 }
 
-// Whether the workload may claim the address.  It may claim an address that it owns or may borrow, and a link-local
-// address that belongs to nobody else.  While the interface has no endpoint, it may claim only the link-local kind.
+// Whether the workload may claim the address. It may claim an address that it owns or may borrow, and a link-local
+// address that belongs to nobody else. While the interface has no endpoint, the workload may claim only such a
+// link-local address.
 NP_INLINE int np_may_claim(struct np_ctx *ctx, const __u32 *address, const int version)
 {
     if (!ctx->ep->missing && (np_is_own(ctx, address, version) || np_may_borrow(ctx, address, version)))
@@ -119,7 +121,7 @@ NP_INLINE int np_may_claim(struct np_ctx *ctx, const __u32 *address, const int v
     return version == 6 && np_is_link_local(address) && np_is_nobodys(ctx, address, version);
 }
 
-// Whether the address belongs to a local workload on the same link as this interface.
+// Whether a local workload on the same link as this interface has the address.
 NP_INLINE int np_is_beside(struct np_ctx *ctx, const __u32 *address)
 {
     const struct np_ifindex *place = np_ifindex_of(ctx, address, 6);
@@ -127,11 +129,13 @@ NP_INLINE int np_is_beside(struct np_ctx *ctx, const __u32 *address)
     return row && row->link == ctx->ep->link;
 }
 
-// Whether the address is on the interface's own link: it is link-local, a workload has it on this link, or the FIB
-// routes it to this link without a gateway.  If the node does not forward, the FIB lookup fails and other addresses are
-// not on link.  The node's own addresses always count: container networks put one gateway address on many interfaces,
-// or a gateway beside a bridge, so the one interface in np_local proves nothing.  That is safe: a message to or about
-// the node goes no further than the node and the link.
+// Whether the address is on the link of this interface. A link-local address is on the link. So is an address that a
+// workload on this link has, or that the FIB routes to this link without a gateway. If the node does not forward, the
+// FIB lookup fails, and no further address is on the link.
+//
+// The node's own addresses always count as on the link. np_local has at most one interface of an address, but container
+// networks put one gateway address on many interfaces, or put the gateway beside a bridge. This is safe: a message to
+// or about the node goes no further than the node and the link.
 NP_INLINE int np_is_on_link(struct __sk_buff *skb, struct np_ctx *ctx, const __u32 *address)
 {
     if (np_is_link_local(address))
@@ -154,7 +158,7 @@ NP_INLINE int np_is_on_link(struct __sk_buff *skb, struct np_ctx *ctx, const __u
     return !other && route.ifindex == ctx->ep->link;
 }
 
-// Whether each option is the sender's own link-layer address or a nonce, up to the end of the packet.
+// Whether every option up to the end of the packet is the sender's own link-layer address or a nonce.
 NP_INLINE int np_link_options_fit(struct __sk_buff *skb, const struct np_ctx *ctx, __u32 offset)
 {
     struct np_link_option option;
@@ -183,8 +187,9 @@ NP_INLINE int np_link_options_fit(struct __sk_buff *skb, const struct np_ctx *ct
     return offset == end;
 }
 
-// Check a workload's neighbour discovery message that has the required hop limit.  Receivers accept an advertisement
-// even if the rest of the packet is irregular, so the advertised target is checked first.
+// Check a neighbour discovery message that a workload sends with the required hop limit. Receivers accept an
+// advertisement even if the rest of the packet is irregular, so the advertised target is checked first. Returns the
+// same as np_link_message.
 NP_INLINE int np_link_spoken(struct __sk_buff *skb, struct np_ctx *ctx)
 {
     const struct np_packet *packet = ctx->packet;
@@ -219,7 +224,7 @@ NP_INLINE int np_link_spoken(struct __sk_buff *skb, struct np_ctx *ctx)
     return np_link_options_fit(skb, ctx, offset) ? NP_REASON_NEIGHBOUR : NP_REASON_NONE;
 }
 
-// Whether every record names a multicast group without sources and auxiliary data.
+// Whether every record of an MLDv2 report names a multicast group, without sources and without auxiliary data.
 NP_INLINE int np_are_records_plain(struct __sk_buff *skb, __u32 offset, __u32 count)
 {
 #pragma clang loop unroll(disable)
@@ -235,7 +240,8 @@ NP_INLINE int np_are_records_plain(struct __sk_buff *skb, __u32 offset, __u32 co
     return count == NP_MLD2_RECORDS;
 }
 
-// Whether a workload's listener message has the minimal length, and a router alert (RFC 2711) or no extension header.
+// Whether a workload's listener message has the length that its type requires, and no extension header but a router
+// alert (RFC 2711).
 NP_INLINE int np_is_listener_whole(struct __sk_buff *skb, const struct np_ctx *ctx)
 {
     const struct np_packet *packet = ctx->packet;
@@ -261,7 +267,7 @@ NP_INLINE int np_is_listener_whole(struct __sk_buff *skb, const struct np_ctx *c
     return length == NP_MLD_BYTES || (packet->icmp_type == NP_MLD_QUERY && length == NP_MLD2_QUERY);
 }
 
-// Whether a listener report, done or query cannot leave the link, and, from a workload, is genuine.
+// Whether a multicast listener report, done or query cannot leave the link and, if a workload sends it, is genuine.
 NP_INLINE int np_is_listener_message(struct __sk_buff *skb, struct np_ctx *ctx, int is_workloads_own)
 {
     const struct np_packet *packet = ctx->packet;
@@ -275,8 +281,8 @@ NP_INLINE int np_is_listener_message(struct __sk_buff *skb, struct np_ctx *ctx, 
     return np_is_link_local(source) && (!is_workloads_own || np_may_claim(ctx, source, 6));
 }
 
-// Judge an ICMPv6 message of the link.  Returns NP_REASON_NEIGHBOUR if it passes, NP_REASON_LINK_FORGED if it is
-// dropped, the reason why the interface has no endpoint, or NP_REASON_NONE if policy must judge the packet.
+// Judge an ICMPv6 message. Returns NP_REASON_NEIGHBOUR if the message passes without policy, NP_REASON_NONE if policy
+// must judge it, otherwise the reason to drop it: NP_REASON_LINK_FORGED, or why the interface has no endpoint.
 NP_INLINE int np_link_message(struct __sk_buff *skb, struct np_ctx *ctx, const int hook)
 {
     const struct np_packet *packet = ctx->packet;
@@ -295,14 +301,14 @@ NP_INLINE int np_link_message(struct __sk_buff *skb, struct np_ctx *ctx, const i
         return NP_REASON_NONE;
     if (is_workloads_own)
         return np_link_spoken(skb, ctx);
-    if (hook == NP_HOOK_EGRESS) // the hop limit proves that the message was not routed
+    if (hook == NP_HOOK_EGRESS) // the hop limit proves that no router forwarded the message
         return NP_REASON_NEIGHBOUR;
     int stays = np_is_many(packet->destination, 6) || np_is_link_local(packet->destination) ||
                 np_is_local(ctx, packet->destination, 6);
     return stays ? NP_REASON_NEIGHBOUR : NP_REASON_NONE;
 }
 
-// Whether the frame ends with the ARP packet, or has zeros behind it up to Ethernet's minimum.
+// Whether the frame ends with the ARP packet, or has zeros after it up to the minimum length of an Ethernet frame.
 NP_INLINE int np_is_arp_whole(struct __sk_buff *skb, const struct np_ctx *ctx)
 {
     __u8 padding[NP_ARP_PADDING];
@@ -318,8 +324,8 @@ NP_INLINE int np_is_arp_whole(struct __sk_buff *skb, const struct np_ctx *ctx)
     return !any;
 }
 
-// Judge ARP.  From a workload, the sender address must be one that the workload may claim; so must the target of an ARP
-// probe (sender 0.0.0.0).  Otherwise the frame is NP_REASON_LINK_FORGED, unless the workload is a router.
+// Judge an ARP packet. A workload must be allowed to claim the sender address or, in an ARP probe (sender 0.0.0.0), the
+// target address. Otherwise the packet is dropped as NP_REASON_LINK_FORGED, unless the workload is a router.
 NP_INLINE int np_link_arp(struct __sk_buff *skb, struct np_ctx *ctx, const int hook)
 {
     struct np_arp arp;
@@ -329,7 +335,7 @@ NP_INLINE int np_link_arp(struct __sk_buff *skb, struct np_ctx *ctx, const int h
     if (!np_is_workloads_own(ctx, hook) || ctx->ep->endpoint_flags & NP_ENDPOINT_ROUTES)
         return NP_REASON_ARP;
     ctx->ep->direction = NP_DIRECTION_EGRESS;
-    if (ctx->ep->endpoint_flags & NP_ENDPOINT_LAYER3) // such an interface has no hardware addresses
+    if (ctx->ep->endpoint_flags & NP_ENDPOINT_LAYER3) // such an interface has no hardware addresses, so it needs no ARP
         return NP_REASON_LINK_FORGED;
     if (!np_is_arp_whole(skb, ctx) || bpf_skb_load_bytes(skb, ctx->packet->l3_offset, &arp, sizeof(arp)) ||
         bpf_skb_load_bytes(skb, __builtin_offsetof(struct np_eth_header, source), mac, sizeof(mac)))
@@ -342,12 +348,12 @@ NP_INLINE int np_link_arp(struct __sk_buff *skb, struct np_ctx *ctx, const int h
     __builtin_memcpy(&sender, arp.sender, sizeof(sender));
     __builtin_memcpy(&target, arp.target, sizeof(target));
     const __u32 *claimed = sender ? &sender : &target;
-    if (ctx->ep->missing) // only an ARP probe for an address that nobody has
+    if (ctx->ep->missing) // an interface without an endpoint may only probe for an address that nobody has
         return is_own && !sender && np_is_nobodys(ctx, claimed, 4) ? NP_REASON_ARP : ctx->ep->missing;
     return is_own && np_may_claim(ctx, claimed, 4) ? NP_REASON_ARP : NP_REASON_LINK_FORGED;
 }
 
-// Whether a workload sends what only a router (redirect) or a DHCP server sends.
+// Whether a workload sends a message that only a router (redirect) or a DHCP server may send.
 NP_INLINE int np_is_forged(const struct np_ctx *ctx, const int hook, const int version)
 {
     const struct np_packet *packet = ctx->packet;

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// All maps, the facts about each, and typed accessors.  No other file accesses a map.
+// All maps, the facts about each map, and typed accessors. No other file accesses a map.
 //
-// The compiled program names a map by its number, in the order of declaration; the loader makes the maps and replaces
-// the numbers in the program by their descriptors. All maps but np_call are pinned in one directory, which has
-// NP_SCHEMA_VERSION in its name.  Pinned maps survive the agent and every program.  Sizes are defaults.  The compiled
-// program contains no size (NP_MASK), so one file serves maps of any size on any number of CPUs.
+// The compiled program names a map by its number, which counts the declarations below. The loader makes the maps, and
+// replaces the numbers in the program by the maps' descriptors. All maps but np_call are pinned in one directory, which
+// has NP_SCHEMA_VERSION in its name. Pinned maps survive the agent and every program. The sizes below are defaults. The
+// compiled program contains no size (NP_MASK), so the same compiled file serves maps of any size on any number of CPUs.
 //
-// Above each map are, in this order: what it maps; who writes, who reads; when a packet looks it up; its size, and what
-// happens when it is full; the byte order of the key; its lifetime; and its role, on a line of its own.
-// scripts/generate_abi.py reads the following lists and every role; loader, agent and tools derive from them which maps
-// are which.
+// The comment above each map has, in this order: what the map is for; who writes it and who reads it; when the program
+// looks it up for a packet; its size, or what happens when it is full; the byte order of the key; the lifetime; and the
+// role, on a line of its own. scripts/generate_abi.py reads the following lists and every role; loader, agent and tools
+// derive from them which maps are which.
 //
 // Role: one for each map.
 //   endpoint: rows of single endpoints
@@ -40,219 +40,229 @@
 #include "np_abi.h"
 #include "np_lang.h"
 
-// The first map has the number 0, whatever the compiler's counter is.
+// The first map has the number 0, wherever the compiler's counter begins.
 enum { NP_MAP_FIRST = __COUNTER__ + 1 };
 
-// The program needs only the number; the loader and scripts/generate_abi.py parse the other arguments.
+// The compiled program needs only the number. The loader and scripts/generate_abi.py parse the other arguments.
 #define NP_MAP(type, name, key_type, value_type, size, flags) enum { name = __COUNTER__ - NP_MAP_FIRST }
 #define NP_MAP_RINGBUF(name, size) enum { name = __COUNTER__ - NP_MAP_FIRST } // size in bytes
 
-// Maps an interface to its endpoint and both policy sets.  The agent writes, the program reads.  Looked up when
-// np_ep_cache misses.  When full: the agent rejects the endpoint, and its packets are dropped as unknown-endpoint.
-// Key: host order. Lives until the endpoint goes.  Every change needs a new epoch (np_ep_cache).
+// Maps an interface to its endpoint and to the policy sets of both directions. The agent writes, the program reads.
+// Looked up when np_ep_cache has no valid row. When full: the agent rejects the endpoint, and its packets are dropped
+// as unknown-endpoint. Key: host order. A row lives until the interface loses its endpoint. The agent raises the epoch
+// with every change, because np_ep_cache has copies.
 // Role: endpoint, cached, referring.
 NP_MAP("hash", np_endpoint, struct np_endpoint_key, struct np_endpoint, 4096, BPF_F_NO_PREALLOC);
 
-// Maps a hash of the tuple to the verdict of its connection; direct-mapped, with a range of slots for each CPU.  The
-// program writes and reads.  Looked up for every packet.  A collision overwrites.  Key: the CPU's range and the hash.
-// A row is valid for one generation and one second.
+// Maps the hash of a packet's tuple to the verdict of its connection, in a range of slots for each CPU. The program
+// writes and reads. Looked up for every packet. A collision overwrites the older row. Key: the CPU's range and the
+// hash. A row is valid for one second and one generation.
 // Role: flow cache, ranged.
-NP_MAP("array", np_flow_cache4, __u32, struct np_flow_cache4, 262144, 0); // for all CPUs together
-NP_MAP("array", np_flow_cache6, __u32, struct np_flow_cache6, 131072, 0); // for all CPUs together
+NP_MAP("array", np_flow_cache4, __u32, struct np_flow_cache4, 262144, 0); // size for all CPUs together
+NP_MAP("array", np_flow_cache6, __u32, struct np_flow_cache6, 131072, 0); // size for all CPUs together
 
-// Caches the endpoint of an interface; direct-mapped.  The program writes and reads.  Looked up for every packet on the
-// slow path.  A collision overwrites.  Key: ifindex modulo size.  A row is valid for one epoch.
+// Caches the np_endpoint row of an interface. The program writes and reads. Looked up for every packet on the slow
+// path. A collision overwrites the older row. Key: ifindex modulo size. A row is valid for one epoch.
 // Role: endpoint cache, masked.
 NP_MAP("percpu_array", np_ep_cache, __u32, struct np_ep_cache, 512, 0);
 
 // Maps a host endpoint's number to its policy sets.  The agent writes, the program reads.  Looked up for a new flow on
-// a host interface, and on every interface if the node has a wildcard host endpoint.  When full: the agent rejects the
-// change. Key: host order.  Lives as long as the endpoint has an interface.
+// a host interface; if the node has a wildcard host endpoint, on every interface.  When full: the agent rejects the
+// change. Key: host order. A row lives as long as the endpoint has an interface.
 // Role: endpoint, referring.
 NP_MAP("hash", np_host, struct np_number_key, struct np_host, 64, BPF_F_NO_PREALLOC);
 
-// Maps a workload endpoint's number to its interface.  The agent writes, the program reads.  Looked up where a packet
-// with a sender tag leaves, for the source of a packet from outside, and in link messages.  When full: the agent
-// rejects the endpoint.  Key: host order.  Lives as long as the endpoint's row.
+// Maps a workload endpoint's number to its interface.  The agent writes, the program reads.  Looked up for the sender
+// of a packet with a sender tag, for the source of a packet from outside, and for link messages.  When full: the agent
+// rejects the endpoint.  Key: host order.  A row lives as long as the endpoint has a row in np_endpoint.
 // Role: endpoint.
 NP_MAP("hash", np_ifindex, struct np_number_key, struct np_ifindex, 4096, BPF_F_NO_PREALLOC);
 
-// Maps an address to its role at this node: its own, broadcast, a joined group, another node's.  The agent writes,
-// the program reads.  Looked up for a new flow from a workload or on a host interface.  When full: the agent rejects
-// the change. Key: network order.  Lives as long as the address.
+// Maps an address to what it is at this node: an own address, a broadcast address, a joined multicast group, or an
+// address of another node. The agent writes, the program reads. Looked up for a new flow from a workload or on a host
+// interface. When full: the agent rejects the change. Key: network order. A row lives as long as the address is one of
+// these.
 // Role: node.
 NP_MAP("hash", np_local4, struct np_addr4_key, struct np_local, 4096, BPF_F_NO_PREALLOC);
 NP_MAP("hash", np_local6, struct np_addr6_key, struct np_local, 4096, BPF_F_NO_PREALLOC);
 
-// Maps a prefix to np_local, if all its addresses are the node's own (local routes, except 127.0.0.0/8).  The agent
-// writes, the program reads.  Looked up after np_local, if the configuration says that there are rows.  When full: the
-// agent rejects the change.  Key: prefix length in host order, address in network order.  Lives as long as the route.
+// Maps a prefix whose addresses are all the node's own to an np_local row (local routes, except 127.0.0.0/8). The agent
+// writes, the program reads. Looked up for an address that np_local lacks, if NP_CONFIG_LOCAL_NETS is set. When full:
+// the agent rejects the change. Key: prefix length in host order, address in network order. A row lives as long as the
+// route.
 // Role: node.
 NP_MAP("lpm_trie", np_local4_net, struct np_cidr4_key, struct np_local, 256, BPF_F_NO_PREALLOC);
 NP_MAP("lpm_trie", np_local6_net, struct np_cidr6_key, struct np_local, 256, BPF_F_NO_PREALLOC);
 
-// Lists the encapsulation, as protocol and port, that a node accepts from any sender.  The agent writes, the program
-// reads. Looked up for a packet from a workload with such a protocol.  When full: the agent rejects the change.  Key:
-// port in host order.  Lives as long as the tunnel device, or as the option that names it.
+// Lists the encapsulations, by protocol and port, that a tunnel device of a node accepts from any sender. The agent
+// writes, the program reads. Looked up for a workload's packet with a protocol that tunnels use. When full: the agent
+// rejects the change. Key: port in host order. A row lives as long as the tunnel device, or as the option that names
+// the encapsulation.
 // Role: node.
 NP_MAP("hash", np_tunnel, struct np_tunnel_key, struct np_tunnel, 64, BPF_F_NO_PREALLOC);
 
-// Maps a service's address, protocol and port to its backend on this node, if it has one; packets to the service are
-// judged where they leave.  The agent writes, the program reads.  Looked up for a new flow that enters the node.  When
-// full: the agent rejects the change.  Key: address in network order, port in host order.  Lives as long as the
-// service.
+// Maps a service's address, protocol and port to the service's backend on this node, if there is one. The agent writes,
+// the program reads. Looked up for a new flow that enters the node: a packet to a service is judged where it leaves.
+// When full: the agent rejects the change. Key: address in network order, port in host order. A row lives as long as
+// the service.
 // Role: node.
 NP_MAP("hash", np_vip4, struct np_vip4_key, struct np_vip, 65536, BPF_F_NO_PREALLOC);
 NP_MAP("hash", np_vip6, struct np_vip6_key, struct np_vip, 65536, BPF_F_NO_PREALLOC);
 
 // Holds the working memory of one packet, because the stack has only 512 bytes.  The program writes and reads.  Looked
-// up for every packet on the slow path.  One row per CPU.  Lives for one packet.
+// up for every packet on the slow path.  One row per CPU.  The content is valid for one packet.
 // Role: scratch, private.
 NP_MAP("percpu_array", np_scratch, __u32, struct np_scratch_words, 1, 0);
 
-// Maps the hash of an address to a bit, which is set if np_local or np_vip has such an address; saves a new flow those
-// look-ups.  The agent writes, the program reads.  Looked up for a new flow.  Fixed size; the more bits are set, the
-// more look-ups find nothing.  Key: host order.  The agent sets a bit before it writes the row, and clears it after.
+// Maps the hash of an address to a bit, which is 0 if neither np_local nor np_vip has the address. The agent writes,
+// the program reads. Looked up for a new flow, which is spared two other look-ups if the bit is 0. Fixed size; the more
+// addresses there are, the more flows find their bit set in vain. Key: host order. The agent sets a bit before it
+// writes the row in the other map, and clears the bit after it removed that row.
 // Role: node, masked, fixed.
-NP_MAP("array", np_vip_filter, __u32, struct np_vip_filter, 2048, 0); // of 64 bits each
+NP_MAP("array", np_vip_filter, __u32, struct np_vip_filter, 2048, 0); // size in words of 64 bits
 
 // Maps a known address to its identity and holder, in buckets by hash (struct np_addr4_bucket).  The agent writes, the
-// program reads.  Looked up for a new flow.  When a bucket is full: its other rows are in np_addr4_more, np_addr6_more.
-// Key: the address's hash.  Lives as long as the address is known.
+// program reads.  Looked up for a new flow.  When a bucket is full: the map np_addr4_more or np_addr6_more has the
+// bucket's further rows. Key: the hash of the address. A row lives as long as the agent knows the address.
 // Role: table, cached.
-NP_MAP("array", np_addr4, __u32, struct np_addr4_bucket, 65536, BPF_F_MMAPABLE); // buckets
-NP_MAP("array", np_addr6, __u32, struct np_addr6_bucket, 65536, BPF_F_MMAPABLE); // buckets
+NP_MAP("array", np_addr4, __u32, struct np_addr4_bucket, 65536, BPF_F_MMAPABLE); // size in buckets
+NP_MAP("array", np_addr6, __u32, struct np_addr6_bucket, 65536, BPF_F_MMAPABLE); // size in buckets
 
-// Maps a known address to its identity and holder, if its bucket is full.  The agent writes, the program reads.  Looked
-// up for a new flow if the bucket lacks the address and says that there are such rows.  When full: the agent rejects
-// the change. Key: network order.  Lives as long as the address is known.
+// Maps a known address to its identity and holder, if the bucket of the address is full. The agent writes, the program
+// reads. Looked up for a new flow, if the bucket lacks the address and has the flag NP_BUCKET_MORE. When full: the
+// agent rejects the change. Key: network order. A row lives as long as the agent knows the address.
 // Role: table, overflow of np_addr4, np_addr6.
 NP_MAP("hash", np_addr4_more, struct np_addr4_key, struct np_addr, 262144, BPF_F_NO_PREALLOC);
 NP_MAP("hash", np_addr6_more, struct np_addr6_key, struct np_addr, 262144, BPF_F_NO_PREALLOC);
 
-// Maps an address that np_addr lacks to the identity of its longest prefix.  The agent writes, the program reads.
-// Looked up for a new flow.  When full: the agent rejects the change.  Key: prefix length in host order, address in
-// network order. Lives as long as a policy or network set names the prefix.
+// Maps a prefix to the identity of its addresses that are neither in np_addr nor in a longer prefix.  The agent writes,
+// the program reads. Looked up for a new flow whose peer is not in np_addr.  When full: the agent rejects the change.
+// Key: prefix length in host order, address in network order. A row lives as long as a policy or network set names the
+// prefix.
 // Role: table.
 NP_MAP("lpm_trie", np_cidr4, struct np_cidr4_key, struct np_cidr, 262144, BPF_F_NO_PREALLOC);
 NP_MAP("lpm_trie", np_cidr6, struct np_cidr6_key, struct np_cidr, 262144, BPF_F_NO_PREALLOC);
 
-// Lists the prefixes that an endpoint may send from without owning them.  The agent writes, the program reads.  Looked
-// up for a new flow with a source that is not the endpoint's own, if the endpoint has the flag.  When full: the agent
-// rejects the change.  Key: prefix length (32 + bits) and endpoint in host order, address in network order.  Lives as
-// long as the endpoint.
+// Lists the prefixes that an endpoint may send from without owning their addresses. The agent writes, the program
+// reads. Looked up for an address that is not the endpoint's own, if the endpoint has the flag NP_ENDPOINT_SOURCES.
+// When full: the agent rejects the change. Key: prefix length (32 + bits) and endpoint in host order, address in
+// network order. A row lives as long as the endpoint.
 // Role: endpoint.
 NP_MAP("lpm_trie", np_source4, struct np_source4_key, struct np_source, 4096, BPF_F_NO_PREALLOC);
 NP_MAP("lpm_trie", np_source6, struct np_source6_key, struct np_source, 4096, BPF_F_NO_PREALLOC);
 
-// Maps policy set and identity to the peer class, unless it is the set's default; sets with equal class tables share a
-// number.  A bucket has two lines, each with the classes of consecutive identities (struct np_class_line).  The agent
-// writes, the program reads.  Looked up for a new flow.  When a bucket is full: its other rows are in np_peer_more.
-// Key: hash of set and block of identities.  Lives as long as one of the sets.
+// Maps policy set and identity to the peer class, unless the class is the set's default; policy sets with equal class
+// tables share rows.  A bucket has two lines, each with the classes of consecutive identities (struct np_class_line).
+// The agent writes, the program reads.  Looked up for a new flow.  When a bucket is full: np_peer_more has the bucket's
+// further rows. Key: hash of set and block of identities.  A row lives as long as one of the sets.
 // Role: table.
-NP_MAP("array", np_peer_class, __u32, struct np_peer_bucket, 65536, BPF_F_MMAPABLE); // buckets
+NP_MAP("array", np_peer_class, __u32, struct np_peer_bucket, 65536, BPF_F_MMAPABLE); // size in buckets
 
-// Maps policy set and identity to the peer class, if the bucket is full.  The agent writes, the program reads.  Looked
-// up for a new flow if the bucket lacks the identity and says that there are such rows.  When full: the agent rejects
-// the change. Key: host order.  Lives as long as one of the sets.
+// Maps policy set and identity to the peer class, if the bucket of the identity is full. The agent writes, the program
+// reads. Looked up for a new flow, if the bucket lacks the identity and has the flag NP_BUCKET_MORE. When full: the
+// agent rejects the change. Key: host order. A row lives as long as one of the sets.
 // Role: table, overflow of np_peer_class.
 NP_MAP("hash", np_peer_more, struct np_peer_class_key, struct np_peer_class, 1048576, BPF_F_NO_PREALLOC);
 
-// Maps protocol and port, or ICMP type and code, to the atom, in blocks.  The agent writes, the program reads.  Looked
-// up for a new flow.  Fixed size.  Key: host order.  Lives always; the agent reuses an atom's number only when nothing
-// refers to it.
+// Maps protocol and port, or ICMP type and code, to an atom, in blocks of 256. The agent writes, the program reads.
+// Looked up for a new flow. Fixed size. Key: number of the block, in host order. All rows exist always; the agent
+// reuses an atom's number only when nothing refers to the number.
 // Role: table.
 NP_MAP("array", np_l4_atom, __u32, struct np_l4_atom, NP_ATOM_BLOCKS, 0);
 
 // Maps an atom to the L4 class of a policy set: row l4_base + atom / 64, column atom % 64.  The agent writes, the
-// program reads.  Looked up for a new flow.  When full: the agent rejects the change.  Key: host order.  The agent
-// reuses a row only after a grace period.
+// program reads.  Looked up for a new flow.  When full: the agent rejects the change.  Key: number of the row, in host
+// order.  The agent reuses a row only after a grace period.
 // Role: table.
 NP_MAP("array", np_l4_col, __u32, struct np_l4_col, 16384, 0);
 
-// Maps the classes of a packet to the verdict (struct np_set has the formula).  The agent writes, the program reads.
-// Looked up for a new flow.  When full: the agent rejects the change.  Key: host order.  The agent reuses a range only
-// after a grace period; a row of zeros denies.
+// Maps the classes of a packet to the verdict (struct np_set has the formula of the row).  The agent writes, the
+// program reads. Looked up for a new flow.  When full: the agent rejects the change.  Key: number of the row, in host
+// order. The agent reuses a range of rows only after a grace period. A row of zeros denies.
 // Role: table.
 NP_MAP("array", np_verdict, __u32, struct np_verdict, 1048576, 0);
 
-// Maps a rule's number to its readable name.  The agent writes, people and tools read.  Never looked up for a packet.
-// When full: the agent rejects the change.  Key: host order.  Lives as long as a verdict or a connection may name the
-// rule.
+// Maps a rule's number to its readable name.  The agent writes; people and tools read.  Never looked up for a
+// packet. When full: the agent rejects the change.  Key: host order.  A row lives as long as a verdict or a connection
+// may name the rule.
 // Role: table.
 NP_MAP("hash", np_rule, struct np_rule_key, struct np_rule, 65536, BPF_F_NO_PREALLOC);
 
 // Counts packets and bytes that a rule decided, by rule number, per CPU; row 0 counts exempt traffic.  The program
-// writes, the agent reads.  Looked up for every packet that a rule decided.  A number beyond its size is counted as
-// NP_REASON_RULE_RANGE. Key: host order.  Lives across agents and programs; the agent zeroes a row before it reuses the
-// number.
+// writes, the agent reads.  Looked up for every packet that a rule decided.  When a rule's number is beyond the size:
+// the packet is counted as NP_REASON_RULE_RANGE. Key: host order.  The map outlives agents and programs; the agent
+// zeroes a row before it reuses the rule's number.
 // Role: counter.
 NP_MAP("percpu_array", np_rule_count, __u32, struct np_count, 65536, 0);
 
 // Counts packets and bytes that a rule would decide if staged policies were enforced, by rule number, per CPU.  The
-// program writes, the agent reads.  Looked up for each packet that policy judges, so packets of established connections
-// are not counted.  A number beyond its size is counted as NP_REASON_RULE_RANGE.  Key: host order.  Lives as
-// np_rule_count.
+// program writes, the agent reads.  Looked up for each packet that policy judges; packets of established connections
+// are not counted here.  When a rule's number is beyond the size: the packet is counted as NP_REASON_RULE_RANGE.  Key:
+// host order.  Lifetime: as np_rule_count.
 // Role: counter.
 NP_MAP("percpu_array", np_staged_count, __u32, struct np_count, 65536, 0);
 
 // Counts packets and bytes by enum np_reason, per CPU.  The program writes, the agent reads.  Looked up for every
-// packet that is not of an established connection.  Fixed size.  Key: host order.  Lives across agents and programs.
+// packet but those of established connections.  Fixed size.  Key: host order.  The map outlives agents and programs.
 // Role: counter.
 NP_MAP("percpu_array", np_reason_count, __u32, struct np_count, NP_REASON_COUNT, 0);
 
 // Holds the connections, in buckets by the hash of the conntrack key (np_table.h).  The program writes and reads; the
-// agent adds connections older than the program.  Looked up for every packet on the slow path but denied initial SYNs.
-// When a bucket is full: the connection of the lowest worth is evicted, and its next packet is judged as a new flow.
-// Key: bucket times NP_CONN_WAYS plus slot, in host order; ports in the entry are in host order, addresses in network
-// order.  Lives across agents and programs; the program checks expiry when a packet meets the entry.
+// agent adds connections older than the program.  Looked up for every packet on the slow path, except an initial SYN
+// that policy denies. When a bucket is full: the connection of the lowest worth (np_table.h) is evicted, and policy
+// judges its next packet as a new flow. Key: bucket * NP_CONN_WAYS + slot, in host order; in the entry, ports are in
+// host order, addresses in network order.  The map outlives agents and programs. A connection ends when a packet finds
+// it expired.
 // Role: connection, private, views np_unreplied4, np_unreplied6.
-NP_MAP("array", np_conn4, __u32, struct np_conn4_entry, 524288, BPF_F_MMAPABLE); // slots: NP_CONN_WAYS for each bucket
-NP_MAP("array", np_conn6, __u32, struct np_conn6_entry, 262144, BPF_F_MMAPABLE); // slots: NP_CONN_WAYS for each bucket
+NP_MAP("array", np_conn4, __u32, struct np_conn4_entry, 524288, BPF_F_MMAPABLE); // size in slots of all buckets
+NP_MAP("array", np_conn6, __u32, struct np_conn6_entry, 262144, BPF_F_MMAPABLE); // size in slots of all buckets
 
-// Maps the hash of a conntrack key to the tags of its bucket (struct np_conn_tags): which slot has which connection.
-// The program writes and reads; the agent adds connections older than the program.  Looked up with np_conn.  Fixed by
-// the size of np_conn.  Key: host order.  Lives as np_conn.
+// Maps the hash of a conntrack key to the tags of its bucket, which say what connection each slot has (struct
+// np_conn_tags). The program writes and reads; the agent adds connections older than the program.  Looked up before
+// np_conn4 or np_conn6.  Fixed size: one row for NP_CONN_WAYS slots of np_conn4 or np_conn6.  Key: host order.
+// Lifetime: as np_conn4 and np_conn6.
 // Role: connection, private, tags of np_conn4, np_conn6.
-NP_MAP("array", np_conn4_tag, __u32, struct np_conn_tags, 65536, BPF_F_MMAPABLE); // buckets
-NP_MAP("array", np_conn6_tag, __u32, struct np_conn_tags, 32768, BPF_F_MMAPABLE); // buckets
+NP_MAP("array", np_conn4_tag, __u32, struct np_conn_tags, 65536, BPF_F_MMAPABLE); // size in buckets
+NP_MAP("array", np_conn6_tag, __u32, struct np_conn_tags, 32768, BPF_F_MMAPABLE); // size in buckets
 
-// Holds the random numbers of the conntrack hash.  The loader writes it once, when it makes the map; the program reads.
-// Looked up with np_conn.  One row.  Lives as long as the connections.
+// Holds the random numbers of the conntrack hash. The loader writes them once, when it makes the map; the program
+// reads. Looked up with every conntrack hash. One row. The map lives as long as np_conn4 and np_conn6.
 // Role: connection, private, fixed.
 NP_MAP("array", np_secret, __u32, struct np_secret, 1, 0);
 
-// Maps the identification of a fragmented packet to its ports.  The program writes (first fragments that pass) and
-// reads. Looked up for each later fragment.  When full: the least recently used row is evicted, and its later fragments
-// are dropped.  Key: as on the wire.  Lives for the time-out of NP_CONN_FRAGMENT.
+// Maps the identification of a fragmented packet to the packet's ports. The program writes for a first fragment that
+// passes, and reads for the later ones. Looked up for each later fragment. When full: the least recently used row is
+// evicted, and the later fragments of its packet are dropped. Key: as on the wire. A row lives for the time-out of
+// NP_CONN_FRAGMENT.
 // Role: connection.
 NP_MAP("lru_hash", np_frag4, struct np_frag4_key, struct np_frag, 4096, 0);
 NP_MAP("lru_hash", np_frag6, struct np_frag6_key, struct np_frag, 4096, 0);
 
-// Maps a log list (modulo size) to the time of its last event.  The program writes and reads.  Looked up for a new flow
-// with a log list in its verdict.  Fixed size; lists that share a row share the limit.  Key: host order.  Lives always.
+// Maps a log list to the time of its last event. The program writes and reads. Looked up for a new flow whose verdict
+// has a log list. Fixed size; log lists that share a row also share the rate limit. Key: number of the log list modulo
+// size, in host order. All rows exist always.
 // Role: event, masked.
 NP_MAP("array", np_log_limit, __u32, struct np_log_limit, 4096, 0);
 
-// Holds generation, epoch, flags and time-outs.  The agent writes, the program reads.  Looked up for every packet.  One
-// row. Lives always.
+// Holds generation, epoch, flags and time-outs. The agent writes, the program reads. Looked up for every packet. One
+// row. The map outlives agents and programs.
 // Role: config.
 NP_MAP("array", np_config, __u32, struct np_config, 1, 0);
 
-// Says what the pin directory holds.  The loader writes and reads.  Never looked up for a packet.  One row.  Lives
-// always.
+// Holds the schema and the digest of the pinned program. The loader writes and reads. Never looked up for a packet. One
+// row. The map lives as long as the pin directory.
 // Role: config.
 NP_MAP("array", np_schema, __u32, struct np_schema, 1, 0);
 
-// Carries events to the agent: every drop, and what np_config enables.  The program writes, one reader consumes.
-// Written for each such event.  When full: the event is lost and counted as NP_REASON_EVENT_LOST.  An event wakes
-// nobody up: the reader polls.  Lives across agents.
+// Carries events to the agent: every drop, and what np_config enables. The program writes; one reader consumes. Written
+// for every such event. When full: the event is lost, and counted as NP_REASON_EVENT_LOST. An event does not wake the
+// reader, which polls instead. The map outlives agents.
 // Role: event.
-NP_MAP_RINGBUF(np_event, 1048576); // bytes
+NP_MAP_RINGBUF(np_event, 1048576); // size in bytes
 
-// Maps enum np_call to the program that is tail-called.  The loader writes, once, before the hooks' programs are
-// attached; the kernel reads.  Looked up by tail calls.  Fixed size; an empty slot drops the packet
-// (NP_REASON_CALL_MISSING).  Key: host order.  Lives as long as its program set, which alone uses it.
+// Maps enum np_call to the program that is tail-called. The loader writes once, before it attaches the hooks' programs;
+// the kernel reads. Looked up by tail calls. Fixed size; an empty slot drops the packet (NP_REASON_CALL_MISSING). Key:
+// host order. The map lives as long as its program set, the only user of the map.
 // Role: call.
 NP_MAP("prog_array", np_call, __u32, __u32, NP_CALLS, 0);
 
@@ -295,7 +305,7 @@ NP_INLINE struct np_endpoint *np_endpoint_lookup(__u32 ifindex)
     return np_lookup(NP_MAP_OF(np_endpoint), &key);
 }
 
-// The row for a hash in this CPU's range; the size of a range is a power of two.
+// The slot for a hash in the range of this CPU. The size of a range is a power of two.
 NP_INLINE struct np_flow_cache4 *np_flow_cache4_lookup(__u32 hash)
 {
     __u64 mask = NP_MASK(np_flow_cache4);
@@ -455,7 +465,7 @@ NP_INLINE struct np_conn_tags *np_conn_tags_lookup(__u32 hash, const int version
     return np_lookup(NP_MAP_OF(np_conn6_tag), &bucket);
 }
 
-// The connection in slot `way` of the hash's bucket; its key is before it in the entry.
+// The connection in slot `way` of the bucket for a hash. Its key precedes it in the entry.
 NP_INLINE struct np_conn *np_conn_lookup(__u32 hash, __u32 way, const int version)
 {
     __u32 bucket = hash & (version == 4 ? NP_MASK(np_conn4_tag) : NP_MASK(np_conn6_tag));
@@ -469,7 +479,7 @@ NP_INLINE struct np_conn *np_conn_lookup(__u32 hash, __u32 way, const int versio
     return found ? &found->conn : 0;
 }
 
-// Tail-call a program.  Returns only if the slot is empty; the caller then drops and counts the packet.
+// Tail-call a program. Returns only if the slot is empty; then the caller must count and drop the packet.
 NP_INLINE void np_call_program(struct __sk_buff *skb, const __u32 slot)
 {
     np_tail_call(skb, NP_MAP_OF(np_call), slot);

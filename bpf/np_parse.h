@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// The parser: from a frame to addresses, protocol, ports, TCP flags and fragment fields (struct np_packet).  It only
-// reads bytes; each function returns NP_REASON_NONE or the reason to drop.  One source serves both families: `version`
-// is the constant 4 or 6, so the compiler removes the code of the other.
+// The parser: from a frame to addresses, protocol, ports, TCP flags and fragment fields (struct np_packet). The parser
+// only reads bytes. Each function returns NP_REASON_NONE or the reason to drop the packet. One source serves both
+// families: `version` is the constant 4 or 6, so the compiler removes the code of the other family.
 //
-// Invariant: each read is bounds-checked against the end of the linear part (skb->data_end).  np_parse_frame makes the
-// first NP_PULL_BYTES linear, which hold 2 VLAN tags, 40 bytes of IPv6 and 8 short extension headers.  A header beyond
-// them drops the packet as NP_REASON_SHORT.
+// Invariant: each read is bounds-checked against the end of the linear part (skb->data_end). np_parse_frame makes the
+// first NP_PULL_BYTES of the frame linear. 2 VLAN tags, the IPv6 header and 8 short extension headers fit into
+// NP_PULL_BYTES. A packet with a header behind them is dropped as NP_REASON_SHORT.
 #pragma once
 
 #include "np_abi.h"
@@ -54,7 +54,7 @@ struct np_ip4_header {
     __u8 traffic_class;
     __be16 total_bytes_be;
     __be16 id_be;
-    __be16 fragment_be; // flags in the high 3 bits, offset in units of 8 bytes
+    __be16 fragment_be; // flags in the high 3 bits; offset in units of 8 bytes in the others
     __u8 ttl;
     __u8 protocol;
     __be16 checksum_be;
@@ -75,13 +75,13 @@ struct np_ip6_header {
 
 struct np_ip6_extension {
     __u8 next;
-    __u8 length; // in units of 8 bytes, without the first 8; AH: in units of 4, without the first 8
+    __u8 length; // length of the header without its first 8 bytes, in units of 8 bytes; AH: in units of 4 bytes
 };
 
 struct np_ip6_fragment {
     __u8 next;
-    __u8 length; // reserved; other extension headers have their length here
-    __be16 offset_be; // offset in the high 13 bits, "more fragments" in the lowest
+    __u8 length; // reserved; in other extension headers this byte is the length
+    __be16 offset_be; // offset in the high 13 bits, "more fragments" in the lowest bit
     __u32 id;
 };
 
@@ -109,33 +109,34 @@ struct np_icmp_header {
     __be16 sequence_be;
 };
 
-// Which part of a fragmented packet the frame has.
+// The part of a fragmented packet that the frame has.
 enum np_fragment {
     NP_FRAGMENT_WHOLE = 0, // not a fragment
-    NP_FRAGMENT_FIRST = 1, // the fragment with offset 0, which has the transport header
-    NP_FRAGMENT_LATER = 2, // any other fragment; its ports are those of the first
+    NP_FRAGMENT_FIRST = 1, // the fragment with offset 0, which has the transport header, and so the ports
+    NP_FRAGMENT_LATER = 2, // any other fragment; its ports are those of the first fragment
 };
 
-// How connection tracking treats an ICMP message.
+// How connection tracking treats an ICMP message, by its type.
 enum np_icmp_kind {
-    NP_ICMP_PLAIN = 0, // tracked as no connection; also every protocol but ICMP
-    NP_ICMP_QUERY = 1, // a request, which opens a connection under its identifier
+    NP_ICMP_PLAIN = 0, // belongs to no connection; also the value for every protocol but ICMP
+    NP_ICMP_QUERY = 1, // a request, which opens a connection with its identifier as port
     NP_ICMP_ANSWER = 2, // the reply to a query
-    NP_ICMP_ERROR = 3, // an error, which carries the header of the packet it is about
+    NP_ICMP_ERROR = 3, // an error, which carries the header of the packet that caused it
 };
 
-// A parsed packet.  Addresses are in network order, IPv4 in the first word.  Ports are in host order.  Offsets count
-// from skb->data: the link header, or the network header on an interface without link headers.
+// A parsed packet. Addresses are in network order, IPv4 in the first word. Ports are in host order. An offset counts
+// from skb->data. The frame begins there, with the link header or, on an interface without link headers, with the
+// network header.
 struct np_packet {
     __u32 source[4];
     __u32 destination[4];
-    __u16 source_port; // ICMP query: the identifier
-    __u16 destination_port; // ICMP answer: the identifier
+    __u16 source_port; // an ICMP query has its identifier here
+    __u16 destination_port; // an ICMP answer has its identifier here
     __u16 ethertype;
-    __u16 l4_offset; // of the transport header; before the network header is parsed, of the network header
-    __u32 end; // offset of the end by the packet's own stated length; padding follows
-    __u16 fragment_start; // offset of the fragmented part; 0 in a packet without one
-    __u16 fragment_units; // in 8 bytes. Later fragment: its offset; first: end of its headers, rounded up
+    __u16 l4_offset; // offset of the transport header; until the network header is parsed, of the network header
+    __u32 end; // offset of the packet's end, by the length in the IP header; padding may follow
+    __u16 fragment_start; // offset behind the IPv6 fragment header, or behind a fragment's IPv4 header; 0: neither
+    __u16 fragment_units; // units of 8 bytes. Later fragment: its offset; first: end of its headers, rounded up
     __u8 fragment; // enum np_fragment
     __u8 protocol;
     __u8 tcp_flags;
@@ -143,11 +144,11 @@ struct np_packet {
     __u8 icmp_code;
     __u8 icmp_kind; // enum np_icmp_kind
     __u8 version; // 4 or 6; 0: not IP, or not parsed
-    __u8 slow_only; // no fast-path candidate: SYN, FIN, RST, ICMP, fragment
-    __u32 fragment_id; // identification of the fragmented packet, as on the wire
-    __u8 hop_limit; // IPv6 only
-    __u8 l4_bytes; // length of the transport header, TCP options included; 0: none was parsed
-    __u16 l3_offset; // of the network header
+    __u8 slow_only; // 1: the fast path never takes the packet: SYN, FIN, RST, ICMP, or fragment
+    __u32 fragment_id; // identification field of the fragmented packet, as on the wire
+    __u8 hop_limit; // set only for IPv6
+    __u8 l4_bytes; // length of the transport header, TCP options included; 0: no transport header was parsed
+    __u16 l3_offset; // offset of the network header
 };
 _Static_assert(sizeof(struct np_packet) == 64, "np_packet is whole words");
 
@@ -159,14 +160,14 @@ struct np_bytes {
 
 #define NP_OFFSET_MASK 511u // bounds the offset for the verifier; no valid offset exceeds NP_PULL_BYTES + 8
 
-// Offset of the next header to parse, with a bound that the verifier accepts.
+// Offset of the next header to parse. The mask is a bound for the verifier.
 NP_INLINE __u32 np_offset(const struct np_packet *packet)
 {
     return packet->l4_offset & NP_OFFSET_MASK;
 }
 
-// Parse Ethernet and VLAN tags; set ethertype, and l4_offset to the network header.  `has_link` 0: the frame begins
-// with the network header.
+// Parse the Ethernet header and VLAN tags. Set ethertype, and set l3_offset and l4_offset to the network header.
+// `has_link` 0: the frame begins with the network header.
 NP_INLINE int np_parse_frame(struct __sk_buff *skb, struct np_bytes *bytes, struct np_packet *packet, int has_link)
 {
     __u32 linear = skb->data_end - skb->data;
@@ -209,8 +210,8 @@ NP_INLINE int np_parse_ip4(const struct np_bytes *bytes, struct np_packet *packe
     __u32 header_bytes = (ip->version_words & 15) * 4;
     __u32 room = packet->end - packet->l4_offset;
     __u32 total_bytes = np_host16(ip->total_bytes_be);
-    __u32 place = ip->fragment_be & np_net16(0x3fff); // "more fragments" and the offset
-    if (!total_bytes && !place) // a GSO packet (BIG TCP) above 64 kB
+    __u32 place = ip->fragment_be & np_net16(0x3fff); // the flag "more fragments", and the offset
+    if (!total_bytes && !place) // length 0: a GSO packet (BIG TCP) above 64 kB
         total_bytes = room;
     if (ip->version_words >> 4 != 4 || header_bytes < sizeof(*ip) || total_bytes < header_bytes || total_bytes > room)
         return NP_REASON_BAD_IP;
@@ -236,8 +237,8 @@ NP_INLINE int np_is_ip6_extension(__u8 protocol)
            protocol == NP_PROTOCOL_AUTHENTICATION || protocol == NP_PROTOCOL_DESTINATION;
 }
 
-// Parse the extension headers that a Linux receiver parses, AH included, at most NP_IP6_HEADERS of them.  An ESP or
-// mobility header ends the chain and counts as the packet's protocol: the kernel parses no header behind it.
+// Parse the extension headers that a Linux receiver parses, AH included, at most NP_IP6_HEADERS of them. An ESP or
+// mobility header ends the chain, and counts as the packet's protocol, because the kernel parses no header behind it.
 NP_INLINE int np_parse_ip6_headers(const struct np_bytes *bytes, struct np_packet *packet, __u8 next,
                                    __u32 stated_bytes)
 {
@@ -260,12 +261,12 @@ NP_INLINE int np_parse_ip6_headers(const struct np_bytes *bytes, struct np_packe
         if (next == NP_PROTOCOL_FRAGMENT) {
             struct np_ip6_fragment *fragment = (void *)extension;
             __u32 place = fragment->offset_be & np_net16(0xfff9);
-            if (packet->fragment_start) // a nested fragment has no legitimate sender
+            if (packet->fragment_start) // a second fragment header: no host sends such a packet legitimately
                 return NP_REASON_IP6_HEADERS;
             packet->fragment_id = fragment->id;
             offset += sizeof(*fragment);
             packet->fragment_start = offset;
-            if (place) { // otherwise an atomic fragment (RFC 6946), which is a whole packet
+            if (place) { // otherwise it is an atomic fragment (RFC 6946), which is a whole packet
                 if (!stated_bytes)
                     return NP_REASON_BAD_IP;
                 packet->fragment = place & np_net16(0xfff8) ? NP_FRAGMENT_LATER : NP_FRAGMENT_FIRST;
@@ -280,7 +281,8 @@ NP_INLINE int np_parse_ip6_headers(const struct np_bytes *bytes, struct np_packe
         next = extension->next;
         if (offset > packet->end)
             return NP_REASON_SHORT;
-        if (packet->fragment == NP_FRAGMENT_LATER) { // payload follows; `next` is the whole packet's first header
+        // no header follows: `next` is the type of the first header in the fragmented part
+        if (packet->fragment == NP_FRAGMENT_LATER) {
             packet->protocol = next;
             packet->l4_offset = offset;
             return NP_REASON_NONE;
@@ -314,7 +316,8 @@ NP_INLINE int np_parse_ip6(const struct np_bytes *bytes, struct np_packet *packe
     return np_parse_ip6_headers(bytes, packet, ip->next, stated_bytes);
 }
 
-// The kind of an ICMP message by its type.  Policy judges each message of any other type on its own.
+// The kind of an ICMP message by its type. A type that is not listed belongs to no connection: policy judges each such
+// message on its own.
 NP_INLINE __u8 np_icmp_kind_of(__u8 type, const int version)
 {
     if (version == 6) {
@@ -322,7 +325,8 @@ NP_INLINE __u8 np_icmp_kind_of(__u8 type, const int version)
             return NP_ICMP_QUERY;
         if (type == 129)
             return NP_ICMP_ANSWER;
-        return type >= 1 && type <= 4 ? NP_ICMP_ERROR : NP_ICMP_PLAIN; // unreachable, too big, time, parameter
+        // 1: unreachable, 2: packet too big, 3: time exceeded, 4: parameter problem
+        return type >= 1 && type <= 4 ? NP_ICMP_ERROR : NP_ICMP_PLAIN;
     }
     switch (type) {
     case 8: // echo
@@ -352,7 +356,8 @@ NP_INLINE void np_parse_ports(const struct np_ports *ports, struct np_packet *pa
     packet->destination_port = np_host16(ports->destination_be);
 }
 
-// Parse ports and TCP flags, or the ICMP header.  A later fragment has neither; np_fragment.h restores them.
+// Parse ports and TCP flags, or the ICMP header. A later fragment has no transport header: np_fragment.h restores its
+// ports.
 NP_INLINE int np_parse_l4(const struct np_bytes *bytes, struct np_packet *packet, const int version)
 {
     if (packet->fragment == NP_FRAGMENT_LATER)
@@ -373,7 +378,7 @@ NP_INLINE int np_parse_l4(const struct np_bytes *bytes, struct np_packet *packet
     } else if (protocol == NP_PROTOCOL_UDP || protocol == NP_PROTOCOL_SCTP) {
         if (protocol == NP_PROTOCOL_SCTP)
             header_bytes = 12;
-        if (l4 + 8 > bytes->end || header_bytes > room) // the parser reads only the ports of SCTP
+        if (l4 + 8 > bytes->end || header_bytes > room) // of an SCTP header, the parser reads only the ports
             return NP_REASON_BAD_L4;
         np_parse_ports(l4, packet);
     } else if (protocol == (version == 4 ? NP_PROTOCOL_ICMP : NP_PROTOCOL_ICMPV6)) {
@@ -405,7 +410,7 @@ NP_INLINE int np_parse_ip(const struct np_bytes *bytes, struct np_packet *packet
     return np_parse_l4(bytes, packet, version);
 }
 
-// Whether the packet is a DHCP client's message to all servers on its link.
+// Whether the packet is a DHCP client's message to all DHCP servers on the client's link.
 NP_INLINE int np_is_dhcp_request(const struct np_packet *packet, const int version)
 {
     const __u32 *to = packet->destination;
@@ -414,5 +419,5 @@ NP_INLINE int np_is_dhcp_request(const struct np_packet *packet, const int versi
     if (version == 4)
         return packet->source_port == 68 && packet->destination_port == 67 && to[0] == 0xffffffff;
     return packet->source_port == 546 && packet->destination_port == 547 && to[0] == np_host32(0xff020000) && !to[1] &&
-           !to[2] && to[3] == np_host32(0x00010002); // ff02::1:2
+           !to[2] && to[3] == np_host32(0x00010002); // to ff02::1:2
 }

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// Packets to services.  Where such a packet enters the node it still has the service's address; netfilter or IPVS
-// translates it to a backend only later.  So the verdict of the sender's policy is deferred: the packet carries a
-// sender tag, the number of the sender's endpoint, to the hook where it enters a workload or leaves the node.  That
-// hook judges the packet by its translated address.
+// Packets to services. Where a packet to a service enters the node, it still has the service's address. Only later does
+// netfilter or IPVS replace that address by a backend's. So the verdict of the sender's policy is deferred to the hook
+// where the packet enters a workload or leaves the node. Until then the packet carries a sender tag, the number of the
+// sender's endpoint. The later hook judges the packet for that endpoint, by the translated address.
 //
 // Invariants.
-// 1. No packet with a deferred verdict leaves by one of our hooks without that verdict.
-// 2. Where no hook follows, because the backend is a process of this node, the backend is judged at once.
-// 3. A packet that its sender may not send to the service's own address carries due_mark, so that no process of this
-//    node receives it.
+// 1. A packet with a deferred verdict gets that verdict at the hook where the packet leaves the node or enters a
+//    workload.
+// 2. If the backend is a process of this node, no hook follows. Then policy judges the backend's address at once.
+// 3. If the sender may not send to the service's own address, the packet carries due_mark, so that no process of this
+//    node receives the packet.
 // 4. A sender tag that another program wrote can only add a verdict, never replace one.
 #pragma once
 
@@ -21,8 +22,8 @@
 
 #define NP_SENDER_TAG_MASK 0xffffu // a tag has 16 bits, as skb->tc_index has
 
-// The np_vip row of the tuple's destination: that of the service's own address, otherwise that of a node port, which
-// holds for each address of the node.
+// The np_vip row for the tuple's destination: the row of the address itself, otherwise the row of a node port, which
+// holds for every address of the node. NULL: the destination is no service.
 NP_INLINE struct np_vip *np_vip_of(const struct np_ctx *ctx, struct np_tuple *tuple, const int version)
 {
     if (NP_LIKELY(!np_vip_filter_has(tuple->destination, version))) {
@@ -53,7 +54,7 @@ NP_INLINE struct np_vip *np_vip_of(const struct np_ctx *ctx, struct np_tuple *tu
     return np_vip_lookup(&key, version);
 }
 
-// The sender tag of the packet; 0: none.
+// The sender tag of the packet; 0: the packet has none.
 NP_INLINE __u32 np_sender_tag_get(const struct __sk_buff *skb, const struct np_config *config)
 {
     if (!(config->flags & NP_CONFIG_DEFER))
@@ -63,10 +64,10 @@ NP_INLINE __u32 np_sender_tag_get(const struct __sk_buff *skb, const struct np_c
     return skb->tc_index;
 }
 
-// Set the sender tag of the packet (0: none).  Returns 1 if this program must end the chain at its hook: the tag is in
-// tc_index, which survives netfilter, but any later clsact program overwrites tc_index when it returns TC_ACT_OK.
-// clsact itself copies tc_classid to tc_index, so both are set.  `is_due`: no process of this node may receive the
-// packet.
+// Set the sender tag of the packet; 0 removes the tag. `is_due`: whether to set due_mark, so that no process of this
+// node receives the packet. Returns 1 if this program must be the last at its hook. This is so if the tag is in
+// tc_index: netfilter keeps tc_index, but a later clsact program that returns TC_ACT_OK overwrites it. clsact itself
+// copies tc_classid to tc_index, so the program sets both.
 NP_INLINE __u8 np_sender_tag_set(struct __sk_buff *skb, const struct np_config *config, __u32 number, __u32 is_due)
 {
     __u32 shift = config->mark_shift & 31;
@@ -81,7 +82,7 @@ NP_INLINE __u8 np_sender_tag_set(struct __sk_buff *skb, const struct np_config *
     return number != 0;
 }
 
-// Choose the steps that judge the sender, at the hook where the packet leaves.
+// Choose the policy steps that judge for the sender, at the hook where the packet leaves.
 NP_INLINE void np_sender_plan(struct np_ctx *ctx, struct np_scratch *scratch, const int version)
 {
     const __u32 *source = scratch->tuples[NP_TUPLE_TRANSLATED].source;
@@ -89,7 +90,7 @@ NP_INLINE void np_sender_plan(struct np_ctx *ctx, struct np_scratch *scratch, co
     scratch->self = 0;
     scratch->asked_tuple = NP_TUPLE_TRANSLATED;
     scratch->number = ctx->ep->sender;
-    scratch->egress_steps = NP_EGRESS_STEPS_WORKLOAD; // what leaves a workload enters the host
+    scratch->egress_steps = NP_EGRESS_STEPS_WORKLOAD; // a packet that leaves a workload enters the host
     if (scratch->ifindex) { // the sender is a workload
         const struct np_addr *addr = np_addr_find(ctx, source, version);
         scratch->is_source_hidden = !addr->identity || addr->holder != ctx->ep->sender;
@@ -103,11 +104,11 @@ NP_INLINE void np_sender_plan(struct np_ctx *ctx, struct np_scratch *scratch, co
     }
 }
 
-// Find the verdict of the sender, the endpoint that the packet's sender tag names.  This hook tracks a connection
-// of its own under the sender's number; replies do not pass here, so the connection stays unreplied.  Returns
-// NP_REASON_NONE if that connection is allowed under this generation (`scratch->reason` says how), otherwise why the
-// packet is dropped; the endpoint context then names the sender.  If policy must judge, np_judge does not return, and
-// np_tc_sender continues.
+// Find the verdict for the sender, which is the endpoint that the packet's sender tag names. This hook tracks a
+// connection of its own under the sender's number. That connection stays unreplied, because replies do not pass here.
+// Returns NP_REASON_NONE if this generation allows the connection; `scratch->reason` then says why. Otherwise returns
+// the reason to drop the packet; the endpoint context then names the sender. If policy must judge, np_judge does not
+// return, and np_tc_sender continues.
 NP_INLINE int np_sender(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch, const int version)
 {
     const struct np_packet *packet = ctx->packet;
@@ -127,7 +128,7 @@ NP_INLINE int np_sender(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scr
         if (ep->related == NP_REASON_ICMP_UNRELATED)
             return NP_REASON_ICMP_UNRELATED;
         if (ep->related == NP_REASON_NONE)
-            ctx->packet->icmp_kind = NP_ICMP_PLAIN; // policy judges it as a message like any other
+            ctx->packet->icmp_kind = NP_ICMP_PLAIN; // policy judges the error like any other message
     }
     np_barrier();
     if (scratch->ifindex && np_is_tunnelled(ctx, version))
@@ -139,8 +140,8 @@ NP_INLINE int np_sender(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scr
     struct np_conn *conn = slot.conn;
     if (ep->related && !conn)
         return NP_REASON_ICMP_UNRELATED;
-    // If nobody has translated the service's address, this is the very connection that the ingress hook recorded.  Its
-    // deferred entry is no verdict.
+    // If nothing has translated the service's address, this is the same connection that the ingress hook recorded. Its
+    // deferred entry is not a verdict.
     scratch->is_first_leg = conn && found->flags & NP_CONN_DEFERRED;
     if (scratch->is_first_leg) {
         found->is_known = 0;
@@ -167,7 +168,7 @@ NP_INLINE int np_sender(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scr
     return np_judge(skb, ctx, scratch);
 }
 
-// Apply the verdict of policy for the sender. Returns as np_sender does.
+// Apply the verdict of policy for the sender. Returns the same as np_sender.
 NP_INLINE int np_sender_verdict(struct np_ctx *ctx, struct np_scratch *scratch, const int version)
 {
     const struct np_packet *packet = ctx->packet;
@@ -186,13 +187,13 @@ NP_INLINE int np_sender_verdict(struct np_ctx *ctx, struct np_scratch *scratch, 
             np_conn_renew(slot.conn, ctx->arrival->generation);
             np_conn_touch(&slot, ctx);
         }
-        ctx->decision->log_list = 0; // Log rules are for new flows
+        ctx->decision->log_list = 0; // Log rules apply only to new flows
         scratch->reason = NP_REASON_ESTABLISHED;
         return NP_REASON_NONE;
     }
     if (denied)
         return scratch->reason;
-    // A source that the sender chose records no connection; a source that the node translated does.
+    // A source that the sender chose records no connection. A source that the node chose by translation records one.
     if (np_conn_opens(ctx) && !scratch->is_first_leg &&
         (!scratch->is_source_hidden || np_is_local(ctx, tuple->source, version)) &&
         np_conn_open(ctx, key, packet->protocol == NP_PROTOCOL_TCP ? NP_CONN_TCP_OPEN : 0, 0, version))

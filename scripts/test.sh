@@ -102,6 +102,9 @@ step "import contracts" lint-imports
 step "codespell" codespell
 step "generated files are fresh" python scripts/generate_abi.py --check
 step "generated custom resources are fresh" python scripts/generate_crds.py --check
+step "Dockerfile" python scripts/check_image.py
+step "rendered manifests are fresh and valid" python scripts/render_manifests.py --check
+step "generated table of options is fresh" python scripts/generate_configuration.py --check
 step "documented results are the recorded ones" python -m bench.page --check
 step "documented kernels are the recorded ones" python -m tests.vm.page --check
 step "documented networks are the recorded ones" python -m tests.netns.networks --check
@@ -117,6 +120,7 @@ if [[ "$mode" == nightly ]]; then
         step "kernel $vmlinux in a virtual machine" python -m tests.vm --record "$vmlinux"
     done
     step "suites of Debian" scripts/suites.sh --record
+    step "the image, built without a container runtime" python scripts/check_image.py --build
 else
     step "tests" run_pytest "$@"
 fi

@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel's side of the house: compile (BCC), load, pin, attach, read and write maps. Knows nothing of policy."""
+"""Everything that talks to the kernel: compile (BCC), load, pin and attach programs, read and write maps.
+
+The package knows nothing of policy.
+"""

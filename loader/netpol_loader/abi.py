@@ -83,48 +83,48 @@ def maps_with(trait: MapTrait) -> tuple[str, ...]:
 
 NP_SCHEMA_VERSION = 9  # part of the pin directory's name
 NP_RULE_NAME_BYTES = 120  # longest readable rule name, with its terminating zero
-NP_ATOM_BLOCK = 256  # atoms per row of np_l4_atom
-NP_ATOM_BLOCKS = 1537  # 6 slots of 256 blocks, and the block of the other protocols
-NP_COLUMN_BLOCK = 64  # L4 classes per row of np_l4_col
-NP_IP6_HEADERS = 8  # IPv6 extension headers parsed; a packet with more is dropped
-NP_VLAN_TAGS = 2  # VLAN tags skipped; a frame with more counts as non-IP
-NP_PULL_BYTES = 256  # bytes of the frame that are made linear before parsing
+NP_ATOM_BLOCK = 256  # atoms in a row of np_l4_atom
+NP_ATOM_BLOCKS = 1537  # rows of np_l4_atom: 6 slots of 256, and NP_OTHER_BLOCK
+NP_COLUMN_BLOCK = 64  # L4 classes in a row of np_l4_col
+NP_IP6_HEADERS = 8  # the parser reads this many IPv6 extension headers; a packet with more is dropped
+NP_VLAN_TAGS = 2  # the parser skips this many VLAN tags; a frame with more counts as non-IP
+NP_PULL_BYTES = 256  # the program makes this many bytes of the frame linear before it parses them
 NP_SLOT_TCP = 0  # by destination port
 NP_SLOT_UDP = 1  # by destination port
 NP_SLOT_SCTP = 2  # by destination port
 NP_SLOT_ICMP = 3  # by type and code
 NP_SLOT_ICMPV6 = 4  # by type and code
 NP_SLOT_SOURCE = 5  # by source port, for all protocols
-NP_OTHER_BLOCK = 1536  # the only block that is indexed by protocol number
-NP_BUCKET_ROWS = 5  # rows of a bucket: as many as fit into one cache line (IPv6: two)
+NP_OTHER_BLOCK = 1536  # the block of all other protocols; its index is the protocol number
+NP_BUCKET_ROWS = 5  # rows of a bucket: as many as fit into one cache line (IPv4) or two (IPv6)
 NP_BUCKET_LINES = 2  # lines of a bucket of np_peer_class
-NP_BUCKET_MORE = 128  # flag of a bucket: the overflow map has further rows of it
-NP_LINE_CLASSES = 24  # identities of a line of np_peer_class
-NP_CLASS_NONE = 65535  # no class
+NP_BUCKET_MORE = 128  # flag of a bucket: further rows of the bucket are in the overflow map
+NP_LINE_CLASSES = 24  # identities of a line (struct np_class_line)
+NP_CLASS_NONE = 65535  # the line has no class for this identity
 NP_HASH_MULTIPLIER = 0x9e3779b97f4a7c15  # 2^64 divided by the golden ratio: adjacent keys get distant hashes
-NP_CONN_WAYS = 8  # slots of a conntrack bucket; their tags fill a cache line
-NP_HASH_WORDS = 12  # random numbers of the conntrack hash: one for each word of the longest key, and one more
+NP_CONN_WAYS = 8  # slots of a conntrack bucket; the tags of the slots fill a cache line
+NP_HASH_WORDS = 12  # random numbers of the conntrack hash: one a 32-bit word of the longest key, one to add
 NP_HASH_BIT = 0x80000000  # set in every conntrack hash, so that no hash is 0
 NP_TAG_HASH_SHIFT = 32
 NP_TAG_UNREPLIED = 0x80000000  # the connection is unreplied
 NP_TAG_TIME_SHIFT = 2
 NP_TAG_TIME_BITS = 29
 NP_TAG_RANK_MASK = 3  # enum np_rank
-NP_TAG_JIFFIES = 64  # jiffies in a unit of a tag's time
-NP_TAG_OWNED_UNITS = 64  # how long a slot stays reserved: longer than any CPU needs to write the entry
-NP_HOST_SETS = 8  # policy sets of a host endpoint, by stage * 2 + direction
+NP_TAG_JIFFIES = 64  # jiffies in one unit of a tag's time
+NP_TAG_OWNED_UNITS = 64  # units for which a slot stays reserved: longer than a CPU needs to write the entry
+NP_HOST_SETS = 8  # policy sets of a host endpoint; the index is stage * 2 + direction
 NP_SCRATCH_WORDS = 76  # 64-bit words of np_scratch
-NP_KERNEL_BYTES = 96  # bytes copied from sk_buff if it cannot be read in place
+NP_KERNEL_BYTES = 96  # bytes that the program copies from sk_buff if it cannot read the fields in place
 NP_FLOW_CACHE_DUE = 2  # flag in np_flow_cache_fact.hook: packets of the connection carry np_config.due_mark
-NP_PASS = -1  # TC_ACT_UNSPEC of clsact, TCX_NEXT of tcx: the next program decides
+NP_PASS = -1  # TC_ACT_UNSPEC of clsact, TCX_NEXT of tcx: the next program at this hook decides
 NP_PASS_ALONE = 0  # TC_ACT_OK, TCX_PASS: no further program at this hook runs
 NP_DROP = 2  # TC_ACT_SHOT, TCX_DROP
-NP_LOADS_MASK = 15  # number of slots of a map that a hash chooses from, minus one
-NP_LOADS_FACT = 14  # enum np_kernel_fact
-NP_CALLS_CAST = 0x4e50  # not a helper: a call of bpf_cast_to_kern_ctx
-NP_CHECK_SEED = 2166136261  # FNV-1a's 32-bit offset basis and prime
+NP_LOADS_MASK = 15  # the load gets the number of slots that a hash chooses from, minus one
+NP_LOADS_FACT = 14  # the load gets a fact of the kernel, enum np_kernel_fact
+NP_CALLS_CAST = 0x4e50  # the loader replaces this call of a helper by one of the function bpf_cast_to_kern_ctx
+NP_CHECK_SEED = 2166136261  # FNV-1a's 32-bit offset basis; NP_CHECK_PRIME is FNV-1a's prime
 NP_CHECK_PRIME = 16777619
-NP_NODE_FIRST = 1048576  # first number of a node in np_addr.holder; endpoints have lower numbers; arbitrary
+NP_NODE_FIRST = 1048576  # first number of another node in np_addr.holder; endpoints have lower numbers; arbitrary
 NP_IDENTITY_UNKNOWN = 0  # never the identity of a packet
 NP_IDENTITY_WORLD_V4 = 1  # an IPv4 address that no table describes
 NP_IDENTITY_WORLD_V6 = 2  # an IPv6 address that no table describes
@@ -136,171 +136,171 @@ NP_DIRECTION_EGRESS = 1  # from the endpoint
 
 # np_action: The action of a verdict row. A row of zeros was never written; it denies.
 NP_ACTION_NONE = 0  # the row was never written
-NP_ACTION_ALLOW = 1  # pass, and record the connection
-NP_ACTION_DENY = 2  # drop
-NP_ACTION_CONTINUE = 3  # decides nothing (host endpoint stages without a default deny)
+NP_ACTION_ALLOW = 1  # the packet passes, and the program records its connection
+NP_ACTION_DENY = 2  # the packet is dropped
+NP_ACTION_CONTINUE = 3  # the list decides nothing, so the next one follows (only in policy of host endpoints)
 
 # np_stage: The policy lists of a host endpoint. Workloads have only the normal one.
 NP_STAGE_NORMAL = 0  # packets from or to processes of the node
-NP_STAGE_FORWARD = 1  # packets that the node forwards
-NP_STAGE_PRE_DNAT = 2  # all incoming packets, before destination translation
-NP_STAGE_UNTRACKED = 3  # before all other stages, and without conntrack
+NP_STAGE_FORWARD = 1  # packets that the node forwards from one interface to another
+NP_STAGE_PRE_DNAT = 2  # all incoming packets, before netfilter translates their destination
+NP_STAGE_UNTRACKED = 3  # all packets, before every other stage; a packet allowed here records no connection
 
 # np_endpoint_flag: Flags of an endpoint.
-NP_ENDPOINT_HOST = 1  # a host interface: directions agree with hooks, non-IP passes, policy is in np_host
-NP_ENDPOINT_SOURCES = 2  # has rows in np_source4 or np_source6
-NP_ENDPOINT_UPLINK = 4  # a host interface without policy: only packets with a sender tag are judged
-NP_ENDPOINT_ROUTES = 8  # a workload that is a router: it may receive packets for other addresses
-NP_ENDPOINT_LAYER3 = 16  # packets begin with the network header (tun, WireGuard, IPIP, PPP)
+NP_ENDPOINT_HOST = 1  # a host interface: TC ingress is ingress policy, non-IP passes, np_host has the policy
+NP_ENDPOINT_SOURCES = 2  # the endpoint has rows in np_source4 or np_source6
+NP_ENDPOINT_UPLINK = 4  # a host interface without policy: the program judges only packets with a sender tag
+NP_ENDPOINT_ROUTES = 8  # the workload is a router: it may receive packets for addresses that it does not own
+NP_ENDPOINT_LAYER3 = 16  # packets begin with the network header (tun, WireGuard, IPIP, PPP devices)
 NP_ENDPOINT_UNREADABLE = 32  # packets begin with a link header that the parser does not support
-NP_ENDPOINT_OUTSIDE = 64  # a host interface that leads to no local workload
-NP_ENDPOINT_EXTERNAL = 128  # OUTSIDE, and a tunnel device in metadata mode (external, collect_md)
+NP_ENDPOINT_OUTSIDE = 64  # a host interface that leads out of the node, to no local workload
+NP_ENDPOINT_EXTERNAL = 128  # as OUTSIDE, and a tunnel device in metadata mode (external, collect_md)
 
-# np_config_flag: Flags of the configuration.
+# np_config_flag: Flags of the configuration (np_config.flags).
 NP_CONFIG_ALLOW_EVENTS = 1  # write an event for each new allowed flow
-NP_CONFIG_STAGED_EVENTS = 2  # write an event for each new allowed flow with a different staged action
-NP_CONFIG_KEEP_REVOKED = 4  # connections that policy no longer allows live until they end
-NP_CONFIG_DEFER = 8  # each interface by which a packet to a service could leave has the program
-NP_CONFIG_TO_HOST_DENY = 16  # workloads may not reach their own node
+NP_CONFIG_STAGED_EVENTS = 2  # write an event for each new allowed flow whose staged action differs from its action
+NP_CONFIG_KEEP_REVOKED = 4  # established connections that policy no longer allows are not cut
+NP_CONFIG_DEFER = 8  # the program is on every interface by which a packet to a service can leave the node
+NP_CONFIG_TO_HOST_DENY = 16  # packets of workloads to their own node are dropped
 NP_CONFIG_TO_HOST_PASS = 32  # the wildcard host endpoint's normal policy judges workloads' packets to their node
 NP_CONFIG_LOCAL_NETS = 64  # np_local4_net or np_local6_net has rows
-NP_CONFIG_HAIRPIN = 128  # a packet from outside may have a source of this node
+NP_CONFIG_HAIRPIN = 128  # packets from outside the node may have a source address of this node
 
 # np_conn_state: The state of a connection. Each state has its own time-out, np_config.timeout_jiffies[state].
 NP_CONN_TCP_NEW = 0  # TCP, unreplied
 NP_CONN_TCP_OPEN = 1  # TCP, established
-NP_CONN_TCP_CLOSING = 2  # TCP, FIN seen from both sides
-NP_CONN_TCP_RESET = 3  # TCP, RST seen
+NP_CONN_TCP_CLOSING = 2  # TCP, both sides have sent FIN
+NP_CONN_TCP_RESET = 3  # TCP, one side has sent RST
 NP_CONN_UDP = 4  # UDP
 NP_CONN_ICMP = 5  # ICMP echo and other queries
 NP_CONN_OTHER = 6  # any other protocol
-NP_CONN_FRAGMENT = 7  # not a connection: a row of np_frag4 or np_frag6
-NP_CONN_STATES = 8  # number of states
+NP_CONN_FRAGMENT = 7  # not a connection: only the time-out of rows in np_frag4 and np_frag6
+NP_CONN_STATES = 8  # number of states above
 
 # np_conn_flag: Flags of a connection.
-NP_CONN_FIN_ORIGINAL = 1  # FIN seen from the side that opened the connection
-NP_CONN_FIN_REPLY = 2  # FIN seen from the other side
-NP_CONN_EXEMPT = 4  # opened by the host to its workload, or by the workload to itself: no policy applies
-NP_CONN_DEFERRED = 8  # to a service: policy judges where the packet leaves
-NP_CONN_FORWARDED = 16  # of a host endpoint: opened by a forwarded packet
-NP_CONN_TAGGED = 32  # DEFERRED, and its packets carry the sender tag: no policy has finally allowed them yet
-NP_CONN_DUE = 64  # DEFERRED; policy denies packets to the service's own address, so they carry due_mark
+NP_CONN_FIN_ORIGINAL = 1  # the side that opened the connection has sent FIN
+NP_CONN_FIN_REPLY = 2  # the other side has sent FIN
+NP_CONN_EXEMPT = 4  # from the host to its workload, or from a workload to itself: no policy applies
+NP_CONN_DEFERRED = 8  # to a service: policy judges where the packet leaves the node or enters a workload
+NP_CONN_FORWARDED = 16  # at a host endpoint: a forwarded packet opened the connection
+NP_CONN_TAGGED = 32  # as DEFERRED, and the packets carry the sender tag: no policy has finally allowed them yet
+NP_CONN_DUE = 64  # as DEFERRED, and the packets carry due_mark: policy denies packets to the service's own address
 
-# np_rank: The rank of a connection for eviction: the lowest is evicted first; in the low bits of its tag.
-NP_RANK_NONE = 0  # reserved by the CPU that writes the entry, until the tag's time; then free
-NP_RANK_CLOSED = 1  # FIN from both sides, or RST
-NP_RANK_UNREPLIED = 2  # no reply was seen yet
+# np_rank
+NP_RANK_NONE = 0  # a CPU has reserved the slot to write the entry; the slot is free after the tag's time
+NP_RANK_CLOSED = 1  # both sides have sent FIN, or one side RST
+NP_RANK_UNREPLIED = 2  # the other side has not replied yet
 NP_RANK_ESTABLISHED = 3  # both sides have sent packets
 
 # np_verdict_flag: Flags of a verdict.
-NP_VERDICT_FAILSAFE = 1  # a failsafe port decided: no list before normal policy may drop the packet
+NP_VERDICT_FAILSAFE = 1  # the packet is to a failsafe port: no list before normal policy may drop it
 
-# np_local_flag: The roles of an address at this node.
-NP_LOCAL_OWN = 1  # an address of this node
+# np_local_flag: What an address is at this node.
+NP_LOCAL_OWN = 1  # an own address of this node
 NP_LOCAL_MANY = 2  # a broadcast address of this node's links
 NP_LOCAL_GROUP = 4  # a multicast group that this node has joined
 NP_LOCAL_NODE = 8  # an address of another node of the cluster
 
 # np_vip_flag: Flags of a service address.
-NP_VIP_LOCAL = 1  # `local` may be the backend: a process of this node, so no later hook sees the packet
-NP_VIP_MANY = 2  # several backends are processes of this node; which one receives the packet is unknown
+NP_VIP_LOCAL = 1  # the backend `local` is a process of this node; if it is chosen, no later hook sees the packet
+NP_VIP_MANY = 2  # several backends are processes of this node; the program cannot tell which one gets the packet
 
 # np_call
-NP_CALL_JUDGE = 0  # evaluate one policy list, then the next; at the end apply the verdict
-NP_CALL_SENDER = 1  # apply the verdict for the sender, the endpoint that the sender tag names
+NP_CALL_JUDGE = 0  # evaluates one policy list, then calls itself for the next; at the end applies the verdict
+NP_CALL_SENDER = 1  # applies the verdict for the sender, which is the endpoint that the sender tag names
 NP_CALLS = 2  # number of slots
 
-# np_kernel_fact: Facts of the running kernel that the loader fills in (NP_KERNEL).
+# np_kernel_fact: Facts of the running kernel. The loader writes them into the program (NP_KERNEL).
 NP_KERNEL_CAST = 0  # 1: the kernel has bpf_cast_to_kern_ctx
-NP_KERNEL_FIRST = 1  # offset in sk_buff; all fields below are within NP_KERNEL_BYTES after it
-NP_KERNEL_SUMMED = 2  # offset of the byte with ip_summed, from NP_KERNEL_FIRST, as all that follow
-NP_KERNEL_SUMMED_SHIFT = 3  # lowest bit of ip_summed in that byte; it has two bits
-NP_KERNEL_CSUM_START = 4  # a field of 16 bits, as the next two
+NP_KERNEL_FIRST = 1  # offset in sk_buff of the first field below; NP_KERNEL_BYTES from there on have all fields
+NP_KERNEL_SUMMED = 2  # offset of the byte with ip_summed; this and all later offsets count from NP_KERNEL_FIRST
+NP_KERNEL_SUMMED_SHIFT = 3  # lowest bit of ip_summed in that byte; ip_summed has two bits
+NP_KERNEL_CSUM_START = 4  # offset of csum_start; this field and the next two have 16 bits
 NP_KERNEL_CSUM_OFFSET = 5
 NP_KERNEL_MAC_HEADER = 6
 
 # np_event_kind: Kinds of events.
 NP_EVENT_DENY = 1  # a packet was dropped
 NP_EVENT_ALLOW = 2  # a new flow was allowed
-NP_EVENT_LOG = 3  # Log rules matched a new flow; the verdict is in `action`
+NP_EVENT_LOG = 3  # Log rules matched a new flow; `action` has the verdict
 
 # np_reason
 NP_REASON_NONE = 0  # never counted
 NP_REASON_POLICY_ALLOW = 1  # a new flow that policy allows
-NP_REASON_ESTABLISHED = 2  # belongs to an allowed connection (counted by rule, not here)
+NP_REASON_ESTABLISHED = 2  # a packet of an allowed connection (counted under its rule, not here)
 NP_REASON_RELATED = 3  # an ICMP error about an allowed connection
-NP_REASON_HOST = 4  # from the host itself to its workload
-NP_REASON_SELF = 5  # from a workload to itself
-NP_REASON_ARP = 6  # ARP
+NP_REASON_HOST = 4  # a packet from the host itself to its workload
+NP_REASON_SELF = 5  # a packet from a workload to itself
+NP_REASON_ARP = 6  # an ARP packet
 NP_REASON_NEIGHBOUR = 7  # IPv6 neighbour discovery or multicast listener discovery
-NP_REASON_CONTINUE = 8  # no stage of the host endpoint decided
-NP_REASON_HOST_NON_IP = 9  # not IP, on a host interface
-NP_REASON_DEFERRED = 10  # to a service: policy judges where the packet leaves the node or enters a workload
-NP_REASON_UPLINK = 11  # on a host interface without policy
+NP_REASON_CONTINUE = 8  # a packet for which no stage of the host endpoint's policy decided
+NP_REASON_HOST_NON_IP = 9  # a packet that is not IP, on a host interface
+NP_REASON_DEFERRED = 10  # a packet to a service: policy judges it where it leaves the node or enters a workload
+NP_REASON_UPLINK = 11  # a packet on a host interface without policy
 NP_REASON_DHCP = 12  # a workload's DHCP request for an address
 NP_REASON_POLICY_DENY = 32  # policy denies the flow
 NP_REASON_REVOKED = 33  # policy no longer allows an established connection
 NP_REASON_UNKNOWN_ENDPOINT = 34  # the interface has no endpoint row
-NP_REASON_SPOOFED = 35  # the workload does not own the source address
-NP_REASON_NON_IP = 36  # neither IP nor ARP, on a workload interface
+NP_REASON_SPOOFED = 35  # the workload may not use the source address
+NP_REASON_NON_IP = 36  # a packet that is neither IP nor ARP, on a workload's interface
 NP_REASON_SHORT = 37  # the frame ends inside a header
 NP_REASON_BAD_IP = 38  # the IP header contradicts itself
 NP_REASON_BAD_L4 = 39  # the transport header ends early or contradicts itself
-NP_REASON_IP6_HEADERS = 40  # more IPv6 extension headers than the parser supports
-NP_REASON_NO_NEXT_HEADER = 41  # IPv6 packet without any payload protocol
-NP_REASON_FRAGMENT = 42  # a later fragment whose first one was not seen or not allowed
+NP_REASON_IP6_HEADERS = 40  # an IPv6 packet with more extension headers than the parser supports
+NP_REASON_NO_NEXT_HEADER = 41  # an IPv6 packet without a payload protocol (next header 59)
+NP_REASON_FRAGMENT = 42  # a later fragment, but its first fragment was not seen or not allowed
 NP_REASON_ICMP_UNRELATED = 43  # an ICMP error about an unknown connection
-NP_REASON_CONN_FULL = 44  # the connection could not be recorded
-NP_REASON_FRAGMENT_FULL = 45  # the fragment could not be recorded
-NP_REASON_TORN_ENDPOINT = 46  # the endpoint row changed during each attempt to read it
-NP_REASON_CLASS_RANGE = 47  # a peer class beyond the policy set's verdicts
-NP_REASON_L4_RANGE = 48  # an atom or L4 class outside its table
-NP_REASON_VERDICT_RANGE = 49  # a verdict outside its table
-NP_REASON_VERDICT_EMPTY = 50  # a verdict entry that was never written
+NP_REASON_CONN_FULL = 44  # the connection table had no room for the connection
+NP_REASON_FRAGMENT_FULL = 45  # the fragment table had no room for the first fragment
+NP_REASON_TORN_ENDPOINT = 46  # the agent replaced the endpoint row during each attempt to read it
+NP_REASON_CLASS_RANGE = 47  # the peer class is beyond the policy set's verdicts
+NP_REASON_L4_RANGE = 48  # the atom or the L4 class is outside its table
+NP_REASON_VERDICT_RANGE = 49  # the row of the verdict is outside np_verdict
+NP_REASON_VERDICT_EMPTY = 50  # the row of the verdict was never written
 NP_REASON_NO_CONFIG = 51  # the configuration is missing (cannot happen)
-NP_REASON_TO_HOST = 52  # a workload to its own node, which the setting forbids
-NP_REASON_NO_EXIT = 53  # to a service, while an interface where the packet could leave lacks the program
-NP_REASON_LOST_SENDER = 54  # to a service, with the sender tag of an endpoint that is gone
-NP_REASON_HIDDEN_SOURCE = 55  # to a service, with a translated source, while the sender's policy depends on it
-NP_REASON_LOCAL_BACKENDS = 56  # to a service with several backends that are processes of this node
-NP_REASON_CALL_MISSING = 57  # the program of a tail call is missing from np_call
-NP_REASON_CALL_BUDGET = 58  # policy lists changed each time they were read, until the budget of calls was spent
-NP_REASON_CHECKSUM_AIM = 59  # checksum offload would overwrite bytes that policy judged
-NP_REASON_LINK_FORGED = 60  # ARP, neighbour discovery or DHCP in the name of another host, or of a router
-NP_REASON_MISDELIVERED = 61  # to a workload's interface, but for none of its addresses
-NP_REASON_TUNNEL = 62  # from a workload, in an encapsulation that a node's tunnel device accepts from any sender
-NP_REASON_FOREIGN_SOURCE = 63  # from outside, with a source address of this node or of a local workload
-NP_REASON_LINK_TYPE = 64  # on an interface with a link header that the parser does not support
-NP_REASON_TUNNEL_SOURCE = 65  # decapsulated, and the outer sender is not the node with the inner source address
+NP_REASON_TO_HOST = 52  # a packet from a workload to its own node, which the configuration forbids
+NP_REASON_NO_EXIT = 53  # a packet to a service, but some interface by which it could leave lacks the program
+NP_REASON_LOST_SENDER = 54  # a packet to a service, but the endpoint that its sender tag names is gone
+NP_REASON_HIDDEN_SOURCE = 55  # a packet to a service: policy depends on its source, but the source was translated
+NP_REASON_LOCAL_BACKENDS = 56  # a packet to a service with several backends that are processes of this node
+NP_REASON_CALL_MISSING = 57  # np_call lacks the program of a tail call
+NP_REASON_CALL_BUDGET = 58  # policy changed each time it was read, until all tail calls of the packet were used
+NP_REASON_CHECKSUM_AIM = 59  # a device would write the packet's checksum over bytes that policy judged
+NP_REASON_LINK_FORGED = 60  # ARP, neighbour discovery or DHCP message in the name of another host or of a router
+NP_REASON_MISDELIVERED = 61  # a packet to a workload's interface, but to none of the workload's addresses
+NP_REASON_TUNNEL = 62  # a workload's packet in an encapsulation that a node's tunnel accepts from any sender
+NP_REASON_FOREIGN_SOURCE = 63  # a packet from outside with a source address of this node or of a local workload
+NP_REASON_LINK_TYPE = 64  # a packet with a link header that the parser does not support
+NP_REASON_TUNNEL_SOURCE = 65  # a tunnelled packet that was not sent by the node that has its inner source
 NP_REASON_EVENT_LOST = 96  # the ring buffer had no room for an event
-NP_REASON_LOG_LIMITED = 97  # a log event suppressed by the rate limit
-NP_REASON_RULE_RANGE = 98  # a rule number beyond np_rule_count or np_staged_count, counted once for each map
-NP_REASON_CONN_EVICTED = 99  # an established connection made room for a new one in its bucket
+NP_REASON_LOG_LIMITED = 97  # the rate limit suppressed a log event
+NP_REASON_RULE_RANGE = 98  # a rule number beyond np_rule_count or np_staged_count; counted for each of the two
+NP_REASON_CONN_EVICTED = 99  # an established connection was evicted, because a new one needed room in its bucket
 NP_REASON_COUNT = 128  # number of rows of np_reason_count
 
 
 class np_set(ctypes.Structure):
     """A compiled policy set: all policies and profiles of an endpoint in one direction.
 
-    The verdict is in row verdict_base + ((peer class * own_classes + own class) * l4_classes + L4 class) *
-    source_classes + source class of np_verdict.
+    The row of the verdict in np_verdict is verdict_base + ((peer class * own_classes + own class) * l4_classes + L4
+    class) * source_classes + source port class.
     """
 
-    number: int  # part of the key of np_peer_class; sets with equal class tables share it
-    default_class4: int  # peer class of an IPv4 identity without a row
-    default_class6: int  # the same for IPv6; it differs if a rule matches one family only, such as 0.0.0.0/0
+    number: int  # part of the key of np_peer_class; policy sets with equal class tables have the same number
+    default_class4: int  # peer class of an IPv4 identity that has no row in np_peer_class
+    default_class6: int  # the same for IPv6; the two differ if a rule matches only one family, such as 0.0.0.0/0
     peer_classes: int  # number of peer classes
-    own_set: int  # `number` of the class table for the endpoint's own side; 0: the own side does not matter
+    own_set: int  # `number` of the class table of the own side; 0: no rule of the set constrains the own side
     own_default_class4: int
     own_default_class6: int
-    own_classes: int  # number of own classes; 1 if own_set is 0
-    l4_base: int  # first row in np_l4_col for destination atoms
+    own_classes: int  # number of classes of the own side; 1 if own_set is 0
+    l4_base: int  # row of np_l4_col with the L4 classes of the first destination port atoms
     l4_classes: int  # number of L4 classes; 1: no rule matches on protocol or destination port
-    asks_source: int  # 1: an enforced rule matches on who owns the source address, or on the source port
-    source_base: int  # first row in np_l4_col for source port atoms
+    asks_source: int  # 1: an enforced rule matches on the owner of the source address, or on the source port
+    source_base: int  # row of np_l4_col with the source port classes of the first source port atoms
     source_classes: int  # number of source port classes; 1: no rule matches on source ports
     verdict_base: int
-    check: int  # see struct np_endpoint
+    check: int  # detects a torn read; see struct np_endpoint
 
     _fields_ = (
         ("number", ctypes.c_uint32),
@@ -332,17 +332,18 @@ class np_endpoint_key(ctypes.Structure):
 
 
 class np_endpoint(ctypes.Structure):
-    """The policy of an interface: its endpoint and both policy sets.
+    """The policy of an interface: its endpoint, and the policy sets of both directions.
 
-    One element has both sets, so one update flips both. The kernel may reuse the memory of a replaced element while a
-    packet still reads it; each set's `check` detects that. It is the FNV-1a fold, word by word, of number, ifindex,
-    flags, link and the set's other words. The loader's seal_endpoint() fills it in.
+    One map element has both sets, so that one update replaces both. The kernel may reuse the memory of a replaced
+    element while a packet still reads that element. The `check` of each set detects such a read. `check` is the
+    FNV-1a hash, word by word, of number, ifindex, flags, link and all other words of the set. The loader's
+    seal_endpoint() computes it.
     """
 
-    number: int  # stable, unique on the node, never 0
-    ifindex: int  # equal to the key
+    number: int  # number of the endpoint: stable, unique on the node, never 0
+    ifindex: int  # the same as in the key
     flags: int  # enum np_endpoint_flag
-    link: int  # interface that has the addresses of the link: the bridge of this interface, or itself
+    link: int  # interface that has the IP addresses of this link: the bridge of this interface, or itself
     ingress: np_set
     egress: np_set
 
@@ -359,7 +360,7 @@ class np_endpoint(ctypes.Structure):
 class np_number_key(ctypes.Structure):
     """``struct np_number_key``."""
 
-    number: int  # of an endpoint
+    number: int  # number of an endpoint
 
     _fields_ = (
         ("number", ctypes.c_uint32),
@@ -367,17 +368,17 @@ class np_number_key(ctypes.Structure):
 
 
 class np_host(ctypes.Structure):
-    """All policy sets of a host endpoint in one element, so that one update flips them all; see struct np_endpoint.
+    """All policy sets of a host endpoint in one map element, so that one update replaces them all.
 
-    A set's check word has the set's index in place of the ifindex, the row's `version` in place of the flags, and 0
-    in place of the link.
+    The `check` of a set is as in struct np_endpoint, with three replacements: index | present << 8 for the ifindex,
+    `version` for the flags, and 0 for the link.
     """
 
     number: int
-    version: int  # version of the row: all look-ups for one packet must see the same
-    present: int  # bit i: sets[i] exists; a missing set decides nothing
+    version: int  # version of the row: all look-ups for one packet must see the same version
+    present: int  # bit i: sets[i] exists; a set that does not exist decides nothing
     pad: int
-    sets: ctypes.Array[np_set]  # by stage * 2 + direction
+    sets: ctypes.Array[np_set]  # the index is stage * 2 + direction
 
     _fields_ = (
         ("number", ctypes.c_uint32),
@@ -391,7 +392,7 @@ class np_host(ctypes.Structure):
 class np_ifindex(ctypes.Structure):
     """``struct np_ifindex``."""
 
-    ifindex: int  # key of np_endpoint
+    ifindex: int  # interface of the endpoint; key of np_endpoint
 
     _fields_ = (
         ("ifindex", ctypes.c_uint32),
@@ -402,8 +403,8 @@ class np_local(ctypes.Structure):
     """``struct np_local``."""
 
     flags: int  # enum np_local_flag
-    ifindex: int  # interface that has the address; 0: no single one
-    node: int  # number of the other node that has the address, from NP_NODE_FIRST on; 0: unknown
+    ifindex: int  # the only interface that has the address; 0: none or several
+    node: int  # number of the other node that has the address, at least NP_NODE_FIRST; 0: unknown
 
     _fields_ = (
         ("flags", ctypes.c_uint32),
@@ -413,7 +414,7 @@ class np_local(ctypes.Structure):
 
 
 class np_tunnel_key(ctypes.Structure):
-    """Encapsulation that a tunnel device of the node accepts from any sender."""
+    """The key of an encapsulation that a tunnel device of the node accepts from any sender."""
 
     port: int  # destination port of UDP; 0 for other protocols
     protocol: int
@@ -439,7 +440,7 @@ class np_tunnel(ctypes.Structure):
 class np_vip4_key(ctypes.Structure):
     """``struct np_vip4_key``."""
 
-    address: ctypes.Array[ctypes.c_uint8]  # 0.0.0.0 means all addresses of the node (node ports)
+    address: ctypes.Array[ctypes.c_uint8]  # 0.0.0.0: the row holds for all addresses of the node (node ports)
     port: int
     protocol: int
     pad: int
@@ -455,7 +456,7 @@ class np_vip4_key(ctypes.Structure):
 class np_vip6_key(ctypes.Structure):
     """``struct np_vip6_key``."""
 
-    address: ctypes.Array[ctypes.c_uint8]  # :: means all addresses of the node (node ports)
+    address: ctypes.Array[ctypes.c_uint8]  # :: (all zeros): the row holds for all addresses of the node (node ports)
     port: int
     protocol: int
     pad: int
@@ -474,7 +475,7 @@ class np_vip(ctypes.Structure):
     flags: int  # enum np_vip_flag
     local_port: int
     pad: int
-    local: ctypes.Array[ctypes.c_uint8]  # IPv4 in the first four bytes
+    local: ctypes.Array[ctypes.c_uint8]  # address of the backend; IPv4 in the first four bytes
 
     _fields_ = (
         ("flags", ctypes.c_uint32),
@@ -507,8 +508,8 @@ class np_addr6_key(ctypes.Structure):
 class np_addr(ctypes.Structure):
     """``struct np_addr``."""
 
-    identity: int  # never 0
-    holder: int  # number of the local endpoint that owns the address, or of the other node that has it; 0: unknown
+    identity: int  # identity of the address; never 0
+    holder: int  # number of the local endpoint that owns the address, or of the other node that has it; 0: neither
 
     _fields_ = (
         ("identity", ctypes.c_uint32),
@@ -517,14 +518,14 @@ class np_addr(ctypes.Structure):
 
 
 class np_addr4_bucket(ctypes.Structure):
-    """A bucket of addresses with the same hash: one or two cache lines.
+    """A bucket of addresses with the same hash, in one or two cache lines.
 
-    A kernel hash table would need three memory fetches. A row is in its bucket or, if that is full, in the overflow
-    map (_more); never in both. The agent writes the key, then the row, then the bit in `used`, so no packet sees half
-    a row. It overwrites a removed row only after a grace period.
+    A kernel hash table would need three memory fetches for a look-up. A row is in its bucket, or in the overflow map
+    if the bucket is full, never in both. The agent writes the key, then the row, then the bit in `used`, so that no
+    packet sees half a row. The agent overwrites a removed row only after a grace period.
     """
 
-    used: int  # bit i: row i is valid; NP_BUCKET_MORE
+    used: int  # bit i: row i is valid; and the flag NP_BUCKET_MORE
     key: ctypes.Array[np_addr4_key]
     row: ctypes.Array[np_addr]
 
@@ -538,7 +539,7 @@ class np_addr4_bucket(ctypes.Structure):
 class np_addr6_bucket(ctypes.Structure):
     """``struct np_addr6_bucket``."""
 
-    used: int  # bit i: row i is valid; NP_BUCKET_MORE
+    used: int  # bit i: row i is valid; and the flag NP_BUCKET_MORE
     pad: int
     key: ctypes.Array[np_addr6_key]
     row: ctypes.Array[np_addr]
@@ -552,9 +553,9 @@ class np_addr6_bucket(ctypes.Structure):
 
 
 class np_vip_filter(ctypes.Structure):
-    """A bit for each hash of the node's and services' addresses.
+    """A bit for each hash of an address of the node or of a service.
 
-    If the bit is 0, neither np_local nor np_vip has the address.
+    If the bit of an address is 0, neither np_local nor np_vip has that address.
     """
 
     bits: int
@@ -601,7 +602,7 @@ class np_cidr(ctypes.Structure):
 class np_source4_key(ctypes.Structure):
     """``struct np_source4_key``."""
 
-    prefix_bits: int  # 32 for the endpoint, plus the length of the prefix
+    prefix_bits: int  # length of the prefix, plus 32 for `endpoint`
     endpoint: int
     address: ctypes.Array[ctypes.c_uint8]
 
@@ -615,7 +616,7 @@ class np_source4_key(ctypes.Structure):
 class np_source6_key(ctypes.Structure):
     """``struct np_source6_key``."""
 
-    prefix_bits: int  # 32 for the endpoint, plus the length of the prefix
+    prefix_bits: int  # length of the prefix, plus 32 for `endpoint`
     endpoint: int
     address: ctypes.Array[ctypes.c_uint8]
 
@@ -659,15 +660,15 @@ class np_peer_class(ctypes.Structure):
 
 
 class np_class_line(ctypes.Structure):
-    """The peer classes of 24 consecutive identities for one class table.
+    """The peer classes of 24 consecutive identities in one class table.
 
     Identities are assigned densely, so that the lines of a whole cluster fit into the CPU's cache.
     """
 
-    peer_class: ctypes.Array[ctypes.c_uint16]  # NP_CLASS_NONE: the set's default class applies
-    set: int  # np_set.number; 0: unused
-    block: int  # identity / NP_LINE_CLASSES
-    flags: int  # of the bucket's first line only: NP_BUCKET_MORE
+    peer_class: ctypes.Array[ctypes.c_uint16]  # NP_CLASS_NONE: the set's default class applies to the identity
+    set: int  # np_set.number; 0: the line is unused
+    block: int  # number of the first identity, divided by NP_LINE_CLASSES
+    flags: int  # NP_BUCKET_MORE; only the first line of a bucket has flags
     pad: int
 
     _fields_ = (
@@ -682,7 +683,7 @@ class np_class_line(ctypes.Structure):
 class np_peer_bucket(ctypes.Structure):
     """A bucket of lines with the same hash of set and block.
 
-    Rows of a block without a line are in np_peer_more.
+    The rows of a block that has no line are in np_peer_more.
     """
 
     line: ctypes.Array[np_class_line]
@@ -715,9 +716,9 @@ class np_l4_col(ctypes.Structure):
 class np_verdict(ctypes.Structure):
     """``struct np_verdict``."""
 
-    rule: int  # key of np_rule
-    staged_rule: int  # key of np_rule, if staged policies were enforced
-    log_list: int  # list of the Log rules that matched before the verdict; 0: none
+    rule: int  # the deciding rule, key of np_rule
+    staged_rule: int  # the rule that would decide if staged policies were enforced, key of np_rule
+    log_list: int  # number of the list of Log rules that matched before the verdict; 0: none matched
     action: int  # enum np_action
     staged_action: int  # enum np_action
     flags: int  # enum np_verdict_flag
@@ -745,7 +746,7 @@ class np_rule_key(ctypes.Structure):
 class np_rule(ctypes.Structure):
     """``struct np_rule``."""
 
-    name: bytes  # tier|policy|direction|index|action
+    name: bytes  # in the form tier|policy|direction|index|action
 
     _fields_ = (
         ("name", ctypes.c_char * 120),
@@ -756,7 +757,7 @@ class np_count(ctypes.Structure):
     """``struct np_count``."""
 
     packets: int
-    bytes: int  # of the frames, Ethernet header included
+    bytes: int  # bytes of the frames, Ethernet header included
 
     _fields_ = (
         ("packets", ctypes.c_uint64),
@@ -765,13 +766,13 @@ class np_count(ctypes.Structure):
 
 
 class np_conn4_key(ctypes.Structure):
-    """The conntrack key of a connection at one endpoint, the same for both directions: local is the endpoint's side.
+    """The conntrack key of a connection at one endpoint, the same for the packets of both directions.
 
-    An ICMP query has its identifier in the port of the querying side and 0 in the other; a protocol without ports has
-    0 in both.
+    Local is the endpoint's side. An ICMP query has its identifier as the port of the querying side, and 0 as the
+    other port. Both ports of a protocol without ports are 0.
     """
 
-    endpoint: int  # number, not ifindex: the interface may be replaced
+    endpoint: int  # number of the endpoint, not ifindex: the interface may be replaced
     local: ctypes.Array[ctypes.c_uint8]
     remote: ctypes.Array[ctypes.c_uint8]
     local_port: int
@@ -793,7 +794,7 @@ class np_conn4_key(ctypes.Structure):
 class np_conn6_key(ctypes.Structure):
     """``struct np_conn6_key``."""
 
-    endpoint: int  # number, not ifindex: the interface may be replaced
+    endpoint: int  # number of the endpoint, not ifindex: the interface may be replaced
     local: ctypes.Array[ctypes.c_uint8]
     remote: ctypes.Array[ctypes.c_uint8]
     local_port: int
@@ -815,14 +816,14 @@ class np_conn6_key(ctypes.Structure):
 class np_conn(ctypes.Structure):
     """``struct np_conn``."""
 
-    seen_jiffies: int  # written at most once a second
-    generation: int  # the one under which policy allowed the flow
-    rule: int  # the rule that allowed it; 0: exempt, or judged elsewhere
-    direction: int  # of its first packet, enum np_direction
+    seen_jiffies: int  # when a packet was last seen; updated at most once a second
+    generation: int  # the generation under which policy last allowed the connection
+    rule: int  # the rule that allowed the connection; 0: no policy applies, or another hook judges it
+    direction: int  # direction of the first packet, enum np_direction
     state: int  # enum np_conn_state
     flags: int  # enum np_conn_flag
-    icmp_type: int  # of its first packet
-    icmp_code: int  # of its first packet
+    icmp_type: int  # ICMP type of the first packet
+    icmp_code: int  # ICMP code of the first packet
     pad: ctypes.Array[ctypes.c_uint8]
 
     _fields_ = (
@@ -871,9 +872,9 @@ class np_conn6_entry(ctypes.Structure):
 class np_conn_tags(ctypes.Structure):
     """The tags of a conntrack bucket.
 
-    A tag has what look-up and eviction need: the key's hash (bits 63 to 32), whether the connection is unreplied
-    (31), when it expires in units of 64 jiffies (30 to 2), and enum np_rank (1 and 0). A tag of 0 is a free slot; an
-    entry is valid only through its tag.
+    A tag has what look-up and eviction need: the hash of the key (bits 63 to 32); whether the connection is unreplied
+    (31); when it expires, in units of 64 jiffies (30 to 2); and enum np_rank (1 and 0). A slot with the tag 0 is
+    free. The entry of a slot is valid only if the rank in the tag is not NP_RANK_NONE.
     """
 
     tag: ctypes.Array[ctypes.c_uint64]
@@ -884,9 +885,9 @@ class np_conn_tags(ctypes.Structure):
 
 
 class np_secret(ctypes.Structure):
-    """The secret of the conntrack hash, one for each node.
+    """The random numbers of the conntrack hash, secret and different on each node.
 
-    Without it, nobody can choose connections that collide in one bucket.
+    Without them, nobody can choose connections that collide in one bucket.
     """
 
     number: ctypes.Array[ctypes.c_uint64]
@@ -902,7 +903,7 @@ class np_frag4_key(ctypes.Structure):
     endpoint: int
     source: ctypes.Array[ctypes.c_uint8]
     destination: ctypes.Array[ctypes.c_uint8]
-    id: int  # identification of the fragmented packet, as on the wire
+    id: int  # identification field of the fragmented packet, as on the wire
     protocol: int
     pad: ctypes.Array[ctypes.c_uint8]
 
@@ -922,7 +923,7 @@ class np_frag6_key(ctypes.Structure):
     endpoint: int
     source: ctypes.Array[ctypes.c_uint8]
     destination: ctypes.Array[ctypes.c_uint8]
-    id: int  # identification of the fragmented packet, as on the wire
+    id: int  # identification field of the fragmented packet, as on the wire
 
     _fields_ = (
         ("endpoint", ctypes.c_uint32),
@@ -938,10 +939,10 @@ class np_frag(ctypes.Structure):
     seen_jiffies: int
     source_port: int
     destination_port: int
-    protocol: int  # of the payload, after any IPv6 extension headers
+    protocol: int  # protocol of the payload, after all IPv6 extension headers
     icmp_type: int
     icmp_code: int
-    header_units: int  # end of the headers in units of 8 bytes; a later fragment must not overlap them
+    header_units: int  # end of the headers in units of 8 bytes; later fragments may not overlap the headers
 
     _fields_ = (
         ("seen_jiffies", ctypes.c_uint64),
@@ -955,10 +956,10 @@ class np_frag(ctypes.Structure):
 
 
 class np_event(ctypes.Structure):
-    """An event.
+    """An event that the program reports.
 
-    It has the enforced action, and the action if staged policies were enforced. Addresses of IPv4 packets are in the
-    first four bytes. Source and destination are those of the flow's first packet as policy sees it.
+    It has two actions: the enforced one, and the one that would hold if staged policies were enforced. IPv4 addresses
+    are in the first four bytes. Source and destination are those of the flow's first packet, as policy sees it.
     """
 
     time_jiffies: int
@@ -966,12 +967,12 @@ class np_event(ctypes.Structure):
     staged_rule: int
     log_list: int
     set: int  # np_set.number; 0 if no policy set was evaluated
-    peer_identity: int  # 0 if it was not looked up
+    peer_identity: int  # 0: not looked up
     peer_class: int
     endpoint: int
     ifindex: int
-    own_identity: int  # 0 if it was not looked up
-    frame_bytes: int  # Ethernet header included
+    own_identity: int  # 0: not looked up
+    frame_bytes: int  # length of the frame, Ethernet header included
     source: ctypes.Array[ctypes.c_uint8]
     destination: ctypes.Array[ctypes.c_uint8]
     source_port: int
@@ -982,7 +983,7 @@ class np_event(ctypes.Structure):
     direction: int  # enum np_direction
     action: int  # enum np_action
     staged_action: int  # enum np_action
-    ip_version: int  # 4, 6; 0: not IP, or malformed
+    ip_version: int  # 4 or 6; 0: the packet is not IP, or malformed
     protocol: int
     icmp_type: int
     icmp_code: int
@@ -1019,7 +1020,7 @@ class np_event(ctypes.Structure):
 class np_log_limit(ctypes.Structure):
     """``struct np_log_limit``."""
 
-    last_jiffies: int  # when the last event of the log list was written
+    last_jiffies: int  # when the program wrote the last event of the log list
 
     _fields_ = (
         ("last_jiffies", ctypes.c_uint64),
@@ -1029,15 +1030,15 @@ class np_log_limit(ctypes.Structure):
 class np_config(ctypes.Structure):
     """``struct np_config``."""
 
-    generation: int  # raised when an allow may have become a deny
-    epoch: int  # raised when an endpoint's row or address changed; invalidates np_ep_cache
+    generation: int  # raised by the agent when an allow may have become a deny; never 0
+    epoch: int  # raised by the agent when an endpoint's row or address changed; ends the validity of np_ep_cache
     flags: int  # enum np_config_flag
     jiffies_per_second: int
-    wildcard: int  # number of the wildcard host endpoint, which has all interfaces; 0: none
+    wildcard: int  # number of the wildcard host endpoint; 0: the node has none
     mark_shift: int  # lowest bit of the 16-bit sender tag in skb->mark; 0: the tag is in skb->tc_index
-    seen_mark: int  # bit of skb->mark that proves to the second barrier that a program saw the packet; 0: unused
+    seen_mark: int  # bit of skb->mark by which the second barrier knows that the program saw the packet; 0: unused
     node_mark: int  # bit of skb->mark that the node sets on its own processes' packets; 0: it sets none
-    due_mark: int  # bit of skb->mark: no process of the node may receive the packet; 0: nothing checks it
+    due_mark: int  # bit of skb->mark that keeps the packet from every process of the node; 0: nothing checks the bit
     pad: int
     timeout_jiffies: ctypes.Array[ctypes.c_uint64]
 
@@ -1060,7 +1061,7 @@ class np_schema(ctypes.Structure):
     """``struct np_schema``."""
 
     version: int  # NP_SCHEMA_VERSION
-    jiffies_per_second: int  # measured when the maps were made
+    jiffies_per_second: int  # jiffies per second as the loader measured them when it made the maps
     source_digest: ctypes.Array[ctypes.c_uint8]  # SHA-256 of the sources and options of the pinned program
 
     _fields_ = (
@@ -1071,19 +1072,19 @@ class np_schema(ctypes.Structure):
 
 
 class np_flow_cache_fact(ctypes.Structure):
-    """The flow cache's facts about one direction of a connection, for one CPU.
+    """What the flow cache of one CPU has about one direction of a connection.
 
-    Valid for one generation and until `until_jiffies`.
+    Valid for one generation, and until `until_jiffies`.
     """
 
     ports_be: int  # source and destination port, as in the packet
     ifindex: int
-    generation: int  # 0: unused
-    until_jiffies: int  # a second after the connection table was read; low 32 bits
+    generation: int  # 0: the slot is unused
+    until_jiffies: int  # one second after the connection table was read; the low 32 bits
     rule: int
-    sender_tag: int  # for packets of the connection; 0: none
+    sender_tag: int  # sender tag for packets of the connection; 0: none
     protocol: int
-    hook: int  # enum np_hook, and NP_FLOW_CACHE_DUE
+    hook: int  # enum np_hook, and the flag NP_FLOW_CACHE_DUE
 
     _fields_ = (
         ("ports_be", ctypes.c_uint32),
@@ -1128,7 +1129,7 @@ class np_flow_cache6(ctypes.Structure):
 
 
 class np_scratch_words(ctypes.Structure):
-    """Room for struct np_scratch (np_judge.h)."""
+    """Memory for struct np_scratch (np_judge.h)."""
 
     words: ctypes.Array[ctypes.c_uint64]
 
@@ -1138,20 +1139,21 @@ class np_scratch_words(ctypes.Structure):
 
 
 class np_ep_cache(ctypes.Structure):
-    """An endpoint's row by interface, copied and checked, per CPU and direct-mapped; also the last source addresses that proved to be the workload's own.
+    """A checked copy of an interface's np_endpoint row, per CPU.
 
-    Valid for one epoch.
+    The slot is the ifindex modulo the size. The copy also has the last IPv4 and IPv6 source address that proved to be
+    the workload's own. Valid for one epoch.
     """
 
     ifindex: int
-    epoch: int  # 0: unused
+    epoch: int  # 0: the slot is unused
     number: int
     flags: int
-    own4: ctypes.Array[ctypes.c_uint32]  # network order
+    own4: ctypes.Array[ctypes.c_uint32]  # the workload's last own IPv4 source address, in network order
     identity4: int  # identity of own4; 0: own4 is unset
-    own6: ctypes.Array[ctypes.c_uint32]  # network order
+    own6: ctypes.Array[ctypes.c_uint32]  # the workload's last own IPv6 source address, in network order
     identity6: int  # identity of own6; 0: own6 is unset
-    link: int  # as in np_endpoint
+    link: int  # as np_endpoint.link
     ingress: np_set
     egress: np_set
 
@@ -1175,25 +1177,25 @@ REASONS: Mapping[int, Reason] = MappingProxyType(
         NP_REASON_POLICY_ALLOW: Reason(
             NP_REASON_POLICY_ALLOW, "policy-allow", "a new flow that policy allows"),
         NP_REASON_ESTABLISHED: Reason(
-            NP_REASON_ESTABLISHED, "established", "belongs to an allowed connection (counted by rule, not here)"),
+            NP_REASON_ESTABLISHED, "established", "a packet of an allowed connection (counted under its rule, not here)"),
         NP_REASON_RELATED: Reason(
             NP_REASON_RELATED, "related", "an ICMP error about an allowed connection"),
         NP_REASON_HOST: Reason(
-            NP_REASON_HOST, "host", "from the host itself to its workload"),
+            NP_REASON_HOST, "host", "a packet from the host itself to its workload"),
         NP_REASON_SELF: Reason(
-            NP_REASON_SELF, "self", "from a workload to itself"),
+            NP_REASON_SELF, "self", "a packet from a workload to itself"),
         NP_REASON_ARP: Reason(
-            NP_REASON_ARP, "arp", "ARP"),
+            NP_REASON_ARP, "arp", "an ARP packet"),
         NP_REASON_NEIGHBOUR: Reason(
             NP_REASON_NEIGHBOUR, "neighbour", "IPv6 neighbour discovery or multicast listener discovery"),
         NP_REASON_CONTINUE: Reason(
-            NP_REASON_CONTINUE, "continue", "no stage of the host endpoint decided"),
+            NP_REASON_CONTINUE, "continue", "a packet for which no stage of the host endpoint's policy decided"),
         NP_REASON_HOST_NON_IP: Reason(
-            NP_REASON_HOST_NON_IP, "host-non-ip", "not IP, on a host interface"),
+            NP_REASON_HOST_NON_IP, "host-non-ip", "a packet that is not IP, on a host interface"),
         NP_REASON_DEFERRED: Reason(
-            NP_REASON_DEFERRED, "deferred", "to a service: policy judges where the packet leaves the node or enters a workload"),
+            NP_REASON_DEFERRED, "deferred", "a packet to a service: policy judges it where it leaves the node or enters a workload"),
         NP_REASON_UPLINK: Reason(
-            NP_REASON_UPLINK, "uplink", "on a host interface without policy"),
+            NP_REASON_UPLINK, "uplink", "a packet on a host interface without policy"),
         NP_REASON_DHCP: Reason(
             NP_REASON_DHCP, "dhcp", "a workload's DHCP request for an address"),
         NP_REASON_POLICY_DENY: Reason(
@@ -1203,9 +1205,9 @@ REASONS: Mapping[int, Reason] = MappingProxyType(
         NP_REASON_UNKNOWN_ENDPOINT: Reason(
             NP_REASON_UNKNOWN_ENDPOINT, "unknown-endpoint", "the interface has no endpoint row"),
         NP_REASON_SPOOFED: Reason(
-            NP_REASON_SPOOFED, "spoofed", "the workload does not own the source address"),
+            NP_REASON_SPOOFED, "spoofed", "the workload may not use the source address"),
         NP_REASON_NON_IP: Reason(
-            NP_REASON_NON_IP, "non-ip", "neither IP nor ARP, on a workload interface"),
+            NP_REASON_NON_IP, "non-ip", "a packet that is neither IP nor ARP, on a workload's interface"),
         NP_REASON_SHORT: Reason(
             NP_REASON_SHORT, "short", "the frame ends inside a header"),
         NP_REASON_BAD_IP: Reason(
@@ -1213,65 +1215,65 @@ REASONS: Mapping[int, Reason] = MappingProxyType(
         NP_REASON_BAD_L4: Reason(
             NP_REASON_BAD_L4, "bad-l4", "the transport header ends early or contradicts itself"),
         NP_REASON_IP6_HEADERS: Reason(
-            NP_REASON_IP6_HEADERS, "ip6-headers", "more IPv6 extension headers than the parser supports"),
+            NP_REASON_IP6_HEADERS, "ip6-headers", "an IPv6 packet with more extension headers than the parser supports"),
         NP_REASON_NO_NEXT_HEADER: Reason(
-            NP_REASON_NO_NEXT_HEADER, "no-next-header", "IPv6 packet without any payload protocol"),
+            NP_REASON_NO_NEXT_HEADER, "no-next-header", "an IPv6 packet without a payload protocol (next header 59)"),
         NP_REASON_FRAGMENT: Reason(
-            NP_REASON_FRAGMENT, "fragment", "a later fragment whose first one was not seen or not allowed"),
+            NP_REASON_FRAGMENT, "fragment", "a later fragment, but its first fragment was not seen or not allowed"),
         NP_REASON_ICMP_UNRELATED: Reason(
             NP_REASON_ICMP_UNRELATED, "icmp-unrelated", "an ICMP error about an unknown connection"),
         NP_REASON_CONN_FULL: Reason(
-            NP_REASON_CONN_FULL, "conn-full", "the connection could not be recorded"),
+            NP_REASON_CONN_FULL, "conn-full", "the connection table had no room for the connection"),
         NP_REASON_FRAGMENT_FULL: Reason(
-            NP_REASON_FRAGMENT_FULL, "fragment-full", "the fragment could not be recorded"),
+            NP_REASON_FRAGMENT_FULL, "fragment-full", "the fragment table had no room for the first fragment"),
         NP_REASON_TORN_ENDPOINT: Reason(
-            NP_REASON_TORN_ENDPOINT, "torn-endpoint", "the endpoint row changed during each attempt to read it"),
+            NP_REASON_TORN_ENDPOINT, "torn-endpoint", "the agent replaced the endpoint row during each attempt to read it"),
         NP_REASON_CLASS_RANGE: Reason(
-            NP_REASON_CLASS_RANGE, "class-range", "a peer class beyond the policy set's verdicts"),
+            NP_REASON_CLASS_RANGE, "class-range", "the peer class is beyond the policy set's verdicts"),
         NP_REASON_L4_RANGE: Reason(
-            NP_REASON_L4_RANGE, "l4-range", "an atom or L4 class outside its table"),
+            NP_REASON_L4_RANGE, "l4-range", "the atom or the L4 class is outside its table"),
         NP_REASON_VERDICT_RANGE: Reason(
-            NP_REASON_VERDICT_RANGE, "verdict-range", "a verdict outside its table"),
+            NP_REASON_VERDICT_RANGE, "verdict-range", "the row of the verdict is outside np_verdict"),
         NP_REASON_VERDICT_EMPTY: Reason(
-            NP_REASON_VERDICT_EMPTY, "verdict-empty", "a verdict entry that was never written"),
+            NP_REASON_VERDICT_EMPTY, "verdict-empty", "the row of the verdict was never written"),
         NP_REASON_NO_CONFIG: Reason(
             NP_REASON_NO_CONFIG, "no-config", "the configuration is missing (cannot happen)"),
         NP_REASON_TO_HOST: Reason(
-            NP_REASON_TO_HOST, "to-host", "a workload to its own node, which the setting forbids"),
+            NP_REASON_TO_HOST, "to-host", "a packet from a workload to its own node, which the configuration forbids"),
         NP_REASON_NO_EXIT: Reason(
-            NP_REASON_NO_EXIT, "no-exit", "to a service, while an interface where the packet could leave lacks the program"),
+            NP_REASON_NO_EXIT, "no-exit", "a packet to a service, but some interface by which it could leave lacks the program"),
         NP_REASON_LOST_SENDER: Reason(
-            NP_REASON_LOST_SENDER, "lost-sender", "to a service, with the sender tag of an endpoint that is gone"),
+            NP_REASON_LOST_SENDER, "lost-sender", "a packet to a service, but the endpoint that its sender tag names is gone"),
         NP_REASON_HIDDEN_SOURCE: Reason(
-            NP_REASON_HIDDEN_SOURCE, "hidden-source", "to a service, with a translated source, while the sender's policy depends on it"),
+            NP_REASON_HIDDEN_SOURCE, "hidden-source", "a packet to a service: policy depends on its source, but the source was translated"),
         NP_REASON_LOCAL_BACKENDS: Reason(
-            NP_REASON_LOCAL_BACKENDS, "local-backends", "to a service with several backends that are processes of this node"),
+            NP_REASON_LOCAL_BACKENDS, "local-backends", "a packet to a service with several backends that are processes of this node"),
         NP_REASON_CALL_MISSING: Reason(
-            NP_REASON_CALL_MISSING, "call-missing", "the program of a tail call is missing from np_call"),
+            NP_REASON_CALL_MISSING, "call-missing", "np_call lacks the program of a tail call"),
         NP_REASON_CALL_BUDGET: Reason(
-            NP_REASON_CALL_BUDGET, "call-budget", "policy lists changed each time they were read, until the budget of calls was spent"),
+            NP_REASON_CALL_BUDGET, "call-budget", "policy changed each time it was read, until all tail calls of the packet were used"),
         NP_REASON_CHECKSUM_AIM: Reason(
-            NP_REASON_CHECKSUM_AIM, "checksum-aim", "checksum offload would overwrite bytes that policy judged"),
+            NP_REASON_CHECKSUM_AIM, "checksum-aim", "a device would write the packet's checksum over bytes that policy judged"),
         NP_REASON_LINK_FORGED: Reason(
-            NP_REASON_LINK_FORGED, "link-forged", "ARP, neighbour discovery or DHCP in the name of another host, or of a router"),
+            NP_REASON_LINK_FORGED, "link-forged", "ARP, neighbour discovery or DHCP message in the name of another host or of a router"),
         NP_REASON_MISDELIVERED: Reason(
-            NP_REASON_MISDELIVERED, "misdelivered", "to a workload's interface, but for none of its addresses"),
+            NP_REASON_MISDELIVERED, "misdelivered", "a packet to a workload's interface, but to none of the workload's addresses"),
         NP_REASON_TUNNEL: Reason(
-            NP_REASON_TUNNEL, "tunnel", "from a workload, in an encapsulation that a node's tunnel device accepts from any sender"),
+            NP_REASON_TUNNEL, "tunnel", "a workload's packet in an encapsulation that a node's tunnel accepts from any sender"),
         NP_REASON_FOREIGN_SOURCE: Reason(
-            NP_REASON_FOREIGN_SOURCE, "foreign-source", "from outside, with a source address of this node or of a local workload"),
+            NP_REASON_FOREIGN_SOURCE, "foreign-source", "a packet from outside with a source address of this node or of a local workload"),
         NP_REASON_LINK_TYPE: Reason(
-            NP_REASON_LINK_TYPE, "link-type", "on an interface with a link header that the parser does not support"),
+            NP_REASON_LINK_TYPE, "link-type", "a packet with a link header that the parser does not support"),
         NP_REASON_TUNNEL_SOURCE: Reason(
-            NP_REASON_TUNNEL_SOURCE, "tunnel-source", "decapsulated, and the outer sender is not the node with the inner source address"),
+            NP_REASON_TUNNEL_SOURCE, "tunnel-source", "a tunnelled packet that was not sent by the node that has its inner source"),
         NP_REASON_EVENT_LOST: Reason(
             NP_REASON_EVENT_LOST, "event-lost", "the ring buffer had no room for an event"),
         NP_REASON_LOG_LIMITED: Reason(
-            NP_REASON_LOG_LIMITED, "log-limited", "a log event suppressed by the rate limit"),
+            NP_REASON_LOG_LIMITED, "log-limited", "the rate limit suppressed a log event"),
         NP_REASON_RULE_RANGE: Reason(
-            NP_REASON_RULE_RANGE, "rule-range", "a rule number beyond np_rule_count or np_staged_count, counted once for each map"),
+            NP_REASON_RULE_RANGE, "rule-range", "a rule number beyond np_rule_count or np_staged_count; counted for each of the two"),
         NP_REASON_CONN_EVICTED: Reason(
-            NP_REASON_CONN_EVICTED, "conn-evicted", "an established connection made room for a new one in its bucket"),
+            NP_REASON_CONN_EVICTED, "conn-evicted", "an established connection was evicted, because a new one needed room in its bucket"),
     }
 )
 

@@ -27,16 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 from netpol_ebpf.agent.derived_names import derived_hash, hash_in
 from netpol_ebpf.agent.settled import LookInputs, Settled, can_settle, still_settled
 from netpol_ebpf.agent.wiring import ETHERNET, NOWHERE, TAP_KINDS, Interface, Wiring
-from netpol_ebpf.apply.records import (
-    checked,
-    checked_list,
-    load_regular,
-    open_draft,
-    parse_json,
-    reason_of,
-    set_aside,
-    told,
-)
+from netpol_ebpf.apply.records import EntryFile, checked, checked_list
 from netpol_ebpf.errors import Location, Problem
 from netpol_ebpf.policy.types import Endpoint, EndpointKey, IPAddress, IPNetwork
 
@@ -192,13 +183,10 @@ class InterfaceAssignments:
         routes, and little for a settled assignment.
         """
         before = dict(self._seen)
-        self.forget(self._seen.keys() - wiring.links.keys())
+        self._forget_gone(wiring)
         self._traits = self._traits_in(wiring)
         if self._is_recalled:
             self._settled = {}
-            self.forget(
-                [ifindex for ifindex, one in self._seen.items() if not _is_same_link(wiring.links[ifindex], one)]
-            )
             self._release_unbindable()
         self._is_recalled = False
         self._release_named(wiring, endpoints)
@@ -274,6 +262,34 @@ class InterfaceAssignments:
             if trace is not None:
                 wanted.setdefault(trace.ifindex, []).append(trace)
         return wanted
+
+    def decide_roles(self, wiring: Wiring) -> None:
+        """Decide the role of each interface while no endpoint is known; assignments stay."""
+        self._forget_gone(wiring)
+        self._traits = self._traits_in(wiring)
+        self._settled = {}
+        self.doubts = {}
+        self._decide_roles(LookInputs(wiring, {}, frozenset(), {}), (), ())
+
+    @property
+    def assigned(self) -> set[int]:
+        """The interfaces that have an endpoint."""
+        return {ifindex for ifindex, one in self._seen.items() if one.assignment is not None}
+
+    def first_addresses(self, ifindex: int) -> tuple[IPAddress, ...]:
+        """The oldest address of each family at an interface's other end, when addresses were first seen there."""
+        seen = self._seen.get(ifindex)
+        return () if seen is None else seen.first
+
+    def _forget_gone(self, wiring: Wiring) -> None:
+        """Forget interfaces that are gone, and those of an earlier agent with indices that other interfaces have now.
+
+        Of the latter the name decides; an interface known only from rows has no recorded name.
+        """
+        self.forget(self._seen.keys() - wiring.links.keys())
+        if self._is_recalled:
+            names = {ifindex: (wiring.links[ifindex].name, "") for ifindex in self._seen}
+            self.forget([ifindex for ifindex, one in self._seen.items() if one.name not in names[ifindex]])
 
     def _release_named(self, wiring: Wiring, endpoints: Iterable[Endpoint]) -> None:
         """Release interfaces that were assigned because an object named them, if no object does so any more.
@@ -494,28 +510,22 @@ class InterfaceAssignments:
 
         A damaged file is kept aside and reported; interfaces with an invalid entry are assigned anew.
         """
-        self._seen, wrong = {}, []
-        try:
-            document = checked(parse_json(load_regular(path, MOST_BYTES)), dict, "it")
-            if checked(document.get("format"), int, "the format") != FORMAT:
-                raise ValueError(f"format {document['format']} is not {FORMAT}")  # noqa: TRY301 - reported like all others
-            interfaces = checked(document.get("interfaces"), dict, "interfaces")
-            self._is_recalled = True
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            interfaces, wrong = {}, [reason_of(error)]
-        for ifindex, written in interfaces.items():
+        self._seen = {}
+
+        def take(entry: tuple[str, Any]) -> None:
+            ifindex, written = entry
             try:
                 self._seen[_read_ifindex(ifindex)] = _read_seen(written)
-            except ValueError as error:  # noqa: PERF203 - a faulty entry must not stop the others
-                wrong.append(f"interface {ifindex!r}: {error}")
-        if not wrong:
+            except ValueError as error:
+                raise ValueError(f"interface {ifindex!r}: {error}") from error
+            self._is_recalled = True
+
+        damage = _file_at(path).load(take)
+        if not damage:
             return None
         self.is_dirty = True
         message = (
-            f"the assignments of interfaces are damaged ({told(wrong)}); {set_aside(path)}: the agent keeps the valid ones "
-            "and decides the others anew"
+            f"the assignments of interfaces are {damage}: the agent keeps the valid ones and decides the others anew"
         )
         return Problem(Location(str(path)), "", message, severity="warning", slug="interfaces-file")
 
@@ -542,11 +552,7 @@ class InterfaceAssignments:
             if known is None or known[0] is not seen:
                 known = seen, json.dumps(_write_seen(seen))
             self._written[ifindex] = known
-        interfaces = ", ".join(f'"{ifindex}": {text}' for ifindex, (_, text) in self._written.items())
-        draft = path.with_suffix(".draft")
-        with open_draft(draft) as file:
-            file.write(f'{{"format": {FORMAT}, "interfaces": {{{interfaces}}}}}\n')
-        draft.replace(path)
+        _file_at(path).save(f'"{ifindex}": {text}' for ifindex, (_, text) in self._written.items())
         self.is_dirty = False
 
 
@@ -691,19 +697,15 @@ def _differing(one: Mapping[K, object], other: Mapping[K, object]) -> set[K]:
     return {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
 
 
-def _is_same_link(link: Interface, seen: InterfaceRecord) -> bool:
-    """Whether an interface that an earlier agent saw is still the same one: the name decides.
-
-    An interface known only from rows has no recorded name.
-    """
-    return seen.name in (link.name, "")
-
-
 def _is_same(assignment: Assignment, endpoint: Endpoint) -> bool:
     """Whether an endpoint is still the assigned one: a new pod of that name has another address and interface."""
     if assignment.addresses is None or assignment.addresses == endpoint.addresses:
         return True
     return bool(set(assignment.addresses) & set(endpoint.addresses))
+
+
+def _file_at(path: Path) -> EntryFile:
+    return EntryFile(path, "interfaces", FORMAT, MOST_BYTES, is_keyed=True)
 
 
 def _write_seen(seen: InterfaceRecord) -> dict[str, Any]:

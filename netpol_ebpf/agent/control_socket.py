@@ -7,7 +7,7 @@ line back; ``flows`` gets the recent flows and then each new one until the reade
 Invariants: the agent answers only root, its own user and members of one group, if it has one (SO_PEERCRED,
 SO_PEERGROUPS: the kernel identifies the peer).  A slow reader is disconnected and never delays the agent.  Every
 request gets an answer and harms no other client.  The connections of one user leave room for those of others.
-Operations only read, except those of the CNI plugin, which only root may use.  This process passes over no table for a
+Operations only read, except ``release`` and those of the CNI plugin, which only root may use.  This process passes over no table for a
 client: `netpol_ebpf.agent.answering` does so in a child process, and one pass of the loop starts at most one.  Runs no
 loop: `ControlSocket.poll` is one pass.
 """

@@ -61,6 +61,18 @@ class EndpointBinder:
 
     # --- the first set of maps --------------------------------------------------------------------------------------
 
+    def close_workloads(self) -> None:
+        """Before the first set of maps: attach an earlier agent's programs to workloads' interfaces without them.
+
+        Those maps have no row of such an interface, so it is closed.  Its old connections are adopted when its workload
+        is known.
+        """
+        self._attachments.begin_round(self._interfaces.wiring.links.keys())
+        uncovered = self._interfaces.wanted() - self._attachments.interfaces
+        self._adoption.expect(uncovered)
+        for ifindex in uncovered:
+            self._attach(ifindex)
+
     def find_attached(self) -> None:
         """Find an earlier agent's programs, and interfaces that may have old connections.
 
@@ -80,6 +92,11 @@ class EndpointBinder:
             self._attach(ifindex)
         self._attachments.find()
         self.reconcile()
+
+    def expect_old_connections(self, former: Collection[EndpointKey]) -> None:
+        """Adopt the connections at these endpoints' interfaces again, for the endpoints that they get next."""
+        located = self._interfaces.located
+        self._adoption.expect(located[key] for key in former if key in located)
 
     # --- the maps in force ------------------------------------------------------------------------------------------
 
@@ -141,11 +158,9 @@ class EndpointBinder:
         """Remove rows and programs of interfaces that vanished, even if new interfaces have their indices now."""
         if not gone:
             return
-        applier = self._enforcement.applier
         self._attachments.forget(gone)
         self._adoption.forget(gone)
-        for key in [key for key, binding in applier.bindings.items() if binding.ifindex in gone]:
-            applier.unbind(key)
+        self._enforcement.unbind(gone)
         self._node.prune()
 
     def is_waiting(self) -> bool:

@@ -9,7 +9,7 @@ workloads.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -235,6 +235,14 @@ class Enforcement:
         self._objects.accept()
         self.changes_applied += 1
         self.last_change_s = self._clock()
+
+    def unbind(self, gone: Collection[int]) -> None:
+        """Delete the rows of interfaces that are gone; before the first `install`, rows of an earlier agent."""
+        if self._applier is None:
+            self._maps.drop_rows(gone)
+            return
+        for key in [key for key, binding in self._applier.bindings.items() if binding.ifindex in gone]:
+            self._applier.unbind(key)
 
     # --- numbers ----------------------------------------------------------------------------------------------------
 

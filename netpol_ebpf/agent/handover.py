@@ -20,16 +20,7 @@ from ipaddress import ip_interface
 from pathlib import Path
 from typing import Any
 
-from netpol_ebpf.apply.records import (
-    checked,
-    checked_list,
-    load_regular,
-    open_draft,
-    parse_json,
-    reason_of,
-    set_aside,
-    told,
-)
+from netpol_ebpf.apply.records import EntryFile, checked, checked_list
 from netpol_ebpf.errors import Location, Problem, UsageError
 from netpol_ebpf.policy.types import EndpointKey, IPAddress
 
@@ -76,7 +67,7 @@ class Handovers:
 
     def __init__(self, file: Path | None = None) -> None:
         """``file``: where handovers are kept across restarts; None: they are not kept."""
-        self._file = file
+        self._file = None if file is None else EntryFile(file, "handovers", FORMAT, MOST_BYTES)
         self._damage: tuple[Problem, ...] = ()
         self._unsaved: tuple[Problem, ...] = ()
         self._by_pod: dict[EndpointKey, dict[str, Handover]] = {}  # by the interface's name inside
@@ -133,40 +124,20 @@ class Handovers:
 
         If entries cannot be read, they are reported, and the file is renamed so that nothing overwrites it.
         """
-        wrong = []
-        try:
-            written = [] if self._file is None else _read_all(load_regular(self._file, MOST_BYTES))
-        except FileNotFoundError:
+        if self._file is None:
             return
-        except (OSError, ValueError) as error:
-            written, wrong = [], [reason_of(error)]
-        for one in written:
-            try:
-                self.add(_read(one))
-            except ValueError as error:  # noqa: PERF203 - a faulty entry must not stop the others
-                wrong.append(str(error))
-        if self._file is not None and wrong:
-            self._damage = (self._problem(f"is damaged ({told(wrong)}); {set_aside(self._file)}"),)
+        damage = self._file.load(lambda written: self.add(_read(checked(written, dict, "an entry"))))
+        if damage:
+            self._damage = (_problem(self._file.path, f"is {damage}"),)
             log.warning("%s", self._damage[0])
 
-    def _save(self, path: Path) -> None:
-        """Write all handovers atomically. If that fails, report it, and write again with the next change."""
-        written = [_write(one) for pod in self._by_pod for one in self.of(pod)]
-        draft = path.with_suffix(".draft")
+    def _save(self, file: EntryFile) -> None:
+        """Write all handovers. If that fails, report it, and write again with the next change."""
         self._unsaved = ()
         try:
-            with open_draft(draft) as file:
-                json.dump({"format": FORMAT, "handovers": written}, file)
-            draft.replace(path)
+            file.save(json.dumps(_write(one)) for pod in self._by_pod for one in self.of(pod))
         except OSError as error:
-            self._unsaved = (self._problem(f"cannot be kept ({error.strerror})"),)
-
-    def _problem(self, what: str) -> Problem:
-        message = (
-            f"what the CNI plugin handed over {what}: after a restart of the agent, pods that the cluster has no address of yet are "
-            "closed until it has"
-        )
-        return Problem(Location(str(self._file)), "", message, severity="warning", slug="interfaces-file")
+            self._unsaved = (_problem(file.path, f"cannot be kept ({error.strerror})"),)
 
 
 def parse_attach(request: Mapping[str, Any]) -> tuple[Handover, int]:
@@ -180,12 +151,13 @@ def parse_attach(request: Mapping[str, Any]) -> tuple[Handover, int]:
         raise UsageError(f"not an interface to attach: {error}") from error
 
 
-def _read_all(text: bytes) -> list[dict[Any, Any]]:
-    """The entries of the file. Raises ValueError."""
-    document = checked(parse_json(text), dict, "it")
-    if checked(document.get("format"), int, "the format") != FORMAT:
-        raise ValueError(f"format {document['format']} is not {FORMAT}")
-    return checked_list(document.get("handovers"), dict, "handovers")
+def _problem(file: Path, what: str) -> Problem:
+    """The problem that the handovers' file has. ``what``: the end of the sentence about it."""
+    message = (
+        f"what the CNI plugin handed over {what}: after a restart of the agent, pods that the cluster has no address of yet are "
+        "closed until it has"
+    )
+    return Problem(Location(str(file)), "", message, severity="warning", slug="interfaces-file")
 
 
 def _read(written: Mapping[str, Any]) -> Handover:

@@ -10,7 +10,7 @@ Invariant: an assignment is in its file before the kernel has a row for it.  Mus
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -42,7 +42,8 @@ class LocalInterfaces:
     """Finds the interfaces of local workloads: `look` takes a snapshot and searches it, `locate` searches the last one.
 
     `locate` is enough if only the objects changed. ``wiring``: the last snapshot; read-only for callers.
-    ``has_looked``: whether `look` was called since the owner last set this to False.
+    ``has_looked``: whether `look` was called since the owner last set this to False.  ``has_recalled``: whether
+    `recall` was called.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class LocalInterfaces:
         """
         self.wiring = Wiring()
         self.has_looked = False
+        self.has_recalled = False
         self._settings = settings
         self._network = network
         self._objects = objects
@@ -122,6 +124,31 @@ class LocalInterfaces:
         """The interface by which the node would now send to an address, None where there is no route."""
         return self._network.interface_towards(address)
 
+    def with_evident_addresses(self) -> Iterator[tuple[Interface, tuple[IPAddress, ...]]]:
+        """Workloads' interfaces whose workload is not known, each with the addresses that the node has evidence of.
+
+        The strongest evidence counts: the CNI plugin's handover, the result that the plugin left on the node, routes,
+        or the first addresses at the other end.  The latter do not count on a bridge: the workload chose them, and could
+        answer there in the name of another host.  Interfaces without evidence are left out.
+        """
+        handed = {
+            one.ifindex: one.addresses
+            for pod in self._objects.handovers.pods
+            for one in self._objects.handovers.of(pod)
+        }
+        results = {name: one.addresses for one in self.wiring.results for name in one.names}
+        routed: dict[int, list[IPAddress]] = {}
+        for address, ifindex in self.wiring.host_routes.items():
+            routed.setdefault(ifindex, []).append(address)
+        for ifindex, link in sorted(self.wiring.links.items()):
+            if not self.is_workload(ifindex):
+                continue
+            first = self._assignments.first_addresses(ifindex) if self.wiring.link_of(ifindex) == ifindex else ()
+            found = handed.get(ifindex) or results.get(link.name) or routed.get(ifindex) or first
+            addresses = {address for address in found if address not in self.wiring.addresses}
+            if addresses:
+                yield link, tuple(sorted(addresses, key=lambda one: (one.version, one.packed)))
+
     # --- looking ----------------------------------------------------------------------------------------------------
 
     def look(self, bound: Collection[int] = ()) -> None:
@@ -131,6 +158,18 @@ class LocalInterfaces:
         self._objects.set_tunnels(self.wiring.tunnels | self._settings.tunnels)
         self.locate()
 
+    def look_for_roles(self) -> None:
+        """Take a snapshot and decide which interfaces are workloads', before the objects are known.
+
+        Assignments of an earlier agent stay.
+        """
+        self._looked_at_s = self._clock()
+        self.wiring = self._network.snapshot(self._assignments.assigned)
+        doubts = set(self._assignments.doubts.values())
+        self._assignments.decide_roles(self.wiring)
+        self._log_doubts(doubts)
+        self._save()
+
     def locate(self) -> None:
         """Find the local workloads' interfaces in the last snapshot."""
         before, doubts = self._located, set(self._assignments.doubts.values())
@@ -138,8 +177,7 @@ class LocalInterfaces:
         self._is_unaudited = True
         for key, message in self._located.problems.items() - before.problems.items():
             log.warning("%s: interface: %s", key, message)
-        for message in set(self._assignments.doubts.values()) - doubts:
-            log.error("%s", message)
+        self._log_doubts(doubts)
         self._note_missing()
         self._save()
 
@@ -175,6 +213,10 @@ class LocalInterfaces:
             self._assignments = afresh
         self._save()
         return bool(wrong)
+
+    def _log_doubts(self, before: Collection[str]) -> None:
+        for message in set(self._assignments.doubts.values()) - set(before):
+            log.error("%s", message)
 
     def is_there(self, handed: Handover) -> bool:
         """Whether the node has the interface of a handover, with the other end that the plugin reported."""
@@ -255,6 +297,7 @@ class LocalInterfaces:
         ``former``: interfaces of these rows, by workload.  ``attached``: interfaces with the programs; other interfaces
         of the file or the rows are gone.
         """
+        self.has_recalled = True
         if self._file is not None:
             problem = self._assignments.load(self._file)
             if problem is not None:

@@ -14,14 +14,20 @@ import select
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from netpol_ebpf.agent.control_socket import ControlSocket
+from netpol_ebpf.agent.service_manager import ServiceManager
 from netpol_ebpf.apply.ledger import Ledger
 
 NEWS_GAP_S = 0.05
 """Least time between two passes over all interfaces; arbitrary. New interfaces get programs without such a gap."""
+REST_FACTOR = 4
+"""After a step, changes of the source wait this many times as long as the step took, at most NEWS_GAP_S.
+
+So a busy source takes a fifth of a processor while its changes are small, and a single change waits for nothing.
+"""
 TICK_S = 0.2
 """Longest time between two steps of the agent; arbitrary. The program wakes no process when it reports a flow."""
 RETRY_S = 5.0
@@ -33,7 +39,8 @@ log = logging.getLogger("netpol-agent")
 class AgentLoop:
     """The agent's loop, pass by pass.
 
-    ``when_in_force``: called once, when a state of the source is in force.  ``clock``: seconds.
+    ``when_in_force``: called once, when a state of the source is in force.  ``service_manager``: learns of readiness,
+    and of each pass.  ``clock``: seconds.
     """
 
     agent: Any
@@ -41,10 +48,12 @@ class AgentLoop:
     ledger: Ledger
     control_socket: ControlSocket
     when_in_force: Callable[[], None] = lambda: None
+    service_manager: ServiceManager = field(default_factory=ServiceManager)
     clock: Callable[[], float] = time.monotonic
     _is_ready: bool = False
     _is_told: bool = False
     _stepped_s: float = -math.inf
+    _rested_s: float = -math.inf  # changes of the source wait until then
     _is_news: bool = False
     _opened_s: float = -math.inf
 
@@ -65,8 +74,7 @@ class AgentLoop:
         from netpol_ebpf.apply.events import FlowEvent
 
         readable, writable = self.control_socket.descriptors()
-        # Before the start interfaces stay as they are: the state of an earlier agent is in force.
-        network = self.node.network.fileno() if self.agent.is_started else None
+        network = self.node.network.fileno()
         barrier = self.node.barrier.fileno() if self.agent.is_started else None
         objects = self.agent.source.fileno()
         readable += [one for one in (wake, network, barrier, objects) if one is not None]
@@ -87,31 +95,30 @@ class AgentLoop:
             self.control_socket.publish(report.flow(self.agent, flow) for flow in flows)
             self.ledger.try_again()
             self.note_progress()
+            ended_s = self.clock()
+            self._rested_s = ended_s + min(NEWS_GAP_S, REST_FACTOR * (ended_s - self._stepped_s))
         if not self.control_socket.is_open and self.clock() >= self._opened_s + RETRY_S:
             self.open()
         self.control_socket.poll()
         self._is_news = self._is_news or self.agent.has_handovers
+        self.service_manager.tick()
 
     def note_progress(self) -> None:
         """Report once that enforcement is in place, and once that the objects are in force."""
         if not self._is_ready and self.agent.keeps_enforcement:
             self._is_ready = True
-            notify_ready()
+            self.service_manager.ready()
         if not self._is_told and self.agent.is_in_force:
             self._is_told = True
             self.when_in_force()
 
     def _wait_s(self) -> float:
-        """Seconds until the next step; 0 if it is due.
-
-        NEWS_GAP_S applies to the source too, so that a busy source cannot starve everything else.
-        """
+        """Seconds until the next step; 0 if it is due."""
         now_s = self.clock()
-        soonest_s = self._stepped_s + NEWS_GAP_S - now_s
         if self._is_news:
-            return max(0.0, soonest_s)
+            return max(0.0, self._stepped_s + NEWS_GAP_S - now_s)
         tick_s, source_s = self._stepped_s + TICK_S - now_s, float(self.agent.source.wait_s())
-        return max(0.0, min(tick_s, max(soonest_s, source_s)))
+        return max(0.0, min(tick_s, max(self._rested_s - now_s, source_s)))
 
 
 def serve(loop: AgentLoop) -> None:
@@ -122,6 +129,7 @@ def serve(loop: AgentLoop) -> None:
         with wakened_by(signal.SIGTERM, signal.SIGINT) as (received, wake):
             while not received:
                 loop.run_once(wake)
+            loop.service_manager.stopping()
             log.info(
                 "ended by %s; enforcement stays as it is, `netpolctl cleanup` ends it", signal.Signals(received[0]).name
             )
@@ -144,14 +152,3 @@ def wakened_by(*signals: signal.Signals) -> Iterator[tuple[list[int], int]]:
             signal.signal(number, handler)
         os.close(reading)
         os.close(writing)
-
-
-def notify_ready() -> None:
-    """Notify the service manager (sd_notify(3)): policy is in force, or workloads are closed."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
-        import socket
-
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-            channel.connect("\0" + address[1:] if address.startswith("@") else address)
-            channel.sendall(b"READY=1")

@@ -24,9 +24,11 @@ from typing import Any
 from netpol_ebpf import __version__
 from netpol_ebpf.agent import footprint
 from netpol_ebpf.agent.answering import Answer
+from netpol_ebpf.agent.configuration import add_config_option, origin_hint, parse_arguments
 from netpol_ebpf.agent.control_socket import SOCKET_NAME, ControlSocket, Wait
 from netpol_ebpf.agent.loop import AgentLoop, serve
-from netpol_ebpf.agent.source_options import NODE_VARIABLE, add_source_options, node_name, plan_source
+from netpol_ebpf.agent.service_manager import ServiceManager
+from netpol_ebpf.agent.source_options import NODE_VARIABLE, add_source_options, manifests_dir, node_name, plan_source
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, UnreachableError, UsageError
 from netpol_ebpf.terminal import LogFormatter, escaped, paragraph, say
@@ -61,22 +63,24 @@ def build_parser() -> argparse.ArgumentParser:
         description="Enforce the network policies of a cluster, or of a directory of manifests, on the workloads of this node.",
         epilog="exit codes: 0 done, 2 usage, 3 invalid objects (--once) or kubeconfig, 4 the API server cannot be read (--once), "
         "5 kernel, permission or missing package, 70 a bug. "
+        "The configuration file and environment variables can give options, too: docs/configuration.md. "
         "Enforcement outlives the agent; `netpolctl cleanup` ends it.",
     )
     parser.add_argument("--version", action="version", version=f"netpol-agent {__version__}")
+    add_config_option(parser)
     add_source_options(parser)
     parser.add_argument(
         "--node",
         metavar="NAME",
-        help="name of this node: enforce for its pods (spec.nodeName); default: with --kubernetes, the environment variable "
-        f"{NODE_VARIABLE}; with --manifests alone, enforce for all pods found here",
+        help="name of this node: enforce for its pods (spec.nodeName); default: the environment variable "
+        f"{NODE_VARIABLE}; with manifests alone and without a name, enforce for all pods found here",
     )
     parser.add_argument("--once", action="store_true", help="apply the objects, then exit; enforcement stays")
     parser.add_argument(
         "--pin-root",
         type=Path,
         metavar="DIR",
-        help="directory in which the agent pins maps and programs (on a BPF file system)",
+        help="directory in which the agent pins maps and programs (on a BPF file system; default: /sys/fs/bpf/netpol)",
     )
     parser.add_argument(
         "--state-dir", type=Path, default=DEFAULT_STATE_DIR, metavar="DIR",
@@ -166,18 +170,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    arguments = build_parser().parse_args(argv)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.INFO, handlers=[handler])
+    arguments = argparse.Namespace(debug=False, origins={})
     try:
+        arguments = parse_arguments(build_parser(), argv)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
+        logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.INFO, handlers=[handler])
         return run(arguments)
     except NetpolError as error:
         if arguments.debug:
             say(traceback.format_exc(), file=sys.stderr)
         say(paragraph(f"netpol-agent: error: {error.message}"), file=sys.stderr)
-        if error.hint:
-            say(paragraph(f"netpol-agent: hint: {error.hint}"), file=sys.stderr)
+        for hint in (origin_hint(error.message, arguments.origins), error.hint):
+            if hint:
+                say(paragraph(f"netpol-agent: hint: {hint}"), file=sys.stderr)
         return error.exit_code
     except OSError as error:  # no room, no permission, an existing file: a fault of the machine, not a bug
         if arguments.debug:
@@ -212,6 +218,7 @@ def run(arguments: argparse.Namespace) -> int:
     mark_shift = parse_mark(arguments.service_mark)
     pin_root: Path = arguments.pin_root or DEFAULT_PIN_ROOT
     state_dir: Path = arguments.state_dir
+    arguments.manifests = manifests_dir(arguments)
     node_of_pods = node_name(arguments)
     open_source = plan_source(arguments, state_dir)
     doctor.require_all(pin_root)
@@ -264,7 +271,7 @@ def run(arguments: argparse.Namespace) -> int:
         control_socket = ControlSocket(
             state_dir / SOCKET_NAME, answers_of(agent, node, ledger, place), group, waits_of(agent)
         )
-        serve(AgentLoop(agent, node, ledger, control_socket, tell_in_force))
+        serve(AgentLoop(agent, node, ledger, control_socket, tell_in_force, ServiceManager.of_environment()))
     return 0
 
 
@@ -346,7 +353,7 @@ def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) 
 
 
 def waits_of(agent: Any, clock: Callable[[], float] = time.monotonic) -> dict[str, Callable[[Mapping[str, Any]], Wait]]:
-    """The operations of the CNI plugin, by name; the agent's own loop answers them. ``clock``: seconds."""
+    """The operations of the CNI plugin, and ``release``, by name; the agent's own loop answers them. ``clock``: seconds."""
     from netpol_ebpf.agent.handover import parse_attach
 
     def attach(request: Mapping[str, Any]) -> Wait:
@@ -369,7 +376,15 @@ def waits_of(agent: Any, clock: Callable[[], float] = time.monotonic) -> dict[st
             raise UnreachableError(agent.problems[-1].message, hint="Try again.")
         return IN_FORCE
 
-    return {"attach": attach, "ready": lambda _request: is_ready}
+    def release(request: Mapping[str, Any]) -> Wait:
+        kind, is_trial = request.get("kind"), request.get("dry_run")
+        if not isinstance(kind, str) or not isinstance(is_trial, bool):
+            raise UsageError("a release names a kind, and says whether it is a dry run")
+        names = agent.release(kind, is_trial=is_trial)
+        rejected = agent.rejected.problem if agent.is_started and not is_trial else None
+        return lambda: {"released": list(names), "rejected": None if rejected is None else rejected.message}
+
+    return {"attach": attach, "ready": lambda _request: is_ready, "release": release}
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from netpol_ebpf.agent.adoption import LiveConnections, look_at_connections
 from netpol_ebpf.agent.kernel_network import KernelNetwork
 from netpol_ebpf.agent.timeouts import set_timeouts
 from netpol_ebpf.apply.applier import KernelMap
-from netpol_ebpf.apply.encode import decode_endpoint
+from netpol_ebpf.apply.encode import decode_endpoint, endpoint_key
 from netpol_ebpf.errors import PlatformError
 from netpol_loader import abi
 from netpol_loader.host.barrier import BarrierTables
@@ -153,6 +153,16 @@ class KernelNode:
         rows = (decode_endpoint(value) for _, value in self._dataplane.maps["np_endpoint"].items())
         return {row.ifindex: row.number for row in rows}
 
+    def drop_rows(self, gone: Collection[int]) -> None:
+        """See `NodeAccess`."""
+        if self._upgrade is not None:
+            self._upgrade.drop_rows(gone)
+            return
+        rows = self._dataplane.maps["np_endpoint"]
+        stale = [one for one in map(endpoint_key, gone) if rows.delete(one)]
+        if stale:
+            self._dataplane.bump_generation()  # the program caches rows
+
     def attached(self) -> set[int]:
         """See `NodeAccess`."""
         if self._upgrade is not None:
@@ -160,9 +170,12 @@ class KernelNode:
         return {one.ifindex for one in attach.attachments(self._dataplane)}
 
     def attach(self, ifindex: int, *, is_newborn: bool = False) -> bool:
-        """See `NodeAccess`."""
+        """See `NodeAccess`. Before an upgrade takes over: the programs of the older schema, which are in force."""
         try:
-            attach.attach(ifindex, self._dataplane, is_newborn=is_newborn)
+            if self._upgrade is not None:
+                self._upgrade.attach(ifindex, is_newborn=is_newborn)
+            else:
+                attach.attach(ifindex, self._dataplane, is_newborn=is_newborn)
         except PlatformError:
             if find_link(ifindex) is None:
                 return False

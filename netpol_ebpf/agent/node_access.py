@@ -79,6 +79,9 @@ class MapAccess(Protocol):
     def former_numbers(self) -> Mapping[int, int]:
         """Endpoint numbers of the rows in force, by interface; also of an agent of another version."""
 
+    def drop_rows(self, gone: Collection[int]) -> None:
+        """Delete the rows in force of interfaces that are gone, so that no new interface with such an index has one."""
+
 
 class RepairAccess(Protocol):
     """Detection and repair of changes by other programs."""

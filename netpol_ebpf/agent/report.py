@@ -60,7 +60,7 @@ def status(
         "sources": sources(agent),
         "objects": {
             "policies": len(world.policies),
-            "endpoints": len(world.endpoints),
+            "endpoints": len(world.endpoints) - len(agent.closed.keys),
             "local_endpoints": len(endpoints),
             "enforced_endpoints": sum(one["state"] == "enforced" for one in endpoints),
             "skipped": dict(agent.source.skipped),
@@ -135,7 +135,10 @@ def problem(one: Problem) -> dict[str, Any]:
 def local_endpoints(agent: Agent) -> list[dict[str, Any]]:
     """Local workloads and their interfaces. ``state``: enforced, or waiting for an interface."""
     found = []
-    for endpoint in sorted(agent.objects.local.values(), key=lambda one: one.key):
+    closed = agent.closed.keys
+    for endpoint in sorted(
+        (one for key, one in agent.objects.local.items() if key not in closed), key=lambda one: one.key
+    ):
         binding = agent.enforcement.applier.bindings.get(endpoint.key)
         row = agent.enforcement.tables.endpoints.get(endpoint.key)
         found.append({
@@ -167,7 +170,9 @@ def interfaces(agent: Agent) -> list[dict[str, Any]]:
 
     ``state``: enforced; own (the node's); or closed (a workload's, of an unknown workload).
     """
-    owners = {binding.ifindex: str(key) for key, binding in agent.enforcement.applier.bindings.items()}
+    closed = agent.closed.keys
+    bindings = agent.enforcement.applier.bindings.items()
+    owners = {binding.ifindex: str(key) for key, binding in bindings if key not in closed}
     found = []
     for ifindex in sorted(agent.attachments.interfaces):
         state = "enforced" if ifindex in owners else "own" if ifindex in agent.own_interfaces.interfaces else "closed"

@@ -20,8 +20,10 @@ from netpol_ebpf.sources.merged import MergedSources
 from netpol_ebpf.sources.source import Source
 
 COPIES_NAME = "manifests"
+DEFAULT_MANIFESTS = Path("/etc/netpol-ebpf/manifests")
+"""Default directory of manifests, where no cluster is watched."""
 NODE_VARIABLE = "NODE_NAME"
-"""Environment variable with the name of the pod's node, set by the downward API."""
+"""Environment variable with the name of this node: a pod has it from the downward API, the service from its unit."""
 DEFAULT_SAVED_STATE = Path("/var/lib/netpol-ebpf/cluster")
 """Default file of the saved state. On a disk, unlike other state: for the start of a node without an API server."""
 
@@ -35,7 +37,8 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for the origin of objects."""
     parser.add_argument(
         "--manifests", type=Path, metavar="DIR",
-        help="directory (or file) of Kubernetes objects and policies; the agent watches it for changes",
+        help="directory (or file) of Kubernetes objects and policies; the agent watches it for changes (default, where no cluster "
+        f"is watched: {DEFAULT_MANIFESTS})",
     )  # fmt: skip
     api = parser.add_mutually_exclusive_group()
     api.add_argument(
@@ -58,17 +61,30 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
 
 
 def node_name(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> str | None:
-    """The name of this node: from ``--node``, or with a cluster from `NODE_VARIABLE`; None: not given, and not needed.
+    """The name of this node: from ``--node``, else from `NODE_VARIABLE`; None: not given, and not needed.
 
     Raises UsageError if it is needed: an API server lists the pods of all nodes.
     """
     if arguments.node:
         return str(arguments.node)
-    found = environment.get(NODE_VARIABLE) if arguments.kubernetes else None
-    if not found and (arguments.kubernetes or arguments.kubeconfig is not None):
+    found = environment.get(NODE_VARIABLE) or None
+    if found is None and watches_cluster(arguments):
         variable = f", or set {NODE_VARIABLE} to spec.nodeName by the downward API" if arguments.kubernetes else ""
         raise UsageError(f"the name of this node is needed to watch a cluster: give --node NAME{variable}")
     return found
+
+
+def watches_cluster(arguments: argparse.Namespace) -> bool:
+    """Whether the options name an API server."""
+    return bool(arguments.kubernetes) or arguments.kubeconfig is not None
+
+
+def manifests_dir(arguments: argparse.Namespace) -> Path | None:
+    """The directory of manifests: from ``--manifests``, else the default one; None if a cluster alone is watched."""
+    if arguments.manifests is None and not watches_cluster(arguments) and DEFAULT_MANIFESTS.exists():
+        return DEFAULT_MANIFESTS
+    given: Path | None = arguments.manifests
+    return given
 
 
 def plan_source(arguments: argparse.Namespace, state_dir: Path) -> OpenSource:
@@ -77,14 +93,17 @@ def plan_source(arguments: argparse.Namespace, state_dir: Path) -> OpenSource:
     Raises UsageError, InvalidInputError, and PlatformError if a package is missing.
     """
     plans: list[OpenSource] = []
-    if arguments.kubernetes or arguments.kubeconfig is not None:
+    if watches_cluster(arguments):
         plans.append(_plan_cluster(arguments))
     elif arguments.context is not None:
         raise UsageError("--context names a context of a kubeconfig: give --kubeconfig FILE too")
     if arguments.manifests is not None:
         plans.append(_plan_manifests(arguments.manifests, state_dir))
     if not plans:
-        raise UsageError("there is no source of objects: give --manifests, --kubernetes or --kubeconfig")
+        raise UsageError(
+            f"there is no source of objects: {DEFAULT_MANIFESTS} does not exist, and no other is named",
+            hint="Give --manifests, --kubernetes or --kubeconfig, or write the option into the configuration file.",
+        )
     if len(plans) == 1:
         return plans[0]
     return lambda may_restore: MergedSources([plan(may_restore) for plan in plans])

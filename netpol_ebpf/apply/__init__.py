@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes compiled tables to the kernel maps, make before break."""
+"""Writes compiled tables to the kernel's maps. A row is written before other rows refer to it (make before break)."""

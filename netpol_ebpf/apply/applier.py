@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the compiled tables to the kernel's maps: first all rows, then each change.
 
-Invariants: a row is written before other rows refer to it, and deleted only after no row refers to it and a kernel
-grace period has passed.  An endpoint's policy changes with one element update.  A change that does not fit is rejected
-before its first write; a change that fails later is rolled back: the previous policy stays in force.
+Invariants: a row is written before other rows refer to it.  A row is deleted only when no row refers to it any more and
+a grace period of the kernel has passed.  The update of one map element changes an endpoint's policy.  A change that
+does not fit is rejected before its first write.  A change that fails later is rolled back.  In both cases the previous
+policy stays in force.
 
-This module must not decide policy, nor an endpoint's interface, which its caller gives it (`Applier.bind`).
+This module must not decide policy, nor which interface an endpoint has; the caller states the interface
+(`Applier.bind`).
 """
 
 from __future__ import annotations
@@ -38,14 +40,15 @@ from netpol_loader.kernel.grace import order_stores, wait_for_readers
 from netpol_loader.pins.dataplane import following
 
 ARRAYS = frozenset(name for name, spec in abi.MAP_SPECS.items() if spec.has_elements)
-"""BPF arrays: their elements always exist, so a row is deleted by writing zeros, which deny."""
+"""BPF arrays. Their elements always exist, so a row is deleted by writing zeros, which deny."""
 OWNERS = frozenset(abi.maps_with(abi.MapTrait.REFERRING))
 """Maps with rows that refer to ranges in other maps."""
 FILL_ROWS = 8192
-"""How many rows are encoded at a time when whole tables are written; arbitrary: some megabytes."""
+"""How many rows are encoded at a time when whole tables are written; arbitrary. They need some megabytes."""
 SHARED, OWN_ROWS = "np_endpoint", 64
-"""The map to which `netpol_ebpf.apply.surroundings` writes as well, and how many of its rows are assumed to be written
-by that module.  Only if the map may be full under that assumption are its rows counted.  The number is arbitrary.
+"""The map to which `netpol_ebpf.apply.surroundings` writes as well, and the assumed number of that module's rows.
+
+The rows of the map are counted only if the map may be full under that assumption.  The number is arbitrary.
 """
 REMEMBERED = frozenset(abi.maps_with(abi.MapTrait.CACHED))
 """Maps whose rows the program caches for an epoch."""
@@ -61,7 +64,7 @@ class KernelMap(Protocol):
     @property
     def value_size(self) -> int: ...  # noqa: D102
     @property
-    def cell_bytes(self) -> int: ...  # noqa: D102 - of all CPUs, where there is a value for each
+    def cell_bytes(self) -> int: ...  # noqa: D102 - in a per-CPU map, of the values of all CPUs
 
     def get(self, key: bytes) -> bytes | None: ...  # noqa: D102
     def put(self, key: bytes, value: bytes) -> None: ...  # noqa: D102
@@ -76,9 +79,10 @@ class KernelMap(Protocol):
 class Binding:
     """The interface of an endpoint.
 
-    ``ifindex``: unused for a host endpoint, whose interfaces `netpol_ebpf.apply.surroundings` writes.
+    ``ifindex``: unused for a host endpoint, because `netpol_ebpf.apply.surroundings` writes the rows of a host's
+    interfaces.
     ``allowed_sources``: prefixes from which the workload may send although the addresses are not its own.
-    ``link``: ifindex of the bridge of which the interface is a port, 0: none.
+    ``link``: the ifindex of the bridge of which the interface is a port; 0 if it is not a bridge port.
     ``flags``: further properties of the interface.
     """
 
@@ -93,8 +97,8 @@ class Binding:
 class _Step:
     """The map writes of one batch: upserts in the order in which they were added, then deletions.
 
-    ``renews``: an endpoint's row is deleted or its number changes.  The program caches the number for a generation, so
-    a new generation must begin.
+    ``renews``: True if an endpoint's row is deleted or gets another number.  Then a new generation must begin, because
+    the program caches the number for a generation.
     """
 
     puts: dict[str, dict[bytes, bytes]] = field(default_factory=dict)
@@ -116,22 +120,26 @@ class _Step:
 
 
 class _Undo:
-    """The values that map elements had before each write, to be restored in reverse order."""
+    """The values that map elements had before each write. They are restored in reverse order."""
 
     def __init__(self, maps: Mapping[str, KernelMap]) -> None:
         self._maps = maps
         self._before: list[tuple[str, bytes, bytes | None]] = []
 
     def note(self, name: str, keys: Iterable[bytes]) -> int:
-        """Record the present values of keys that are about to change. Returns how many keys are new to the map."""
+        """Record the present values of keys that are about to change.
+
+        Returns how many of the keys are new to the map.
+        """
         one = self._maps[name]
         values = [(name, key, one.get(key)) for key in keys]
         self._before += values
         return sum(value is None for _, _, value in values)
 
     def roll_back(self, left: Callable[[], None]) -> bool:
-        """Restore all recorded values, endpoint rows first. Returns whether there was anything to restore.
+        """Restore all recorded values, endpoint rows first.
 
+        Returns whether there was anything to restore.
         ``left``: a function that waits until no packet uses the endpoint rows that are replaced here.
         """
         was_written = bool(self._before)
@@ -154,8 +162,9 @@ class _Undo:
 class Applier:
     """The only writer of a dataplane's policy maps.
 
-    ``maps``: by name; they must be empty, or have only rows that `fill` writes.  ``wait``: a function that waits for a
-    grace period of the kernel.  Not thread-safe.
+    Not thread-safe.
+    ``maps``: by name.  They must be empty, or have only rows that `fill` writes.
+    ``wait``: a function that waits for a grace period of the kernel.
     """
 
     def __init__(self, maps: Mapping[str, KernelMap], wait: Callable[[], None] = wait_for_readers) -> None:
@@ -193,11 +202,14 @@ class Applier:
         return key in self._rows and key in self._bindings
 
     def endpoint_elements(self, key: EndpointKey) -> Iterator[Element]:
-        """The map elements of an endpoint, its row in np_endpoint last; none if `is_enforced` is false."""
+        """The map elements of an endpoint, its row in np_endpoint last. Empty if `is_enforced` is false."""
         return self._elements(key)
 
     def mend_config(self) -> bool:
-        """Restore the configuration if it differs from the last one that this applier wrote. Returns whether it did."""
+        """Restore the configuration if it differs from the configuration that this applier wrote last.
+
+        Returns whether it differed.
+        """
         written = self._written_config
         if written is None or self._maps["np_config"].get(_FIRST) == written:
             return False
@@ -209,7 +221,7 @@ class Applier:
     def fill(self, tables: CompiledTables) -> None:
         """Write all rows into empty maps, rows of endpoints last.
 
-        No attached program may use these maps yet.  Raises MapFullError before the first write.
+        No attached program may use these maps yet.  Raises MapFullError before the first write if the rows do not fit.
         """
         require_room(tables, {name: one.max_entries for name, one in self._maps.items()}, self._bindings)
         self._rows = dict(tables.endpoints.items())
@@ -220,7 +232,7 @@ class Applier:
             encoder = ENCODERS.get(table.name)
             if encoder is not None:
                 written = (encoder(key, row) for key, row in table.items())
-                # In portions: all elements at once would be the agent's peak memory use.
+                # Rows are written in portions, because all elements at once would be the agent's peak memory use.
                 while chunk := list(islice(written, FILL_ROWS)):
                     step = _Step()
                     for element in chunk:
@@ -239,9 +251,11 @@ class Applier:
     def apply(self, change: Change) -> None:
         """Apply a change, batch by batch. On return the change is complete, grace periods included.
 
-        After the flip a new generation begins if anything was revoked.  A grace period precedes the shrink batch, and
-        follows the prepare batch if it moves ranges to which endpoint rows refer.  Raises MapFullError if the change
-        does not fit: then no verdict has changed, and the compiled tables are ahead of the kernel's maps.
+        If anything was revoked, a new generation begins after the flip.  A grace period precedes the shrink batch.
+        Another one follows the prepare batch if that batch moves ranges to which endpoint rows refer.
+
+        Raises MapFullError if the change does not fit.  Then no verdict has changed, and the compiled tables already
+        have the change that the kernel's maps lack.
         """
         rows, counts = dict(self._rows), self._counts.copy()
         prepare, grow, flip, shrink = (self._step(batch) for _, batch in change.batches())
@@ -250,7 +264,7 @@ class Applier:
             self._check_room(prepare, grow, flip)
             self._write(prepare, undo)
             if prepare.touches(OWNERS):
-                self._leave()  # a packet with the old row must not see rows that grow for the new row
+                self._leave()  # a packet with an old endpoint row must not see what `grow` writes for the new one
             self._write(grow, undo)
             self._write(flip, undo)
         except PlatformError:
@@ -267,7 +281,7 @@ class Applier:
             self._write(shrink, None)
 
     def _step(self, batch: Mapping[str, Any]) -> _Step:
-        """Translate one batch of a change into map writes. ``batch``: from table name to Delta."""
+        """Translate one batch of a change into map writes. ``batch``: maps table names to Deltas."""
         step = _Step()
         for name in _TABLES:
             delta = batch.get(name)
@@ -312,7 +326,7 @@ class Applier:
     def _elements(self, key: EndpointKey) -> Iterator[Element]:
         """All map elements by which the program judges packets of the endpoint's interface, the endpoint row last.
 
-        None if the tables have no row for the endpoint, or if its interface is unknown.
+        Empty if the tables have no row for the endpoint, or if its interface is unknown.
         """
         row, binding = self._rows.get(key), self._bindings.get(key)
         return iter(()) if row is None or binding is None else _endpoint_elements(row, binding)
@@ -320,9 +334,10 @@ class Applier:
     # --- interfaces -----------------------------------------------------------------------------------------------
 
     def bind(self, key: EndpointKey, binding: Binding) -> None:
-        """Set the interface of an endpoint and write its row, if the tables have one. Raises MapFullError.
+        """Set the interface of an endpoint. If the tables have a row for the endpoint, the row is written.
 
-        A row on the same interface is replaced, one on another interface is deleted afterwards.
+        If the endpoint had another interface, its row there is deleted afterwards.  Raises MapFullError if the row does
+        not fit.
         """
         before = self._bindings.get(key)
         if before == binding:
@@ -350,7 +365,7 @@ class Applier:
             self.bump_epoch()
 
     def unbind(self, key: EndpointKey) -> None:
-        """Delete an endpoint's rows: from now on the program denies all packets on its interface."""
+        """Delete an endpoint's rows. From then on the program denies all packets on the endpoint's interface."""
         old = self._keys(key)
         self._bindings.pop(key, None)
         if old:
@@ -370,9 +385,9 @@ class Applier:
     def bump_generation(self) -> int:
         """Begin a new generation and epoch: policy evaluates every open connection again at its next packet.
 
-        Returns the new generation. The epoch comes first, in an update of its own: otherwise a packet with the new
-        generation and an endpoint row cached under the old epoch would record the old verdict as one of the new
-        generation.
+        Returns the new generation.  The epoch changes first, in an update of its own.  Otherwise a packet could have
+        the new generation and an endpoint row cached under the old epoch, and the program would record the old verdict
+        under the new generation.
         """
         self.bump_epoch()
         config = self._config()
@@ -381,7 +396,7 @@ class Applier:
         return config.generation
 
     def bump_epoch(self) -> None:
-        """Begin a new epoch: all endpoint and address rows that the program has cached are invalid."""
+        """Begin a new epoch. It invalidates all endpoint and address rows that the program has cached."""
         config = self._config()
         config.epoch = following(config.epoch)
         self._put_config(config)
@@ -405,15 +420,15 @@ class Applier:
             counted.put_many([(key, zeros) for key in keys])
 
     def set_flags(self, *, on: int = 0, off: int = 0) -> None:
-        """Set or clear flags of the configuration (``abi.NP_CONFIG_*``)."""
+        """Set the flags ``on`` and clear the flags ``off`` of the configuration (``abi.NP_CONFIG_*``)."""
         config = self._config()
         config.flags = (config.flags | on) & ~off
         self._put_config(config)
 
     def set_sender_tag_bits(self, mark_shift: int) -> None:
-        """Set the 16 bits of the packet mark that carry the sender tag of packets to services.
+        """Choose the 16 bits of the packet mark that have the sender tag of a packet to a service.
 
-        ``mark_shift``: the lowest of these bits; 0: the mark does not carry the sender tag.
+        ``mark_shift``: the lowest of these bits; 0 if the mark must not have the sender tag.
         """
         config = self._config()
         config.mark_shift = mark_shift
@@ -428,7 +443,7 @@ class Applier:
     def set_marks(self, marks: Marks) -> None:
         """Set the bits of the packet mark that the programs use.
 
-        If the bit for deferred verdicts changes, a new generation begins: policy evaluates open connections again.
+        If the bit for deferred verdicts changes, a new generation begins, so policy evaluates open connections again.
         """
         config = self._config()
         is_another_question = config.due_mark != marks.due
@@ -438,7 +453,7 @@ class Applier:
             self.bump_generation()
 
     def set_wildcard(self, key: EndpointKey | None) -> None:
-        """Set the wildcard host endpoint, None: none. It must have a binding and a row already."""
+        """Set the wildcard host endpoint, which must already have a binding and a row. ``key`` None: there is none."""
         number = 0 if key is None else self._rows[key].number
         config = self._config()
         if config.wildcard != number:
@@ -447,7 +462,7 @@ class Applier:
             self.bump_generation()
 
     def _put_config(self, config: abi.np_config) -> None:
-        order_stores()  # a processor that sees it also sees the rows written before it
+        order_stores()  # a processor that sees the new configuration also sees the rows written before it
         self._written_config = bytes(config)
         self._maps["np_config"].put(_FIRST, self._written_config)
 
@@ -465,7 +480,7 @@ class Applier:
                     message = f"map {name} has {one.max_entries} rows; the change needs {last + 1}"
                     raise MapFullError(message, map_name=name)
             elif self._counts[name] + len(wanted) + (OWN_ROWS if name == SHARED else 0) > one.max_entries:
-                present = {key for key, _ in one.items()}  # an exact count costs time, so only if the map may be full
+                present = {key for key, _ in one.items()}  # an exact count takes time
                 need = len(present | wanted.keys())
                 if need > one.max_entries:
                     raise too_small(name, one.max_entries, need)
@@ -474,7 +489,7 @@ class Applier:
         for name, rows in step.puts.items():
             new = undo.note(name, rows) if undo is not None else 0
             self._maps[name].put_many(list(rows.items()))
-            order_stores()  # tables are in such an order that a row refers only to rows written before
+            order_stores()  # the order of the tables is such that a row refers only to rows written before it
             if name not in ARRAYS:
                 self._counts[name] += new
         for name, keys in step.deletes.items():
@@ -507,9 +522,12 @@ def require_room(
 ) -> None:
     """Raise MapFullError, naming the map, if the rows do not fit into empty maps of these sizes.
 
-    ``sizes``: max_entries by map name.  ``bindings``: interfaces of endpoints.  ``others``: rows of another writer in
-    the same maps.  Only bucketed tables are checked: every other map has room for all rows of its table.  Cost: linear
-    in addresses, prefixes, bindings and others.
+    ``sizes``: max_entries by map name.
+    ``bindings``: the interfaces of the endpoints.
+    ``others``: rows of another writer in the same maps.
+
+    Only the maps with rows of addresses, prefixes, endpoints, peer classes, atoms, columns, verdicts and rules are
+    checked.  Cost: linear in addresses, prefixes, bindings and others.
     """
     keys = {(name, key) for name, key, _ in others}
     for key, binding in bindings.items():
@@ -529,7 +547,7 @@ def require_room(
 
 
 def too_small(name: str, size: int, need: int) -> MapFullError:
-    """The error that the map ``name`` has room for ``size`` entries and would need room for ``need``."""
+    """The error for a map ``name`` that has room for ``size`` entries and would need room for ``need``."""
     return MapFullError(f"map {name} has room for {size} rows; the change needs {need}", map_name=name)
 
 

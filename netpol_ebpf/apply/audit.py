@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares the maps with the compiled tables, a few rows at a time, and restores rows that differ.
+"""Compares the maps with the compiled tables, some rows at a time, and restores rows that differ.
 
-Missing and changed rows are found in all maps, surplus rows in all maps but arrays: a row of an array to which no row
-refers has no effect.
+The comparison finds missing and changed rows in all maps, and surplus rows in all maps but arrays.  A surplus row of an
+array has no effect, because no row refers to it.
 
 Invariants: a correct row is not written.  A difference is repaired before it is reported.  After a repair policy
-evaluates every open connection again, since the wrong row may have allowed it.
+evaluates every open connection again, because the wrong row may have allowed it.
 """
 
 from __future__ import annotations
@@ -22,19 +22,22 @@ from netpol_loader import abi
 from netpol_loader.pins.drift import Drift
 
 ROWS = 2000
-"""How many rows one step compares; arbitrary: some 10 ms."""
+"""How many rows one step compares; arbitrary. It takes some 10 ms."""
 
 BY_ENDPOINT = abi.maps_with_rows(abi.MapRole.ENDPOINT)
 BY_NODE = abi.maps_with_rows(abi.MapRole.NODE)
-"""Maps of the node in which surplus rows are searched. np_vip_filter is not one: a surplus bit only costs look-ups."""
+"""Maps of the node in which surplus rows are searched.
+
+np_vip_filter is not one of them: a surplus bit there only causes needless look-ups.
+"""
 BY_TABLE = abi.maps_with_rows(abi.MapRole.TABLE)
 
 
 class Audit:
     """Compares the kernel's maps with the rows that ``tables``, ``applier`` and ``node`` require.
 
-    Each `step` compares a part of the rows; a round of steps compares all.  A step must not run while a change of the
-    tables is being applied.
+    Each `step` compares a part of the rows; the steps of a round compare all rows.  A step must not run while a change
+    of the tables is being applied.
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class Audit:
         self._node = node
         self._round: Iterator[Drift | None] | None = None
         self.rounds = 0
-        """How many rounds are complete: so often every row has been compared."""
+        """How many rounds are complete. Every row was compared once in each round."""
 
     @property
     def is_between_rounds(self) -> bool:
@@ -77,22 +80,22 @@ class Audit:
     def _look_round(self) -> Iterator[Drift | None]:
         """One round, row by row: endpoint rows, rows of the node, surplus rows, rows of the tables.
 
-        Yields the restored difference of each row, None for a correct row.
+        Yields for each row the difference that was restored, or None if the row was correct.
         """
         ours: set[tuple[str, bytes]] = set()
         for key in list(self._applier.bindings):
-            # All elements of one endpoint in one step: between two steps the endpoint may get another row.
+            # The elements of one endpoint are compared in one step, because between two steps its row may change.
             written = list(self._applier.endpoint_elements(key))
             ours.update((name, raw) for name, raw, _ in written)
             yield from [self._compare(element) for element in written]
         for (name, raw), value in list(self._node.rows.items()):
-            if self._node.rows.get((name, raw)) == value:  # otherwise it changed after the list was made
+            if self._node.rows.get((name, raw)) == value:  # otherwise the row changed after the list was made
                 yield self._compare((name, raw, value))
         ours |= self._node.rows.keys()
         for name in (*BY_ENDPOINT, *BY_NODE):
             for raw in self._keys(name):
                 if (name, raw) not in ours:
-                    ours = self._of_endpoints()  # the row may be newer than ``ours``
+                    ours = self._of_endpoints()  # before a removal, because the row may be newer than ``ours``
                 yield None if (name, raw) in ours else self._remove(name, raw)
         for name in BY_TABLE:
             for raw in self._keys(name):
@@ -102,7 +105,7 @@ class Audit:
             rows = self._tables[name]
             for place in list(rows):
                 row = rows.get(place)
-                if row is not None:  # otherwise it was deleted after the list was made
+                if row is not None:  # otherwise the row was deleted after the list was made
                     for element in elements(name, {place: row}):
                         yield self._compare(element)
 
@@ -125,10 +128,10 @@ class Audit:
         try:
             self._maps[name].put(key, value)
         except MapFullError:
-            return None  # surplus rows fill the map; this round removes them, the next one restores this row
+            return None  # surplus rows fill the map: this round removes them, and the next round restores this row
         is_missing = found is None or (name in ARRAYS and not any(found))
         return Drift("row", f"{key.hex()} of {name}", "missing" if is_missing else "changed")
 
     def _remove(self, name: str, key: bytes) -> Drift | None:
-        """Delete a surplus row. Returns None if it does not exist any more."""
+        """Delete a surplus row. Returns None if the row no longer exists."""
         return Drift("row", f"{key.hex()} of {name}", "foreign") if self._maps[name].delete(key) else None

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encodes rows of the compiled tables as map keys and values, in the layout of `netpol_loader.abi`.
 
-Invariants: sizes, offsets and field names come from `netpol_loader.abi`; a field that is renamed there makes the import
-of this module fail.  One row is one element of one map.  Shortened names have a visible mark.
+Invariants: sizes, offsets and field names come from `netpol_loader.abi`.  If a field is renamed there, the import of
+this module fails.  One row is one element of one map.  A shortened name has a visible mark.
 
-This module must not write to maps: `netpol_ebpf.apply.applier` does.
+This module must not write to maps; `netpol_ebpf.apply.applier` writes them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Element = tuple[str, bytes, bytes]
 """(map name, key, value)."""
 
 LOCAL_ROWS = 1 << 14
-"""Rows of addresses of the node that are kept encoded; arbitrary, more than a full node has."""
+"""How many encoded rows of addresses of the node are cached; arbitrary, more than a full node has."""
 
 ACTION: Mapping[Outcome, int] = {
     Outcome.ALLOW: abi.NP_ACTION_ALLOW,
@@ -53,9 +53,10 @@ _CODES: Mapping[Any, str] = {
 
 
 def layout(structure: type[ctypes.Structure], *names: str) -> struct.Struct:
-    """A packer for a flat structure that has exactly the fields ``names``, in this order; byte arrays take ``bytes``.
+    """A packer for a flat structure that has exactly the fields ``names``, in this order.
 
-    ``pad`` fields are left out. Raises NetpolError when the generated layout has other fields.
+    A byte array takes ``bytes``.  A field ``pad`` is not among ``names`` and is packed as zeros.  Raises NetpolError if
+    the structure has other fields.
     """
     codes, found = "=", []
     for name, kind, *_ in structure._fields_:
@@ -109,7 +110,7 @@ _VIP = layout(abi.np_vip, "flags", "local_port", "local")
 def render_rule_name(cause: Cause) -> bytes:
     """The name that `bpftool` shows for a rule, in the encoding and length of the map's field.
 
-    In a name that is too long, ``~`` and a hash of the whole name replace the middle.
+    If a name is too long, ``~``, a hash of the whole name and ``~`` replace its middle.
     """
     name = str(cause).encode()
     room = abi.NP_RULE_NAME_BYTES - 1
@@ -118,7 +119,7 @@ def render_rule_name(cause: Cause) -> bytes:
     mark = b"~" + hashlib.sha256(name).hexdigest()[:8].encode() + b"~"
     tail = room // 2
     head = room - tail - len(mark)
-    # Cutting bytes does not split characters: the API allows only ASCII in names.
+    # Cutting bytes does not split characters, because the API allows only ASCII in names.
     return name[:head] + mark + name[-tail:]
 
 
@@ -128,14 +129,14 @@ def _address(address: IPAddress, row: AddressRow) -> Element:
 
 
 def address_key(address: IPAddress) -> tuple[str, bytes]:
-    """The map of addresses of this family, and the address's key in it."""
+    """The map of addresses of the address's family, and the key of the address in that map."""
     if isinstance(address, IPv4Address):
         return "np_addr4", _ADDR4_KEY.pack(address.packed)
     return "np_addr6", _ADDR6_KEY.pack(address.packed)
 
 
 def cidr_key(net: IPNetwork) -> tuple[str, bytes]:
-    """The map of prefixes of this family, and the prefix's key in it."""
+    """The map of prefixes of the net's family, and the key of the net in that map."""
     if isinstance(net, IPv4Network):
         return "np_cidr4", _CIDR4_KEY.pack(net.prefixlen, net.network_address.packed)
     return "np_cidr6", _CIDR6_KEY.pack(net.prefixlen, net.network_address.packed)
@@ -147,7 +148,7 @@ def _cidr(net: IPNetwork, identity: int) -> Element:
 
 
 def source_element(endpoint: int, net: IPNetwork) -> Element:
-    """The element by which the endpoint number ``endpoint`` may send from ``net`` although it has no such address."""
+    """The element that allows the endpoint with the number ``endpoint`` to send from addresses in ``net``."""
     bits = 32 + net.prefixlen  # the key begins with the endpoint's number, 32 bits
     if isinstance(net, IPv4Network):
         return "np_source4", _SOURCE4_KEY.pack(bits, endpoint, net.network_address.packed), _SOURCE.pack(1)
@@ -187,10 +188,10 @@ ENCODERS: Mapping[str, Callable[[Any, Any], Element]] = {
     "verdicts": _verdict,
     "rules": _rule,
 }
-"""From table name to the function that encodes one row.
+"""Maps a table's name to the function that encodes one row of the table.
 
-Endpoint rows need an interface as well, see `endpoint_element`.  Log lists and identities are not written to the
-kernel, since the program does not need them.
+Endpoint rows are not here, because they also need an interface (see `endpoint_element`).  Log lists and identities are
+not written to the kernel, because the program does not need them.
 """
 
 
@@ -208,7 +209,10 @@ def map_and_key(table: str, key: Any) -> tuple[str, bytes]:
 
 
 def decode_key(name: str, key: bytes) -> tuple[str, Any]:
-    """The table and table key of the element ``key`` of map ``name``; reverses `map_and_key`, but not for arrays."""
+    """The table and table key of the element ``key`` of map ``name``.
+
+    This is the inverse of `map_and_key`, but not for arrays.
+    """
     if name in ("np_addr4", "np_addr6"):
         return "addresses", ip_address(key)
     if name in ("np_cidr4", "np_cidr6"):
@@ -234,7 +238,7 @@ class EndpointFlag(enum.IntFlag):
 
 
 class LocalFlag(enum.IntFlag):
-    """What an address is to the node: NP_LOCAL_* in bpf/np_abi.h."""
+    """Properties of an address of this node or of another node: NP_LOCAL_* in bpf/np_abi.h."""
 
     OWN = abi.NP_LOCAL_OWN
     MANY = abi.NP_LOCAL_MANY
@@ -244,10 +248,11 @@ class LocalFlag(enum.IntFlag):
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """What an address is to the node: its own, another node's, a multicast group and the like.
+    """What the node knows of an address: its own address, another node's address, a multicast group, or the like.
 
-    ``ifindex``: the interface to which the address belongs, 0: no particular one.  ``node``: the number of the other
-    node that has the address, 0: unknown or none.
+    ``ifindex``: the interface to which the address belongs; 0 if it belongs to no particular interface.
+    ``node``: the number of the other node that has the address; 0 if no other node has it, or if that node has no
+    number.
     """
 
     flags: LocalFlag
@@ -257,7 +262,10 @@ class Meaning:
 
 @dataclass(frozen=True, slots=True)
 class EndpointSets:
-    """The two policy sets of an endpoint row. None: every packet in that direction is denied."""
+    """The two policy sets of an endpoint row.
+
+    Without a policy set, the program denies every packet in that direction.
+    """
 
     ingress: SetRow | None
     egress: SetRow | None
@@ -274,9 +282,10 @@ def endpoint_key(ifindex: int) -> bytes:
 
 
 def endpoint_element(ifindex: int, number: int, sets: EndpointSets, flags: EndpointFlag, link: int = 0) -> Element:
-    """The element of an endpoint on an interface. ``link``: ifindex of the interface's bridge, 0: none.
+    """The element of an endpoint on an interface.
 
     ``number``: the endpoint's number.
+    ``link``: the ifindex of the bridge of which the interface is a port; 0 if it is not a bridge port.
     """
     row = abi.np_endpoint(number=number, ifindex=ifindex, flags=int(flags), link=link or ifindex)
     _fill_set(row.ingress, sets.ingress)
@@ -285,7 +294,10 @@ def endpoint_element(ifindex: int, number: int, sets: EndpointSets, flags: Endpo
 
 
 NO_SETS = EndpointSets(None, None)
-"""For the row of one of the node's own interfaces: its policy, if any, is in the row of its host endpoint."""
+"""No policy sets, for the row of one of the node's own interfaces.
+
+The policy of such an interface, if any, is in the row of its host endpoint.
+"""
 
 
 def place_element(number: int, ifindex: int) -> Element:
@@ -315,7 +327,7 @@ def host_element(number: int, sets: Mapping[tuple[Direction, Stage], SetRow]) ->
         _fill_set(row.sets[index], one)
         row.present |= 1 << index
     words = [getattr(one, name) for one in row.sets for name in _SET_FIELDS]
-    row.version = fold([row.present, *words]) or 1  # a hash of the content; 0 means no version
+    row.version = fold([row.present, *words]) or 1  # a hash of the content, which must not be 0
     return "np_host", host_key(number), bytes(seal_host(row))
 
 
@@ -323,13 +335,13 @@ def host_element(number: int, sets: Mapping[tuple[Direction, Stage], SetRow]) ->
 def local_element(address: IPAddress, meaning: Meaning) -> Element:
     """The element of an address that belongs to this node or another node.
 
-    Cached, because a node with hundreds of pods has hundreds of such addresses and few of them change.
+    The results are cached, because a node with hundreds of pods has hundreds of such addresses and few of them change.
     """
     return f"np_local{address.version}", address.packed, _LOCAL.pack(int(meaning.flags), meaning.ifindex, meaning.node)
 
 
 def local_net_element(net: IPNetwork) -> Element:
-    """The element of a prefix whose addresses are all the node's own."""
+    """The element of a prefix in which all addresses are the node's own."""
     _, key = cidr_key(net)
     return f"np_local{net.version}_net", key, _LOCAL.pack(int(LocalFlag.OWN), 0, 0)
 
@@ -348,7 +360,7 @@ def _filter_bit(address: IPAddress) -> tuple[int, int]:
 
 
 def vip_filter_elements(addresses: Iterable[IPAddress]) -> Iterator[Element]:
-    """The elements of np_vip_filter with a bit for each of ``addresses`` (of the node and of services)."""
+    """The elements of np_vip_filter with a bit for each of ``addresses`` (addresses of nodes and of services)."""
     words: dict[int, int] = {}
     for address in addresses:
         row, bit = _filter_bit(address)
@@ -363,10 +375,10 @@ def either(one: bytes, other: bytes) -> bytes:
 
 
 def vip_elements(vip: Vip, is_own: Callable[[IPAddress], bool]) -> Iterator[Element]:
-    """The elements of a destination that nodes translate: one, or for a node port one for each family.
+    """The elements of a destination that nodes translate: one element, but for a node port one for each family.
 
-    ``is_own``: whether an address is the node's own; a process of the node as backend receives its packets without
-    passing a hook.
+    ``is_own``: returns whether an address is the node's own.  Then the backend is a process of the node, which gets the
+    packets although they pass no hook.
     """
     versions = (4, 6) if vip.key.address is None else (vip.key.address.version,)
     for version in versions:
@@ -381,7 +393,7 @@ def vip_elements(vip: Vip, is_own: Callable[[IPAddress], bool]) -> Iterator[Elem
 
 
 def vip_key(key: VipKey, version: int) -> tuple[str, bytes]:
-    """The map of service addresses of IP version ``version``, and the key of ``key`` in it."""
+    """The map of service addresses of IP version ``version``, and the map key for ``key``."""
     packer, size = (_VIP4_KEY, 4) if version == 4 else (_VIP6_KEY, 16)  # noqa: PLR2004 - the IP version
     address = bytes(size) if key.address is None else key.address.packed
     return f"np_vip{version}", packer.pack(address, key.port, key.protocol)
@@ -396,7 +408,8 @@ _SET_FIELDS = (
 def _fill_set(target: Any, row: SetRow | None) -> None:
     """Copy a policy set into the C structure ``target``.
 
-    For None the structure stays all zeros: every class is out of range, so the program denies the packet and counts it.
+    If ``row`` is None, the structure stays all zeros.  Then every class is out of range, so the program denies each
+    packet and counts it.
     """
     if row is not None:
         for name in _SET_FIELDS:
@@ -409,7 +422,7 @@ def decode_endpoint(value: bytes) -> abi.np_endpoint:
 
 
 def elements(table: str, rows: Mapping[Any, Any]) -> Iterator[Element]:
-    """Encode rows of one table; no elements for tables without a map in the kernel."""
+    """Encode rows of one table. Empty for tables without a map in the kernel."""
     encoder = ENCODERS.get(table)
     if encoder is not None:
         for key, row in rows.items():

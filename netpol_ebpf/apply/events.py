@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decodes records of the program's ring buffer into events with names: rules, endpoints and causes instead of numbers.
+"""Decodes records of the program's ring buffer into events with names of rules, endpoints and causes.
 
 Invariant: everything in a `FlowEvent` was reported by the program.  A number that cannot be resolved stays a number.
 The kernel engine, the agent and the command line use the same decoders.
@@ -30,14 +30,14 @@ from netpol_loader.tables.events import EventRecord
 V_co = TypeVar("V_co", covariant=True)
 
 FLOW_KIND: Mapping[int, str] = {abi.NP_EVENT_DENY: "deny", abi.NP_EVENT_ALLOW: "allow", abi.NP_EVENT_LOG: "log"}
-"""From the type numbers of flow events to their names."""
+"""Maps the type numbers of flow events to their names."""
 
 DROPPED_BY_RULE = frozenset({abi.NP_REASON_POLICY_DENY, abi.NP_REASON_REVOKED})
-"""The reasons of packets that a rule denied. Packets dropped for another reason may have been allowed by policy."""
+"""The reasons of packets that a rule denied. Policy may have allowed packets that were dropped for other reasons."""
 
 
 class Lookup(Protocol[V_co]):
-    """Maps a number to the object with that number: a dictionary or a compiled table."""
+    """Anything that maps a number to the object with that number, such as a dictionary or a compiled table."""
 
     def get(self, key: int, /) -> V_co | None:
         """The object with the number ``key``, or None."""
@@ -56,10 +56,13 @@ class Names:
 class FlowEvent:
     """One packet that the program reported.
 
-    ``kind``: deny, allow or log.  ``reason``: slug of the registry in bpf/np_abi.h.  ``packet``: None if the reported
-    packet has no IP header.  ``rule``, ``staged_rule``: the numbers of the rules that decided.  ``cause``,
-    ``staged_cause``: the causes with these numbers; None if no rule decided (spoofing, for instance) or the rule is no
-    longer known.  ``time_jiffies``: the time of the packet in jiffies of the kernel's clock.
+    ``kind``: deny, allow or log.
+    ``reason``: a slug of the registry in bpf/np_abi.h.
+    ``packet``: None if the reported packet has no IP header.
+    ``rule``, ``staged_rule``: the numbers of the rules that decided.
+    ``cause``, ``staged_cause``: the causes with these numbers; None if no rule decided (as for a spoofed packet), or if
+    the rule is no longer known.
+    ``time_jiffies``: the time of the packet in jiffies of the kernel's clock.
     """
 
     kind: str
@@ -115,7 +118,7 @@ ProgramEvent = Union[FlowEvent]
 
 
 def decode_event(record: EventRecord, names: Names) -> ProgramEvent:
-    """Decode a record that `netpol_loader.tables.events.parse_record` returned, and resolve its numbers."""
+    """Decode a record that `netpol_loader.tables.events.parse_record` returned, and resolve the record's numbers."""
     return DECODERS[record.kind](record, names)
 
 
@@ -145,9 +148,11 @@ def decode_flow(event: abi.np_event, names: Names) -> FlowEvent:
 
 
 def _cause(names: Names, rule: int, action: int) -> Cause | None:
-    """The cause with the number ``rule``; None if it is unknown, or if its action does not fit ``action``.
+    """The cause with the number ``rule``.
 
-    A rule with another action was given the number after the event.
+    None if the number is unknown, or if the cause's action does not fit ``action``.
+
+    If the action does not fit, another rule got the number after the event.
     """
     cause = names.rules.get(rule)
     decided = OUTCOME.get(action)
@@ -165,7 +170,7 @@ def _packet(event: abi.np_event) -> Packet | None:
         source, destination = IPv6Address(bytes(event.source)), IPv6Address(bytes(event.destination))
     else:
         return None
-    has_ports = event.protocol in PORT_PROTOCOLS  # for ICMP queries these fields have the identifier
+    has_ports = event.protocol in PORT_PROTOCOLS  # the events of ICMP queries have the identifier in these fields
     is_icmp = event.protocol in (ICMP, ICMPV6)
     return Packet(
         source,
@@ -179,4 +184,5 @@ def _packet(event: abi.np_event) -> Packet | None:
 
 
 DECODERS: Mapping[int, Callable[[EventRecord, Names], ProgramEvent]] = dict.fromkeys(FLOW_KIND, decode_flow)
-"""From each type number (``enum np_event_kind``) in `netpol_loader.tables.events.RECORDS` to its decoder."""
+"""Maps each type number (``enum np_event_kind``) in `netpol_loader.tables.events.RECORDS` to the decoder of that type.
+"""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ethernet frames for the packets that policy judges: the first packet of a connection, with correct checksums.
 
-Invariant: a frame has the header fields of its `Packet`; all other fields are fixed, so equal packets give equal
+Invariant: a frame has the header fields of its `Packet`.  All other fields are constant, so equal packets give equal
 frames.  A TCP frame is a SYN.  An ICMP error has no inner packet, so it belongs to no connection and policy judges it.
 Messages of neighbour and listener discovery are well-formed if source and destination are on the link; otherwise they
 look as if a router had forwarded them.
@@ -71,11 +71,11 @@ def _transport(packet: Packet) -> bytes:
     if protocol == TCP:
         return _with_checksum(packet, ports + struct.pack("!IIBBHHH", 1, 0, 5 << 4, _SYN, 0xFFFF, 0, 0), 16)
     if protocol in (UDP, UDPLITE):
-        length = 8 + len(_PAYLOAD) if protocol == UDP else 8  # of UDPLite: how many bytes the checksum covers
+        length = 8 + len(_PAYLOAD) if protocol == UDP else 8  # in UDPLite: bytes that the checksum covers
         segment = _with_checksum(packet, ports + struct.pack("!HH", length, 0) + _PAYLOAD, 6, covered=length)
         return segment if segment[6:8] != b"\0\0" else segment[:6] + b"\xff\xff" + segment[8:]
     if protocol == SCTP:
-        # The CRC is zero: only a receiver checks it, the program does not.
+        # The CRC is zero, because only a receiver checks the CRC; the program does not.
         return ports + struct.pack("!II", 0, 0) + struct.pack("!BBHIIHHI", 1, 0, 20, 1, 0xFFFF, 1, 1, 1)
     if protocol in (ICMP, ICMPV6):
         message = struct.pack("!BBHHH", packet.icmp_type, packet.icmp_code, 0, ICMP_IDENTIFIER, 1)
@@ -92,7 +92,7 @@ def _transport(packet: Packet) -> bytes:
 def _with_checksum(packet: Packet, segment: bytes, offset: int, *, covered: int | None = None) -> bytes:
     """``segment`` with its checksum filled in at ``offset``.
 
-    The checksum covers the pseudo header and the first ``covered`` bytes of the segment (None: all).
+    ``covered``: how many bytes of the segment the checksum covers besides the pseudo header; None: all bytes.
     """
     length = len(segment)
     addresses = packet.source.packed + packet.destination.packed

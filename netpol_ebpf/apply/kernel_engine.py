@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The third engine: the loaded program, run on real packets.
+"""The engine that runs the loaded program on real packets.
 
-The engine has a dataplane of its own, with its own pin directory beside that of a running agent.  A world is compiled
-and written to the dataplane's maps.  For a question, the program of the direction's hook runs on a frame with the
-question's packet.  Normally that is a test run (BPF_PROG_TEST_RUN), which attaches nothing to any interface.  On
-kernels whose test run cannot set the interface by which a packet entered the node, the frame is sent over a veth pair
-in a network namespace of the engine's own (`netpol_loader.pins.frames`).
+The engine has a dataplane of its own, with its own pin directory beside that of a running agent.  It compiles a world
+and writes the tables to the dataplane's maps.  For a question, it makes a frame with the question's packet, and runs
+the program of the hook that judges the question's direction.  Normally that is a test run (BPF_PROG_TEST_RUN), which
+attaches nothing to any interface.  If the kernel's test run cannot set the interface by which a packet entered the
+node, the engine sends the frame over a veth pair in a network namespace of its own (`netpol_loader.pins.frames`).
 
 Invariants: the verdict is read from the program's event, and checked against the program's return value; the engine
-computes no verdict itself.  A question does not depend on earlier questions: their connections are removed, and a new
-generation begins when the endpoint changes.
+computes no verdict itself.  A verdict does not depend on earlier questions, because their connections are removed, and
+a new generation begins when the endpoint changes.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ from netpol_loader.pins.frames import FrameRunner, can_name_ingress
 from netpol_loader.tables.events import EventRecord
 
 ROOT_PREFIX = "netpol-engine-"
-"""Prefix of an engine's pin directory, /sys/fs/bpf/netpol-engine-PID-COUNT."""
+"""Prefix of the name of an engine's pin directory, /sys/fs/bpf/netpol-engine-PID-COUNT."""
 
 SIZES: Mapping[str, int] = {
     "np_conn4": 64,
@@ -77,10 +77,13 @@ SIZES: Mapping[str, int] = {
     "np_frag6": 64,
     "np_event": 65536,
 }
-"""Maps that are smaller than by default, to save time: the engine sends one packet at a time. Ring buffer in bytes."""
+"""Sizes of maps that are smaller than by default, to save time: the engine sends one packet at a time.
+
+The size of the ring buffer np_event is in bytes.
+"""
 
 MARK_SHIFT = 16
-"""The lowest of the 16 bits of the packet mark that carry the sender tag of a packet to a service.
+"""The lowest of the 16 bits of the packet mark that have the sender tag of a packet to a service.
 
 The engine's packets have no other bits in their mark.
 """
@@ -101,7 +104,8 @@ class NotJudgedError(NetpolError):
     """The program decided a packet without policy.
 
     Examples are IPv6 neighbour discovery, and packets from a source address that the workload does not have.
-    ``reason``: the slug of the program's reason.  ``passed``: whether the program let the packet pass.
+    ``reason``: the slug of the program's reason.
+    ``passed``: whether the program let the packet pass.
     """
 
     slug = "not-judged"
@@ -118,20 +122,22 @@ class Runner(Protocol):
 
     @property
     def ifindex(self) -> int:
-        """The ifindex of the interface on which the program runs: the endpoint's."""
+        """The ifindex of the endpoint's interface, on which the program runs."""
 
     @property
     def elsewhere(self) -> int:
         """The ifindex of another interface, by which packets from outside enter the node.
 
-        It differs from 0 and from `ifindex`.
+        It is neither 0 nor `ifindex`.
         """
 
     def run(self, hook: Hook, frame: bytes, *, ingress_ifindex: int, ifindex: int, mark: int) -> TestRun:
         """Run the program of ``hook`` on ``frame``.
 
-        ``ingress_ifindex``: the interface by which the packet entered the node; 0 at TC_EGRESS: the node itself sends
-        the packet.  ``mark``: the packet's mark before the run.
+        ``ingress_ifindex``: the interface by which the packet entered the node.  At TC_EGRESS, 0 says that the node
+        itself sends the packet.
+        ``ifindex``: the interface on which the program runs.
+        ``mark``: the packet's mark before the run.
         """
 
 
@@ -139,7 +145,7 @@ class Runner(Protocol):
 class _TestRunner:
     """Runs the program by BPF_PROG_TEST_RUN.
 
-    A test run needs an existing interface, for which loopback is used; nothing is attached to it.
+    A test run needs an existing interface.  The runner uses loopback, and attaches nothing to it.
     """
 
     dataplane: Dataplane
@@ -147,15 +153,14 @@ class _TestRunner:
     elsewhere: int = 2
 
     def run(self, hook: Hook, frame: bytes, *, ingress_ifindex: int, ifindex: int, mark: int) -> TestRun:
-        """See `Runner`."""
         return self.dataplane.test_run(hook, frame, ingress_ifindex=ingress_ifindex, ifindex=ifindex, mark=mark)
 
 
 @contextlib.contextmanager
 def open_runner(dataplane: Dataplane, *, over_veth: bool | None = None) -> Iterator[Runner]:
-    """A runner that uses test runs if the kernel's test runs suffice, otherwise frames over a veth pair.
+    """A runner that uses test runs, or frames over a veth pair if the kernel's test runs do not suffice.
 
-    ``over_veth``: overrides this choice.
+    ``over_veth``: True for frames over a veth pair, False for test runs; None lets the kernel's abilities decide.
     """
     if over_veth is None:
         over_veth = not can_name_ingress()
@@ -169,8 +174,10 @@ def open_runner(dataplane: Dataplane, *, over_veth: bool | None = None) -> Itera
 class KernelEngine:
     """Judges packets with the program in the kernel; a context manager.
 
-    ``over_veth``: whether frames pass over a veth pair; None: only if the kernel's test runs do not suffice.  Raises
-    PlatformError if the engine cannot run (no root, no BCC, an old kernel).  Must be used in one thread of one process.
+    ``over_veth``: whether frames pass over a veth pair; None: only if the kernel's test runs do not suffice.
+
+    Raises PlatformError if the engine cannot run (no root, no BCC, an old kernel).  Must be used in one thread of one
+    process.
     """
 
     def __init__(self, pin_root: Path | None = None, *, over_veth: bool | None = None) -> None:
@@ -206,7 +213,7 @@ class KernelEngine:
         self._stack.close()
 
     def load(self, world: World) -> None:
-        """Replace the present world by ``world``, as an incremental change: compiled and written as in the agent."""
+        """Replace the present world by ``world``. As in the agent, only the changes are compiled and written."""
         self._compiler.replace(world)
         self._applier.apply(self._compiler.commit())
         self._kinds = {key: endpoint.kind for key, endpoint in world.endpoints.items()}
@@ -215,8 +222,8 @@ class KernelEngine:
     def decide(self, question: Question) -> Verdict:
         """The program's verdict on ``question``. Raises NotJudgedError if the program decides without policy.
 
-        Cost: some 100 microseconds, over a veth pair 50 more; less if the previous question was about the same
-        endpoint.
+        Cost: some 100 microseconds, and 50 more over a veth pair.  The cost is lower if the previous question was about
+        the same endpoint.
         """
         row = self._compiler.tables.endpoints.get(question.endpoint)
         if row is not None and (question.direction, question.stage) not in row.sets:
@@ -238,8 +245,8 @@ class KernelEngine:
     def _install(self, question: Question, row: EndpointRow | None, *, host: bool) -> None:
         """Bind the interface to the question's endpoint, with the policy sets of the question's stage.
 
-        The other stages of a host endpoint get no policy set, so that they cannot decide.  The destination is made an
-        address of the node if the stage requires that.
+        The other stages of a host endpoint get no policy set, so that they cannot decide.  If the stage requires it,
+        the destination is made an address of the node.
         """
         flags = EndpointFlag.HOST if host else EndpointFlag.NONE
         slot = _slot(question) if host else question.stage
@@ -269,7 +276,7 @@ class KernelEngine:
         self._installed = wanted
 
     def _place_on_node(self, address: IPAddress | None) -> None:
-        """Make ``address`` the only address of the node; None: the node has no address."""
+        """Make ``address`` the only address of the node. ``address`` None: the node has no address."""
         if address == self._own_address:
             return
         maps = self._dataplane.maps
@@ -284,11 +291,12 @@ class KernelEngine:
         self._own_address = address
 
     def _run(self, hook: Hook, question: Question, *, sent_here: bool) -> FlowEvent:
-        """Run the program on the question's packet. Returns its event, checked against its return value.
+        """Run the program on the question's packet.
 
+        Returns the program's event, checked against the program's return value.
         ``sent_here``: at TC_EGRESS, whether a process of this node sends the packet.
         """
-        is_sent_here = sent_here or hook is Hook.TC_INGRESS  # only at TC_EGRESS is the interface of entry read
+        is_sent_here = sent_here or hook is Hook.TC_INGRESS  # the program reads the ingress interface only at TC_EGRESS
         run, events = self._send(hook, question, ingress_ifindex=0 if is_sent_here else self._runner.elsewhere)
         event = events[0]
         if len(events) > 1 or event.packet != question.packet or run.passed != (event.kind == "allow"):
@@ -298,10 +306,10 @@ class KernelEngine:
     def _run_returning(self, question: Question, number: int) -> FlowEvent:
         """The program's event with the egress verdict on a packet from a workload to itself.
 
-        The program passes a packet from a workload to its own address without policy.  If the workload sent it to a
-        service, the packet returns from the translation with that address and its sender tag, and the program judges it
-        at the pod's ingress hook.  An allowed packet then has two events, one of them for the receiver, unless both
-        ends of its connection are equal, port included.
+        The program passes a packet from a workload to its own address without policy.  If the workload sends it to a
+        service that translates to the workload's address, the packet comes back with that address and its sender tag.
+        Then the program judges it at the TC egress hook of the workload's interface.  If the packet is allowed, the
+        program reports a second event for the receiver, unless both ends of the connection are equal, port included.
         """
         name, key, value = place_element(number, self._runner.ifindex)
         self._dataplane.maps[name].put(key, value)
@@ -322,7 +330,8 @@ class KernelEngine:
     ) -> tuple[TestRun, list[FlowEvent]]:
         """Run the program on the question's packet.
 
-        Returns the result of the run, and the program's events other than those of Log rules, at least one.
+        Returns the result of the run, and the program's events without those of Log rules.  There is at least one
+        event.
         """
         self._events.clear()
         frame = render_frame(question.packet)
@@ -344,7 +353,11 @@ class KernelEngine:
 
 @dataclass(frozen=True, slots=True)
 class _Installed:
-    """The endpoint row that the runner's interface has at present."""
+    """The endpoint row that the runner's interface has at present.
+
+    ``stage``: the stage of the question.
+    ``slot``: the stage in which the row has the policy sets (`_slot`).
+    """
 
     endpoint: EndpointKey
     stage: Stage
@@ -362,8 +375,8 @@ def _unexpected(run: TestRun, events: list[FlowEvent], question: Question) -> Ne
 def _slot(question: Question) -> Stage:
     """The stage of the endpoint row in which the program looks up the policy sets for the question.
 
-    A multicast or broadcast packet is addressed to the node itself, so the program looks up NORMAL; for a question
-    about FORWARD, the policy sets of FORWARD must be there.
+    A multicast or broadcast packet is addressed to the node itself, so the program looks up the policy sets of stage
+    NORMAL.  For a question about FORWARD, the policy sets of FORWARD must therefore be in place of those of NORMAL.
     """
     destination = question.packet.destination
     is_for_many = destination.is_multicast or destination == BROADCAST

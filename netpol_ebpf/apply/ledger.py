@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeps the numbers of rules, endpoints and identities beyond the life of one agent.
 
-A connection in the kernel has its endpoint's number in its key, and the number of the rule that allowed it in its row;
-identities are in events.  A new agent that gave such a number to another object would take one pod's connections for
-another's.  So each number is written to a file before the kernel first gets it, and the next agent reads the file.
+The key of a connection in the kernel has the number of the connection's endpoint, and its row has the number of the
+rule that allowed it.  Events have numbers of identities.  If a new agent gave such a number to another object, the
+agent would take one pod's connections for another pod's.  So each number is written to a file before the kernel first
+gets the number, and the next agent reads the file.
 
-Invariants: at any time, every number in the kernel is in the file, or `Ledger.problems` reports that it is not.  A
+Invariants: at any time, every number in the kernel is in the file, or `Ledger.problems` reports that some are not.  A
 damaged file or file system does not stop the agent.  After a failed write the whole file is written again, at
 intervals.  No two objects of one kind have the same number.  A file with an invalid line, or with a number of several
-objects, is renamed; its invalid entries are lost, its valid entries are used.  Released numbers are dropped when the
-file is rewritten: at start, and when it has grown to twice its size.  The file is on a tmpfs, like the pins: after a
-reboot both are gone.
+objects, is renamed; the invalid entries are lost, and the valid entries are used.  Released numbers are dropped when
+the file is rewritten: at the start, and when the file has grown to twice its size.  The file is on a tmpfs, so a reboot
+removes it; a reboot also removes the pins.
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ from netpol_ebpf.errors import Location, PlatformError, Problem
 from netpol_ebpf.policy.types import Action, Cause, CauseKind, Direction, EndpointKey, PolicyKey
 
 FORMAT = 1
-"""The format number of the file; a file with another format number is rejected."""
+"""The format number of the file. A file with another format number is rejected."""
 RETRY_S = 5.0
 """Interval in seconds at which a failed write is repeated; arbitrary."""
 MOST_BYTES = 1 << 28
-"""Largest file that is read; arbitrary, more than all numbers of the maps' default sizes under names of usual length.
+"""Size of the largest file that is read; arbitrary.
+
+It is more than the numbers of all rows need if maps have default sizes and names have usual length.
 """
 SMALL_BYTES = 1 << 20
 """A file below this size is not rewritten to drop released numbers; arbitrary."""
@@ -98,8 +101,9 @@ class Ledger:
     def open(self) -> Numbers:
         """Read the file of an earlier agent, rewrite it without released numbers, and open it for appending.
 
-        Raises PlatformError if the file has another format.  A truncated last line is dropped: its writer died before
-        it gave the number to the kernel.  Every other fault of the file is reported in `problems`; its number is lost.
+        Raises PlatformError if the file has another format.  A truncated last line is dropped, because its writer ended
+        before it gave the number to the kernel.  Every other fault of the file is reported in `problems`, and the
+        number in the faulty line is lost.
         """
         self.numbers, self._whats = Numbers(), {}
         self._damage = self._failure = None
@@ -116,7 +120,7 @@ class Ledger:
         return self.numbers
 
     def try_again(self) -> None:
-        """Repeat a failed write if the last attempt was RETRY_S ago. Must be called regularly."""
+        """Repeat a failed write if the last attempt was at least RETRY_S ago. Must be called regularly."""
         if self._is_open and self._file is None and self._clock() - self._tried_s >= RETRY_S:
             self._rewrite()
             if self._failure is None:
@@ -135,7 +139,7 @@ class Ledger:
             self._file = self._path.open("a", encoding="utf-8")
             self._bytes = self._whole_bytes = self._path.stat().st_size
         except OSError as error:
-            with contextlib.suppress(OSError):  # a partial draft takes space
+            with contextlib.suppress(OSError):  # a partial draft would take space
                 draft.unlink(missing_ok=True)
             self._fail(error)
         else:
@@ -167,11 +171,14 @@ class Ledger:
         log.warning("%s", self._damage)
 
     def record(self, kind: str, numbers: Mapping[Any, int]) -> None:
-        """Record the numbers of objects. Must be called before the kernel gets the numbers.
+        """Record the numbers of objects.
 
-        ``kind``: "rule", "endpoint" or "identity".  Numbers that are recorded already cost no write.  If another object
-        has one of the numbers, as after a failed change, it loses the number.  Raises AssertionError if two of the
-        given objects have the same number.
+        Must be called before the kernel gets the numbers.
+        ``kind``: "rule", "endpoint" or "identity".
+
+        Numbers that are already recorded are not written again.  If another object already has one of the numbers, as
+        after a failed change, that object loses the number.  Raises AssertionError if two of the given objects have the
+        same number.
         """
         if len(set(numbers.values())) != len(numbers):
             raise AssertionError(f"several of one {kind} number")
@@ -191,7 +198,7 @@ class Ledger:
         self._append(_line(kind, what, 0) for what in present)
 
     def _put(self, kind: str, what: Any, number: int) -> None:
-        """Set the number of an object; ``number`` 0: the object has none. The number must be free."""
+        """Set the number of an object. ``number`` 0: the object has none. No other object may have the number."""
         table, whats = self.numbers._table(kind), self._whats.setdefault(kind, {})  # noqa: SLF001 - two classes of one file
         if what in table:
             del whats[table.pop(what)]
@@ -199,15 +206,15 @@ class Ledger:
             table[what], whats[number] = number, what
 
     def release(self, kind: str, numbers: Iterable[int]) -> None:
-        """Record that ``numbers`` are free. Must be called after the kernel has lost them.
+        """Record that ``numbers`` are free. Must be called after the kernel has lost these numbers.
 
-        An object that has got another number since keeps it.
+        An object that has got another number since then keeps the other number.
         """
         whats = self._whats.get(kind, {})
         self.forget(kind, [whats[number] for number in numbers if number in whats])
 
     def close(self) -> None:
-        """Close the file. It keeps the numbers for the next agent."""
+        """Close the file. The file keeps the numbers for the next agent."""
         self._is_open = False
         if self._file is not None:
             self._file.close()
@@ -235,7 +242,8 @@ class Ledger:
     def _read(self) -> list[str]:
         """Read the valid lines of the file. Returns a description of each fault.
 
-        Raises PlatformError if the file has another format, OSError or ValueError if it cannot be read as a whole.
+        Raises PlatformError if the file has another format, and OSError or ValueError if the file cannot be read at
+        all.
         """
         first, *lines = load_regular(self._path, MOST_BYTES).split(b"\n")
         try:
@@ -248,11 +256,11 @@ class Ledger:
                 hint="Start the version that wrote it, or remove the file: then names in flows and counters from before may be wrong.",
             )
         wrong: list[str] = []
-        several: dict[tuple[str, int], list[str]] = {}  # numbers of several objects -> these objects
-        for at, line in enumerate(lines[:-1], 2):  # the text after the last newline is truncated
+        several: dict[tuple[str, int], list[str]] = {}  # (kind, number) -> names of its objects
+        for at, line in enumerate(lines[:-1], 2):  # text after the last newline is a truncated line
             try:
                 kind, what, number = _parse_line(line)
-            except ValueError as error:  # noqa: PERF203 - each line counts by itself
+            except ValueError as error:  # noqa: PERF203 - a fault of one line does not concern the others
                 wrong.append(f"line {at}: {error}")
             else:
                 self._take(kind, what, number, several)
@@ -262,7 +270,11 @@ class Ledger:
         return wrong
 
     def _take(self, kind: str, what: Any, number: int, several: dict[tuple[str, int], list[str]]) -> None:
-        """Record one line of the file. If another object has the number already, both lose it (``several``)."""
+        """Record one line of the file.
+
+        If another object has the number already, both objects lose it.
+        ``several``: the numbers that several objects have, with the names of these objects; the method adds to it.
+        """
         self._put(kind, what, 0)
         holder = self._whats[kind].get(number)
         if holder is not None:
@@ -284,9 +296,9 @@ def _write_cause(cause: Cause) -> list[Any]:
 
 
 def _parse_line(line: bytes) -> tuple[str, Any, int]:
-    """Parse one line: (kind, object, number), number 0: the object has none. Raises ValueError."""
+    """Parse one line to (kind, object, number). Number 0: the object has none. Raises ValueError."""
     found = checked(parse_json(line), list, "it")
-    if len(found) != 3:  # noqa: PLR2004 - the three of the docstring
+    if len(found) != 3:  # noqa: PLR2004 - the three values of the docstring
         raise ValueError(f"it must have 3 values, not {len(found)}")
     kind, number = checked(found[0], str, "the kind"), checked(found[2], int, "the number")
     if kind not in _READERS:
@@ -338,4 +350,4 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
     "identity": _read_identity,
 }
 _NUMBER_ENDS = {"rule": 1 << 32, "endpoint": FIRST_NODE, "identity": 1 << 32}
-"""Every number must be below this bound: 32 bits of a row's field, or the first number of a node."""
+"""Every number must be below this bound: 2**32 for a row's field of 32 bits, or the first number of a node."""

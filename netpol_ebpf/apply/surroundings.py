@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes what the program needs to know of the node besides policy: addresses, own interfaces, addresses of services.
+"""Writes the maps that describe the node, besides policy: its addresses, its own interfaces, addresses of services.
 
-The caller gives the whole state each time; the writer writes the difference.  Invariants: new rows are written before
-old rows are deleted, so no interface is ever without a row.  The result does not depend on the earlier content of the
-maps.
+The caller gives the whole state each time, and the writer writes only the difference.
+
+Invariants: new rows are written before old rows are deleted, so no interface is ever without a row.  The result does
+not depend on the earlier content of the maps.
 
 This module must not decide which interfaces and addresses are written.
 """
@@ -36,18 +37,19 @@ from netpol_ebpf.policy.types import IPAddress, IPNetwork, Vip
 from netpol_loader import abi
 
 MAPS = abi.maps_with_rows(abi.MapRole.NODE)
-"""Maps that only this module writes. It also writes VIP_FILTER, and rows of own interfaces in np_endpoint."""
+"""Maps that only this module writes. The module also writes VIP_FILTER, and rows of own interfaces in np_endpoint."""
 VIP_FILTER = "np_vip_filter"
-"""An array of bits: the bit at the hash of each address in MAPS is set."""
+"""An array of bits. For each address in MAPS, the bit at the hash of the address is set."""
 UPLINK = 0
-"""In place of a host endpoint's number: the interface has no host endpoint of its own."""
+"""Stands in place of a host endpoint's number if an interface has no host endpoint of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class OwnInterface:
     """One of the node's own interfaces.
 
-    ``number``: the number of its host endpoint, or UPLINK.  ``flags``: further properties of the interface.
+    ``number``: the number of its host endpoint, or UPLINK.
+    ``flags``: further properties of the interface.
     """
 
     number: int = UPLINK
@@ -59,8 +61,9 @@ class Surroundings:
     """The addresses and interfaces of the node at one time.
 
     ``addresses``: single addresses of this node or of other nodes.
-    ``nets``: prefixes whose addresses are all this node's own.
-    ``interfaces``: the node's own interfaces with the programs.
+    ``interfaces``: by ifindex, the node's own interfaces that have the programs.
+    ``vips``: the destinations that nodes translate.
+    ``nets``: prefixes in which all addresses are this node's own.
     ``tunnels``: encapsulations that nodes accept from any sender, as (protocol, UDP port or 0).
     """
 
@@ -71,13 +74,13 @@ class Surroundings:
     tunnels: frozenset[tuple[int, int]] = frozenset()
 
     def is_own(self, address: IPAddress) -> bool:
-        """Whether the address is one of the node itself."""
+        """Whether the address is one of this node's own addresses."""
         meaning = self.addresses.get(address)
         is_single = meaning is not None and bool(meaning.flags & LocalFlag.OWN)
         return is_single or address.is_loopback or any(address in net for net in self.nets)
 
     def elements(self) -> Iterator[Element]:
-        """All map elements, those of the bit filter first."""
+        """All map elements. Those of np_vip_filter come first."""
         vips = list(self.vips)
         yield from vip_filter_elements(
             [*self.addresses, *(vip.key.address for vip in vips if vip.key.address is not None)]
@@ -98,8 +101,8 @@ class Surroundings:
 class SurroundingsWriter:
     """Writes the surroundings to the maps.
 
-    ``renew``: a function that begins a new generation, called when the endpoint of an interface changed: the program
-    caches it for a generation.
+    ``renew``: a function that begins a new generation.  It is called when the endpoint of an interface changed, because
+    the program caches an interface's endpoint for a generation.
     """
 
     def __init__(self, maps: Mapping[str, KernelMap], renew: Callable[[], object]) -> None:
@@ -110,14 +113,15 @@ class SurroundingsWriter:
 
     @property
     def rows(self) -> Mapping[tuple[str, bytes], bytes]:
-        """The rows that were written last: from (map name, key) to value."""
+        """The rows that were written last, as a mapping of (map name, key) to value."""
         return self._rows
 
     def write(self, wanted: Surroundings, *, keep: Iterable[tuple[str, bytes]] = ()) -> None:
         """Write the difference between the rows in the kernel and those of ``wanted``.
 
-        ``keep``: rows (map name, key) that belong to another writer now, and that are not deleted.  Raises
-        MapFullError: then no row has changed.
+        ``keep``: rows, as (map name, key), that now belong to another writer.  They are not deleted.
+
+        Raises MapFullError if the rows do not fit.  Then no row has changed.
         """
         if wanted == self._written:
             return
@@ -127,7 +131,7 @@ class SurroundingsWriter:
         gone = before.keys() - rows.keys() - set(keep)
         bits = [key for name, key in {**before, **rows} if name == VIP_FILTER]
         both = {key: either(*(of.get((VIP_FILTER, key), NO_BITS) for of in (before, rows))) for key in bits}
-        # An address has its bit as long as it has a row.
+        # An address must have its bit while it has a row.
         for key, value in both.items():
             self._put_bits(key, before.get((VIP_FILTER, key), NO_BITS), value)
         done: list[tuple[str, bytes]] = []
@@ -155,7 +159,7 @@ class SurroundingsWriter:
         self._require_room({(name, key) for name, key, _ in wanted.elements()})
 
     def _require_room(self, wanted: AbstractSet[tuple[str, bytes]]) -> None:
-        keys = self._rows.keys() | wanted  # old rows count as well, since they are deleted last
+        keys = self._rows.keys() | wanted  # old rows count as well, because they are deleted last
         need = Counter(name for name, _ in keys if name in MAPS)
         interfaces = {key for name, key in keys if name == "np_endpoint"}
         if any(("np_endpoint", key) not in self._rows for key in interfaces):

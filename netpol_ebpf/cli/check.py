@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl check`: report every error in manifests, and warn of valid policies with a probably unintended effect.
+"""`netpolctl check`: report every error in manifests, and warn of valid policies whose effect is probably unintended.
 
-Exit codes: 0 valid (with or without warnings), 3 some input is not valid.
+Exit codes: 0 valid, 3 some input is not valid. Warnings do not change the exit code without ``--strict``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from netpol_ebpf.agent.configuration import add_config_option
+from netpol_ebpf.cli.agent_access import manifests_dir
 from netpol_ebpf.cli.output import add_output_option, counted, print_value
 from netpol_ebpf.errors import InvalidInputError, Problem
 from netpol_ebpf.policy.lint import lint
@@ -34,11 +36,13 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument(
         "paths",
-        nargs="+",
+        nargs="*",
         type=Path,
         metavar="PATH",
-        help="a file, a directory (searched for *.yaml, *.yml and *.json), or - for standard input",
+        help="a file, a directory (searched for *.yaml, *.yml and *.json), or - for standard input; default: the manifests of the agent "
+        "of this node",
     )
+    add_config_option(parser)
     parser.add_argument("--strict", action="store_true", help="exit with 3 for warnings, too")
     add_output_option(parser)
     parser.set_defaults(run=run)
@@ -46,9 +50,10 @@ def register(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    loaded = load_paths(arguments.paths)
+    given = arguments.paths or [manifests_dir(arguments.config)]
+    loaded = load_paths(given)
     if not loaded.documents and not loaded.problems:
-        paths = " ".join(map(str, arguments.paths))
+        paths = " ".join(map(str, given))
         raise InvalidInputError(f"no object found in {paths}", hint="Manifests end in .yaml, .yml or .json.")
     problems = list(loaded.problems)
     linted = not loaded.errors  # checks of all objects together would be wrong if objects were missing
@@ -77,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _in_file_order(problems: Sequence[Problem]) -> list[Problem]:
-    """Sort by line within a file; files keep the order of their first problem."""
+    """Sort the problems of each file by line. Files come in the order of their first problem."""
     files = {file: number for number, file in enumerate(dict.fromkeys(one.location.file for one in problems))}
     return sorted(problems, key=lambda problem: (files[problem.location.file], problem.location.line))
 

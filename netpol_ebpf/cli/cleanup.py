@@ -25,6 +25,7 @@ from netpol_ebpf.agent.main import (
 )
 from netpol_ebpf.agent.source_options import COPIES_NAME, DEFAULT_SAVED_STATE
 from netpol_ebpf.apply.records import DAMAGED_SUFFIX
+from netpol_ebpf.cli.agent_access import add_agent_options
 from netpol_ebpf.cli.cni import add_directory_options
 from netpol_ebpf.cli.output import add_output_option, print_value
 from netpol_ebpf.cni.installation import find_installed
@@ -43,15 +44,9 @@ def register(subparsers: Any) -> None:
         epilog="exit codes: 0 nothing is left, 5 something could not be removed, or an agent is running",
     )
     parser.add_argument("--dry-run", action="store_true", help="list what would be removed, and remove nothing")
-    parser.add_argument("--pin-root", type=Path, metavar="DIR", help="the agent's --pin-root")
-    parser.add_argument(
-        "--state-dir", type=Path, default=DEFAULT_STATE_DIR, metavar="DIR",
-        help=f"the agent's --state-dir (default: {DEFAULT_STATE_DIR})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--saved-state", type=Path, metavar="FILE",
-        help=f"the agent's --saved-state (default: {DEFAULT_SAVED_STATE}, for the agent with the default state directory)",
-    )  # fmt: skip
+    add_agent_options(parser, "--pin-root", "--state-dir", "--saved-state")
+    # The default saved state is that of the agent with the default state directory.
+    parser.set_defaults(agent_options={**parser.get_default("agent_options"), "saved_state": None})
     add_directory_options(parser, "cni-")
     add_output_option(parser)
     parser.set_defaults(run=run)
@@ -123,7 +118,7 @@ def _clean(arguments: argparse.Namespace) -> int:
 
 
 def _abandoned_engines(parent: Path) -> list[Any]:
-    """The pin directories that killed `netpolctl test` processes left."""
+    """The pin directories of `netpolctl test` processes that were killed, so that they could not remove them."""
     from netpol_ebpf.apply.kernel_engine import abandoned
     from netpol_loader.pins.removal import find_leftovers
 
@@ -131,7 +126,7 @@ def _abandoned_engines(parent: Path) -> list[Any]:
 
 
 def _state(state_dir: Path) -> Iterator[Path]:
-    """The agent's files in the state directory, then the directory itself if it has no other files."""
+    """The agent's files in the state directory, then the directory itself if it contains no other files."""
     names = (LEDGER_NAME, INTERFACES_NAME, HANDOVERS_NAME)
     files = [f"{name}{suffix}" for name in names for suffix in ("", ".draft", DAMAGED_SUFFIX)]
     ours = [state_dir / name for name in (SOCKET_NAME, *files, COPIES_NAME, LOCK_NAME)]
@@ -142,7 +137,10 @@ def _state(state_dir: Path) -> Iterator[Path]:
 
 
 def _saved(path: Path) -> Iterator[Path]:
-    """The saved state of the cluster and its draft, then the directory if it has no other files and is the default one."""
+    """The saved state of the cluster and its draft, as far as they exist.
+
+    Last comes the directory, if it is the default directory and contains no other files.
+    """
     present = [one for one in (path, path.with_suffix(".draft")) if one.exists()]
     yield from present
     if path == DEFAULT_SAVED_STATE and path.parent.is_dir() and set(path.parent.iterdir()) <= set(present):

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl doctor`: check whether this machine has everything that enforcement needs, and print how to get the rest.
+"""`netpolctl doctor`: check whether this machine has everything that enforcement needs.
 
-Exit codes: 0 everything is there, 5 something is missing.
+For each missing thing the command prints how to get it. Exit codes: 0 everything is there, 5 something is missing.
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
+from netpol_ebpf.cli.agent_access import add_agent_options
 from netpol_ebpf.cli.output import add_output_option, print_value
 from netpol_ebpf.errors import PlatformError
 from netpol_ebpf.terminal import paragraph, say
@@ -24,13 +24,7 @@ def register(subparsers: Any) -> None:
         "nothing.",
         epilog="exit codes: 0 everything is there, 5 something is missing",
     )
-    parser.add_argument(
-        "--pin-root",
-        type=Path,
-        default=None,
-        metavar="DIR",
-        help="directory in which the agent pins its maps (on a BPF file system)",
-    )
+    add_agent_options(parser, "--pin-root")
     add_output_option(parser)
     parser.set_defaults(run=run)
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl explain`: print whether one connection is allowed, and which policy and rule decides at each endpoint.
+"""`netpolctl explain`: print whether a connection is allowed, and which rule decides at each endpoint.
 
-The agent of this node evaluates the policies in force.  With ``--manifests`` the command evaluates the policies of
-these files itself, without agent, root and kernel.
+The agent of this node evaluates the policies in force. With ``--manifests`` the command itself evaluates the policies
+in these files; it then needs neither agent nor root nor kernel.
 
-Exit codes: 0 allowed, 1 denied, 3 invalid manifests, unknown names or no verdict, 4 the agent does not respond.
+Exit codes: 0 allowed; 1 denied; 3 manifests are invalid, a name is unknown, or the objects determine no verdict; 4 the
+agent does not answer.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from netpol_ebpf.analysis.explanation import parse_end as read_end
 from netpol_ebpf.cases.case import Probe
 from netpol_ebpf.cases.engines import open_engine
 from netpol_ebpf.cases.runner import Cast
-from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
+from netpol_ebpf.cli.agent_access import add_agent_options, ask_agent, manifests_dir
 from netpol_ebpf.cli.output import add_output_option, print_value
 from netpol_ebpf.errors import Location, UsageError
 from netpol_ebpf.policy.translate import derive
@@ -63,8 +64,9 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--icmp-type", type=parse_octet, metavar="NUMBER", help="ICMP type (default: echo request)")
     parser.add_argument("--icmp-code", type=parse_octet, metavar="NUMBER", help="ICMP code (default: 0)")
     parser.add_argument(
-        "--manifests", action="append", type=Path, metavar="PATH",
-        help="evaluate this file or directory of manifests instead of asking the agent (may be repeated)",
+        "--manifests", action="append", nargs="?", type=Path, metavar="PATH",
+        help="evaluate this file or directory of manifests instead of asking the agent (may be repeated); without PATH: the agent's "
+        "manifests",
     )  # fmt: skip
     parser.add_argument(
         "--engine",
@@ -72,7 +74,7 @@ def register(subparsers: Any) -> None:
         default=ENGINES[0],
         help="engine that evaluates: the reference model, or the compiled tables",
     )
-    add_state_dir_option(parser)
+    add_agent_options(parser, "--state-dir")
     add_output_option(parser)
     parser.set_defaults(run=run)
 
@@ -87,7 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
         icmp_code=arguments.icmp_code, location=Location("netpolctl explain"),
     )  # fmt: skip
     if arguments.manifests:
-        ways = _by_files(arguments.manifests, probe, arguments.engine)
+        paths = [one or manifests_dir(arguments.config) for one in arguments.manifests]
+        ways = _by_files(paths, probe, arguments.engine)
         say(FROM_FILES, file=sys.stderr)
     else:
         request = {**as_request(probe), "engine": arguments.engine}
@@ -109,7 +112,7 @@ def _by_files(paths: list[Path], probe: Probe, engine: str) -> Ways:
 
 
 def render(one: dict[str, Any]) -> str:
-    """Render one path of the connection, a result of `netpol_ebpf.analysis.explanation.describe`, as text."""
+    """Render one path of the connection as text. ``one``: a result of `netpol_ebpf.analysis.explanation.describe`."""
     names = {number: name.upper() for name, number in PROTOCOLS.items()}
     port = "" if one["port"] is None else f" port {one['port']}"
     what = f"{one['source']} -> {one['destination']} {names.get(one['protocol'], one['protocol'])}{port}"
@@ -144,13 +147,13 @@ def _place(step: dict[str, Any]) -> str:
 
 
 def parse_end(text: str) -> IPAddress | tuple[str, str]:
-    """Parse an address, or a (namespace, name). Raises ArgumentTypeError."""
+    """Parse an IP address, or the namespace/name of a workload as (namespace, name). Raises ArgumentTypeError."""
     end: IPAddress | tuple[str, str] = _parse(read_end, text, "neither NAMESPACE/NAME nor an address")
     return end
 
 
 def parse_protocol(text: str) -> int:
-    """Parse a protocol's name or number to its number. Raises ArgumentTypeError."""
+    """Parse the name or the number of a protocol; returns its number. Raises ArgumentTypeError."""
     if text.lower() in PROTOCOLS:
         return PROTOCOLS[text.lower()]
     number: int = _parse(int, text, f"neither a number nor one of {', '.join(PROTOCOLS)}")
@@ -158,7 +161,7 @@ def parse_protocol(text: str) -> int:
 
 
 def parse_port(text: str) -> int:
-    """Parse a port, 1 to 65535. Raises ArgumentTypeError."""
+    """Parse a port number from 1 to 65535. Raises ArgumentTypeError."""
     number: int = _parse(int, text, "not a port number")
     return _within(number, 1, 65535)
 

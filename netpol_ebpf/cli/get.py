@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`netpolctl get`: list endpoints, rules with their counters, identities, connections or maps of the agent.
 
-Exit codes: 0, 4 no agent answers.
+Exit codes: 0 listed, 4 no agent answers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
+from netpol_ebpf.cli.agent_access import add_agent_options, ask_agent
 from netpol_ebpf.cli.flows import PROTOCOLS, render_end
 from netpol_ebpf.cli.output import add_output_option, print_value, render_table
 from netpol_ebpf.terminal import say
@@ -28,7 +28,7 @@ def register(subparsers: Any) -> None:
         epilog="exit codes: 0 done, 4 no agent answers",
     )
     parser.add_argument("what", choices=tuple(_LISTS), help="what to list")
-    add_state_dir_option(parser)
+    add_agent_options(parser, "--state-dir")
     add_output_option(parser)
     parser.set_defaults(run=run)
 

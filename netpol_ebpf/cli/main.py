@@ -19,6 +19,8 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from netpol_ebpf import __version__
+from netpol_ebpf.agent.configuration import origin_hint
+from netpol_ebpf.cli.agent_access import complete_options
 from netpol_ebpf.errors import NetpolError
 from netpol_ebpf.terminal import LogFormatter, paragraph, say
 
@@ -34,10 +36,12 @@ COMMANDS = (
     "netpol_ebpf.cli.status",
     "netpol_ebpf.cli.metrics",
     "netpol_ebpf.cli.flows",
+    "netpol_ebpf.cli.release",
     "netpol_ebpf.cli.bench",
     "netpol_ebpf.cli.demo",
     "netpol_ebpf.cli.cni",
     "netpol_ebpf.cli.cleanup",
+    "netpol_ebpf.cli.uninstall",
     "netpol_ebpf.cli.compile",
     "netpol_ebpf.cli.doctor",
 )
@@ -69,10 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
     """Run a command and report its failure, if any, on standard error."""
     try:
+        complete_options(arguments)
         code = command(arguments)
         sys.stdout.flush()
     except NetpolError as error:
-        _report(f"error: {error.message}", error.hint, debug=arguments.debug)
+        hint = f"{origin_hint(error.message, getattr(arguments, 'origins', {}))} {error.hint}".strip()
+        _report(f"error: {error.message}", hint, debug=arguments.debug)
         return error.exit_code
     except BrokenPipeError:
         # Python flushes standard output once more at exit; that flush must succeed.

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
+from netpol_ebpf.cli.agent_access import add_agent_options, ask_agent
 from netpol_ebpf.cli.output import print_value
 from netpol_ebpf.terminal import escaped
 
@@ -58,7 +58,7 @@ def register(subparsers: Any) -> None:
         default="text",
         help="output format; text: Prometheus' text format (default: text)",
     )
-    add_state_dir_option(parser)
+    add_agent_options(parser, "--state-dir")
     parser.set_defaults(run=run)
 
 

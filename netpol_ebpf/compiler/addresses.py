@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The identity of each known address and prefix: the tables ``addresses`` and ``cidrs``.
 
-An address has its own owners and address groups, and those of all prefixes that contain it.  A prefix has its own
-owners and groups, and those of all shorter prefixes that contain it.  So a longest-prefix match gives the identity of
-an address that has no row of its own.
+An address has its own owners and address groups, and those of all prefixes that contain the address.  A prefix has its
+own owners and groups, and those of all shorter prefixes that contain it.  So a longest-prefix match gives the identity
+of an address that has no row of its own.
 
-Invariants: a prefix or address is stored exactly as long as it has an owner or group of its own.  After
+Invariants: a prefix or address is stored exactly while it has an owner or group of its own.  After
 `Addresses.apply_changes` each stored prefix and address has the identity of its owners and groups, and the draft has
 the changed rows.
 """
@@ -24,13 +24,13 @@ from netpol_ebpf.compiler.tables import WORLD_V4, WORLD_V6, AddressRow
 from netpol_ebpf.policy.types import EndpointKey, IPAddress, IPNetwork
 from netpol_ebpf.resources.sharing import REMEMBERED, share
 
-_LENGTH_BITS = 8  # a prefix sorts by (network, length): network << 8 | length
+_LENGTH_BITS = 8  # the key of a prefix is network << 8 | length, so keys sort by network, then by length
 _EMPTY: frozenset[int] = frozenset()
 
 
 @dataclass(slots=True, eq=False)
 class _Context:
-    """The owners and address groups of the prefixes that contain an address: what the address inherits.
+    """The owners and address groups of the prefixes that contain an address. The address inherits them.
 
     Contexts are interned: equal contexts are the same object.
     """
@@ -41,7 +41,12 @@ class _Context:
 
 @dataclass(slots=True, eq=False)
 class PrefixEntry:
-    """A stored prefix. ``owners``, ``groups``: of this prefix itself, not inherited; one item for each addition."""
+    """A stored prefix.
+
+    ``owners``, ``groups``: those of the prefix itself, not inherited ones.  A value occurs once for each time it was
+    added.
+    ``context``: the owners and groups of this prefix and of the prefixes that contain it; None before `apply_changes`.
+    """
 
     network: IPNetwork
     owners: tuple[int, ...] = ()
@@ -51,9 +56,9 @@ class PrefixEntry:
 
 
 Claim = tuple[int, EndpointKey, int]
-"""A local endpoint that has an address: (0 for a workload, 1 for a host; key; number).
+"""The claim of a local endpoint to an address: (0 for a workload, 1 for a host; key; number).
 
-Of several endpoints with the same address, the endpoint with the smallest claim gets the address.
+If several endpoints have the same address, the endpoint with the smallest claim gets the address.
 """
 
 
@@ -61,8 +66,10 @@ Of several endpoints with the same address, the endpoint with the smallest claim
 class AddressEntry:
     """A stored address.
 
-    ``claims``: the local endpoints that have the address.  ``nodes``: the numbers of the nodes of its owners, one item
-    for each owner.
+    ``owners``, ``groups``: those of the address itself, not inherited ones.  A value occurs once for each time it was
+    added.
+    ``claims``: the claims of the local endpoints that have the address.
+    ``nodes``: the numbers of the nodes of its owners.  An owner on this node, or on an unknown node, has no item.
     """
 
     address: IPAddress
@@ -78,8 +85,8 @@ class AddressEntry:
 class Relabelled:
     """The addresses and prefixes that a commit changes.
 
-    ``addresses``: (address, old row, new row), None: no row.  ``prefixes``: (old identity, new identity), 0: the prefix
-    is not stored.
+    ``addresses``: (address, old row, new row); None stands for no row.
+    ``prefixes``: (old identity, new identity); 0 stands for a prefix that is not stored.
     """
 
     addresses: list[tuple[AddressEntry, AddressRow | None, AddressRow | None]] = field(default_factory=list)
@@ -87,14 +94,17 @@ class Relabelled:
 
 
 class _SortedKeys:
-    """Integers that can be looked up by range. Adding costs constant time; the next range lookup sorts the integers."""
+    """Integers that can be looked up by range.
+
+    Adding an integer costs constant time; the next range lookup sorts the integers.
+    """
 
     def __init__(self) -> None:
         self._keys: list[int] = []
         self._sorted = True
 
     def add(self, key: int) -> None:
-        """Add a key. A key that was added twice is in the result of `between` twice."""
+        """Add a key. A key that was added twice is twice in the result of `between`."""
         if self._sorted and self._keys and key <= self._keys[-1]:
             self._sorted = False
         self._keys.append(key)
@@ -102,7 +112,7 @@ class _SortedKeys:
     def between(self, first: int, last: int) -> list[int]:
         """The keys from ``first`` to ``last``, both included, ascending.
 
-        Keys that are no longer in use may be among them until `tidy` drops them.
+        The result may contain keys that are no longer in use, until `tidy` drops them.
         """
         if not self._sorted:
             self._keys.sort()
@@ -111,7 +121,10 @@ class _SortedKeys:
         return self._keys[begin : bisect_left(self._keys, last + 1, begin)]
 
     def tidy(self, live: Iterable[int], count: int) -> None:
-        """Drop all keys but ``live`` (``count`` of them) if more than about half of the stored keys are not in use."""
+        """Drop the keys that are not in ``live``, if more than about half of the stored keys are not.
+
+        ``count``: the number of keys in ``live``.
+        """
         if len(self._keys) > 2 * count + 64:
             self._keys = sorted(live)
             self._sorted = True
@@ -151,18 +164,16 @@ class _Family:
         return self.nowhere
 
     def tidy(self) -> None:
-        """Drop unused contexts and unused keys if there are many of them."""
+        """Drop contexts and keys that are not in use, if there are many."""
         self.prefix_keys.tidy(self.prefixes, len(self.prefixes))
         if len(self.contexts) > 2 * len(self.prefixes) + 64:
             live = [entry.context for entry in self.prefixes.values() if entry.context is not None]
             self.contexts = {(context.owners, context.groups): context for context in (self.nowhere, *live)}
 
     def ordered_lengths(self) -> list[int]:
-        """The lengths of stored prefixes, the longest first."""
         return sorted(self.lengths, reverse=True)
 
     def context(self, owners: frozenset[int], groups: frozenset[int]) -> _Context:
-        """The interned context with these owners and groups."""
         known = self.contexts.get((owners, groups))
         if known is None:
             known = self.contexts[(owners, groups)] = _Context(owners, groups)
@@ -181,7 +192,10 @@ class Addresses:
     # --- content ----------------------------------------------------------------------------------------------------
 
     def add_owner(self, address: IPAddress, owner: int, journal: Journal, node: int = 0) -> None:
-        """Add an owner to an address. ``node``: number of the owner's node; 0 for this node or an unknown node."""
+        """Add an owner to an address.
+
+        ``node``: the number of the owner's node; 0 for this node and for an unknown node.
+        """
         entry = self._address(address, journal)
         journal.assign(entry, "owners", share((*entry.owners, owner)))
         if node:
@@ -235,7 +249,11 @@ class Addresses:
         journal.assign(entry, "claims", tuple(each for each in entry.claims if each != claim))
 
     def identity_of(self, address: IPAddress) -> int:
-        """The identity of an address; if the address is not stored, that of the longest prefix, else the world's."""
+        """The identity of an address.
+
+        If the address is not stored, this is the identity of the longest stored prefix that contains it, else WORLD_V4
+        or WORLD_V6.
+        """
         entry = self._families[address.version].addresses.get(int(address))
         return self.identity_around(address) if entry is None else entry.identity
 
@@ -252,10 +270,11 @@ class Addresses:
     # --- identities -------------------------------------------------------------------------------------------------
 
     def apply_changes(self, phase: Phase, draft: Draft, journal: Journal, changed: Relabelled | None = None) -> None:
-        """Give every prefix and address that was changed, or is inside a changed prefix, its identity.
+        """Compute the identities of changed prefixes and addresses, and of addresses inside changed prefixes.
 
-        The rows are written to phase ``phase`` of the draft.  ``changed``: if given, the changes are added to it.
-        Cost: linear in the changed entries and in the addresses inside changed prefixes.
+        The rows are written to phase ``phase`` of the draft.  Cost: linear in the changed entries and in the addresses
+        inside changed prefixes.
+        ``changed``: if not None, the method adds the changes to it.
         """
         for family in self._families.values():
             if family.dirty_prefixes:
@@ -274,7 +293,7 @@ class Addresses:
     ) -> None:
         rows = draft.rows(phase, "cidrs")
         for first, last in _ranges(family, family.dirty_prefixes):
-            stack: list[tuple[int, _Context]] = []  # (last address, context) of the prefixes that contain this one
+            stack: list[tuple[int, _Context]] = []  # (last address, context) of each prefix around the current one
             for key in dict.fromkeys(family.prefix_keys.between(first << _LENGTH_BITS, last << _LENGTH_BITS | 255)):
                 entry = family.prefixes.get(key)
                 if entry is None:
@@ -307,7 +326,7 @@ class Addresses:
 
     def _drop_prefix(self, family: _Family, key: int, entry: PrefixEntry, journal: Journal) -> None:
         journal.pop(family.prefixes, key)
-        # After a rollback a reused key may be in the list twice; readers of `between` use a set of the keys.
+        # After a rollback the list may have a reused key twice; callers of `between` drop duplicates.
         journal.on_rollback(lambda: family.prefix_keys.add(key))
         start, length = key >> _LENGTH_BITS, key & 255
         table = family.lengths[length]
@@ -401,23 +420,26 @@ def _row(identity: int, endpoint: int) -> AddressRow:
 
 
 def _only(nodes: tuple[int, ...]) -> int:
-    """The node of an address if its owners agree on one; 0 if there is none, or several."""
+    """The node of an address if all its owners have the same node; 0 if there is no node, or if they have several."""
     return nodes[0] if nodes and nodes.count(nodes[0]) == len(nodes) else 0
 
 
 def _with(around: frozenset[int], own: tuple[int, ...]) -> frozenset[int]:
-    """The union of ``around`` (of the context) and ``own``. Without own members ``around`` itself, to save memory."""
+    """The union of ``around`` and ``own``.
+
+    If ``own`` is empty, the result is the object ``around``, which saves memory.
+    """
     return around.union(own) if own else around
 
 
 def _without(members: tuple[int, ...], member: int) -> tuple[int, ...]:
-    """``members`` with one occurrence of ``member`` less. Raises ValueError if there is none."""
+    """``members`` without one occurrence of ``member``. Raises ValueError if there is none."""
     at = members.index(member)
     return members[:at] + members[at + 1 :]
 
 
 def _ranges(family: _Family, keys: Iterable[int]) -> list[tuple[int, int]]:
-    """The address ranges (first, last) of the prefixes ``keys``, ascending, without prefixes inside other prefixes."""
+    """The address ranges (first, last) of the prefixes ``keys``, ascending. Prefixes inside others are left out."""
     merged: list[tuple[int, int]] = []
     for key in sorted(keys):
         start = key >> _LENGTH_BITS

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A canonical form of compiled tables, for comparison: their content without the numbers that depend on history.
 
-Two compilers with the same objects have equal canonical forms, whatever the order in which the objects came and went.
-The form is read from the tables alone.  So two forms also differ if one of the tables has rows that nothing refers to
-(a leak).
+Two compilers with the same objects have equal canonical forms, whatever the order in which objects were added and
+removed.  The form is read from the tables alone.  So two forms also differ if one of the tables has rows to which
+nothing refers (a leak).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _WORLDS = {WORLD_V4: "world 4", WORLD_V6: "world 6"}
 def _set(policy: PolicySetReader, names: Mapping[int, str]) -> Hashable:
     """A policy set as a value for comparison: its verdicts by peer, own side, port and source port.
 
-    Peers with equal verdicts are one group.  ``names``: from an identity's number to its content.
+    Peers with equal verdicts are one group.
+    ``names``: maps an identity's number to the digest of its content.
     """
 
     def members(addresses: AddressClass) -> frozenset[str]:
@@ -71,7 +72,6 @@ def canonical(tables: CompiledTables) -> dict[str, Hashable]:
 
 
 def _sets_in_use(tables: CompiledTables) -> set[SetRow]:
-    """The policy sets that at least one endpoint uses."""
     return {set_row for _, row in tables.endpoints.items() for set_row in row.sets.values()}
 
 

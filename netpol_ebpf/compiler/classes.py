@@ -2,13 +2,13 @@
 """Classes of identities: identities for which the same address matches are true are in one class.
 
 A *class table* is a partition of the identities by a set of matches.  Policy sets with the same matches on one side
-share a class table, whatever their verdicts: a change of a policy's ports or actions changes no row of
-``peer_classes``.  *Entry vectors* are one policy set's view of a class table: for each class, the bit vector of the
+share a class table, whatever their verdicts.  So a change of only a policy's ports or actions changes no row of
+``peer_classes``. *Entry vectors* are one policy set's view of a class table: for each class, the bit vector of the
 set's entries that match the class.
 
-Invariants: every identity in use has a class, by a row of ``peer_classes`` or as the default class of its family.  A
-class number keeps its meaning as long as it is in use, so the verdicts of a published policy set stay correct when
-identities come and go.
+Invariants: every identity in use has a class, either by a row of ``peer_classes`` or as the default class of its
+family.  A class number keeps its meaning while it is in use.  So the verdicts of a published policy set stay correct
+when identities are added and removed.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ _REMEMBERED = 256
 
 
 class ClassTable:
-    """The class of each identity: identities for which the same matches of a set of matches are true have one class.
+    """A partition of the identities.
 
-    ``number``: the ``set`` in keys of the table ``peer_classes``.  ``masks``: match -> its bit.  ``vectors``: class ->
-    the bits of the matches that are true for its identities.  ``defaults``: family -> class of identities without a
-    row; a rule on 0.0.0.0/0 separates the families, so each has its own.  ``references``: how many sides of policy sets
-    use the table.
+    Two identities are in one class if exactly the same ones of ``matches`` are true for both.
+    ``number``: the ``set`` in keys of the table ``peer_classes``.
+    ``masks``: maps a match to its bit.
+    ``vectors``: maps a class to the bits of the matches that are true for the identities in the class.
+    ``defaults``: maps a family to the class of identities without a row.  Each family has its own default class,
+    because a rule on 0.0.0.0/0 separates the families.
+    ``references``: how many sides of policy sets use the table.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class ClassTable:
         self.vectors: dict[int, int] = {}
         self.defaults = {4: 0, 6: 0}
         self.base = {4: 0, 6: 0}
-        """By family: the vector of identities for which none of the matches' terms, positive or negative, is true."""
+        """By family: the vector of an identity for which none of the matches' terms, positive or negative, is true."""
         self.references = 0
         self._identities = identities
         self._limit = limit
@@ -71,8 +74,8 @@ class ClassTable:
     def build(self, draft: Draft) -> None:
         """Assign classes and rows to all identities, in a table that is not in force yet.
 
-        The largest class of a family becomes the family's default.  Cost: linear in the members of all matches, never
-        identities times matches.
+        The largest class of a family becomes the family's default class.  Cost: linear in the number of pairs of a
+        match and an identity for which the match is true.
         """
         vectors = self._vectors_by_term()
         v6 = self._identities.v6
@@ -84,7 +87,7 @@ class ClassTable:
             of_family = populations[family]
             others = len(self._identities.family_members(family)) - sum(of_family.values())
             of_family[base] = of_family.get(base, 0) + others
-            # Among classes of equal size, prefer the class of unknown addresses (fewer rows), then the smallest vector.
+            # Of the largest classes, prefer that of unknown addresses (it needs fewer rows), then the smallest vector.
             default = max(of_family, key=lambda vector: (of_family[vector], vector == base, -vector))
             self.defaults[family] = self._known(default)
             self._counts[self.defaults[family]] += 1
@@ -103,7 +106,7 @@ class ClassTable:
                 rows[(self.number, number)] = class_
 
     def _vectors_by_term(self) -> dict[int, int]:
-        """The vector of each identity that differs from its family's base vector in some match."""
+        """The vector of each identity whose vector may differ from its family's base vector."""
         identities = self._identities
         removed: dict[int, int] = {}
         vectors: dict[int, int] = {}
@@ -120,7 +123,10 @@ class ClassTable:
         return vectors
 
     def _known(self, vector: int) -> int:
-        """The class of a vector, created if necessary. For `build` only: nothing is journaled."""
+        """The class of a vector, created if it does not exist.
+
+        Only `build` may call this method, because it journals nothing.
+        """
         class_ = self._classes.get(vector)
         if class_ is None:
             class_ = len(self.vectors)
@@ -131,7 +137,6 @@ class ClassTable:
         return class_
 
     def _default(self, identity: int) -> int:
-        """The default class of an identity's family."""
         return self.defaults[6 if identity in self._identities.v6 else 4]
 
     def _check(self, class_: int) -> None:
@@ -139,7 +144,7 @@ class ClassTable:
             raise exceeded(self._what, "classes_per_set", self._limit, class_ + 1)
 
     def add(self, identity: int, vector: int, draft: Draft, journal: Journal) -> int | None:
-        """Give a new identity the class of its vector. Returns the class if it was created, else None."""
+        """Give a new identity the class of its vector. Returns the class if this call created it, else None."""
         class_ = self._classes.get(vector)
         created = class_ is None
         if class_ is None:
@@ -164,7 +169,10 @@ class ClassTable:
         return class_
 
     def remove(self, identity: int, draft: Draft, journal: Journal) -> None:
-        """Drop the row of an identity that no address has any more. A class without identities is removed, too."""
+        """Delete the row of an identity that no address has any more.
+
+        Also removes the identity's class if no row and no default is left for the class.
+        """
         class_ = self._rows.get(identity)
         if class_ is None:
             return
@@ -177,7 +185,7 @@ class ClassTable:
             journal.add(self._free, class_)
 
     def clear(self, draft: Draft) -> None:
-        """Drop all rows. Must be called after the last policy set released the table."""
+        """Delete all rows. Must be called after the last policy set released the table."""
         rows = draft.rows(Phase.SHRINK, "peer_classes")
         for identity in self._rows:
             rows[(self.number, identity)] = DELETED
@@ -198,7 +206,7 @@ class ClassTable:
 
 
 class ClassTables:
-    """All class tables in use; a class table is identified by its set of matches."""
+    """All class tables in use. A set of matches identifies a class table."""
 
     def __init__(self, identities: IdentityIndex, limits: Limits) -> None:
         self._identities = identities
@@ -207,8 +215,9 @@ class ClassTables:
         self._tables: dict[frozenset[MatchRecord], ClassTable] = {}
 
     def acquire(self, matches: frozenset[MatchRecord], what: str, journal: Journal) -> ClassTable:
-        """Count a use of the class table for ``matches``, created if necessary; `ClassTable.build` assigns its classes.
+        """Add a reference to the class table for ``matches``, which is created if it does not exist.
 
+        `ClassTable.build` assigns the classes of a new table.
         ``what``: the object to name in a LimitError.
         """
         found = self._tables.get(matches)
@@ -222,7 +231,10 @@ class ClassTables:
         return found
 
     def release(self, class_table: ClassTable, draft: Draft, journal: Journal) -> None:
-        """Count one use less. A table without uses is removed with its rows. Must be called at the end of a commit."""
+        """Drop a reference to a class table. A table without references is removed with its rows.
+
+        Must be called at the end of a commit.
+        """
         journal.assign(class_table, "references", class_table.references - 1)
         if not class_table.references:
             journal.pop(self._tables, class_table.matches)
@@ -231,9 +243,11 @@ class ClassTables:
 
 
 class EntryVectors:
-    """One policy set's view of a class table: from a class to the bit vector of the set's entries that match it.
+    """One policy set's view of a class table.
 
-    ``masks``: match -> bits of the entries with this match.  ``always``: bits of the entries that match any address.
+    For each class, the view has the bit vector of the policy set's entries that match the class.
+    ``masks``: maps a match to the bits of the entries with this match.
+    ``always``: the bits of the entries that match any address.
     """
 
     __slots__ = ("_always", "_known", "_masks", "table")
@@ -245,7 +259,10 @@ class EntryVectors:
         self._known: dict[int, int] = {}
 
     def vector(self, matching: int) -> int:
-        """The policy set's entries with one of the matches ``matching`` (bits of the class table), as a bit vector."""
+        """The bit vector of the policy set's entries that have one of the matches in ``matching``.
+
+        ``matching``: a bit vector of matches (`ClassTable.masks` has the bit of each match).
+        """
         known = self._known.get(matching)
         if known is None:
             if len(self._known) > 2 * len(self.table.vectors) + _REMEMBERED:
@@ -260,9 +277,9 @@ class EntryVectors:
 
     @property
     def vectors(self) -> dict[int, int]:
-        """From each class to the policy set's entries that match its identities, as a bit vector."""
+        """Maps each class to the bit vector of the policy set's entries that match the identities in the class."""
         return {class_: self.vector(matching) for class_, matching in self.table.vectors.items()}
 
     def vector_of(self, identity: int) -> int:
-        """The policy set's entries that match an identity in use, as a bit vector."""
+        """The bit vector of the policy set's entries that match an identity in use."""
         return self.vector(self.table.vector_of(identity))

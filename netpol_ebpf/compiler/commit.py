@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """One commit: from changed objects to the rows of each phase.
 
-The order of the steps matters (make before break).  A phase in capitals is the phase to which the step writes rows:
+The order of the steps matters (make before break).  Capitals name the phase to which the step writes rows:
 
     1. apply the changes to the objects; mark the endpoints with affected rule lists (`netpol_ebpf.compiler.intake`)
     2. build the rule lists of these endpoints; acquire their terms and address groups
-    3. GROW    give addresses and prefixes the identities with the new address groups; no published set uses them yet
+    3. GROW    give addresses and prefixes the identities with the new address groups; no published set uses these yet
     4. FLIP    give addresses and prefixes with changed owners or services their new identities
-    5. choose the policy sets of endpoints with a changed rule list or own identity
-    6. GROW    give new identities and new atoms their classes in the published sets, whose matches are still in use
+    5. choose the policy sets of endpoints with a changed rule list or a changed identity of an own address
+    6. GROW    give new identities and new atoms their classes in the published sets; this needs the matches of these
+               sets, which step 7 may release
     7. SHRINK  release the rule lists, sets, address groups and atoms that are no longer needed
     8. GROW    write the new sets; determine whether the change revokes anything; release predicates
     9. PREPARE, FLIP  write the endpoint rows
 
-Invariant: every change of state goes through the journal, so a commit that fails at any step leaves no trace.
+Invariant: every change of state goes through the journal, so a rollback after a failure at any step restores the state.
 """
 
 from __future__ import annotations
@@ -58,11 +59,14 @@ from netpol_ebpf.policy.types import (
 )
 
 _PAIRS = 64
-"""Largest number of identity changes that a commit compares; above it the commit counts as a revocation; arbitrary."""
+"""Largest number of identity changes that a commit compares; arbitrary.
+
+A commit with more changes counts as a revocation.
+"""
 
 
 class Commit:
-    """The work of one commit. ``changes``: by type and key, the new object, or None for a removed object."""
+    """The work of one commit. ``changes``: by type and key, the new object; None for a removed object."""
 
     def __init__(
         self, state: CompilerState, changes: Mapping[type, Mapping[Any, Any]], local: Callable[[Endpoint], bool],
@@ -78,12 +82,15 @@ class Commit:
         self._old_sets: list[LiveSet] = []
         self._replaced: dict[tuple[LiveSet | None, LiveSet | None], None] = {}
         self._relabelled = Relabelled()
-        self._extended = 0  # how many of the new identities have classes in the published sets already
+        self._extended = 0  # how many of the new identities have classes in the published sets
         self._ordered: dict[tuple[frozenset[PolicyKey], Direction, Stage], tuple[TierTemplates, ...]] = {}
         self._known_own_entries: dict[tuple[Template, tuple[int, ...]], int | None] = {}
 
     def run(self) -> None:
-        """Run all steps; afterwards the draft has the rows. Raises LimitError; the caller must then roll back."""
+        """Run all steps. Afterwards the draft has the rows.
+
+        Raises LimitError; the caller must then roll back.
+        """
         intake = self._intake
         intake.take(self._changes)
         for local in intake.gone:
@@ -105,7 +112,10 @@ class Commit:
     # --- 2. rule lists ------------------------------------------------------------------------------------------------
 
     def _refresh_templates(self) -> None:
-        """Rebuild templates with changed policies, named ports or services, and mark the endpoints that use them."""
+        """Rebuild templates with changed policies, named ports or services.
+
+        Marks the endpoints that use a template that changed.
+        """
         state = self._state
         moves = self._intake.service_moves
         services = [service_key(old, new) for old, new in moves if service_ports(old) != service_ports(new)]
@@ -172,9 +182,9 @@ class Commit:
     # --- 3. and 4. addresses ----------------------------------------------------------------------------------------
 
     def _label_addresses(self) -> list[EndpointKey]:
-        """Write the address rows of GROW, then of FLIP.
+        """Write the address rows of phase GROW, then those of phase FLIP.
 
-        Returns the local endpoints with an own address that changed its identity.
+        Returns the local endpoints with an own address that has another identity than before.
         """
         state, draft, journal = self._state, self._draft, self._journal
         addresses, identities = state.addresses, state.identities
@@ -186,7 +196,8 @@ class Commit:
         self._move_services(added)
         for address, (owner, node), comes in self._intake.address_moves:
             (addresses.add_owner if comes else addresses.remove_owner)(address, owner, journal, node)
-        self._intake.address_moves.clear()  # frees memory: on a first commit, as much as the next step needs
+        # Free memory: on a first commit, the next step needs about as much as this list has.
+        self._intake.address_moves.clear()
         for net, owner, comes in self._intake.net_moves:
             (addresses.add_prefix_owner if comes else addresses.remove_prefix_owner)(net, owner, journal)
         for address, claim, add in self._intake.claims:
@@ -199,7 +210,7 @@ class Commit:
         return [key for key in claims if key in state.local]
 
     def _place_group(self, group_id: int, group: AddressGroup, *, add: bool) -> None:
-        """Add an address group's nets or backend addresses to `Addresses`, or remove them (``add`` False)."""
+        """Add an address group's nets or backend addresses to `Addresses`. ``add`` False removes them."""
         addresses, journal = self._state.addresses, self._journal
         if isinstance(group, NetsTerm):
             change_net = addresses.add_prefix_group if add else addresses.remove_prefix_group
@@ -212,9 +223,9 @@ class Commit:
                 change(address, group_id, journal)
 
     def _move_services(self, added: set[int]) -> None:
-        """Apply changed backends of services to address groups, except those ``added`` in this commit.
+        """Apply changed backends of services to address groups.
 
-        Address groups that were added in this commit have the new backends already.
+        ``added``: the address groups that this commit added; they have the new backends already.
         """
         state, journal = self._state, self._journal
         for old, new in self._intake.service_moves:
@@ -248,22 +259,27 @@ class Commit:
         journal.assign(local, "sets", sets)
 
     def _own_entries(self, endpoint: Endpoint, rule_list: RuleList) -> OwnEntries | None:
-        """The own entries of an endpoint; None if the program must look up the own address of each packet.
+        """The own entries of an endpoint. None if its own addresses do not all match the same entries.
 
-        That is necessary if the endpoint's own addresses do not all match the same entries.
+        If the result is None, the program must look up the own address of each packet.
         """
         if not rule_list.constraining:
             return ()
         if endpoint.kind is EndpointKind.HOST or endpoint.allowed_sources or not endpoint.addresses:
             return None
         if rule_list.direction is Direction.INGRESS and any(each.names_own_nets for each in rule_list.constraining):
-            return None  # the destination may be a multicast address, which is in other nets than the own address
+            # A multicast destination is in other nets than the own address.
+            return None
         identities = tuple(sorted({self._state.addresses.identity_of(address) for address in endpoint.addresses}))
         bits = [self._own_entries_of(template, identities) for template in rule_list.constraining]
         return None if None in bits else tuple(bit for bit in bits if bit is not None)
 
     def _own_entries_of(self, template: Template, identities: tuple[int, ...]) -> int | None:
-        """Bits of the template's entries that match the own addresses' ``identities``; None if these differ in them."""
+        """The template's entries that match the own addresses, as bits.
+
+        None if the addresses match different entries.
+        ``identities``: the identities of the own addresses.
+        """
         known = self._known_own_entries.get((template, identities), -1)
         if known != -1:
             return known
@@ -285,7 +301,7 @@ class Commit:
         self._known_own_entries[(template, identities)] = kept
         return kept
 
-    # --- 6. to 8. sets and what goes ---------------------------------------------------------------------------------
+    # --- 6. to 8. sets, and removal of what is unused ----------------------------------------------------------------
 
     def _ready_sets_in_force(self) -> None:
         """Give new identities and new atoms their classes in the published policy sets.
@@ -370,7 +386,7 @@ class Commit:
                 draft.write(Phase.FLIP, "endpoints", key, row)
 
     def _write_moved(self, key: EndpointKey, local: LocalEndpoint) -> None:
-        """Write to PREPARE the endpoint's row with the new ranges of its policy sets that moved."""
+        """Write the endpoint's row to phase PREPARE if some of its policy sets moved. The row has their new ranges."""
         if local.row is None:
             return
         now = {row: live.row for live, row in self._state.sets.moved.items()}
@@ -383,7 +399,10 @@ class Commit:
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def _collect(self) -> None:
-        """Release numbers, rows and owners without uses, at the end of the commit."""
+        """Release the numbers, rows and owners that nothing refers to any more.
+
+        Must be called at the end of the commit.
+        """
         state, draft, journal = self._state, self._draft, self._journal
         for number in state.identities.created:
             if number in state.identities.identities:
@@ -405,7 +424,7 @@ class Commit:
         limits = self._state.limits
         names = [str(key or kind.__name__) for kind, objects in self._changes.items() for key in islice(objects, 3)]
         what = ", ".join(names[:3])
-        if (count := sum(map(len, self._changes.values()))) > 3:  # noqa: PLR2004  # enough to find the culprit
+        if (count := sum(map(len, self._changes.values()))) > 3:  # noqa: PLR2004  # three names suffice to find the change
             what += f" and {count - 3} more"
         for table in ("addresses", "cidrs", "peer_classes", "identities"):
             seen, most = self._draft.size_after(tables, table), getattr(limits, table)

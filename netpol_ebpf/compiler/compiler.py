@@ -2,10 +2,11 @@
 """`Compiler`: compiles objects of the policy model into tables, and changes of objects into changes of tables.
 
 The caller gives objects one by one (`upsert`, `remove`) or as a whole world (`replace`).  `commit` applies all these
-changes, or none of them if it raises an error.  The cost of a commit depends on what changed.
+changes; if it raises an error, it applies none of them.  The cost of a commit depends on the size of the changes, not
+on the size of the world.
 
 Invariants: apart from the numbers in them (`netpol_ebpf.compiler.canonical`), the tables depend on the present objects
-alone, not on the order in which they came.  Numbers of unchanged objects do not change.
+alone, not on the order in which the objects came.  Numbers of unchanged objects do not change.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ PolicyObject = Union[
 
 
 def everything(_: Endpoint) -> bool:
-    """Accepts every endpoint: the ``local`` of a `Compiler` that compiles for all endpoints."""
+    """Accepts every endpoint. A `Compiler` with this function as ``local`` compiles for all endpoints."""
     return True
 
 
 def key_of(obj: PolicyObject) -> Any:
-    """The key of ``obj`` among the objects of its type; None for the settings, of which there is one object."""
+    """The key of ``obj`` among the objects of its type. None for `PolicySettings`, of which only one object exists."""
     if isinstance(obj, (Policy, Endpoint, LabelledNets)):
         return obj.key
     if isinstance(obj, ServiceBackends):
@@ -57,10 +58,11 @@ def key_of(obj: PolicyObject) -> Any:
 
 
 class Compiler:
-    """Compiles policy for the endpoints that ``local`` accepts. All other endpoints are peers only.
+    """Compiles policy for the endpoints that ``local`` accepts.
 
-    ``known``: numbers of an earlier run that are still in force.  An object with a known number keeps it;
-    `release_known` frees the numbers that no object uses.
+    All other endpoints are peers only.
+    ``known``: numbers of an earlier run that rows in the kernel still have.  An object with a known number keeps the
+    number; `release_known` frees the numbers that no object uses.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class Compiler:
         return self._state.world
 
     def canonical(self) -> dict[str, Hashable]:
-        """The canonical form of the tables: equal for compilers with equal objects in force."""
+        """The canonical form of the tables. Compilers with equal objects in force have equal canonical forms."""
         return canonical(self.tables)
 
     def policies_of(self, endpoint: EndpointKey) -> list[Policy]:
@@ -108,7 +110,10 @@ class Compiler:
         self._staged[type(obj)][key_of(obj)] = obj
 
     def remove(self, kind: type[PolicyObject], key: Any) -> None:
-        """Remove the object of this type and key, if any, at the next commit; settings return to their defaults."""
+        """Remove the object of this type and key, if any, at the next commit.
+
+        Removed settings return to their defaults.
+        """
         self._staged[kind][key] = PolicySettings() if kind is PolicySettings else None
 
     def replace(self, world: World) -> None:
@@ -133,9 +138,9 @@ class Compiler:
         self._staged[PolicySettings][None] = world.settings
 
     def commit(self) -> Change:
-        """Apply all changes since the last commit. Returns the rows to write; empty when nothing changed.
+        """Apply all changes since the last commit. Returns the rows to write; the result is empty if nothing changed.
 
-        Raises LimitError if a limit would be exceeded: the tables and the objects in force are then unchanged, and the
+        Raises LimitError if a limit would be exceeded.  Then the tables and the objects in force are unchanged, and the
         uncommitted changes are dropped.
         """
         staged, self._staged = self._staged, defaultdict(dict)
@@ -163,8 +168,8 @@ class Compiler:
 def _collector_paused() -> Iterator[None]:
     """Pause Python's garbage collector during a commit.
 
-    A large commit creates a million objects that stay, and no cyclic garbage.  The collector would scan these objects
-    again and again, which would take more than half of the time of a cold start.
+    A large commit creates a million objects that stay in use, and no cyclic garbage.  The collector would scan these
+    objects again and again, which would take more than half of the time of a cold start.
     """
     if not gc.isenabled():
         yield

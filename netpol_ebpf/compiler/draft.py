@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The writes of one commit, collected by phase. The tables are unchanged until the commit has succeeded.
+"""The writes of one commit, collected by phase. The tables stay unchanged until the commit has succeeded.
 
 Invariant: the `Change` that `Draft.publish` returns has exactly the writes that `publish` made to the tables.
 """
@@ -22,18 +22,21 @@ class Phase(enum.Enum):
 
 
 DELETED: Any = None
-"""In place of a row: the key is removed."""
+"""Stands in place of a row when the key must be removed."""
 
 
 class Draft:
-    """The writes of a commit, not yet applied. In one phase, a later write to a key replaces an earlier write."""
+    """The writes of a commit that are not applied yet.
+
+    In one phase, a later write to a key replaces an earlier write.
+    """
 
     def __init__(self) -> None:
         self._writes: dict[Phase, dict[str, dict[Any, Any]]] = {phase: {} for phase in Phase}
         self.revokes = False
 
     def write(self, phase: Phase, table: str, key: object, row: object) -> None:
-        """Record the write of one row, or the removal of its key (DELETED)."""
+        """Record the write of one row; ``row`` DELETED records the removal of the key."""
         writes = self._writes[phase]
         rows = writes.get(table)
         if rows is None:
@@ -41,13 +44,13 @@ class Draft:
         rows[key] = row
 
     def rows(self, phase: Phase, table: str) -> dict[Any, Any]:
-        """The writes of a phase to a table, by key; the caller may add writes to the mapping."""
+        """The writes of a phase to a table, by key. The caller may add writes to the mapping."""
         return self._writes[phase].setdefault(table, {})
 
     def size_after(self, tables: CompiledTables, table: str) -> int:
         """The largest number of rows that the table has at any time during the change.
 
-        Rows are deleted last, so this is the number of present rows and new keys.
+        Rows are deleted last, so the result is the number of present rows plus the number of new keys.
         """
         existing = getattr(tables, table)
         added: set[object] = set()

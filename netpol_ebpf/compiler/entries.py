@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A rule as entries in product form: (peer address) x (own address) x (protocol, port or type) x (source port).
+"""A rule as entries of the form (peer address) x (own address) x (protocol, port or type) x (source port).
 
-A rule with named ports, or with a service's ports, is no such product, since the matching ports depend on the address.
-It becomes one entry for each distinct resolution of the name or service.  All entries of a rule have the rule's cause,
-so it does not matter if a packet matches several of them.
+A rule with named ports, or with a service's ports, does not have this form, because the matching ports depend on the
+address.  Such a rule becomes one entry for each port for which the name or service stands.  All entries of a rule have
+the rule's cause, so it does not matter if a packet matches several of them.
 
 Invariant: a packet matches a rule exactly if it matches one of the rule's entries (section 1 of policy/MATCHING.md
-defines a match).  This module does not read endpoints or services: a `Resolver` reads them, and records the names and
+defines a match).  This module does not read endpoints or services.  A `Resolver` reads them, and records the names and
 services on which the rule depends.
 """
 
@@ -50,23 +50,26 @@ PortPair = tuple[int, int]
 
 
 class Resolver(Protocol):
-    """Resolves named ports and services to the ports that they stand for at present."""
+    """Resolves named ports and services to the ports for which they stand at present."""
 
     def named(self, selector: Selector | None, name: str) -> Iterable[PortPair]:
-        """Every (protocol, port) that some endpoint matched by ``selector`` (None: any) declares as ``name``."""
+        """Every (protocol, port) that an endpoint matched by ``selector`` declares as ``name``.
+
+        ``selector`` None: any endpoint.
+        """
 
     def service(self, namespace: str, name: str) -> Iterable[PortPair]:
         """Every (protocol, port) of a service's backends."""
 
 
 class Effect(enum.Enum):
-    """The effect of an entry on a packet that matches it."""
+    """The effect of an entry on a packet that matches the entry."""
 
     ALLOW = "allow"
     DENY = "deny"
-    CONTINUE = "continue"  # the evaluation of this stage ends; later stages decide
+    CONTINUE = "continue"  # the evaluation of this stage ends, and later stages decide
     PASS = "pass"  # the evaluation continues with the next tier
-    LOG = "log"  # the entry is recorded; the evaluation continues with the next entry
+    LOG = "log"  # the entry is recorded, and the evaluation continues with the next entry
 
 
 EFFECTS = {Action.ALLOW: Effect.ALLOW, Action.DENY: Effect.DENY, Action.PASS: Effect.PASS, Action.LOG: Effect.LOG}
@@ -74,9 +77,10 @@ EFFECTS = {Action.ALLOW: Effect.ALLOW, Action.DENY: Effect.DENY, Action.PASS: Ef
 
 @dataclass(frozen=True, slots=True)
 class RuleEntry:
-    """One entry of a policy's rule.
+    """One entry of a rule.
 
-    ``family``: 4, 6, or 0 for both.  ``peer`` has the family as well, unless its terms match one family only.
+    ``family``: 4, 6, or 0 for both.  ``peer`` has the same family, unless its terms match one family only; then
+    ``peer`` has family 0.
     """
 
     effect: Effect
@@ -92,7 +96,8 @@ class RuleEntry:
 class _Clause:
     """The conditions on a packet from one field of a rule, or from several fields joined (`_join`).
 
-    ``family``: 4, 6, or 0 for both.  ``positive``, ``negative``: terms about the address of one side.
+    ``family``: 4, 6, or 0 for both.
+    ``positive``, ``negative``: the terms that must be true, and those that must be false, for the address of one side.
     """
 
     l4: Intervals = ANY_L4
@@ -106,7 +111,10 @@ _NO_CLAUSE = (_Clause(),)
 
 
 def expand(rule: Rule, direction: Direction, effect: Effect, cause: Cause, resolver: Resolver) -> tuple[RuleEntry, ...]:
-    """The entries of a rule for one direction, with the effect and cause given; none if nothing can match the rule."""
+    """The entries of a rule for one direction, with the given effect and cause.
+
+    Empty if no packet can match the rule.
+    """
     if rule.unsupported or rule.source.impossible or rule.destination.impossible:
         return ()
     whole = _rule_clause(rule)
@@ -153,19 +161,19 @@ def _rule_clause(rule: Rule) -> _Clause:
 
 
 def _icmp(wanted: IcmpType) -> Intervals:
-    """The packets of ICMP and ICMPv6 with a type, and with a code unless the code is None."""
+    """The positions of packets of ICMP and ICMPv6 with a type and code. If ``wanted`` has no code, any code matches."""
     return normalise(chain.from_iterable(icmp(number, wanted.type, wanted.code) for number in (ICMP, ICMPV6)))
 
 
 def _implies_family(positive: frozenset[Term]) -> bool:
-    """Whether some positive term has nets of one family only, so that no address of the other family matches."""
+    """Whether some positive term has nets of one family only, so that no address of the other family can match."""
     return any(isinstance(term, NetsTerm) and len({net.version for net in term.nets}) == 1 for term in positive)
 
 
 def _side(entity: Entity, number: int | None, resolver: Resolver, *, is_source: bool) -> Iterator[_Clause]:
-    """The alternatives of an entity: a packet matches the entity if it matches one of them.
+    """The alternatives of an entity: a packet matches the entity if it matches one of the alternatives.
 
-    ``number``: the rule's protocol, None for any.
+    ``number``: the rule's protocol; None for any protocol.
     """
     clauses = (
         (_labels(entity),),
@@ -184,7 +192,10 @@ def _side(entity: Entity, number: int | None, resolver: Resolver, *, is_source: 
 
 
 def _join(combination: tuple[_Clause, ...]) -> _Clause | None:
-    """The conjunction of clauses of one side; None if no packet can match it (for example, families 4 and 6)."""
+    """The conjunction of clauses of one side.
+
+    None if no packet can match all of them, for example if one clause needs IPv4 and another IPv6.
+    """
     l4, source = ANY_L4, ANY_SOURCE
     for clause in combination:
         l4 = intersection(l4, clause.l4)
@@ -210,8 +221,8 @@ def _labels(entity: Entity) -> _Clause:
 def _nets(nets: tuple[IPNetwork, ...]) -> Iterator[_Clause]:
     """The alternatives of a list of nets.
 
-    A net with prefix length 0 becomes a condition on the family.  All other nets are one term, which all rules with the
-    same list share.
+    A net with prefix length 0 becomes a condition on the family.  All other nets become one term, which all rules with
+    the same list share.
     """
     lists: dict[int, list[IPNetwork]] = {
         4: list(collapse_addresses(net for net in nets if isinstance(net, IPv4Network))),
@@ -243,9 +254,10 @@ def _not_nets(nets: tuple[IPNetwork, ...]) -> tuple[_Clause, ...]:
 
 
 def _named(entity: Entity, names: Ports, number: int | None, resolver: Resolver) -> dict[PortPair, set[str]]:
-    """From each (protocol, port) to the names that stand for it on this side.
+    """Maps each (protocol, port) to those of ``names`` that stand for it.
 
-    ``number``: the rule's protocol; pairs of other protocols are left out.
+    ``number``: the rule's protocol; ports of other protocols are left out.  If it is None, ports of all protocols are
+    included.
     """
     found: dict[PortPair, set[str]] = {}
     for name in names.names:
@@ -269,7 +281,7 @@ def _point(pair: PortPair, *, is_source: bool) -> _Clause:
 
 
 def _ports(entity: Entity, number: int | None, resolver: Resolver, *, is_source: bool) -> Iterator[_Clause]:
-    """The alternatives of an entity's ports: the numeric ranges, and each name with each port it stands for."""
+    """The alternatives of an entity's ports: the numeric ranges, and each name with each port for which it stands."""
     wanted = entity.ports
     if wanted is None:
         return
@@ -283,10 +295,10 @@ def _ports(entity: Entity, number: int | None, resolver: Resolver, *, is_source:
 
 
 def _not_ports(entity: Entity, number: int | None, resolver: Resolver, *, is_source: bool) -> Iterator[_Clause]:
-    """The alternatives of an entity's negated ports, disjoint.
+    """The alternatives of an entity's negated ports. They are disjoint.
 
-    One alternative for each port that some endpoint declares by one of the names (the address must not declare it), and
-    alternatives for all other packets.
+    For each port that some endpoint declares by one of the names, one alternative has the packets with this port and an
+    address for which no endpoint declares the port by that name.  The other alternatives have all other packets.
     """
     unwanted = entity.not_ports
     if unwanted is None:

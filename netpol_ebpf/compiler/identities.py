@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Identities of addresses, and the index between identities and address matches.
 
-An identity is (family, set of owners, set of address groups): the address groups are the nets lists and services in use
-that contain the address.  The identities of a match are found by its most selective term, the matches of a new identity
-by the identity's terms.  So no operation costs identities times matches.
+An identity is (family, set of owners, set of address groups).  The address groups are those lists of nets and services,
+of rules in use, that contain the address.  To find the identities of a match, the index begins with the match's most
+selective term.  To find the matches of a new identity, the index looks up the identity's terms.  So no operation costs
+identities times matches.
 
 Invariants: WORLD_V4 and WORLD_V6, the identities without owners and groups, always exist.  An identity without
 references stays until `collect`, so that every identity in use during a change has its rows.
@@ -23,7 +24,10 @@ from netpol_ebpf.compiler.tables import FIRST_IDENTITY, WORLD_V4, WORLD_V6
 from netpol_ebpf.compiler.terms import AddressGroup, AddressMatch, NetsTerm, ServiceTerm, Term
 
 _NUMBERS = 1 << 31
-"""Size of the number space of identities. `Limits.identities`, which the commit checks, limits those in use at once."""
+"""How many numbers identities can have.
+
+`Limits.identities`, which the commit checks, limits how many are in use at once.
+"""
 
 IdentityKey = tuple[int, frozenset[int], frozenset[int]]
 """(family 4 or 6, owner ids, address group ids)."""
@@ -31,7 +35,7 @@ IdentityKey = tuple[int, frozenset[int], frozenset[int]]
 
 @dataclass(slots=True)
 class IdentityRecord:
-    """One identity. ``references``: how many addresses and prefixes have it."""
+    """One identity. ``references``: how many addresses and prefixes have the identity."""
 
     number: int
     family: int
@@ -43,7 +47,10 @@ class IdentityRecord:
 
 @dataclass(slots=True)
 class AddressGroupRecord:
-    """An address group (nets list or service) in use."""
+    """An address group (a list of nets, or a service) in use.
+
+    ``identities``: the numbers of the identities that contain the group.
+    """
 
     group: AddressGroup
     references: int = 0
@@ -52,7 +59,11 @@ class AddressGroupRecord:
 
 @dataclass(slots=True, eq=False)
 class MatchRecord:
-    """A match in use. Term ids of owner terms are positive numbers, ids of address groups negative numbers."""
+    """An address match in use.
+
+    ``positive``, ``negative``: the ids of the match's terms.  Ids of owner terms are positive numbers, ids of address
+    groups negative numbers.
+    """
 
     number: int
     match: AddressMatch
@@ -62,11 +73,17 @@ class MatchRecord:
 
     @property
     def is_floating(self) -> bool:
-        """Whether the match has no positive terms: it is true for each identity that no negative term excludes."""
+        """Whether the match has no positive terms.
+
+        Such a match is true for each identity that no negative term excludes.
+        """
         return not self.positive
 
     def holds(self, family: int, terms: set[int]) -> bool:
-        """Whether the match is true for an identity of ``family`` (4, 6) for which exactly ``terms`` (ids) are true."""
+        """Whether the match is true for an identity.
+
+        ``family``: 4 or 6.  ``terms``: the ids of the terms that are true for it.
+        """
         return (
             self.match.family in (0, family)
             and self.positive <= terms
@@ -79,7 +96,8 @@ class IdentityContent:
     """The properties that all addresses of an identity have in common.
 
     ``owners``: the distinct (kind, labels, named ports) of the endpoints, network sets and nodes that have or contain
-    these addresses.  ``groups``: the nets lists and services of rules that contain these addresses.
+    these addresses.
+    ``groups``: the lists of nets, and the services, of rules that contain these addresses.
     """
 
     family: int
@@ -103,7 +121,7 @@ class IdentityContent:
 class IdentityIndex:
     """All identities, address groups and matches in use.
 
-    ``known``: from the digest of an identity to the number that it must keep from an earlier run.
+    ``known``: maps the digest of an identity's content to the number that the identity must keep from an earlier run.
     """
 
     def __init__(self, owners: OwnerIndex, known: Mapping[str, int] | None = None) -> None:
@@ -125,11 +143,16 @@ class IdentityIndex:
         self._next_group = 1
         self._matches: dict[AddressMatch, MatchRecord] = {}
         self._next_match = 1
-        self._by_positive: dict[int, set[MatchRecord]] = {}  # one positive term of each match -> matches
-        self._by_negative: dict[int, set[MatchRecord]] = {}  # each negative term of a floating match -> matches
+        # Of each match with positive terms: one of these terms -> matches.
+        self._by_positive: dict[int, set[MatchRecord]] = {}
+        # Of each match without positive terms: each negative term -> matches.
+        self._by_negative: dict[int, set[MatchRecord]] = {}
         self.groups_added: list[int] = []
         self.groups_removed: list[tuple[int, AddressGroup]] = []
-        """Address groups that came into use (``groups_added``) and went out of use since the last `end_commit`."""
+        """``groups_added``: the address groups that came into use since the last `end_commit`.
+
+        ``groups_removed``: those that went out of use.
+        """
         self.created: list[int] = []
         """Identities created since the last `end_commit`."""
         self._unreferenced: set[int] = set()
@@ -138,7 +161,7 @@ class IdentityIndex:
     # --- identities -------------------------------------------------------------------------------------------------
 
     def acquire(self, family: int, owners: frozenset[int], groups: frozenset[int], journal: Journal) -> int:
-        """Count a use of the identity with these owners and address groups (ids). Returns its number."""
+        """Add a reference to the identity with these owners and address groups (ids). Returns the identity's number."""
         key = (family, owners, groups)
         number = self._keys.get(key)
         if number is None:
@@ -148,14 +171,14 @@ class IdentityIndex:
         return number
 
     def release(self, number: int, journal: Journal) -> None:
-        """Count one use of an identity less; `collect` removes identities without uses."""
+        """Drop a reference to an identity. `collect` removes identities without references."""
         record = self.identities[number]
         journal.assign(record, "references", record.references - 1)
         if not record.references:
             journal.add(self._unreferenced, number)
 
     def collect(self, journal: Journal) -> tuple[list[int], set[int]]:
-        """Remove identities without uses. Returns the numbers of these identities, and the ids of their owners."""
+        """Remove identities without references. Returns their numbers, and the ids of their owners."""
         gone = [number for number in self._unreferenced if not self.identities[number].references]
         owners: set[int] = set()
         for number in gone:
@@ -180,7 +203,10 @@ class IdentityIndex:
         return self.v4 if family == 4 else self.v6  # noqa: PLR2004  # the family
 
     def terms_of(self, number: int) -> set[int]:
-        """Ids of the terms that are true for an identity: owner terms positive, groups negative."""
+        """The ids of the terms that are true for an identity.
+
+        Ids of owner terms are positive, ids of address groups negative.
+        """
         record = self.identities[number]
         terms = {-group for group in record.groups}
         for owner in record.owners:
@@ -188,7 +214,7 @@ class IdentityIndex:
         return terms
 
     def content_of(self, number: int) -> IdentityContent:
-        """The content of an identity in use. Raises KeyError for another number."""
+        """The content of an identity in use. Raises KeyError if no identity in use has this number."""
         record = self.identities[number]
         return self._content((record.family, record.owners, record.groups))
 
@@ -205,7 +231,7 @@ class IdentityIndex:
         text = self._content(key).digest()
         number = self._known.get(text)
         if number is not None and number not in self.identities:
-            # The number is kept for the identity's first use only; after that it is allocated like all others.
+            # The number is kept only until the identity first appears; later it gets a number like all others.
             journal.pop(self._known, text)
         else:
             number = self._numbers.take(journal)
@@ -225,7 +251,7 @@ class IdentityIndex:
     # --- groups ------------------------------------------------------------------------------------------------------
 
     def group_id(self, group: AddressGroup) -> int | None:
-        """The id of an address group, None if it is not in use."""
+        """The id of an address group; None if the group is not in use."""
         return self._group_ids.get(group)
 
     def _acquire_group(self, group: AddressGroup, journal: Journal) -> int:
@@ -251,7 +277,7 @@ class IdentityIndex:
     # --- matches ----------------------------------------------------------------------------------------------------
 
     def acquire_match(self, match: AddressMatch, journal: Journal) -> MatchRecord:
-        """Count a use of a match, and of its terms."""
+        """Add a reference to a match. The first reference acquires the match's terms."""
         record = self._matches.get(match)
         if record is None:
             positive = frozenset(self._acquire_term(term, journal) for term in match.positive)
@@ -265,7 +291,7 @@ class IdentityIndex:
         return record
 
     def release_match(self, record: MatchRecord, journal: Journal) -> None:
-        """Count one use of a match less. A match without uses is removed, and so are its terms without other uses."""
+        """Drop a reference to a match. The last reference removes the match and releases its terms."""
         journal.assign(record, "references", record.references - 1)
         if record.references:
             return
@@ -286,7 +312,8 @@ class IdentityIndex:
     def members(self, record: MatchRecord) -> frozenset[int]:
         """The identities for which a match with positive terms is true.
 
-        Cost: linear in the identities of the most selective term; cached until an identity or term changes.
+        Cost: linear in the identities of the most selective term.  The result is cached until an identity or term
+        changes.
         """
         found = self._found.get(record.number)
         if found is None:
@@ -300,7 +327,7 @@ class IdentityIndex:
         return found
 
     def excluded(self, record: MatchRecord) -> set[int]:
-        """The identities that the negative terms of a floating match exclude."""
+        """The identities that the negative terms of a match without positive terms exclude."""
         result: set[int] = set()
         for term in record.negative:
             result |= self._identities_of(term)
@@ -309,7 +336,8 @@ class IdentityIndex:
     def concerning(self, number: int) -> tuple[list[MatchRecord], list[MatchRecord]]:
         """The matches that depend on the identity ``number``.
 
-        Returns the matches with positive terms that are true for it, and the floating matches that are false for it.
+        Returns two lists: the matches with positive terms that are true for the identity, and the matches without
+        positive terms that are false for it.
         """
         record = self.identities[number]
         terms = self.terms_of(number)
@@ -322,7 +350,11 @@ class IdentityIndex:
         return holding, list(excluded)
 
     def _places(self, record: MatchRecord) -> list[tuple[dict[int, set[MatchRecord]], int]]:
-        """The index entries of a match: at one positive term, or, for a floating match, at each negative term."""
+        """The index entries of a match, as (index, term id).
+
+        A match with positive terms has one entry, at one of these terms.  Another match has an entry at each negative
+        term.
+        """
         if record.positive:
             return [(self._by_positive, min(record.positive))]
         return [(self._by_negative, term) for term in record.negative]
@@ -341,7 +373,7 @@ class IdentityIndex:
         return found
 
     def end_commit(self) -> None:
-        """Clear what was recorded for one commit. Must be called after every commit, failed ones too."""
+        """Clear what was recorded for one commit. Must be called after every commit, also after a failed commit."""
         self._found.clear()
         self.created.clear()
         self.groups_added.clear()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first step of a commit: apply the changed objects to the world, and mark what depends on them for the next steps.
+"""The first step of a commit: apply the changed objects to the world, and record what the next steps must recompute.
 
-Invariant: after this step the world, the owners, the subjects and the indexes of the state are up to date; addresses,
-templates and rule lists are still those before the commit.
+Invariant: after this step the world, the owners, the subjects and the indexes of the state are up to date.  Addresses,
+templates and rule lists are unchanged; the next steps update them.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ U = TypeVar("U")
 
 
 class Intake:
-    """Applies changed objects to the world, and records what depends on them for the next steps.
+    """Applies changed objects to the world, and records what the next steps must recompute.
 
     ``dirty``: local endpoints with rule lists that may change.
-    ``stale``: templates with a changed object.
-    ``address_moves``: (address, (owner, number of the owner's node), added); added is False if the address loses the
-    owner.  The number is 0 for this node or an unknown node.
-    ``net_moves``: the same for nets, without a node.
-    ``numbered``: nodes with their new numbers, 0 for none.
-    ``claims``: local endpoints that got or lost an address.
+    ``stale``: keys of templates that have a changed policy or profile.
+    ``address_moves``: (address, (owner, number of the owner's node), added).  ``added`` is False if the address loses
+    the owner.  The node's number is 0 for this node and for an unknown node.
+    ``net_moves``: (net, owner, added).
+    ``numbered``: new numbers of nodes, by name; 0 for a node that lost its number.
+    ``service_moves``: (service before, service after); None if the service does not exist at that time.
+    ``claims``: (address, claim of a local endpoint, added).  ``added`` is False if the endpoint lost the address.
     ``disappeared``: owners that lost an object.
     ``gone``: local endpoints that no longer exist.
     """
@@ -67,9 +68,10 @@ class Intake:
         self.gone: list[LocalEndpoint] = []
 
     def take(self, changes: Mapping[type, Mapping[Any, Any]]) -> None:
-        """Apply ``changes`` to the world: by type and key, the new object, or None for a removed object.
+        """Apply ``changes`` to the world.
 
-        An object equal to the present one is not a change.
+        ``changes``: by type and key, the new object; None for a removed object.  An object equal to the present object
+        is not a change.
         """
         takers = {
             Endpoint: self._take_endpoint,
@@ -83,7 +85,7 @@ class Intake:
         }
         world, journal = self._state.world, self._journal
         others: dict[type, dict[Any, Any]] = _containers(world)
-        if ClusterNode in changes:  # first: the changes of endpoints below use the new node numbers
+        if ClusterNode in changes:  # must come first: the changes of endpoints below use the new node numbers
             self._number_nodes(changes[ClusterNode])
         for kind, objects in changes.items():
             taker: Any = takers[kind]
@@ -102,21 +104,21 @@ class Intake:
                 taker(old, new)
 
     def touch(self, endpoints: Iterable[EndpointKey]) -> None:
-        """Mark endpoints whose rule lists may change; others than local ones are ignored at the end."""
+        """Mark endpoints whose rule lists may change. `drop_unknown` later unmarks those that are not local."""
         self.dirty.update(dict.fromkeys(endpoints))
 
     def drop_unknown(self) -> None:
-        """Unmark endpoints that are not local, or no longer."""
+        """Unmark endpoints that are not local, or are no longer local."""
         for key in self.dirty.keys() - self._state.local.keys():
             del self.dirty[key]
 
     def _take_tier(self, old: PolicyTier | None, new: PolicyTier | None) -> None:
-        name = (new or old).name  # type: ignore[union-attr]  # one of them is there
+        name = (new or old).name  # type: ignore[union-attr]  # old or new is not None
         for policy in self._state.by_tier.get(name, ()):
             self.touch(self._state.subjects.endpoints_of(policy))
 
     def _take_profile(self, old: ProfileRules | None, new: ProfileRules | None) -> None:
-        name = (new or old).name  # type: ignore[union-attr]  # one of them is there
+        name = (new or old).name  # type: ignore[union-attr]  # old or new is not None
         self.stale.update(dict.fromkeys((name, direction) for direction in Direction))
         self.touch(self._state.with_profile.get(name, ()))
 
@@ -127,9 +129,12 @@ class Intake:
         self.touch(key for key, local in self._state.local.items() if local.endpoint.kind is EndpointKind.HOST)
 
     def _own(self, registered: dict[Any, int], key: Any, kind: OwnerKind, old: Any, new: Any) -> tuple[int, int]:
-        """Register the owner of the changed object ``key`` in place of its old owner.
+        """Register the owner of a changed object in place of the object's old owner.
 
-        Returns the ids (old owner, new owner), 0 for none.
+        ``registered``: maps the key of each object of this kind to the id of its owner.
+        ``old``, ``new``: the object before and after the change; None if the object does not exist at that time.
+
+        Returns the ids (old owner, new owner); 0 if there is none.
         """
         owners, journal = self._state.owners, self._journal
         before = registered.get(key, 0)
@@ -145,7 +150,7 @@ class Intake:
         return before, after
 
     def _take_endpoint(self, old: Endpoint | None, new: Endpoint | None) -> None:
-        key = (new or old).key  # type: ignore[union-attr]  # one of them is there
+        key = (new or old).key  # type: ignore[union-attr]  # old or new is not None
         before, after = self._own(self._state.endpoint_owners, key, OwnerKind.ENDPOINT, old, new)
         was, now = (before, self._node_of(old)), (after, self._node_of(new))
         if old is None or new is None or was != now or old.addresses != new.addresses:
@@ -199,20 +204,21 @@ class Intake:
         self.gone.append(known)
 
     def _take_network_set(self, old: LabelledNets | None, new: LabelledNets | None) -> None:
-        key = (new or old).key  # type: ignore[union-attr]  # one of them is there
+        key = (new or old).key  # type: ignore[union-attr]  # old or new is not None
         before, after = self._own(self._state.set_owners, key, OwnerKind.NETWORK_SET, old, new)
         self.net_moves.extend(_moves(old.nets if old else (), before, new.nets if new else (), after))
 
     def _take_node(self, old: ClusterNode | None, new: ClusterNode | None) -> None:
-        name = (new or old).name  # type: ignore[union-attr]  # one of them is there
+        name = (new or old).name  # type: ignore[union-attr]  # old or new is not None
         before, after = self._own(self._state.node_owners, name, OwnerKind.NODE, old, new)
         number = self._state.nodes.numbers.get(name, 0)
         self.address_moves.extend(_moves(_addresses(old), (before, number), _addresses(new), (after, number)))
 
     def _number_nodes(self, changes: Mapping[str, ClusterNode | None]) -> None:
-        """Renumber nodes with changed addresses, and record the new number for the addresses of all objects on them.
+        """Renumber nodes with changed addresses, and record the new numbers for the addresses of all objects on them.
 
-        Must run before other changes are applied: these use the new numbers, for old and for new objects.
+        Must run before other changes are applied, because they use the new node numbers both for old and for new
+        objects.
         """
         state, before = self._state, self._state.world.nodes
         moved = {name: new for name, new in changes.items() if _addresses(before.get(name)) != _addresses(new)}
@@ -230,12 +236,15 @@ class Intake:
                 self._move_node(endpoint.addresses, state.endpoint_owners[key], renumbered[endpoint.node])
 
     def _move_node(self, addresses: Iterable[IPAddress], owner: int, numbers: tuple[int, int]) -> None:
-        """Record that an owner's addresses have another node number: ``numbers`` is (old, new)."""
+        """Record that the number of an owner's node changed, for all ``addresses``.
+
+        ``numbers``: (old number, new number).
+        """
         old, new = numbers
         self.address_moves.extend(_moves(addresses, (owner, old), addresses, (owner, new)))
 
     def _node_of(self, endpoint: Endpoint | None) -> int:
-        """The number of a remote endpoint's node; 0 for a local endpoint and an unknown node."""
+        """The number of a remote endpoint's node; 0 for a local endpoint and for an unknown node."""
         numbers = self._state.nodes.numbers
         if not numbers or endpoint is None or endpoint.node not in numbers or self._local(endpoint):
             return 0
@@ -246,7 +255,7 @@ class Intake:
 
     def _take_policy(self, old: Policy | None, new: Policy | None) -> None:
         state, journal = self._state, self._journal
-        key = (new or old).key  # type: ignore[union-attr]  # one of them is there
+        key = (new or old).key  # type: ignore[union-attr]  # old or new is not None
         self.touch(state.subjects.endpoints_of(key))
         state.subjects.set_policy(key, None if new is None else new.subject, journal)
         self.touch(state.subjects.endpoints_of(key))
@@ -285,9 +294,13 @@ def _containers(world: World) -> dict[type, dict[Any, Any]]:
 
 
 def _moves(had: Iterable[T], before: U, has: Iterable[T], after: U) -> Iterator[tuple[T, U, bool]]:
-    """The changes (item, owner, added) from the items ``had`` with owner ``before`` to ``has`` with owner ``after``.
+    """The changes that replace ``had`` by ``has``, as (item, owner, added).
 
-    Additions come before removals.  If the owner is the same, items in both are left out.
+    Additions come before removals.
+    ``had``, ``before``: the items before the change, and their owner.
+    ``has``, ``after``: the items after the change, and their owner.
+
+    If both owners are the same, items that are in ``had`` and in ``has`` are left out.
     """
     old, new = set(had), set(has)
     same = old & new if before == after else set()

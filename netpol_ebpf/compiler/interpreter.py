@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Interpreter`: computes a verdict from the compiled tables alone, in the same steps as the program in the kernel.
 
-Invariant: only the tables are read.  If a row that another row refers to is missing, an error is raised.
+Invariant: only the tables are read.  KeyError is raised if a row that another row refers to is missing.
 """
 
 from __future__ import annotations
@@ -57,7 +57,11 @@ class Interpreter:
         return self._verdict(tables.verdicts[self._index(set_row, peer, own, packet)])
 
     def identity_of(self, address: IPAddress) -> int:
-        """Step 1: the identity of an address: its own row, else the longest prefix, else WORLD_V4 or WORLD_V6."""
+        """Step 1: the identity of an address.
+
+        The address's own row has the identity, else the row of the longest prefix that contains the address.  Without
+        either row, the identity is WORLD_V4 or WORLD_V6.
+        """
         row = self._tables.addresses.get(address)
         if row is not None:
             return row.identity
@@ -86,10 +90,11 @@ class Interpreter:
         return row.verdict_index(peer_class, own_class, l4_class, source_class)
 
     def _column(self, base: int, first_block: int, position: int) -> int:
-        """The L4 or source port class of a packet.
+        """The L4 class or source-port class of a packet.
 
-        ``position``: the packet's position on the line of atoms that begins at ``first_block``.  ``base``: first block
-        of the policy set's column, which gives the class of each atom.
+        ``base``: the first block of the policy set's column, which has the class of each atom.
+        ``first_block``: the first atom block of the packet's line (`netpol_ebpf.compiler.l4`).
+        ``position``: the packet's position on that line.
         """
         atoms = self._tables.l4_atoms.get(first_block + position // ATOM_BLOCK)
         return self._tables.class_of_atom(base, 0 if atoms is None else atoms[position % ATOM_BLOCK])
@@ -122,7 +127,10 @@ def _of_family(address: IPAddress, four: int, six: int) -> int:
 
 
 def l4_position(packet: Packet) -> int:
-    """A packet's position on the line of protocols and ports: its protocol and destination port, or ICMP type and code."""
+    """A packet's position on the line of protocols and ports (`netpol_ebpf.compiler.l4`).
+
+    The position stands for the protocol and destination port, or for the ICMP type and code.
+    """
     slot = PROTOCOL_SLOT.get(packet.protocol)
     if slot is None:
         return OTHER_BLOCK * ATOM_BLOCK + packet.protocol

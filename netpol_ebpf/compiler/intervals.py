@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 Intervals = tuple[tuple[int, int], ...]
-"""Pairs (first, last), both included, ascending, with at least one missing integer between neighbours."""
+"""Pairs (first, last), both included, in ascending order. At least one integer is missing between two pairs."""
 
 NOTHING: Intervals = ()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The undo log of one commit: every change to the compiler's state is made through it and can be rolled back.
+"""The undo log of one commit: every change to the compiler's state is made through the log and can be rolled back.
 
 Invariant: after `Journal.rollback` each container and attribute that was changed through the journal has its earlier
 content.  The journal does not depend on the meaning of the state.
@@ -20,7 +20,7 @@ _MAPPING, _ADDED, _DISCARDED, _ATTRIBUTE, _CALL = range(5)
 class Journal:
     """Undo log of a commit: makes changes to the compiler's state and records them in order.
 
-    Each method but `rollback` takes constant time.
+    Each method except `rollback` takes constant time.
     """
 
     __slots__ = ("_entries",)
@@ -60,7 +60,10 @@ class Journal:
         self.add(members, member)
 
     def discard_from(self, index: dict[K, set[V]], key: K, member: V) -> None:
-        """``index[key].discard(member)``; removes a key without members. Raises KeyError if the key is absent."""
+        """``index[key].discard(member)``; removes the key if no member is left.
+
+        Raises KeyError if the key is absent.
+        """
         members = index[key]
         self.discard(members, member)
         if not members:
@@ -72,7 +75,7 @@ class Journal:
         setattr(thing, name, value)
 
     def on_rollback(self, undo: Callable[[], object]) -> None:
-        """Register a function that `rollback` calls, at this point of the log, to undo a change made by the caller."""
+        """Register a function that undoes a change of the caller. `rollback` calls it at this point of the log."""
         self._entries.append((_CALL, undo, None, None))
 
     def rollback(self) -> None:
@@ -95,36 +98,36 @@ class Journal:
 
 
 class Unjournaled(Journal):
-    """A journal that makes the changes and records nothing.
+    """A journal that makes the changes and records nothing. Used for the first commit.
 
-    For the first commit: if it fails, its state is dropped as a whole and a new state is created.
+    If the first commit fails, the whole state is dropped and a new state is created.
     """
 
     __slots__ = ()
 
     def put(self, mapping: MutableMapping[K, V], key: K, value: V) -> None:
-        """As in the base."""
+        """As in the base class."""
         mapping[key] = value
 
     def pop(self, mapping: MutableMapping[K, V], key: K) -> V:
-        """As in the base."""
+        """As in the base class."""
         return mapping.pop(key)
 
     def add(self, members: set[K], member: K) -> None:
-        """As in the base."""
+        """As in the base class."""
         members.add(member)
 
     def discard(self, members: set[K], member: K) -> None:
-        """As in the base."""
+        """As in the base class."""
         members.discard(member)
 
     def assign(self, thing: object, name: str, value: object) -> None:
-        """As in the base."""
+        """As in the base class."""
         setattr(thing, name, value)
 
     def on_rollback(self, undo: Callable[[], object]) -> None:
-        """Ignored: this journal never rolls back."""
+        """Do nothing: this journal never rolls back."""
 
     def rollback(self) -> None:
-        """Always an error: this journal cannot roll back."""
+        """Raise AssertionError: this journal cannot roll back."""
         raise AssertionError("the first commit is not journaled")

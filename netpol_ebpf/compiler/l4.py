@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Protocol and port predicates, and the atoms into which they divide all packets.
+"""Protocol and port predicates, and the atoms into which the predicates divide all packets.
 
-Each protocol with a destination port, or ICMP type and code, is an integer, its *position*: ``block * 256 + index`` in
-the atom blocks of `netpol_ebpf.compiler.tables`.  All positions are called the *line*.  A predicate is an interval set
-on the line.  An *atom* is the set of all positions that are in the same predicates.  Source ports have a second line,
-from 0 to 65535.
+A *position* is an integer that stands for a protocol with a destination port, or for an ICMP type and code: ``block *
+256 + index`` in the atom blocks of `netpol_ebpf.compiler.tables`.  The *line* is the range of all positions.  A
+predicate is a set of positions, as intervals.  An *atom* is the set of all positions that are in the same predicates.
+Source ports have a line of their own, from 0 to 65535.
 
 Invariants: atom 0 is in no predicate.  Positions with the same atom are in the same predicates.  If an atom's number
-stays in use across a change, its positions are in the same predicates, of those in use both before and after the
-change; so the columns of unaffected policy sets stay correct.
+stays in use across a change, the atom is in the same predicates as before, apart from predicates that the change adds
+or removes.  So the columns of policy sets that the change does not concern stay correct.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SLOTTED = {slot: protocol for protocol, slot in PROTOCOL_SLOT.items()}
 ANY_L4: Intervals = ((0, SOURCE_SLOT * _SLOT - 1), (_OTHER, _OTHER + 255))
 ANY_SOURCE: Intervals = ((0, 65535),)
 SOURCE_BLOCK = SOURCE_SLOT * 256
-"""First atom block of the source-port line."""
+"""The first atom block of the source-port line."""
 
 
 def protocol(number: int) -> Intervals:
@@ -49,7 +49,7 @@ def ports(protocols: Iterable[int], ranges: Iterable[tuple[int, int]]) -> Interv
 
 
 def icmp(number: int, type_: int, code: int | None) -> Intervals:
-    """The positions of ICMP or ICMPv6 (``number``) packets with this type and code; ``code`` None: any."""
+    """The positions of packets of ICMP or ICMPv6 (``number``) with this type and code. ``code`` None: any code."""
     base = PROTOCOL_SLOT[number] * _SLOT + type_ * 256
     return ((base, base + 255),) if code is None else ((base + code, base + code),)
 
@@ -62,17 +62,21 @@ WITHOUT_PORTS: Intervals = difference(ANY_L4, WITH_PORTS)
 class Split:
     """The difference between a new partition and the previous one.
 
-    ``parents``: new atom number -> number that its positions had before; if they had several, one of these.
+    ``parents``: maps the number of each new atom to the number of the atom that had the new atom's positions before.
+    If several atoms had these positions, the value is the number of one of these atoms.
+    ``blocks``: the changed blocks of the table ``l4_atoms``; None for a block that is all zeros now.
     """
 
     parents: Mapping[int, int]
-    blocks: Mapping[int, tuple[int, ...] | None]  # changed blocks of the table l4_atoms; None: all zeros now
+    blocks: Mapping[int, tuple[int, ...] | None]
 
 
 class AtomSpace:
     """The atoms of one line for the predicates in use.
 
+    ``whole``: all positions of the line.
     ``first_block``: the number of the line's first block in the table ``l4_atoms``.
+    ``blocks``: how many blocks the line has.
     """
 
     def __init__(self, whole: Intervals, first_block: int, blocks: int, limits: Limits) -> None:
@@ -99,7 +103,7 @@ class AtomSpace:
         return self._stale
 
     def acquire(self, predicate: Intervals, journal: Journal) -> None:
-        """Count a use of a predicate; the first use makes the partition stale."""
+        """Add a reference to a predicate. The first reference makes the partition stale."""
         if predicate == self._whole:
             return
         count = self._predicates.get(predicate, 0)
@@ -108,7 +112,7 @@ class AtomSpace:
             journal.assign(self, "_stale", value=True)
 
     def release(self, predicate: Intervals, journal: Journal) -> None:
-        """Count one use of a predicate less; the last release makes the partition stale."""
+        """Drop a reference to a predicate. The last reference removes the predicate and makes the partition stale."""
         if predicate == self._whole:
             return
         count = self._predicates[predicate]
@@ -127,7 +131,7 @@ class AtomSpace:
         return {0, *self._atoms}
 
     def partition(self, journal: Journal) -> Split:
-        """Partition the line by the predicates in use. Returns what changed.
+        """Partition the line by the predicates in use. Returns the difference from the previous partition.
 
         Cost: linear in the number of interval boundaries.  Raises LimitError if there are too many atoms.
         """
@@ -158,7 +162,8 @@ class AtomSpace:
     def _sweep(self) -> tuple[list[int], list[int], list[Intervals]]:
         """Divide the line into segments of positions that are in the same predicates.
 
-        Returns the start of each segment, its signature (bit vector of predicates), and the predicate of each bit.
+        Returns the start of each segment, the signature of each segment (a bit for each predicate that contains it),
+        and the predicate of each bit.
         """
         order = list(self._predicates)
         toggles: dict[int, int] = {0: 0}
@@ -178,9 +183,10 @@ class AtomSpace:
         return starts, signatures, order
 
     def _number(self, starts: list[int], signatures: list[int]) -> tuple[dict[int, int], dict[int, int]]:
-        """Assign an atom number to each signature, if possible a number that its positions had before.
+        """Assign an atom number to each signature, if possible a number that one of its segments had before.
 
-        Returns signature -> number, and new number -> number that its positions had before.
+        Returns two mappings: from signature to number, and from each new number to the number that its first segment
+        had before.
         """
         numbers: dict[int, int] = {0: 0}
         taken = {0}
@@ -190,7 +196,7 @@ class AtomSpace:
                 if known not in taken:
                     numbers[signature] = known
                     taken.add(known)
-        # Second round: a signature may get an old number from a later one of its segments.
+        # The rest needs a second loop: in the first loop, a signature may still get an old number from a later segment.
         parents: dict[int, int] = {}
         fresh = 0
         in_use = self.atoms()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The limits of the compiled tables, checked before anything is published.
+"""The limits of the compiled tables, checked before a commit changes the tables.
 
 Invariant: a commit that would exceed a limit raises `LimitError` with the object, the limit and the figure, and changes
-nothing; nothing is ever truncated.  The agent derives the limits from the sizes of its maps.
+nothing.  Nothing is ever truncated.  The agent derives the limits from the sizes of its maps.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from netpol_ebpf.errors import LimitError
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How many rows of each table, and parts of each policy and policy set, the compiler accepts.
+    """The largest number of rows of each table, and the largest sizes of policies and policy sets.
 
-    A default is the default size of the BPF map that holds the table; where no map sets the limit, it is arbitrary.
+    A default is the default size of the BPF map that has the table's rows.  Where no map sets the limit, the default is
+    arbitrary.
     """
 
-    rules_per_policy: int = 65_536  # arbitrary: internal rules of one direction, after port and peer lists are split
-    entries_per_set: int = 65_536  # arbitrary: width of the bit vectors
+    rules_per_policy: int = 65_536  # arbitrary: rules of one direction, after lists of ports and of peers are split
+    entries_per_set: int = 65_536  # arbitrary: number of bits of the bit vectors
     classes_per_set: int = 65_535  # a class number has 16 bits
     verdicts_per_set: int = 1 << 22  # arbitrary
     atoms: int = 65_535  # an atom number has 16 bits
@@ -36,7 +37,7 @@ class Limits:
 
 
 def exceeded(what: str, limit: str, maximum: int, seen: int) -> LimitError:
-    """The error that the object ``what`` needs ``seen`` of something of which `Limits` allows ``maximum``.
+    """The error for a limit that the object ``what`` exceeds: it needs ``seen``, and the limit is ``maximum``.
 
     ``limit``: the name of the field of `Limits`.
     """

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers of nodes, by which the program checks that a tunnelled packet comes from the node of its source address.
+"""Numbers of nodes. The program uses them to check that a tunnelled packet comes from the node of its source address.
 
-A node has a number as long as its addresses identify it: it has at least one address, and shares none with another
-node.  So a second Node object of the same machine, left over from an earlier registration, takes no address from the
-workloads of the first.
+A node has a number only while its addresses identify the node: it has at least one address, and shares no address with
+another node.  If an earlier registration of a machine left a second Node object behind, both nodes have no number, and
+no address gets the number of the wrong node.
 
-Invariants: a number is never given to another node, nor again to a node that lost it.  The caller must update what
-depends on the numbers.
+Invariants: a number is never given to another node, nor again to a node that lost its number.  The caller must update
+the rows that depend on the numbers.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from netpol_ebpf.policy.types import ClusterNode
 
 
 class NodeNumbers:
-    """The numbers of nodes. ``numbers``: from the name of each node with a number to the number."""
+    """The numbers of nodes. ``numbers``: maps the name of each node with a number to the number."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
         self._next = FIRST_NODE
 
     def renumber(self, nodes: Mapping[str, ClusterNode], journal: Journal) -> dict[str, tuple[int, int]]:
-        """Update the numbers from the addresses of all ``nodes``, by name.
+        """Update the numbers after the addresses of nodes may have changed. ``nodes``: all nodes, by name.
 
-        Returns for each node with a changed number (old number, new number), 0 for none.  Cost: linear in the nodes.
+        Returns, for the name of each node with another number than before, (old number, new number). 0 stands for no
+        number.  Cost: linear in the nodes.
         """
         holders = Counter(address for node in nodes.values() for address in set(node.addresses))
         before = self.numbers

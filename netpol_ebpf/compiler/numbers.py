@@ -2,7 +2,8 @@
 """Allocates numbers and ranges of numbers for rows.
 
 Invariants: no number is allocated twice.  A number that a commit frees is not reused in the same commit.  Freed single
-numbers are reused as late as possible, so that a reader with a stale number does not soon see another object under it.
+numbers are reused as late as possible, so that a reader with a stale number does not soon find another object under
+that number.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from netpol_ebpf.compiler.journal import Journal
 V = TypeVar("V")
 
 QUARANTINE = 1024
-"""How many freed numbers are not reused as long as never used numbers remain; arbitrary."""
+"""How many freed numbers must wait before the first of them is reused, while never used numbers remain; arbitrary."""
 
 
 class NumberPool:
@@ -30,7 +31,7 @@ class NumberPool:
         self._skip: set[int] = set()
 
     def keep(self, known: Mapping[V, int]) -> dict[V, int]:
-        """Reserve the numbers of an earlier run (object -> number), and return the reserved ones.
+        """Reserve the numbers of an earlier run (object -> number), and return those that were reserved.
 
         Numbers out of range, and numbers of several objects, are not reserved.  A reserved number is not allocated
         until `give_back` frees it.  Must be called before the first `take`.
@@ -63,14 +64,17 @@ class NumberPool:
 
 
 class Ranges:
-    """Allocates ranges of consecutive numbers from 0 to ``size`` - 1, first fit."""
+    """Allocates ranges of consecutive numbers from 0 to ``size`` - 1. The first gap that is large enough is used."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._free: list[tuple[int, int]] = [(0, size)]  # (start, length), ascending, never adjacent
 
     def begin(self, journal: Journal) -> None:
-        """Start a commit: the journal's rollback restores the present allocation. Must be called first in a commit."""
+        """Start a commit: the journal's rollback restores the present allocation.
+
+        Must be the first call in a commit.
+        """
         before = self._free.copy()
         journal.on_rollback(lambda: self._free.__setitem__(slice(None), before))
 
@@ -86,7 +90,7 @@ class Ranges:
         return None
 
     def give_back(self, start: int, length: int) -> None:
-        """Free the range of ``length`` numbers from ``start``. Must be called at the end of a commit."""
+        """Free the range of ``length`` numbers from ``start`` on. Must be called at the end of a commit."""
         insort(self._free, (start, length))
         index = self._free.index((start, length))
         for at in (index, index - 1):

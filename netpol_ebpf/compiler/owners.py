@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Owners of addresses (endpoints, network sets, nodes), and the terms that are true for each owner.
 
-Objects of one kind with the same labels and named ports share one owner.  The selector index finds the matching pairs
-of selectors and labels without testing every pair.
+A *term* is a condition of a rule on an owner: a selector matches the owner's labels, or the owner declares a named
+port.  Objects of one kind with the same labels and named ports share one owner.  The selector index finds the owners
+that a selector matches, and the selectors that match an owner, without a test of every pair.
 
-Invariants: every owner record has exactly the terms in use that are true for it, and every term record its owners.  An
-owner exists as long as an object uses it (``presence``), or an identity has it (until the end of a commit).  Named
-ports resolve among owners that an object uses, so the result is the state after the commit.
+Invariants: an owner record has exactly the terms in use that are true for the owner; a term record has exactly the
+owners for which the term is true.  An owner is kept while an object refers to it (``presence``); after that, until the
+end of the commit, while an identity contains it.  Named ports are resolved only among owners to which an object refers,
+so owners that this commit removes do not count.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ from netpol_ebpf.selector import Selector, SelectorIndex
 
 
 class OwnerKind(enum.Enum):
-    """The kind of an owner, which determines the terms that can be true for it.
+    """The kind of an owner, which determines the terms that can be true for the owner.
 
-    Selector terms: endpoints and network sets.  Named port terms: endpoints.  Node terms: nodes.
+    Selector terms can be true for endpoints and network sets, named port terms for endpoints, node terms for nodes.
     """
 
     ENDPOINT = "e"
@@ -35,7 +37,7 @@ class OwnerKind(enum.Enum):
 
 
 LabelItems = tuple[str, ...]
-"""Labels as alternating names and values, sorted by name: needs much less memory than a set of pairs."""
+"""Labels as alternating names and values, sorted by name. A tuple needs much less memory than a set of pairs."""
 OwnerValue = tuple[OwnerKind, LabelItems, tuple[NamedPort, ...]]
 
 
@@ -46,7 +48,12 @@ def pairs(labels: LabelItems) -> list[tuple[str, str]]:
 
 @dataclass(slots=True)
 class OwnerRecord:
-    """One distinct owner. ``presence``: how many objects use it. ``identities``: the identities that have it."""
+    """One distinct owner.
+
+    ``presence``: how many objects share the owner.
+    ``identities``: the numbers of the identities that contain the owner.
+    ``terms``: the ids of the terms that are true for the owner.
+    """
 
     value: OwnerValue
     presence: int = 0
@@ -56,7 +63,11 @@ class OwnerRecord:
 
 @dataclass(slots=True)
 class TermRecord:
-    """A term in use. ``owners``: the ids of the owners for which it is true."""
+    """A term in use.
+
+    ``references``: how many address matches and named ports use the term.
+    ``owners``: the ids of the owners for which the term is true.
+    """
 
     term: OwnerTerm
     references: int = 0
@@ -64,7 +75,7 @@ class TermRecord:
 
 
 class _Labels:
-    """An index between the labels of owners and the selectors of rules.
+    """An index between the labels of owners and the selectors of terms.
 
     Endpoints and network sets share one index; nodes have another.
     """
@@ -73,7 +84,7 @@ class _Labels:
         self.index: SelectorIndex[int, int] = SelectorIndex()
 
     def add_owner(self, owner: int, labels: LabelItems, journal: Journal) -> set[int]:
-        """Add an owner; returns the ids of the selector terms that match it."""
+        """Add an owner. Returns the ids of the terms with a selector that matches the owner's labels."""
         journal.on_rollback(lambda: self.index.remove_labels(owner))
         return self.index.add_labels(owner, dict(pairs(labels)))
 
@@ -82,7 +93,7 @@ class _Labels:
         journal.on_rollback(lambda: self.index.add_labels(owner, dict(pairs(labels))))
 
     def add_selector(self, term: int, selector: Selector, journal: Journal) -> set[int]:
-        """Add a selector; returns the ids of the owners that match it."""
+        """Add the selector of a term. Returns the ids of the owners with labels that the selector matches."""
         journal.on_rollback(lambda: self.index.remove_selector(term))
         return self.index.add_selector(term, selector)
 
@@ -92,7 +103,11 @@ class _Labels:
 
 
 NameKey = tuple["Selector | None", str]
-"""A named port of a rule: (selector of its entity, name). It resolves among endpoints that the selector matches."""
+"""A named port as a rule uses it: (selector, name).
+
+The named port stands for the ports that endpoints declare under this name.  If the selector is not None, only endpoints
+that the selector matches count.
+"""
 
 
 class OwnerIndex:
@@ -107,18 +122,22 @@ class OwnerIndex:
         self._nodes = _Labels()
         self._declaring: dict[str, set[int]] = {}  # port name -> owners that declare it
         self._named_terms: dict[str, set[int]] = {}  # port name -> NamedPortTerm ids
-        self._names: dict[NameKey, tuple[int | None, dict[PortPair, int]]] = {}  # -> selector term, present owners
+        # named port -> (id of the selector's term, {(protocol, port): how many owners in use declare it})
+        self._names: dict[NameKey, tuple[int | None, dict[PortPair, int]]] = {}
         self._names_by_name: dict[str, set[NameKey]] = {}
         self._name_references: dict[NameKey, int] = {}
         self._next_owner = 1
         self._next_term = 1
         self.changed_names: set[NameKey] = set()
-        """Names with a resolution that changed in this commit. The compiler clears it at the end of each commit."""
+        """Named ports that stand for other ports since the last commit.
+
+        The compiler clears the set at the end of each commit.
+        """
 
     # --- owners -----------------------------------------------------------------------------------------------------
 
     def appear(self, kind: OwnerKind, labels: Mapping[str, str], ports: Iterable[NamedPort], journal: Journal) -> int:
-        """Count one more object with this kind, these labels and ports. Returns the id of their owner."""
+        """Add a reference to the owner of objects with this kind, these labels and ports. Returns the owner's id."""
         value: OwnerValue = (kind, tuple(chain.from_iterable(sorted(labels.items()))), tuple(sorted(set(ports))))
         owner = self._owner_ids.get(value)
         if owner is None:
@@ -130,14 +149,14 @@ class OwnerIndex:
         return owner
 
     def disappear(self, owner: int, journal: Journal) -> None:
-        """Count one object less that uses the owner."""
+        """Drop the reference of one object to its owner."""
         record = self.owners[owner]
         journal.assign(record, "presence", record.presence - 1)
         if not record.presence:
             self._count_ports(owner, -1, journal)
 
     def collect(self, owner: int, journal: Journal) -> None:
-        """Remove the owner if neither an object nor an identity uses it."""
+        """Remove the owner if no object refers to it and no identity contains it."""
         record = self.owners.get(owner)
         if record is None or record.presence or record.identities:
             return
@@ -184,7 +203,7 @@ class OwnerIndex:
         return self._term_ids[term]
 
     def acquire(self, term: OwnerTerm, journal: Journal) -> int:
-        """Count a use of a term. Returns its id."""
+        """Add a reference to a term. Returns the term's id."""
         term_id = self._term_ids.get(term)
         if term_id is None:
             term_id = self._next_term
@@ -200,7 +219,7 @@ class OwnerIndex:
         return term_id
 
     def release(self, term_id: int, journal: Journal) -> None:
-        """Count one use of a term less; a term without uses is removed."""
+        """Drop a reference to a term, and remove the term with its last reference."""
         record = self.terms[term_id]
         journal.assign(record, "references", record.references - 1)
         if record.references:
@@ -228,11 +247,14 @@ class OwnerIndex:
     # --- names ------------------------------------------------------------------------------------------------------
 
     def named(self, key: NameKey) -> frozenset[PortPair]:
-        """The ports to which a name resolves. Raises KeyError if the name is not in use (`acquire_name`)."""
+        """The ports for which a named port stands. Raises KeyError if the name is not in use (see `acquire_name`)."""
         return frozenset(self._names[key][1])
 
     def acquire_name(self, key: NameKey, journal: Journal) -> None:
-        """Count a use of a name. As long as it is in use, ``changed_names`` reports changes of its resolution."""
+        """Add a reference to a named port.
+
+        While a named port is in use, ``changed_names`` reports changes of its ports.
+        """
         references = self._name_references.get(key, 0)
         journal.put(self._name_references, key, references + 1)
         if references:
@@ -251,7 +273,7 @@ class OwnerIndex:
         journal.add_to(self._names_by_name, name, key)
 
     def release_name(self, key: NameKey, journal: Journal) -> None:
-        """Count one use of a name less."""
+        """Drop a reference to a named port."""
         references = self._name_references[key]
         if references > 1:
             journal.put(self._name_references, key, references - 1)
@@ -263,7 +285,7 @@ class OwnerIndex:
         journal.discard_from(self._names_by_name, key[1], key)
 
     def _count_ports(self, owner: int, step: int, journal: Journal) -> None:
-        """Update the resolution of names for an owner that appeared (``step`` 1) or disappeared (-1)."""
+        """Update the ports of named ports for an owner that appeared (``step`` 1) or disappeared (``step`` -1)."""
         record = self.owners[owner]
         if record.value[0] is not OwnerKind.ENDPOINT:
             return

@@ -5,9 +5,9 @@ The interpreter computes the verdict on one packet; a `TableReader` lists the ve
 packets of one endpoint, direction and stage into *cells*: (class of the peer's address) x (class of the own address) x
 (protocol, destination port or ICMP type) x (source port).  All packets of a cell have the same verdict and cause.
 
-Invariants: only the tables are read.  The cells of a policy set are disjoint and contain every packet, and a packet's
-cell has the verdict that `netpol_ebpf.compiler.interpreter` computes for the packet.  KeyError is raised if a row that
-another row refers to is missing.
+Invariants: only the tables are read.  The cells of a policy set are disjoint and together contain every packet.  A cell
+has the verdict that `netpol_ebpf.compiler.interpreter` computes for each packet of the cell.  KeyError is raised if a
+row that another row refers to is missing.
 
 A cause names tier, policy and rule; `netpol_ebpf.policy.provenance.trace` finds its file and line in the world that was
 compiled.  `Compiler.content_of` returns the labels, nets and services that the addresses of an identity have in common.
@@ -46,9 +46,10 @@ class AddressClass:
 class AddressesOfClass:
     """The addresses of a class.
 
-    ``addresses``: addresses with a row of their own.  ``networks``: all addresses in these networks are in the class,
-    except addresses and networks inside them that have a row of their own in another class.  ``unknown_versions``: the
-    IP versions (4, 6) of which the addresses without any row are in the class.
+    ``addresses``: addresses with a row of their own.
+    ``networks``: all addresses in these networks are in the class, except addresses and networks inside them that have
+    a row of their own in another class.
+    ``unknown_versions``: the IP versions (4, 6) for which the addresses without any row are in the class.
     """
 
     addresses: tuple[IPAddress, ...]
@@ -59,7 +60,7 @@ class AddressesOfClass:
 class ProtocolPorts(NamedTuple):
     """A protocol (IANA number) and some of its destination ports or ICMP types.
 
-    ``values``: destination ports; for ICMP and ICMPv6 ``type * 256 + code``; None: all packets of the protocol.
+    ``values``: destination ports; for ICMP and ICMPv6 ``type * 256 + code``.  None: all packets of the protocol.
     """
 
     protocol: int
@@ -82,7 +83,7 @@ class Cell:
 
 
 def protocol_ports(l4: Intervals) -> Iterator[ProtocolPorts]:
-    """Decode positions (`netpol_ebpf.compiler.l4`) into protocols, in ascending order, with their ports or types."""
+    """Decode positions (`netpol_ebpf.compiler.l4`) into protocols with their ports or types, in ascending order."""
     for number in range(_PROTOCOLS):
         whole = protocol(number)
         found = intersection(l4, whole)
@@ -94,10 +95,10 @@ def protocol_ports(l4: Intervals) -> Iterator[ProtocolPorts]:
 
 
 class PolicySetReader:
-    """All verdicts of one policy set, which an endpoint has in one direction and stage.
+    """All verdicts of one policy set.
 
-    Each identity is in exactly one class of ``peers`` and one of ``owns``; each position of protocols and ports in
-    exactly one class of ``l4``, each source port in exactly one class of ``source_ports``.
+    Each identity is in exactly one class of ``peers`` and in exactly one class of ``owns``.  Each position of protocols
+    and ports is in exactly one class of ``l4``, and each source port in exactly one class of ``source_ports``.
     """
 
     def __init__(
@@ -111,8 +112,8 @@ class PolicySetReader:
     ) -> None:
         """``peers``, ``owns``, ``l4``, ``source_ports``: the classes, by class number.
 
-        ``verdict``: the verdict on a combination of class numbers, in this order.  ``versions``: the IP version of each
-        identity.
+        ``verdict``: called with the numbers of a peer, own, L4 and source-port class; returns their verdict.
+        ``versions``: the IP version of each identity.
         """
         self.peers = peers
         self.owns = owns
@@ -122,7 +123,10 @@ class PolicySetReader:
         self._versions = versions
 
     def cells(self) -> Iterator[Cell]:
-        """One cell for each combination of classes that a packet may have. Cost: the product of the classes."""
+        """One cell for each combination of classes that a packet may have.
+
+        Cost: the product of the numbers of classes.
+        """
         for (peer, peers), (own, owns) in product(self.peers.items(), self.owns.items()):
             if self._versions_of(peers).isdisjoint(self._versions_of(owns)):
                 continue  # a packet has addresses of one family
@@ -132,10 +136,11 @@ class PolicySetReader:
                     yield Cell(peers, owns, possible, ports, self.verdict(peer, own, l4, source))
 
     def answers(self) -> Iterator[Cell]:
-        """The cells, merged to fewer and larger ones with the same verdict.
+        """The cells, merged to fewer and larger cells.
 
-        First cells that differ only in protocol and port are merged, then cells that differ only in the peer.  Like
-        `cells`, the result is disjoint and contains every packet.  Cells with the same peer follow each other.
+        First the method merges cells that differ only in protocol and port, then cells that differ only in the peer.
+        Like the cells of `cells`, the results are disjoint and together contain every packet.  Cells with the same peer
+        follow each other.
         """
         by_peer: dict[AddressClass, dict[tuple[AddressClass, Intervals, Verdict], list[Intervals]]] = {}
         for cell in self.cells():
@@ -180,9 +185,9 @@ class TableReader:
         """The IP version of each identity that some address may have."""
         blocks = (block for block in range(ATOM_BLOCKS) if block not in _SOURCE_BLOCKS)
         self.atoms = self._intervals(blocks, 0)
-        """From the number of each atom to its positions (`netpol_ebpf.compiler.l4`)."""
+        """Maps the number of each atom to its positions (`netpol_ebpf.compiler.l4`)."""
         self.source_atoms = self._intervals(_SOURCE_BLOCKS, SOURCE_BLOCK)
-        """From the number of each source-port atom to its source ports."""
+        """Maps the number of each source-port atom to its source ports."""
         self._classes: dict[int, dict[int, int]] = {}
         for (number, identity), class_ in tables.peer_classes.items():
             self._classes.setdefault(number, {})[identity] = class_
@@ -261,7 +266,8 @@ class TableReader:
     def _address_classes(self, number: int, defaults: Mapping[int, int]) -> dict[int, AddressClass]:
         """The address classes of one side (peer or own), by class number.
 
-        ``number``: the side's class table.  ``defaults``: the default class of each IP version.
+        ``number``: the number of the side's class table.
+        ``defaults``: the default class of each IP version.
         """
         rows = self._classes.get(number, {})
         found: dict[int, set[int]] = {}
@@ -270,7 +276,10 @@ class TableReader:
         return {class_: AddressClass(frozenset(identities)) for class_, identities in found.items()}
 
     def _columns(self, atoms: Mapping[int, Intervals], base: int, classes: int) -> dict[int, Intervals]:
-        """The positions of each class of atoms, by class number. ``base``: first block of the policy set's column."""
+        """The positions of each class of atoms, by class number.
+
+        ``base``: the first block of the policy set's column.
+        """
         found: dict[int, list[tuple[int, int]]] = {}
         for atom, intervals in atoms.items():
             class_ = self._tables.class_of_atom(base, atom) if classes > 1 else 0
@@ -278,7 +287,10 @@ class TableReader:
         return {class_: normalise(pairs) for class_, pairs in found.items()}
 
     def _intervals(self, blocks: Iterable[int], first: int) -> dict[int, Intervals]:
-        """The positions of each atom in ``blocks``. ``first``: the block whose first position is 0."""
+        """The positions of each atom in ``blocks``.
+
+        ``first``: the first block of the line to which the blocks belong.
+        """
         pairs: dict[int, list[tuple[int, int]]] = {}
         for block in blocks:
             start = (block - first) * ATOM_BLOCK

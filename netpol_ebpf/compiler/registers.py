@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Values that rows refer to by number: causes (table ``rules``) and lists of Log rules (table ``log_lists``).
 
-Invariant: a value has one number while anything refers to it; its row is written in the GROW phase of the first commit
-that needs it and removed in the SHRINK phase of the commit that releases it.
+Invariant: a value has one number while anything refers to the value.  The value's row is written in phase GROW of the
+first commit that needs the value, and removed in phase SHRINK of the commit that drops the last reference.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ V = TypeVar("V", bound=Hashable)
 class RowRegister(Generic[V]):
     """Numbers from 1 on for the distinct values of one table.
 
-    ``kept``: numbers of an earlier run, by value.  A value gets its kept number on its first use.  No other value gets
-    that number before `release_kept`.
+    ``kept``: numbers of an earlier run, by value.  A value gets its kept number when it is first acquired.  Until
+    `release_kept`, no other value gets that number.
     """
 
     def __init__(self, table: str, limit: int, kept: Mapping[V, int] | None = None) -> None:
@@ -36,9 +36,10 @@ class RowRegister(Generic[V]):
         self._unreferenced: set[int] = set()
 
     def acquire(self, value: V, what: str, draft: Draft, journal: Journal) -> int:
-        """Count a use of a value, and return its number.
+        """Add a reference to a value, and return the value's number.
 
-        Raises LimitError if all numbers are in use; ``what`` is the object that the error names.
+        Raises LimitError if all numbers are in use.
+        ``what``: the object that the error names.
         """
         number = self._known.get(value)
         if number is None:
@@ -57,13 +58,13 @@ class RowRegister(Generic[V]):
             self._numbers.give_back(journal.pop(self._kept, value), journal)
 
     def release(self, number: int, journal: Journal) -> None:
-        """Count one use of the value ``number`` less."""
+        """Drop a reference to the value ``number``."""
         journal.put(self._references, number, self._references[number] - 1)
         if not self._references[number]:
             journal.add(self._unreferenced, number)
 
     def collect(self, draft: Draft, journal: Journal) -> None:
-        """Remove values without uses. Must be called at the end of a commit."""
+        """Remove values without references. Must be called at the end of a commit."""
         for number in list(self._unreferenced):
             journal.discard(self._unreferenced, number)
             if not self._references[number]:

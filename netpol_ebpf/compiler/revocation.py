@@ -2,7 +2,7 @@
 """Whether a change revokes anything, so that policy must evaluate open connections again.
 
 A change revokes if the verdict on some packet is stricter than before: allow became continue or deny, or continue
-became deny.  The comparison of classes is exact.  If it would take too long, the change counts as revoking.
+became deny.  The comparison covers all classes and is exact.  If it would take too long, the change counts as revoking.
 
 Invariant: the result is "no" only if no verdict is stricter than before.
 """
@@ -19,18 +19,18 @@ from netpol_ebpf.compiler.setstore import SetStore
 from netpol_ebpf.policy.types import Outcome
 
 BUDGET = 50_000
-"""How many verdicts one commit compares; a change that needs more counts as revoking.
+"""How many verdicts one commit compares. A change that needs more comparisons counts as revoking.
 
-Arbitrary: some tens of milliseconds.
+The number is arbitrary; the comparisons take some tens of milliseconds.
 """
 _REMEMBERED = 4096
 """How many results are cached for each policy set; arbitrary."""
 
 
 class Revocation:
-    """Compares the policy of one commit with the policy before it.
+    """Compares the policy after one commit with the policy before it.
 
-    ``late``: new identities that have no class in the policy sets that this commit replaces.
+    ``late``: the new identities that have no class in the policy sets that this commit replaces.
     """
 
     def __init__(self, identities: IdentityIndex, late: Iterable[int]) -> None:
@@ -40,9 +40,10 @@ class Revocation:
         self._compared: dict[tuple[LiveSet | None, LiveSet | None], bool] = {}
 
     def by_relabelling(self, pairs: set[tuple[int, int]], sets: SetStore) -> bool:
-        """Whether any policy set in use is stricter for the new than for the old identity of an address.
+        """Whether some policy set is stricter for an address's new identity than for its old identity.
 
         ``pairs``: (old identity, new identity) of the addresses with a changed identity.
+        ``sets``: the policy sets.  Sets without references are not compared.
         """
         for before, after in pairs:
             for class_table, users in sets.distinguishing(before, after):
@@ -75,7 +76,10 @@ class Revocation:
         return known
 
     def by_replacement(self, old: LiveSet | None, new: LiveSet | None) -> bool:
-        """Whether policy set ``new`` is stricter than ``old`` for some packet. None: the outcome is always CONTINUE."""
+        """Whether policy set ``new`` is stricter than ``old`` for some packet.
+
+        None: a set whose outcome is always CONTINUE.
+        """
         if old is new:
             return False
         known = self._compared.get((old, new))
@@ -100,9 +104,11 @@ class Revocation:
         )
 
     def _pairs(self, old: EntryVectors | None, new: EntryVectors | None) -> set[tuple[int, int]]:
-        """The distinct pairs (old vector, new vector) of entries that match one identity, on one side.
+        """For each identity, the entries that match it on one side, as a pair (old vector, new vector).
 
-        None: the policy set does not have this side; its vector has all bits.
+        Each pair occurs once.
+        ``old``, ``new``: the side of the old and of the new policy set.  None: the policy set does not have this side,
+        and the vector has all bits.
         """
         if old is None or new is None:
             return {(before, after) for before in _all(old) for after in _all(new)}
@@ -112,7 +118,7 @@ class Revocation:
         pairs = {(old.table.class_of(number), new.table.class_of(number)) for number in numbers}
         v6 = len(numbers & self._identities.v6)
         for family, told in ((4, len(numbers) - v6), (6, v6)):
-            if len(self._identities.family_members(family) - self._late) > told:  # the other identities have no rows
+            if len(self._identities.family_members(family) - self._late) > told:  # some identities have no rows
                 pairs.add((old.table.defaults[family], new.table.defaults[family]))
         before, after = old.vectors, new.vectors
         return {(before[one], after[other]) for one, other in pairs}

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rule lists: everything that applies to one endpoint in one direction and stage, in the order of evaluation.
 
-A *template* has the entries of one policy (or profile, or list of exceptions) in one direction; all rule lists with
-that policy share it.  A *rule list* has exceptions, tiers of templates, profiles, and the default at the end, in this
-order.  It serves two evaluations: the enforced one, and the pending one, in which staged policies take part and replace
-enforced policies.  Each template and each end of a tier has flags for the evaluations to which it belongs.
+A *template* has the entries of one policy, profile or list of exceptions in one direction; all rule lists with that
+policy share the template.  A *rule list* has, in this order: exceptions, tiers of templates, profiles, and the default.
+It is evaluated twice: in the enforced evaluation, and in the pending evaluation, in which staged policies take part and
+replace enforced policies.  Each template and each end of a tier has flags for the evaluations in which it takes part.
 
-Invariant: rule lists with the same meaning are equal values, whatever the order in which the policies came (sections 2
-to 4 of policy/MATCHING.md).
+Invariant: rule lists with the same meaning are equal values, whatever the order in which the policies were added
+(sections 2 to 4 of policy/MATCHING.md).
 """
 
 from __future__ import annotations
@@ -49,10 +49,15 @@ _OTHER = {Direction.INGRESS: Direction.EGRESS, Direction.EGRESS: Direction.INGRE
 
 @dataclass(slots=True, eq=False)
 class Template:
-    """The entries of one policy, profile or list of exceptions in one direction. Compared by object identity.
+    """The entries of one policy, profile or list of exceptions in one direction.
 
-    ``names_own_nets``: at least one entry depends on nets that contain the own address.  ``references``: how many rule
-    lists use the template.  ``peers``, ``owns``: the records of the entries' matches while ``references`` is not 0.
+    Compared by object identity.
+    ``what``: the object to name in errors.
+    ``constrains_own``: at least one entry has a condition on the endpoint's own address.
+    ``names_own_nets``: at least one entry depends on nets that contain the own address.
+    ``passes``: at least one entry has the effect PASS.
+    ``references``: how many rule lists have the template.
+    ``peers``, ``owns``: the records of the entries' peer and own matches; empty while ``references`` is 0.
     """
 
     what: str
@@ -66,7 +71,7 @@ class Template:
 
 
 def make_template(what: str, entries: Iterable[RuleEntry]) -> Template:
-    """Make a template of ``entries`` that no rule list uses yet. ``what``: the object to name in errors."""
+    """Make a template of ``entries`` that no rule list has yet. ``what``: the object to name in errors."""
     found = tuple(entries)
     return Template(
         what,
@@ -81,7 +86,7 @@ def make_template(what: str, entries: Iterable[RuleEntry]) -> Template:
 
 @dataclass(frozen=True, slots=True)
 class TemplateUse:
-    """A template in a rule list. ``enforced``, ``pending``: the evaluations in which it takes part."""
+    """A template in a rule list. ``enforced``, ``pending``: whether the template takes part in that evaluation."""
 
     template: Template
     enforced: bool = True
@@ -92,8 +97,8 @@ class TemplateUse:
 class TierTemplates:
     """A tier of a rule list, with the templates of its policies.
 
-    ``end_enforced``, ``end_pending``: the policy that the cause names if the tier ends in deny in that evaluation;
-    None: evaluation continues with the next tier.
+    ``end_enforced``, ``end_pending``: the policy that the cause names if the tier ends with a deny in that evaluation.
+    None: the evaluation continues with the next tier.
     """
 
     name: str
@@ -101,7 +106,11 @@ class TierTemplates:
     end_enforced: PolicyKey | None
     end_pending: PolicyKey | None
     is_closed: bool = field(init=False, compare=False, repr=False)
-    """Whether evaluation always ends in this tier: it ends in deny in both evaluations, and no rule leaves it."""
+    """Whether no evaluation goes beyond this tier.
+
+    This is so if the tier denies at its end, both in the enforced and in the pending evaluation, and no rule of the
+    tier has the action Pass.
+    """
     _hash: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -117,8 +126,10 @@ class TierTemplates:
 class RuleList:
     """All templates of an endpoint in one direction and stage, in the order of evaluation.
 
-    ``constraining``: the templates that constrain the own side, in order.  The hash is computed once, because rule
-    lists are dictionary keys and may have a thousand templates.
+    ``head``: the exceptions.
+    ``constraining``: the templates that constrain the own side, in order.
+
+    The hash is computed once, because rule lists are dictionary keys and may have a thousand templates.
     """
 
     direction: Direction
@@ -151,7 +162,7 @@ class RuleList:
 
 
 def nothing_decided(direction: Direction, stage: Stage) -> tuple[Outcome, Cause]:
-    """The outcome and cause if no rule and no tier decides: deny in NORMAL, continue in the other stages."""
+    """The outcome and cause if no rule and no tier decides: deny in stage NORMAL, continue in the other stages."""
     if stage is Stage.NORMAL:
         return Outcome.DENY, Cause(CauseKind.NO_MATCH, direction, action=Action.DENY)
     return Outcome.CONTINUE, Cause(CauseKind.NO_MATCH, direction, action=Action.PASS)
@@ -163,7 +174,8 @@ def nothing_decided(direction: Direction, stage: Stage) -> tuple[Outcome, Cause]
 class Exceptions(NamedTuple):
     """The packets that host policy never blocks in one direction and stage.
 
-    ``replies``: the failsafes of the other direction in stage UNTRACKED, which must let their replies pass as well.
+    ``replies``: in stage UNTRACKED, the failsafes of the other direction, because replies to packets of a failsafe must
+    pass as well.
     """
 
     stage: Stage
@@ -204,14 +216,18 @@ def missing_profile_entries(name: str, direction: Direction, resolver: Resolver)
 
 
 def exception_entries(exceptions: Exceptions, direction: Direction, resolver: Resolver) -> list[RuleEntry]:
-    """The entries of exceptions in one direction: they allow in NORMAL, and continue in UNTRACKED."""
+    """The entries of exceptions in one direction.
+
+    Their effect is ALLOW in stage NORMAL, and CONTINUE in stage UNTRACKED.
+    """
     effect = Effect.ALLOW if exceptions.stage is Stage.NORMAL else Effect.CONTINUE
     found: list[RuleEntry] = []
 
     def add(kind: CauseKind, index: int, remote: Entity, protocol: int, port: int, *, reply: bool = False) -> None:
         """Add one entry.
 
-        ``remote``: the addresses of the remote side.  ``port``: the destination port; for a reply, the source port.
+        ``remote``: the addresses of the remote side.
+        ``port``: the destination port; for a reply, the source port.
         """
         ports: Ports | None = Ports(ranges=((port, port),))
         if protocol not in PORT_PROTOCOLS:
@@ -263,8 +279,8 @@ def order_tiers(
 ) -> tuple[TierTemplates, ...]:
     """The tiers in order, each with the templates of its policies in order.
 
-    ``policies``: the policies of the stage and direction that select the endpoint.  ``replaced``: the keys of policies
-    that staged policies replace, and that are not in the pending evaluation.
+    ``policies``: the policies of the stage and direction that select the endpoint.
+    ``replaced``: the keys of policies that staged policies replace; these are not in the pending evaluation.
     """
     by_tier: dict[str, list[Policy]] = {}
     for policy in policies:
@@ -299,7 +315,7 @@ def order_tiers(
 def cut(
     tiers: tuple[TierTemplates, ...], profiles: tuple[TemplateUse, ...]
 ) -> tuple[tuple[TierTemplates, ...], tuple[TemplateUse, ...]]:
-    """Drop unreachable tiers and profiles, so that endpoints that differ only in these share their policy sets."""
+    """Drop unreachable tiers and profiles. Then endpoints that differ only in these have the same policy sets."""
     for index, tier in enumerate(tiers):
         if tier.is_closed:
             return tiers[: index + 1], ()

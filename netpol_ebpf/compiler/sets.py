@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A policy set in use: a rule list's entries as bit vectors, with classes, columns and verdicts.
 
-*Own entries* are the entries that match the endpoint's own addresses, in templates that constrain the own side.  With
-own entries, the own side is constant; without them, it is a dimension of the verdict rows.
+*Own entries* are the entries that match the endpoint's own addresses, in templates that constrain the own side.  If all
+own addresses match the same entries, the policy set contains no other entries of these templates, and the program does
+not look up the own address.  Otherwise the set has verdict rows for each class of own addresses.
 
 Invariants: each combination of classes in use has a verdict row.  The verdicts of a published set never change; the set
-only gains and loses classes.  If its range of verdicts or columns gets too small, the set moves to a larger range in
-phase PREPARE, so that rows that refer to the set are changed before all other rows.
+only gains and loses classes.  If a set's range of verdicts or columns gets too small, the set moves to a larger range
+in phase PREPARE, so that the endpoint rows that refer to the set change before all other rows.
 """
 
 from __future__ import annotations
@@ -31,19 +32,20 @@ from netpol_ebpf.compiler.terms import ANYONE
 from netpol_ebpf.policy.types import Action, Cause, CauseKind, Direction, Outcome
 
 OwnEntries = tuple[int, ...]
-"""For each template of a rule list that constrains the own side, in order: the bits of its entries that match the own
-addresses.
+"""The entries that match the own addresses, as bits.
+
+There is one item for each template of a rule list that constrains the own side, in the order of the rule list.
 """
 SetKey = tuple[RuleList, "OwnEntries | None"]
 
 LEAST_ROOM = 2
-"""The smallest number of spare classes in a dimension of the verdicts; arbitrary."""
+"""The smallest number of spare classes for which a policy set reserves verdicts on one side; arbitrary."""
 
 _TRIM_ABOVE = 256
 """How many verdicts of deleted classes a policy set may cache; arbitrary."""
 
 EXCEPTIONS = (CauseKind.FAILSAFE, CauseKind.TUNNEL)
-"""Kinds of causes for packets that no policy of a host may drop, in any stage."""
+"""The kinds of causes that protect packets from the policy of a host, in all stages."""
 
 _OUTCOMES = {Effect.ALLOW: Outcome.ALLOW, Effect.DENY: Outcome.DENY, Effect.CONTINUE: Outcome.CONTINUE}
 
@@ -64,16 +66,19 @@ class Stores:
 
 
 class _Entries:
-    """The entries of a rule list that can match, by bit number; bit 0 is evaluated first.
+    """The entries of a rule list that can match, by bit number.
 
-    ``own_entries``: entries outside them are left out; None: the own side is a dimension of the verdicts.
+    The entry of bit 0 is evaluated first.
+    ``own_entries``: the entries to take from templates that constrain the own side.  None: all entries of these
+    templates.
     """
 
     def __init__(self, rule_list: RuleList, own_entries: OwnEntries | None) -> None:
         self.effects: list[Effect] = []
         self.outcomes: list[Outcome] = []
         self.causes: list[Cause] = []
-        self.targets: list[int] = []  # by bit: the first bit after its tier, at which evaluation continues after Pass
+        # By bit: the first bit after its tier, at which the evaluation continues after Pass.
+        self.targets: list[int] = []
         self.peers: dict[MatchRecord, int] = {}
         self.owns: dict[MatchRecord, int] = {}
         self.l4: dict[Intervals, int] = {}
@@ -103,7 +108,7 @@ class _Entries:
     def asks_source(self) -> bool:
         """Whether an enforced entry depends on the owner of the source address, or on the source port.
 
-        Staged entries do not count: they must not be the reason to drop a packet with a hidden source.
+        Staged entries do not count, because they must not cause the drop of a packet with a hidden source.
         """
         owners = self.owns if self._direction is Direction.EGRESS else self.peers
         asking = [bits for record, bits in owners.items() if not record.match.is_family_alone]
@@ -115,7 +120,7 @@ class _Entries:
         self.effects.append(effect)
         self.outcomes.append(
             _OUTCOMES.get(effect, Outcome.CONTINUE)
-        )  # never read for Pass and Log, which end no evaluation
+        )  # not read for Pass and Log, which end no evaluation
         self.causes.append(cause)
         self.targets.append(0)
         if enforced:
@@ -141,9 +146,10 @@ class _Entries:
 
 
 class _Column:
-    """The classes of the atoms of one line (L4 or source ports) in a policy set.
+    """The class of each atom of one line (L4 or source ports) in a policy set.
 
-    ``vectors``: class -> vector of entries.  ``classes``: atom -> class, padded to the end of the last block.
+    ``vectors``: maps a class to the bit vector of the entries that match the class.
+    ``classes``: maps an atom to its class, padded to the end of the last block.
     """
 
     def __init__(self, masks: dict[Intervals, int], always: int, space: AtomSpace, limit: int, what: str) -> None:
@@ -164,13 +170,14 @@ class _Column:
 
     @property
     def is_constant(self) -> bool:
-        """Whether all atoms are in one class, so that no column is needed."""
+        """Whether all atoms are in one class, so that the program needs no column."""
         return len(self.vectors) == 1
 
     def place(self, phase: Phase, stores: Stores, draft: Draft, what: str) -> None:
         """Allocate a range of blocks with spare room, and write the classes of all atoms there.
 
-        Raises LimitError if no range is free; ``what`` is the object that the error names.
+        Raises LimitError if no range is free.
+        ``what``: the object that the error names.
         """
         self.blocks = 1
         while self.blocks * COLUMN_BLOCK < len(self.classes) + COLUMN_BLOCK // 2:
@@ -196,9 +203,9 @@ class _Column:
 
 
 def _room(class_table: ClassTable) -> int:
-    """The number of classes for which one side reserves verdicts: the present ones, and room for more.
+    """The number of classes for which a policy set reserves verdicts on one side: the present classes and spare ones.
 
-    No room is needed if every match depends only on the address family: then no class can be added.
+    If every match depends only on the address family, the result has no spare classes, because no class can be added.
     """
     if all(record.match.is_family_alone for record in class_table.matches):
         return class_table.span
@@ -208,7 +215,7 @@ def _room(class_table: ClassTable) -> int:
 class LiveSet:
     """A policy set that is published or under construction.
 
-    ``references``: by how many (endpoint, direction, stage) it is used.
+    ``references``: how many combinations of endpoint, direction and stage use the set.
     """
 
     def __init__(self, key: SetKey, what: str, stores: Stores, draft: Draft, journal: Journal) -> None:
@@ -229,7 +236,11 @@ class LiveSet:
         self._verdicts: dict[int, VerdictRow] = {}
         self._trimmed = 0
         self.losses: dict[tuple[bool, int, int], bool] = {}
-        """Cached results of `netpol_ebpf.compiler.revocation`; they stay valid, as the set's verdicts never change."""
+        """Cached results of `netpol_ebpf.compiler.revocation`: whether a verdict gets stricter if an identity changes.
+
+        The key is (True if it is the peer's identity, vector of the old identity, vector of the new identity).  A
+        result stays valid, because the verdicts of a set never change.
+        """
         for predicate in entries.l4:
             stores.atoms.acquire(predicate, journal)
         for predicate in entries.sources:
@@ -257,7 +268,7 @@ class LiveSet:
 
     @property
     def sides(self) -> tuple[EntryVectors, ...]:
-        """The peer's side, and the own side if it is a dimension of the verdicts."""
+        """The peer's side, and the own side if the policy set has verdicts for each class of own addresses."""
         return (self.peer,) if self.own is None else (self.peer, self.own)
 
     @property
@@ -268,7 +279,7 @@ class LiveSet:
     # --- building ---------------------------------------------------------------------------------------------------
 
     def build(self, draft: Draft, journal: Journal) -> None:
-        """Build classes, columns and verdicts of an unpublished set. The atom spaces must be up to date."""
+        """Build the classes, columns and verdicts of an unpublished set. The atom spaces must be up to date."""
         stores = self._stores
         for class_table in self.class_tables:
             if not class_table.is_built:
@@ -338,7 +349,7 @@ class LiveSet:
                     index += 1
 
     def _verdict(self, vector: int, draft: Draft, journal: Journal) -> VerdictRow:
-        """The verdict row, with enforced and pending evaluation, if exactly the entries in ``vector`` match."""
+        """The verdict row of the packets that match exactly the entries in ``vector``."""
         outcome, rule, logs = self._walk(vector & self._entries.enforced)
         staged_outcome, staged_rule, _ = self._walk(vector & self._entries.pending)
         log_list = 0
@@ -347,7 +358,7 @@ class LiveSet:
         return VerdictRow(outcome, rule, staged_outcome, staged_rule, log_list, rule in self._exceptions)
 
     def _trim(self, journal: Journal) -> None:
-        """Drop cached verdicts of removed classes if there are many of them."""
+        """Drop cached verdicts of removed classes."""
         owns = (-1,) if self.own is None else tuple(self.own.vectors.values())
         reachable = {
             peer & own & l4 & source
@@ -382,7 +393,10 @@ class LiveSet:
     def add_classes(
         self, peers: dict[int, int], owns: dict[int, int], draft: Draft, journal: Journal
     ) -> tuple[int, int] | None:
-        """Add new classes (class -> vector of entries) to a published set. The class tables have them already.
+        """Add new classes to a published set.
+
+        The class tables have these classes already.
+        ``peers``, ``owns``: map each new class of the peer's and of the own side to its vector of entries.
 
         Returns the range of verdicts (start, length) that the set left if it moved, else None.
         """
@@ -401,11 +415,13 @@ class LiveSet:
             self._write_verdicts(Phase.GROW, self.peer.vectors, owns, draft, journal)
         return None
 
-    def add_atoms(self, split: Split, source: bool, draft: Draft, journal: Journal) -> tuple[int, int] | None:  # noqa: FBT001  # which line
-        """Add new atoms to a published set; each gets the class of the atom from which it was split.
+    def add_atoms(self, split: Split, source: bool, draft: Draft, journal: Journal) -> tuple[int, int] | None:  # noqa: FBT001  # selects the line
+        """Add new atoms to a published set.
 
-        ``source``: the split is of the source-port line.  Returns the range of column blocks (start, length) that the
-        set left if it moved, else None.
+        Each new atom gets the class of the atom from which it was split.
+        ``source``: whether the atoms are source-port atoms.
+
+        Returns the range of column blocks (start, length) that the set left if it moved, else None.
         """
         column = self._source if source else self._l4
         if column.is_constant or not split.parents:
@@ -429,16 +445,19 @@ class LiveSet:
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def outcome(self, vector: int) -> Outcome:
-        """The outcome of the enforced evaluation if exactly the entries in ``vector`` match."""
+        """The outcome of the enforced evaluation of packets that match exactly the entries in ``vector``."""
         known = self._verdicts.get(vector)
         return self._walk(vector & self._entries.enforced)[0] if known is None else known.outcome
 
     def may(self, outcome: Outcome) -> bool:
-        """Whether some packet may have this outcome. False is certain, True is not."""
+        """Whether some packet may have this outcome. If the result is False, no packet has the outcome.
+
+        If the result is True, it is not certain that a packet has the outcome.
+        """
         return any(verdict.outcome is outcome for verdict in self._verdicts.values())
 
     def port_vectors(self) -> tuple[list[int], list[int]]:
-        """The vectors of the L4 classes, and those of the source-port classes."""
+        """The vectors of the L4 classes, and the vectors of the source-port classes."""
         return self._l4.vectors, self._source.vectors
 
     def atom_vectors(self) -> list[int]:
@@ -452,7 +471,7 @@ class LiveSet:
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def release_predicates(self, journal: Journal) -> None:
-        """Release the protocol and port predicates of a set without uses."""
+        """Release the protocol and port predicates of a set without references."""
         for predicate in self._entries.l4:
             self._stores.atoms.release(predicate, journal)
         for predicate in self._entries.sources:
@@ -475,7 +494,7 @@ class LiveSet:
 
 
 def free_verdicts(base: int, size: int, stores: Stores, draft: Draft) -> None:
-    """Free a range of verdicts and delete its rows."""
+    """Free the ``size`` rows of the table ``verdicts`` from ``base`` on, and delete them."""
     rows = draft.rows(Phase.SHRINK, "verdicts")
     for index in range(base, base + size):
         rows[index] = DELETED
@@ -483,7 +502,7 @@ def free_verdicts(base: int, size: int, stores: Stores, draft: Draft) -> None:
 
 
 def free_columns(base: int, blocks: int, stores: Stores, draft: Draft) -> None:
-    """Free a range of columns and delete its rows."""
+    """Free the ``blocks`` rows of the table ``l4_columns`` from ``base`` on, and delete them."""
     rows = draft.rows(Phase.SHRINK, "l4_columns")
     for block in range(base, base + blocks):
         rows[block] = DELETED

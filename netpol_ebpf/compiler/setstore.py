@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All policy sets by content, and their update when identities and atoms come and go.
+"""All policy sets by content, and their update when identities and atoms are added or removed.
 
-Endpoints with equal rule lists and own entries share a set.  Invariant: before a row gives an identity or atom to
-packets, every published set has a class for it.
+Endpoints with equal rule lists and equal own entries share a policy set.
+
+Invariant: when a row that gives packets a new identity or atom is written, every published policy set already has a
+class for that identity or atom.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ class SetStore:
         self._uses: dict[MatchRecord, dict[ClassTable, int]] = {}
         self._sets_of: dict[ClassTable, dict[LiveSet, None]] = {}  # published sets
         self._odd: dict[int, set[ClassTable]] = {4: set(), 6: set()}
-        """By family: class tables in which an identity for which no term is true is not in the default class."""
+        """By family: the class tables in which an identity for which no term is true is not in the default class."""
         self._created: list[LiveSet] = []
         self._dying: list[LiveSet] = []
         self._moved: dict[LiveSet, SetRow] = {}
@@ -39,9 +41,10 @@ class SetStore:
         return len(self._sets)
 
     def acquire(self, key: SetKey, what: str, draft: Draft, journal: Journal) -> LiveSet:
-        """Count a use of a policy set, created if necessary; a new set has no rows until `build_created`.
+        """Add a reference to the policy set of ``key``, which is created if it does not exist.
 
-        The caller must have acquired the set's rule list.  ``what``: the object to name in a LimitError.
+        A new set has no rows until `build_created`.  The caller must have acquired the set's rule list.
+        ``what``: the object to name in a LimitError.
         """
         live = self._sets.get(key)
         if live is None:
@@ -52,26 +55,26 @@ class SetStore:
         return live
 
     def release(self, live: LiveSet, journal: Journal) -> None:
-        """Count one use of a policy set less; a set without uses stays until `bury`."""
+        """Drop a reference to a policy set. A set without references keeps its rows until `bury` removes the set."""
         journal.assign(live, "references", live.references - 1)
         if not live.references:
             journal.pop(self._sets, live.key)
             self._dying.append(live)
 
     def release_predicates(self, journal: Journal) -> None:
-        """Release the protocol and port predicates of sets without uses."""
+        """Release the protocol and port predicates of the sets without references."""
         for live in self._dying:
             live.release_predicates(journal)
 
     @property
     def moved(self) -> Mapping[LiveSet, SetRow]:
-        """The published sets that moved to a new range in this commit, with their earlier rows."""
+        """The published sets that moved to a new range in this commit, each with the row that it had before."""
         return self._moved
 
     def extend(self, created: Iterable[int], draft: Draft, journal: Journal) -> None:
         """Give new identities their classes in all published sets.
 
-        Cost: linear in the sets with a match that depends on one of these identities.
+        Cost: linear in the number of sets that have a match that depends on one of these identities.
         """
         grown: dict[ClassTable, list[int]] = {}
         for identity in created:
@@ -93,12 +96,15 @@ class SetStore:
                 self._moved.setdefault(live, row)
 
     def distinguishing(self, one: int, other: int) -> Iterator[tuple[ClassTable, Iterable[LiveSet]]]:
-        """Class tables in which two identities may have different classes, with the published sets that use each."""
+        """The class tables in which two identities may have different classes.
+
+        Yields (class table, published sets that use the class table).
+        """
         for class_table in {**self._vectors(one), **self._vectors(other)}:
             yield class_table, self._sets_of[class_table]
 
     def _vectors(self, identity: int) -> dict[ClassTable, int]:
-        """The vectors of an identity in all class tables where it may be outside the default class."""
+        """The vector of an identity in each class table in which the identity may be outside the default class."""
         holding, excluded = self.stores.identities.concerning(identity)
         family = self.stores.identities.identities[identity].family
         vectors = {class_table: class_table.base[family] for class_table in self._odd[family]}
@@ -111,7 +117,7 @@ class SetStore:
         return vectors
 
     def split_atoms(self, split: Split, *, source: bool, draft: Draft, journal: Journal) -> None:
-        """Give new atoms their classes in all published sets. ``source``: they are source-port atoms."""
+        """Give new atoms their classes in all published sets. ``source``: whether the atoms are source-port atoms."""
         if split.parents:
             for live in self._published:
                 row = live.row
@@ -121,7 +127,7 @@ class SetStore:
                     self._moved.setdefault(live, row)
 
     def build_created(self, draft: Draft, journal: Journal) -> None:
-        """Build and write the new sets. In this commit no identity or atom may be added after this call."""
+        """Build and write the new sets. After this call, this commit must not add identities or atoms."""
         for live in self._created:
             live.build(draft, journal)
             journal.add(self._published, live)
@@ -153,7 +159,7 @@ class SetStore:
             journal.discard(odd, class_table)
 
     def remove_identities(self, gone: Iterable[int], draft: Draft, journal: Journal) -> None:
-        """Drop the class rows of identities that no address has any more."""
+        """Delete the class rows of identities that no address has any more."""
         numbers = list(gone)
         if numbers:
             for class_table in self._sets_of:
@@ -177,7 +183,7 @@ class SetStore:
             free_columns(base, blocks, self.stores, draft)
 
     def end_commit(self) -> None:
-        """Clear what was recorded for one commit. Must be called after every commit, failed ones too."""
+        """Clear what was recorded for one commit. Must be called after every commit, also after a failed commit."""
         self._created.clear()
         self._dying.clear()
         self._moved.clear()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiler's state between commits.
 
-Invariant: a commit changes the state only through its journal, and between commits the state agrees with the tables.
+Invariants: a commit changes the state only through the commit's journal.  Between commits the state agrees with the
+tables.
 """
 
 from __future__ import annotations
@@ -32,9 +33,13 @@ Slot = tuple[Direction, Stage]
 
 @dataclass(frozen=True, slots=True)
 class KnownNumbers:
-    """Numbers of an earlier run that are still in force: of identities (by digest), rules and endpoints.
+    """Numbers from an earlier run that rows in the kernel still have.
 
-    A number of several objects, or out of range, is not kept.
+    ``identities``: by digest of the identity's content.
+    ``rules``: by cause.
+    ``endpoints``: by key.
+
+    A number that several objects have, or that is out of range, is not kept.
     """
 
     identities: Mapping[str, int] = field(default_factory=dict)
@@ -44,7 +49,10 @@ class KnownNumbers:
 
 @dataclass(slots=True)
 class LocalEndpoint:
-    """A local endpoint with its policy in force. ``row``: its row as it was last written; None: not yet."""
+    """A local endpoint with its policy in force.
+
+    ``row``: the endpoint's row as it was last written; None before the first write.
+    """
 
     endpoint: Endpoint
     number: int
@@ -54,7 +62,11 @@ class LocalEndpoint:
 
     @property
     def claim(self) -> Claim:
-        """The endpoint's claim to its addresses. The smallest claim gets an address: workloads first, then by key."""
+        """The endpoint's claim to its addresses.
+
+        If several local endpoints have an address, the smallest claim gets it: workloads come before hosts, then the
+        key decides.
+        """
         return (int(self.endpoint.kind is EndpointKind.HOST), self.endpoint.key, self.number)
 
 
@@ -82,14 +94,14 @@ class CompilerState:
         )
         self.sets = SetStore(self.stores)
         self.numbers = NumberPool(1, limits.endpoints)
-        self.kept_numbers = self.numbers.keep(known.endpoints)  # of endpoints that have not appeared yet
+        self.kept_numbers = self.numbers.keep(known.endpoints)  # of endpoints that do not exist yet in this run
         self.local: dict[EndpointKey, LocalEndpoint] = {}
         self.endpoint_owners: dict[EndpointKey, int] = {}
         self.set_owners: dict[str, int] = {}
         self.node_owners: dict[str, int] = {}
         self.nodes = NodeNumbers()
         self.by_tier: dict[str, set[PolicyKey]] = {}
-        self.replaced: dict[PolicyKey, int] = {}  # key -> how many staged policies replace it
+        self.replaced: dict[PolicyKey, int] = {}  # key of a policy -> how many staged policies replace the policy
         self.with_profile: dict[str, set[EndpointKey]] = {}  # profile name -> local endpoints with the profile
 
     def release_kept(self) -> None:
@@ -100,12 +112,12 @@ class CompilerState:
             self.numbers.give_back(journal.pop(self.kept_numbers, key), journal)
 
     def begin(self, journal: Journal) -> None:
-        """Prepare the state for a commit, so that ``journal`` can roll it back."""
+        """Prepare the state for a commit, so that ``journal`` can roll the commit back."""
         self.stores.verdicts.begin(journal)
         self.stores.columns.begin(journal)
 
     def end_commit(self) -> None:
-        """Clear what was recorded for one commit. Must be called after every commit, failed ones too."""
+        """Clear what was recorded for one commit. Must be called after every commit, also after a failed commit."""
         self.identities.end_commit()
         self.owners.changed_names.clear()
         self.addresses.forget_dirt()

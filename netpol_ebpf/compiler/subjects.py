@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The policies that select each local endpoint, and the local endpoints that each policy selects.
 
-Invariant: both results are the same as if every policy's subject were tested on every local endpoint's labels.  Other
-endpoints are not stored.
+Invariant: both results are the same as if the selector of every policy were tested on the labels of every local
+endpoint.  Endpoints of other nodes are not stored.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Subjects:
         return self._policies_of.get(endpoint, set())
 
     def set_policy(self, policy: PolicyKey, subject: Selector | None, journal: Journal) -> None:
-        """Add or change a policy's subject; None removes it."""
+        """Add a policy, or change the selector of its subject. ``subject`` None removes the policy."""
         before = self._selectors.get(policy)
         if before == subject:
             return
@@ -53,7 +53,7 @@ class Subjects:
             self._link(policy, endpoint, journal)
 
     def set_endpoint(self, endpoint: EndpointKey, labels: Mapping[str, str] | None, journal: Journal) -> None:
-        """Add or change a local endpoint's labels; None removes it."""
+        """Add a local endpoint, or change its labels. ``labels`` None removes the endpoint."""
         before = self._labels.get(endpoint)
         wanted = None if labels is None else dict(labels)
         if before == wanted:

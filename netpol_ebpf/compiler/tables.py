@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled tables: the content of the kernel's maps as plain Python values, and changes of it.
+"""The compiled tables: the content of the kernel's maps as plain Python values, and changes of the tables.
 
-The verdict on a packet is found in four steps, each one lookup.  `netpol_ebpf.compiler.interpreter` makes them on these
-tables, `bpf/np_classify.h` in the kernel:
+The verdict on a packet is found in four steps, each of which is one lookup.  `netpol_ebpf.compiler.interpreter` makes
+the steps on these tables, `bpf/np_classify.h` in the kernel:
 
     1. peer address  -> identity        addresses (exact), else cidrs (longest prefix), else WORLD_V4/WORLD_V6
     2. identity      -> peer class      peer_classes[(set, identity)], else the set's default class for the family
-       own address   -> own class       the same, through ``own_set``; only where a rule's own side is not constant
+       own address   -> own class       the same with ``own_set``; only if the set has entries on the own address
     3. (protocol, destination port | ICMP type and code) -> atom -> L4 class of the set (``l4_columns``)
-       source port   -> atom -> source class; only where a rule of the set uses source ports
+       source port   -> atom -> source class; only if a rule of the set has a condition on source ports
     4. verdicts[verdict_base + ((peer class * own_classes + own class) * l4_classes + L4 class) * source_classes
        + source class]
 
-Invariants: rows are immutable.  The verdicts of a published policy set never change; it may gain classes.  Every number
-in a row is defined before the row is written (make before break: `Change` keeps the order).
+Invariants: rows are immutable.  The verdicts of a published policy set never change; the set may gain classes.  Every
+number in a row is defined before the row is written (make before break); the batches of a `Change` have this order.
 """
 
 from __future__ import annotations
@@ -45,23 +45,29 @@ UNKNOWN = 0
 WORLD_V4 = 1
 WORLD_V6 = 2
 FIRST_IDENTITY = 16
-"""The first identity with owners or groups. 1 (IPv4) and 2 (IPv6) are addresses without any; 0 is no identity."""
+"""The first identity with owners or address groups.
+
+1 (IPv4) and 2 (IPv6) are the identities of addresses without owners and groups; 0 is no identity.
+"""
 
 FIRST_NODE = 1 << 20
 """The first number of a node. The numbers of endpoints are below it."""
 
 ATOM_BLOCK = 256
-"""How many atoms a block has. The low byte of a port, or an ICMP code, is the index in the block."""
+"""How many atom numbers a block has. The index in the block is the low byte of a port, or an ICMP code."""
 
 COLUMN_BLOCK = 64
-"""How many classes a block of an L4 column has. The column of a policy set begins at a block boundary."""
+"""How many classes a block of a column has. The column of a policy set begins at a block boundary."""
 
 PROTOCOL_SLOT: Mapping[int, int] = {TCP: 0, UDP: 1, SCTP: 2, ICMP: 3, ICMPV6: 4}
-"""By protocol, the slot of its atom blocks: block slot*256 + (port >> 8), or slot*256 + ICMP type."""
+"""By protocol, a number ``slot`` that determines the protocol's atom blocks.
+
+The block is slot*256 + (port >> 8), or slot*256 + ICMP type.
+"""
 SOURCE_SLOT = 5
-"""The slot of the atom blocks of source ports, for all protocols: block SOURCE_SLOT*256 + (source port >> 8)."""
+"""The ``slot`` of source ports, for all protocols. The atom block is SOURCE_SLOT*256 + (source port >> 8)."""
 OTHER_BLOCK = 6 * 256
-"""The atom block of all other protocols; the index in the block is the protocol's number."""
+"""The atom block of all other protocols. The index in the block is the protocol's number."""
 ATOM_BLOCKS = OTHER_BLOCK + 1
 
 
@@ -69,13 +75,14 @@ ATOM_BLOCKS = OTHER_BLOCK + 1
 class SetRow:
     """One policy set: everything that applies to an endpoint in one direction and stage, as the program reads it.
 
-    ``number``: the ``set`` in keys of ``peer_classes`` for the peer's class; policy sets with the same peer classes
-    share the number.  ``default_class*``: by family, the class of identities without a row in ``peer_classes``.
-    ``own_set``: like ``number``, for the own side; 0 if the own side is constant (then ``own_classes`` is 1).
+    ``number``: the ``set`` in keys of ``peer_classes`` for the peer's class.  Policy sets with the same peer classes
+    share the number.
+    ``default_class*``: by family, the class of identities without a row in ``peer_classes``.
+    ``own_set``: like ``number``, for the own side. 0 if all own addresses are in one class; then ``own_classes`` is 1.
     ``l4_base``: the first block of the column of L4 classes in ``l4_columns``.
     ``source_base``: the first block of the column of source-port classes; unused if ``source_classes`` is 1.
     ``peer_classes``, ``own_classes``: every class number is below these bounds.
-    ``asks_source``: 1 if an enforced rule depends on the owner of the source address, or on the source port, else 0.
+    ``asks_source``: 1 if an enforced rule depends on the owner of the source address, or on the source port; else 0.
     """
 
     number: int
@@ -94,7 +101,7 @@ class SetRow:
     verdict_base: int
 
     def verdict_index(self, peer_class: int, own_class: int, l4_class: int, source_class: int) -> int:
-        """The key in ``verdicts`` of one combination of classes. Raises IndexError for a class beyond its bound."""
+        """The key in ``verdicts`` for one combination of classes. Raises IndexError for a class beyond its bound."""
         for class_, bound in (
             (peer_class, self.peer_classes), (own_class, self.own_classes),
             (l4_class, self.l4_classes), (source_class, self.source_classes),
@@ -109,8 +116,10 @@ class SetRow:
 class EndpointRow:
     """The policy sets of an endpoint.
 
-    ``number``: the endpoint's number, stable, unique on the node, never 0.  ``sets``: the policy set for each
-    (Direction, Stage).  NORMAL has a policy set in both directions.  A stage without a policy set decides nothing.
+    ``number``: the endpoint's number.  It does not change while the endpoint exists, is unique on the node, and is
+    never 0.
+    ``sets``: the policy set for each (Direction, Stage).  NORMAL has a policy set in both directions.  A stage without
+    a policy set decides nothing.
     """
 
     number: int
@@ -122,7 +131,7 @@ class AddressRow:
     """The row of an address.
 
     ``endpoint``: the number of the local endpoint that has the address (for anti-spoofing); 0 if none has it.
-    ``node``: the number of the node whose own address this is, or on which the remote endpoint with this address runs;
+    ``node``: the number of the node whose own address this is, or on which the remote endpoint with this address runs.
     0 if the node is unknown, and for addresses of local endpoints.
     """
 
@@ -133,10 +142,12 @@ class AddressRow:
 
 @dataclass(frozen=True, slots=True)
 class VerdictRow:
-    """One verdict. Rule numbers are keys of ``CompiledTables.rules``.
+    """One verdict.
 
-    ``log_list``: key of ``CompiledTables.log_lists``, the Log rules that matched before the verdict; 0 for none.
-    ``failsafe``: the rule is a failsafe port or a tunnel between nodes, so no earlier stage may drop the packet.
+    Rule numbers are keys of ``CompiledTables.rules``.
+    ``log_list``: a key of ``CompiledTables.log_lists``, for the Log rules that matched before the verdict; 0 for none.
+    ``failsafe``: whether the rule is a failsafe port or a tunnel between nodes, so that no earlier stage may drop the
+    packet.
     """
 
     outcome: Outcome
@@ -149,7 +160,7 @@ class VerdictRow:
 
 @dataclass(slots=True)
 class Delta(Generic[K, V]):
-    """Writes to one table that are not made yet. A key has an upsert or a delete, never both."""
+    """Writes to one table that are not made yet. A key is in ``upserts`` or in ``deletes``, never in both."""
 
     upserts: dict[K, V] = field(default_factory=dict)
     deletes: set[K] = field(default_factory=set)
@@ -166,7 +177,7 @@ class DesiredTable(Generic[K, V]):
     def __init__(self, name: str) -> None:
         self.name = name
         self.version = 0
-        """A counter that every change increments, by which caches of derived values detect that they are stale."""
+        """A counter that every change increments. Caches of derived values compare the counter to detect changes."""
         self._rows: dict[K, V] = {}
         self._pending: Delta[K, V] = Delta()
 
@@ -191,7 +202,7 @@ class DesiredTable(Generic[K, V]):
         return iter(self._rows.items())
 
     def set(self, key: K, row: V) -> None:
-        """Insert or replace a row; an equal row is no change."""
+        """Insert or replace a row. An equal row is no change."""
         if self._rows.get(key) != row:
             self.version += 1
             self._rows[key] = row
@@ -199,14 +210,14 @@ class DesiredTable(Generic[K, V]):
             self._pending.deletes.discard(key)
 
     def delete(self, key: K) -> None:
-        """Delete a row; an absent key is no change."""
+        """Delete a row. An absent key is no change."""
         if self._rows.pop(key, None) is not None:
             self.version += 1
             self._pending.upserts.pop(key, None)
             self._pending.deletes.add(key)
 
     def write(self, rows: Mapping[K, V | None]) -> None:
-        """Write many rows: `set` each row, `delete` each key with None."""
+        """Write many rows: `set` each row, and `delete` each key whose row is None."""
         have, upserts, deletes = self._rows, self._pending.upserts, self._pending.deletes
         for key, row in rows.items():
             if row is None:
@@ -227,14 +238,17 @@ class DesiredTable(Generic[K, V]):
 
 @dataclass(slots=True)
 class CompiledTables:
-    """All tables of one node. Keys and rows have the kernel's meaning, but are not packed into bytes.
+    """All tables of one node.
 
-    ``cidrs``: a default route has a row only if an owner has it; otherwise an address that no row contains is
-    WORLD_V4 or WORLD_V6.
-    ``l4_atoms``: block -> 256 atom numbers; a block without a row is all zeros.
-    ``l4_columns``: block -> 64 class numbers.
-    ``verdicts``: index -> row.
-    ``nodes``: name -> number, for nodes that their addresses identify (`netpol_ebpf.compiler.nodes`).
+    Keys and rows have the same meaning as in the maps, but are not packed into bytes.
+    ``cidrs``: maps a prefix to its identity.  A default route has a row only if an owner has the default route.  The
+    identity of an address that no row contains is WORLD_V4 or WORLD_V6.
+    ``peer_classes``: maps (class table, identity) to class.
+    ``l4_atoms``: maps a block to its 256 atom numbers.  A block without a row is all zeros.
+    ``l4_columns``: maps a block to its 64 class numbers.
+    ``verdicts``: maps index to verdict row.
+    ``identities``: maps an identity to the digest of its content.
+    ``nodes``: maps the name of a node that its addresses identify (`netpol_ebpf.compiler.nodes`) to its number.
     """
 
     endpoints: DesiredTable[EndpointKey, EndpointRow] = field(default_factory=lambda: DesiredTable("endpoints"))
@@ -254,7 +268,7 @@ class CompiledTables:
         return self.l4_columns[column + atom // COLUMN_BLOCK][atom % COLUMN_BLOCK]
 
     def verdict_of(self, row: VerdictRow) -> Verdict:
-        """The verdict of a row: with causes in place of rule numbers."""
+        """The verdict of a row, with causes in place of rule numbers."""
         return Verdict(
             row.outcome,
             self.rules[row.rule],
@@ -264,7 +278,10 @@ class CompiledTables:
         )
 
     def all(self) -> tuple[DesiredTable[object, object], ...]:
-        """Every table, in the order in which rows must be written: before a row, the rows to which it refers."""
+        """Every table, in the order in which rows must be written.
+
+        If a row refers to another row, the other row must be written first.
+        """
         return (
             self.rules, self.log_lists, self.identities, self.nodes, self.verdicts, self.l4_columns, self.l4_atoms,
             self.peer_classes, self.addresses, self.cidrs, self.endpoints,
@@ -276,14 +293,13 @@ class Change:
     """A change of the tables: four batches ``{table name: delta}``, which must be written in this order.
 
     Within a batch, upserts are written in the order of `CompiledTables.all`, then deletes in the reverse order.  A
-    change must be written to its end, grace period and shrink included, before the next change: that one may reuse
-    numbers and ranges.
-
-    prepare: policy sets that need more room, copied to a larger range, and the endpoint rows that refer to them; no
-    verdict on a packet changes.
-    grow: new rows, and new identities that no verdict depends on yet; no verdict on a packet changes.
-    flip: endpoint rows, and the address rows of endpoints that appeared, changed labels or disappeared.
-    shrink: rows to which no row refers any more; must be written after a grace period.
+    change must be written completely, with grace period and shrink, before the next change, because the next change may
+    reuse numbers and ranges.
+    ``prepare``: policy sets that need more room, copied to a larger range, and the endpoint rows that refer to them.
+    No verdict on a packet changes.
+    ``grow``: new rows, and new identities on which no verdict depends yet.  No verdict on a packet changes.
+    ``flip``: endpoint rows, and the address rows of endpoints that appeared, changed labels or disappeared.
+    ``shrink``: rows to which no row refers any more.  They must be written after a grace period.
     ``revokes``: an allow may have become a deny, so the generation must be incremented after the flip.
     """
 

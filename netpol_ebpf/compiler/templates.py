@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The templates in use: built when a rule list first needs them, rebuilt when their inputs change.
+"""The templates in use. A template is built when a rule list first needs it, and rebuilt when its inputs change.
 
 Invariants: a template whose entries are the same after a rebuild stays the same object, so that its rule lists do not
-change.  The matches of a template, and their terms, are acquired as long as a rule list has the template.  The names
-and services on which a template depends are acquired as long as it is the current template of its key.
+change.  The matches of a template, and their terms, are acquired while a rule list has the template.  The named ports
+and services on which a template depends are recorded while it is the current template of its key.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def service_ports(service: ServiceBackends | None) -> frozenset[PortPair]:
 
 
 def service_key(old: ServiceBackends | None, new: ServiceBackends | None) -> ServiceKey:
-    """The key of a changed service, of which ``old`` or ``new`` may be None."""
+    """The key of a changed service. ``old`` or ``new`` may be None, but not both."""
     service = new or old
     if service is None:
         raise AssertionError("a change from nothing to nothing")
@@ -49,7 +49,7 @@ def service_key(old: ServiceBackends | None, new: ServiceBackends | None) -> Ser
 
 
 class _RecordingResolver:
-    """A resolver that records each name and service that is looked up, and acquires the names."""
+    """A resolver that records each named port and service that is looked up, and acquires the named ports."""
 
     def __init__(self, owners: OwnerIndex, services: Mapping[ServiceKey, ServiceBackends], journal: Journal) -> None:
         self._owners = owners
@@ -88,7 +88,10 @@ class Templates:
         self._keys: dict[Template, TemplateKey] = {}
 
     def get(self, key: TemplateKey, journal: Journal) -> Template:
-        """The current template of a key, built if necessary. Raises LimitError if the object has too many entries."""
+        """The current template of a key, built if it does not exist.
+
+        Raises LimitError if the object has too many rules.
+        """
         template = self._current.get(key)
         if template is None:
             template, watched = self._build(key, journal)
@@ -97,7 +100,7 @@ class Templates:
         return template
 
     def refresh(self, key: TemplateKey, journal: Journal) -> bool:
-        """Rebuild the template of a key after its object, names or services may have changed.
+        """Rebuild the template of a key after its object, named ports or services may have changed.
 
         Returns whether the template changed.
         """
@@ -115,14 +118,14 @@ class Templates:
         return not same
 
     def depending_on(self, names: Iterable[NameKey], services: Iterable[ServiceKey]) -> Iterator[TemplateKey]:
-        """The keys of templates that depend on one of ``names`` or ``services``."""
+        """The keys of templates that depend on one of the named ports ``names`` or of the ``services``."""
         for name in names:
             yield from self._by_name.get(name, ())
         for service in services:
             yield from self._by_service.get(service, ())
 
     def acquire(self, rule_list: RuleList, journal: Journal) -> None:
-        """Count a use of a rule list. Its first use acquires its templates and their matches."""
+        """Add a reference to a rule list. The first reference acquires the rule list's templates and their matches."""
         references = self._rule_lists.get(rule_list, 0)
         journal.put(self._rule_lists, rule_list, references + 1)
         if references:
@@ -138,7 +141,7 @@ class Templates:
             journal.assign(template, "references", template.references + 1)
 
     def release(self, rule_list: RuleList, journal: Journal) -> None:
-        """Count one use of a rule list less. Its last release releases its templates and their matches."""
+        """Drop a reference to a rule list. The last reference releases the rule list's templates and their matches."""
         references = self._rule_lists[rule_list]
         if references > 1:
             journal.put(self._rule_lists, rule_list, references - 1)
@@ -161,12 +164,15 @@ class Templates:
         for key in list(self._idle):
             journal.discard(self._idle, key)
             template = self._current.get(key)
-            # A template without entries is in no rule list; it is kept as long as its object exists.
+            # A template without entries is in no rule list, but is kept while its object exists.
             if template is not None and not template.references and (template.entries or not self._exists(key)):
                 self._forget(key, journal)
 
     def _exists(self, key: TemplateKey) -> bool:
-        """Whether the object of a template exists; always true for exceptions."""
+        """Whether the template's policy exists.
+
+        Always true for a profile, always false for the exceptions of a host.
+        """
         subject = key[0]
         if isinstance(subject, PolicyKey):
             return subject in self._world.policies

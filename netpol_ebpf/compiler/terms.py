@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predicates on one address as values: terms, and conjunctions of terms.
+"""Conditions on one address as values: terms, and matches that combine terms.
 
-Invariant: whether a term is true depends only on the *identity* of an address: the address's owners, and the nets and
-services that contain it.  Predicates on protocol and ports are in `netpol_ebpf.compiler.l4`.
+Invariant: whether a term is true depends only on the *identity* of an address, that is, on the address's owners and on
+the nets and services that contain the address.  Conditions on protocol and ports are in `netpol_ebpf.compiler.l4`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ class NodeTerm:
 
 @dataclass(frozen=True, slots=True)
 class NamedPortTerm:
-    """True if an endpoint with the address declares this port by this name, and the selector (if any) matches it."""
+    """True if an endpoint with the address declares this port of this protocol under ``name``.
+
+    ``selector``: if not None, the selector must also match the labels of that endpoint.
+    """
 
     selector: Selector | None
     name: str
@@ -40,14 +43,17 @@ class NamedPortTerm:
 
 @dataclass(frozen=True, slots=True)
 class NetsTerm:
-    """True if one of the nets contains the address. No net contains another net, and none is a default route."""
+    """True if one of the nets contains the address. No net contains another net, and no net is a default route."""
 
     nets: frozenset[IPNetwork]
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceTerm:
-    """True if the address is a backend of the service; with a ``protocol``, if it is one on this protocol and port."""
+    """True if the address is a backend of the service.
+
+    ``protocol``, ``port``: if ``protocol`` is not 0, the address must be a backend with this protocol and this port.
+    """
 
     namespace: str
     name: str
@@ -56,15 +62,19 @@ class ServiceTerm:
 
 
 OwnerTerm = Union[SelectorTerm, NodeTerm, NamedPortTerm]
-"""Terms about the owners of the address."""
+"""A term about the owners of the address."""
 AddressGroup = Union[NetsTerm, ServiceTerm]
-"""Terms about nets and services that contain the address; they are part of an identity."""
+"""A term about nets or a service that contain the address. The address groups of an address are part of its identity.
+"""
 Term = Union[OwnerTerm, AddressGroup]
 
 
 @dataclass(frozen=True, slots=True)
 class AddressMatch:
-    """True if all terms of ``positive`` are true, none of ``negative``, and the address is of ``family`` (0: any)."""
+    """True if all terms of ``positive`` are true and all terms of ``negative`` are false.
+
+    ``family``: 4 or 6 if the address must be of this family; 0 if the family does not matter.
+    """
 
     family: int = 0
     positive: frozenset[Term] = frozenset()

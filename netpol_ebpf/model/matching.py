@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a rule matches a packet: section 1 of policy/MATCHING.md in plain loops.
 
-Invariant: every result is computed from the `World` and the packet alone; nothing is cached.
+Invariant: every result is computed from the `World` and the packet alone.  Nothing is cached.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _is_node(world: World, selector: Selector, address: IPAddress) -> bool:
 def _ports_match(ports: Ports, selector: Selector | None, protocol: int, side: PacketSide) -> bool:
     """Whether ``ports`` match the side's port: by number, or by a name that an endpoint with the address declares.
 
-    If ``selector`` is given, only endpoints that it matches count.
+    ``selector``: if not None, only endpoints that the selector matches count.
     """
     if protocol not in PORT_PROTOCOLS:
         return False

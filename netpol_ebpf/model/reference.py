@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ReferenceModel`: the verdict of policy on one packet at one endpoint, as in SEMANTICS 3.2 to 3.4, 1.12 and 4.
 
-The other engines are tested against this one.  So it must be easy to read: no caches, no compiled forms, no code shared
-with the other engines.  Section 4 of policy/MATCHING.md defines the content of each `Cause`.
+The other engines are tested against this engine.  So it must be easy to read: it has no caches, no compiled forms, and
+shares no code with the other engines.  Section 4 of policy/MATCHING.md defines the content of each `Cause`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class ReferenceModel:
 def pending_policies(world: World) -> list[Policy]:
     """The policies of the pending evaluation.
 
-    Each staged policy replaces the enforced policy of the same name; a staged policy with the action Delete removes it.
+    Each staged policy replaces the enforced policy of the same name.  A staged policy with the action Delete removes
+    the enforced policy of the same name.
     """
     replaced = {policy.replaces for policy in world.policies.values() if policy.staged is not Staged.NO}
     return [
@@ -68,7 +69,10 @@ def pending_policies(world: World) -> list[Policy]:
 
 
 class _Run:
-    """One evaluation of a question, enforced or pending. ``logs``: the causes of Log rules that matched, in order."""
+    """One evaluation of a question, enforced or pending.
+
+    ``logs``: the causes of the Log rules that matched, in order.
+    """
 
     def __init__(
         self, world: World, endpoint: Endpoint, question: Question, sides: tuple[PacketSide, PacketSide]
@@ -82,7 +86,7 @@ class _Run:
         self.logs: list[Cause] = []
 
     def evaluate(self, policies: list[Policy]) -> tuple[Outcome, Cause]:
-        """Evaluate failsafes and tunnels, then tiers, then profiles; if none of them decides, the default applies."""
+        """Evaluate failsafes and tunnels, then tiers, then profiles. If none of these decides, the default applies."""
         return (
             self._exceptions()
             or self._tiers([policy for policy in policies if self._takes_part(policy)])
@@ -91,10 +95,11 @@ class _Run:
         )
 
     def _exceptions(self) -> tuple[Outcome, Cause] | None:
-        """Evaluate the exceptions (failsafes and tunnels) of host endpoints; None: none matches.
+        """Evaluate the exceptions (failsafes and tunnels) of a host endpoint. None if no exception matches.
 
-        In NORMAL they allow.  In UNTRACKED the packet, or a reply to a failsafe port of the other direction, continues,
-        so that later stages decide.  The other stages have no exceptions.
+        In stage NORMAL exceptions allow the packet.  In stage UNTRACKED the outcome is CONTINUE, so that later stages
+        decide; here a failsafe also matches the replies to packets of the other direction.  The other stages have no
+        exceptions.
         """
         if self.endpoint.kind is not EndpointKind.HOST or self.stage not in (Stage.NORMAL, Stage.UNTRACKED):
             return None
@@ -134,7 +139,6 @@ class _Run:
         return self.packet.source if self.direction is Direction.INGRESS else self.packet.destination
 
     def _takes_part(self, policy: Policy) -> bool:
-        """Whether a policy belongs to this stage and direction and selects the endpoint."""
         return (
             _is_of_stage(policy, self.stage, self.endpoint.kind)
             and self.direction in policy.types
@@ -142,7 +146,7 @@ class _Run:
         )
 
     def _tiers(self, policies: list[Policy]) -> tuple[Outcome, Cause] | None:
-        """Evaluate the tiers with policies that apply, in order. None: no tier decided."""
+        """Evaluate the tiers that have policies for this question, in order. None if no tier decided."""
         for tier in self.world.sorted_tiers():
             applied = sorted((policy for policy in policies if policy.tier == tier.name), key=lambda one: one.sort_key)
             if not applied:
@@ -153,7 +157,7 @@ class _Run:
         return None
 
     def _tier(self, tier: PolicyTier, policies: list[Policy]) -> tuple[Outcome, Cause] | None:
-        """Evaluate one tier. None: a Pass rule left the tier, or it ends in Pass."""
+        """Evaluate one tier. None if a Pass rule matched, or if no rule decided and the tier has no deny at its end."""
         for policy in policies:
             for rule in policy.rules(self.direction):
                 if not self._matches(rule):
@@ -172,7 +176,10 @@ class _Run:
         return Outcome.DENY, Cause(CauseKind.TIER_END, self.direction, tier.name, policies[-1].key)
 
     def _profiles(self) -> tuple[Outcome, Cause] | None:
-        """Evaluate the profiles, in NORMAL only. In a profile Pass denies; a missing profile denies, too."""
+        """Evaluate the profiles, in stage NORMAL only. None if no profile decided.
+
+        A Pass rule of a profile denies.  A profile that does not exist denies everything.
+        """
         if self.stage is not Stage.NORMAL:
             return None
         for name in self.endpoint.profiles:
@@ -196,7 +203,7 @@ class _Run:
 def _is_of_stage(policy: Policy, stage: Stage, kind: EndpointKind) -> bool:
     """Whether a policy belongs to ``stage``, for an endpoint of this kind.
 
-    Workloads have NORMAL only; untracked and pre-DNAT policies never apply to a workload.
+    Workloads have stage NORMAL only.  Untracked and pre-DNAT policies never apply to a workload.
     """
     if stage is Stage.UNTRACKED:
         return kind is EndpointKind.HOST and policy.do_not_track
@@ -214,7 +221,7 @@ def _outcome(action: Action) -> Outcome:
 
 
 def _nothing_decided(direction: Direction, stage: Stage) -> tuple[Outcome, Cause]:
-    """The outcome and cause if no rule and no tier decides: deny in NORMAL, continue in the other stages."""
+    """The outcome and cause if no rule and no tier decides: deny in stage NORMAL, continue in the other stages."""
     if stage is Stage.NORMAL:
         return Outcome.DENY, Cause(CauseKind.NO_MATCH, direction, action=Action.DENY)
     return Outcome.CONTINUE, Cause(CauseKind.NO_MATCH, direction, action=Action.PASS)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The internal policy model, and the translation of every policy kind into it."""
+"""The internal policy model, and the translation of every policy kind into this model."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Proofs about two rules: the first matches every packet that the second matches (`covers`), or none (`excludes`).
 
-`covers` and `excludes` are sound and not complete: True is a proof that holds for every packet and every state of the
-cluster (by the definition in MATCHING.md); False proves nothing.  They compare rules only and never look at endpoints.
+Both functions are sound and not complete.  True is a proof that holds for every packet and every state of the cluster
+(by the definition of a match in MATCHING.md).  False does not prove the contrary.  The functions compare rules only and
+do not look at endpoints.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ _FAMILY_OF_PROTOCOL = {ICMP: 4, ICMPV6: 6}
 
 @lru_cache(maxsize=65536)
 def implies(premise: Selector, conclusion: Selector) -> bool:
-    """Whether labels that match ``premise`` certainly match ``conclusion``."""
+    """Whether labels that match ``premise`` certainly match ``conclusion`` as well."""
     return premise == conclusion or all_of(premise, negate(conclusion)).is_unsatisfiable()
 
 
 def covers(wide: Rule, narrow: Rule) -> bool:
-    """Whether ``wide`` matches every packet that ``narrow`` matches. False if either rule can match nothing."""
+    """Whether ``wide`` matches every packet that ``narrow`` matches.
+
+    False if either rule is known to match no packet.
+    """
     if is_dead(wide) or is_dead(narrow):
         return False
     family = _family(narrow)
@@ -37,7 +41,7 @@ def covers(wide: Rule, narrow: Rule) -> bool:
 
 
 def excludes(one: Rule, other: Rule) -> bool:
-    """Whether no packet matches both rules. A rule that can match nothing excludes all others."""
+    """Whether no packet matches both rules. A rule that is known to match no packet excludes all others."""
     if is_dead(one) or is_dead(other):
         return True
     families = {_family(one), _family(other)} - {None}
@@ -55,8 +59,8 @@ def excludes(one: Rule, other: Rule) -> bool:
 def _sides_exclude(one: Entity, other: Entity) -> bool:
     """Whether no address and port match both entities, by their nets or by their ports.
 
-    Selectors prove nothing here: an address may have several owners with different labels, and one owner may match each
-    selector.
+    Selectors prove nothing here.  An address may have several owners with different labels, so one owner may match one
+    selector and another owner the other selector.
     """
     if one.nets and other.nets and not any(_overlap(net, each) for net in one.nets for each in other.nets):
         return True
@@ -73,7 +77,7 @@ def is_dead(rule: Rule) -> bool:
 
 
 def _family(rule: Rule) -> int | None:
-    """The IP version of all packets that the rule matches; None if the rule may match both versions."""
+    """The IP version of all packets that the rule matches. None if the rule may match both versions."""
     if rule.ip_version is not None:
         return rule.ip_version
     if rule.protocol in _FAMILY_OF_PROTOCOL:
@@ -148,7 +152,7 @@ def _selectors_cover(wide: Entity, narrow: Entity) -> bool:
     for given, other in ((wide.selector, narrow.selector), (wide.nodes, narrow.nodes)):
         if given is not None and (other is None or not implies(other, given)):
             return False
-    # No owner of the address matches narrow.not_selector, so no owner matches a selector that implies it.
+    # No owner matches narrow.not_selector. So no owner matches a selector that implies narrow.not_selector.
     return wide.not_selector is None or (
         narrow.not_selector is not None and implies(wide.not_selector, narrow.not_selector)
     )
@@ -165,10 +169,11 @@ def _service_covers(wide: BackendMatch | None, narrow: BackendMatch | None) -> b
 
 
 def _ports_cover(wide: Ports | None, narrow: Ports | None) -> bool:
-    """Whether ``wide`` matches every port that ``narrow`` matches.
+    """Whether ``wide`` matches every port that ``narrow`` matches. Named ports are compared by name.
 
-    Named ports are compared by name.  A name resolves among the owners that the entity's selector matches, and the
-    caller has checked that the wide entity's selector matches every owner that the narrow entity's selector matches.
+    A name stands for the ports that some owners declare under this name: the owners that the entity's selector matches.
+    So the caller must have checked that the wide entity's selector matches every owner that the narrow entity's
+    selector matches.
     """
     if wide is None:
         return True
@@ -183,7 +188,7 @@ def _not_ports_cover(wide: Entity, narrow: Entity, rule: Rule) -> bool:
     excluded = wide.not_ports
     if excluded is None or (rule.protocol is not None and rule.protocol not in PORT_PROTOCOLS):
         return True
-    if excluded.names:  # with a wider selector a name would resolve among more owners, and exclude more ports
+    if excluded.names:  # with a wider selector more owners would count, and the name would exclude more ports
         return narrow.not_ports == excluded and narrow.selector == wide.selector
     if narrow.not_ports is not None and _ports_cover(narrow.not_ports, excluded):
         return True

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The path of a packet through the cluster: whose policy judges the packet, in which direction and stage.
+"""The path of a packet through the cluster: at which endpoints it is judged, in which direction and stage.
 
 `Topology.plan` turns a `Flow` (the first packet of a connection) into a `Journey`: the hops where the packet is judged,
-in the order in which the packet meets them.  A hop has *questions*: each is one endpoint, direction, stage and packet,
-for an engine to decide.  `walk` gets the engine's verdicts and combines them.  All engines use the same journeys.
+in the order in which the packet passes them.  A hop has *questions*. A question is one endpoint, direction, stage and
+packet, which an engine must decide.  `walk` gets the engine's verdicts and combines them.  All engines use the same
+journeys.
 
-Sources: SEMANTICS 3.3 (no policy at all), 4.2 to 4.5 (which policy of a host applies where), 4.6 and 4.7 (failsafes,
-tunnels), 4.8 (untracked), 5.4 (services and hairpins), 5.6 (neighbour discovery); docs/adr (DHCP, forged packets).
+The rules are from SEMANTICS 3.3 (no policy at all), 4.2 to 4.5 (which policy of a host applies where), 4.6 and 4.7
+(failsafes, tunnels), 4.8 (untracked), 5.4 (services and hairpins), 5.6 (neighbour discovery), and from docs/adr (DHCP,
+forged packets).
 
 Invariants: a hop denies if the verdict on one of its questions is DENY, or if its reason denies; otherwise it allows.
 The journey allows if every hop allows.  This module evaluates no rule.
 
-Manifests do not state which interface a packet uses.  Assumption: a node has one interface for each of its workloads,
-and one interface to everything outside the node.  A workload without a node is assumed to be on a node of its own that
-has no host endpoint.
+Manifests do not state which interface a packet uses.  The module assumes that a node has one interface for each of its
+workloads, and one interface to everything outside the node.  It assumes that a workload without a node is on a node of
+its own that has no host endpoint.
 """
 
 from __future__ import annotations
@@ -48,14 +50,14 @@ WILDCARD = "*"
 ROUTER_SOLICITATION = 133
 NEIGHBOUR_TYPES = frozenset({ROUTER_SOLICITATION, 135, 136})
 LISTENER_TYPES = frozenset({130, 131, 132, 143})
-"""ICMPv6 types of neighbour and listener discovery (RFC 4861, 2710, 3810).
+"""ICMPv6 types of neighbour discovery (`NEIGHBOUR_TYPES`) and of listener discovery (RFC 4861, 2710, 3810).
 
-These messages pass before any policy if they stay on the link.  They are assumed to be well-formed.
+These messages pass without policy if they stay on the link.  They are assumed to be well-formed.
 """
 ROUTER_TYPES = frozenset({134, 137})
-"""ICMPv6 types that only routers send: advertisement, redirect."""
+"""ICMPv6 types that only routers send: advertisement and redirect."""
 REDIRECT = 5
-"""ICMP type that only routers send."""
+"""The ICMP type that only routers send."""
 
 LINK_SCOPE = 2
 """Scope of a link-local multicast address (RFC 4291)."""
@@ -64,10 +66,10 @@ _DHCP = {
     4: (68, 67, ip_address("255.255.255.255")),
     6: (546, 547, ip_address("ff02::1:2")),
 }
-"""Source port, destination port and destination of a DHCP client's packet to all servers on its link."""
+"""Source port, destination port and destination of a DHCP client's packet to all servers on its link, by IP version."""
 
 _DHCP_SERVER = {4: (67, 68), 6: (547, 546)}
-"""Source port and destination port of a DHCP server's packet."""
+"""Source port and destination port of a DHCP server's packet, by IP version."""
 
 
 def is_link_message(packet: Packet) -> bool:
@@ -91,7 +93,7 @@ def is_forged(packet: Packet) -> bool:
 
 
 class HopReason(enum.Enum):
-    """The reason for which a hop is decided without policy. Reasons in `_REFUSALS` deny, all others allow."""
+    """The reason for which a hop is decided without policy. Reasons in `_REFUSALS` deny; all others allow."""
 
     NEIGHBOUR_DISCOVERY = "IPv6 neighbour discovery always passes"
     FORGED = "a workload does not speak for a router or a DHCP server"
@@ -132,8 +134,8 @@ class FlowEndKind(enum.Enum):
 class FlowEnd:
     """The source or the destination of a flow.
 
-    ``endpoint``: the key of a workload's endpoint, None for other kinds.  ``node``: the name of the node, None outside
-    the cluster and for a workload without a node.
+    ``endpoint``: the key of a workload's endpoint; None for other kinds.
+    ``node``: the name of the node; None outside the cluster, and for a workload without a node.
     """
 
     kind: FlowEndKind
@@ -148,9 +150,10 @@ OUTSIDE = FlowEnd(FlowEndKind.OUTSIDE)
 class Flow:
     """The first packet of a connection, as its sender sent it.
 
-    ``dnat_to``: the address and port to which a node on the path translates the destination.  ``source`` and
-    ``destination`` (after translation) override the ends that the addresses determine, for example for a pod in the
-    host's network; None: the owner of the address.
+    ``dnat_to``: the address and port to which a node on the path translates the destination; None if no node does.
+    ``source``, ``destination``: the sender and the final receiver.  None: the owner of the source address, or of the
+    destination address after translation.  A caller must give the end if it is a pod in the host's network, because the
+    host owns the pod's address.
     """
 
     packet: Packet
@@ -163,11 +166,11 @@ class Flow:
 class JourneyHop:
     """A point at which a packet is judged: by the policy of one endpoint, or without policy.
 
-    If ``reason`` is given, it decides.  Otherwise ``questions`` are evaluated in order, up to the first outcome other
-    than CONTINUE; if all outcomes are CONTINUE, the hop allows.
-
-    ``reply``: questions about the first reply packet.  They are evaluated only if an UNTRACKED question allowed: the
-    connection then has no conntrack state, so the reply needs a verdict of its own, and it must be allowed too.
+    ``questions``: evaluated in order, up to the first outcome other than CONTINUE.  If all outcomes are CONTINUE, the
+    hop allows.
+    ``reply``: questions about the first reply packet.  They are evaluated only if an UNTRACKED question allowed: then
+    the connection has no conntrack state, so the reply needs a verdict of its own and must be allowed too.
+    ``reason``: if not None, it decides the hop instead of the questions.
     """
 
     endpoint: EndpointKey | None = None
@@ -195,9 +198,10 @@ class Journey:
 class Finding:
     """Whether a flow is allowed, and why.
 
-    ``question`` and ``cause`` belong to the deciding verdict: for a denied flow the first denial, for an allowed flow
-    the last verdict.  ``question`` is None if a `HopReason` decided.  ``answers``: all evaluated questions with their
-    verdicts, in order.  ``staged_allowed``: whether the flow would be allowed if all staged policies were enforced.
+    ``question``, ``cause``: those of the deciding verdict.  For a denied flow this is the first denial, for an allowed
+    flow the last verdict.  ``question`` is None if a `HopReason` decided.
+    ``staged_allowed``: whether the flow would be allowed if all staged policies were enforced.
+    ``answers``: all evaluated questions with their verdicts, in order.
     """
 
     allowed: bool
@@ -217,7 +221,8 @@ Decide = Callable[[Question], Verdict]
 def walk(journey: Journey, decide: Decide) -> Finding:
     """Evaluate the hops in order, up to the first hop that denies the flow.
 
-    The pending evaluation is made as well.  ``decide`` (an engine) is called at most once for each question.
+    The function makes the enforced and the pending evaluation.  It calls ``decide`` (an engine) at most once for each
+    question.
     """
     known: dict[Question, Verdict] = {}
 
@@ -253,7 +258,7 @@ def _walk(journey: Journey, ask: _Ask) -> tuple[bool, Question | None, Cause | H
 
 
 def _first_word(questions: tuple[Question, ...], ask: _Ask) -> tuple[Outcome, Question, Cause]:
-    """The first outcome other than CONTINUE with its question and cause; if all are CONTINUE, the last one."""
+    """The first outcome other than CONTINUE, with its question and cause. If all are CONTINUE, the last outcome."""
     for question in questions:
         outcome, cause = ask(question)
         if outcome is not Outcome.CONTINUE:
@@ -262,19 +267,19 @@ def _first_word(questions: tuple[Question, ...], ask: _Ask) -> tuple[Outcome, Qu
 
 
 def claim_order(endpoint: Endpoint) -> tuple[int, EndpointKey]:
-    """Sort key of a node's host endpoints that match the same interface: the first one applies to the interface.
+    """Sort key of a node's host endpoints that match the same interface. The first one applies to the interface.
 
-    The order is: a host endpoint that names the interface, then one with an address of the interface, then the
-    wildcard; among equals, by name.
+    A host endpoint that names the interface comes first, then one with an address of the interface, then the wildcard.
+    Among equals, the name decides.
     """
     rank = 1 if endpoint.interface is None else 2 if endpoint.interface == WILDCARD else 0
     return rank, endpoint.key
 
 
 class Topology:
-    """The owner (endpoint or node) of each address of a world, from which journeys are planned.
+    """The owner (endpoint or node) of each address of a world, as far as the planning of journeys needs it.
 
-    A snapshot of the world at its creation.  Cost to build: linear in endpoints and nodes.
+    A topology is a snapshot of the world when the topology is created.  Cost to create: linear in endpoints and nodes.
     """
 
     def __init__(self, world: World) -> None:
@@ -310,22 +315,22 @@ class Topology:
         return Journey(flow, tuple(_Planner(self, flow).hops()))
 
     def translation(self, flow: Flow) -> tuple[str | None, FlowEnd]:
-        """The node that translates a flow's destination, and the flow's end after translation.
+        """The node that translates a flow's destination, and the destination's owner after translation.
 
-        The node is None if no node translates the destination, or if that node is unknown.
+        The node is None if no node translates the destination, or if it is unknown which node does.
         """
         planner = _Planner(self, flow)
         return planner.translating_node, planner.destination
 
     def wildcard(self, node: str | None) -> Endpoint | None:
-        """The wildcard host endpoint of a node, or None. It covers all interfaces, also those of workloads."""
+        """The wildcard host endpoint of a node, or None. It has all interfaces of the node, also those of workloads."""
         found = (one for one in self._host_endpoints.get(node or "", ()) if one.interface == WILDCARD)
         return next(found, None)
 
     def uplink(self, node: str, address: IPAddress | None, version: int) -> Endpoint | None:
-        """The host endpoint of a node's interface to the outside, in the order of `claim_order`.
+        """The host endpoint of a node's interface to the outside; of several, the first in the order of `claim_order`.
 
-        ``address``: the node's address in the packet.  None for a forwarded packet: then the node's first address of
+        ``address``: the node's address in the packet.  None for a forwarded packet; then the node's first address of
         family ``version`` identifies the interface.
 
         The interface is assumed to belong to the host endpoint that has the address, else to a host endpoint without
@@ -348,7 +353,8 @@ class Topology:
     def uplink_of(self, node: str, direction: Direction, wire: Packet, *, is_local: bool) -> Endpoint | None:
         """The host endpoint of the interface by which a packet enters (ingress) or leaves (egress) a node.
 
-        ``wire``: the packet as it is on that interface.  ``is_local``: a process of the node sends or receives it.
+        ``wire``: the packet as it is on that interface.
+        ``is_local``: whether a process of the node sends or receives the packet.
         """
         own = wire.destination if direction is Direction.INGRESS else wire.source
         return self.uplink(node, own if is_local else None, wire.source.version)
@@ -356,13 +362,13 @@ class Topology:
     def is_tunnelled(self, packet: Packet) -> bool:
         """Whether nodes decapsulate a packet from any sender, workloads included.
 
-        Manifests do not state this, so the answer here is no; a subclass may override it.
+        Manifests do not state this, so the answer here is False.  A subclass may override the method.
         """
         del packet
         return False
 
     def is_excepted(self, node: str, packet: Packet, direction: Direction) -> bool:
-        """Whether a failsafe port or a tunnel protects a packet to (ingress) or from (egress) a host's own process."""
+        """Whether a failsafe port or a tunnel protects a packet to (ingress) or from (egress) a process of the host."""
         remote = packet.source if direction is Direction.INGRESS else packet.destination
         if remote in self._of_nodes and any(tunnel.carries(packet) for tunnel in self._settings.tunnels):
             return True
@@ -383,8 +389,10 @@ def _is_covered(packet: Packet, failsafe: Failsafe, remote: IPAddress) -> bool:
 class _Planner:
     """Plans one journey.
 
-    ``original``: the packet before destination translation.  ``final``: the packet after it.  ``sent``: the packet as
-    it leaves the sender's node, which translates every destination except addresses of other nodes.
+    ``original``: the packet before destination translation.
+    ``final``: the packet after destination translation.
+    ``sent``: the packet as it leaves the sender's node.  That node translates every destination except addresses of
+    other nodes.
     """
 
     def __init__(self, topology: Topology, flow: Flow) -> None:
@@ -403,9 +411,11 @@ class _Planner:
         self.sent = self.original if is_sent_on else self.final
 
     def _translating_node(self, written: FlowEnd) -> str | None:
-        """The node that translates the destination: the node with that address, else the sender's, else the receiver's.
+        """The node that translates the destination; None if no node does.
 
-        ``written``: the owner of the destination before translation.  Returns None if nothing is translated.
+        The node with the destination address translates it.  If no node has the address, the sender's node does, or the
+        receiver's node if the sender is on no known node.
+        ``written``: the owner of the destination before translation.
         """
         if not self.is_translated:
             return None
@@ -414,7 +424,7 @@ class _Planner:
         return self.source.node or self.destination.node
 
     def hops(self) -> Iterator[JourneyHop]:
-        """The hops of the journey, in the order in which the packet meets them."""
+        """The hops of the journey, in the order in which the packet passes them."""
         reason = self._whole()
         if reason is not None:
             yield JourneyHop(reason=reason)
@@ -424,7 +434,7 @@ class _Planner:
         yield from self._enter_workload()
 
     def _whole(self) -> HopReason | None:
-        """The reason that decides the flow without any policy, or None if policy is evaluated."""
+        """The reason that decides the whole flow without policy. None if policy is evaluated."""
         packet = self.original
         if is_link_message(packet):
             return HopReason.NEIGHBOUR_DISCOVERY
@@ -450,7 +460,7 @@ class _Planner:
         return self.source.kind is FlowEndKind.WORKLOAD and self.source.endpoint == self.destination.endpoint
 
     def _is_local(self) -> bool:
-        """Whether both ends are on one node and the packet does not leave the node on its path."""
+        """Whether both ends are on one node and the packet does not leave that node on its path."""
         if self._is_to_itself():
             return True
         return self.source.node is not None and self._nodes() == [self.source.node] == [self.destination.node]
@@ -468,7 +478,7 @@ class _Planner:
         wildcard = self.topology.wildcard(source.node)
         action = self.topology.workload_to_host
         if wildcard is not None:
-            # A packet that leaves the workload enters the host: ingress for the host's policy.
+            # A packet that leaves the workload enters the host, so the host's policy for ingress applies.
             stages = [(Stage.PRE_DNAT, self.original)]
             if not to_own_host:
                 stages.append((Stage.FORWARD, self.sent))
@@ -514,8 +524,9 @@ class _Planner:
     ) -> Iterator[JourneyHop]:
         """The hop at a node's interface to the outside, if policy applies there.
 
-        ``wire``: the packet on that interface.  ``final``: the packet when it leaves the node.  ``is_local``: a process
-        of the node receives the packet.
+        ``wire``: the packet on that interface.
+        ``final``: the packet when it leaves the node, or when a process of the node gets it.
+        ``is_local``: whether a process of the node sends or receives the packet.
         """
         host = self.topology.uplink_of(node, direction, wire, is_local=is_local)
         if host is None:
@@ -576,7 +587,7 @@ def _ask(endpoint: EndpointKey, direction: Direction, stages: tuple[tuple[Stage,
 def _reversed(packet: Packet) -> Packet:
     """The first reply to ``packet``: source and destination are exchanged.
 
-    An ICMP reply is assumed to have the request's type, since the verdict on a reply does not depend on its type.
+    An ICMP reply is assumed to have the request's type, because the verdict on a reply does not depend on its type.
     """
     return replace(
         packet,

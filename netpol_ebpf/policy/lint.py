@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Warnings about valid policies with an effect that is probably not intended.
 
-A warning needs the whole cluster's state, not one object.  It concerns one policy and states the effect, never a matter
-of taste.  A warning that depends on the cluster's endpoints (such as "selects nothing") is given only if the input has
-endpoints.  Warnings are not errors and change no verdict.
+A warning depends on the whole cluster's state, not on one object.  Each warning concerns one policy and states an
+effect; no warning is about style.  A warning that depends on the cluster's endpoints (such as "selects nothing") is
+given only if the input has endpoints.  Warnings are not errors and change no verdict.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from netpol_ebpf.resources.types import Resource
 from netpol_ebpf.selector import SelectorIndex
 
 _WITH_PRIORITY = ("ClusterNetworkPolicy", "AdminNetworkPolicy")
-_MIN_PODS = 2  # a CIDR that contains only one pod may be meant for that pod
+_MIN_PODS = 2  # if a CIDR contains only one pod, the author may mean that pod
 
 
 def lint(resources: Iterable[Resource]) -> list[Problem]:
@@ -52,7 +52,11 @@ def shown_name(key: PolicyKey) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Warning:
-    """A warning without file and line: field path, message, slug, and the rule that it concerns, if any."""
+    """A warning without the name of its policy.
+
+    ``path``: the field that the warning concerns.
+    ``location``: the location of the rule that the warning concerns; None if the warning concerns the whole policy.
+    """
 
     path: str
     message: str
@@ -123,7 +127,10 @@ class _Linter:
         yield from self._log_only(policy)
 
     def _log_only(self, policy: Policy) -> Iterator[_Warning]:
-        """Warn if the policy has Log rules only: it still isolates its endpoints, since the tier ends in deny."""
+        """Warn if the policy has Log rules only.
+
+        Such a policy still isolates its endpoints, because the tier denies at its end what no rule decides.
+        """
         tier = self.world.tiers.get(policy.tier)
         if policy.pre_dnat or policy.do_not_track or tier is None or tier.default_action is not Action.DENY:
             return
@@ -139,7 +146,7 @@ class _Linter:
                 )
 
     def _equal_priorities(self) -> Iterator[Problem]:
-        """Warn about SIG-network policies with equal priorities: the API does not define their order."""
+        """Warn about SIG-network policies with equal priorities, because the API does not define their order."""
         first: dict[tuple[str, float], Policy] = {}
         for policy in sorted(self.world.policies.values(), key=lambda policy: policy.sort_key):
             if policy.key.kind not in _WITH_PRIORITY:
@@ -182,7 +189,7 @@ class _Linter:
         yield from self._named_ports(policy, direction, rule)
 
     def _pod_network(self, peer: Entity) -> Iterator[tuple[str, str]]:
-        """Warn about CIDRs that contain the pod network: they match all pods.
+        """Warn about CIDRs that contain the pod network, because they match all pods.
 
         Often the author intended only addresses outside the cluster.
         """
@@ -224,13 +231,13 @@ class _Linter:
 def _missing_profiles(resources: Iterable[Resource], world: World) -> Iterator[Problem]:
     """One warning for each profile that endpoints name and that does not exist.
 
-    A missing profile denies all packets that no policy decides.
+    A profile that does not exist denies all packets that no policy decides.
     """
     said: set[str] = set()
     for resource in resources:
         key = key_of(resource)
         endpoint = world.endpoints.get(EndpointKey(*key))
-        for profile in () if endpoint is None else endpoint.profiles[:1]:  # if the first exists, it decides alone
+        for profile in () if endpoint is None else endpoint.profiles[:1]:  # if the first one exists, it decides alone
             if profile in world.profiles or profile in said:
                 continue
             said.add(profile)

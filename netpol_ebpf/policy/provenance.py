@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A verdict's cause in the user's terms: the rule, its policy, and its file and line.
 
-Invariant: this module looks up the objects that a `Cause` names, and never evaluates policy.
+Invariant: this module looks up the objects that a `Cause` names, and does not evaluate policy.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from netpol_ebpf.policy.types import UDP, Action, Cause, CauseKind, Direction, T
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """The origin of a cause. ``location`` None: no file contains the cause (an end of tier), or no longer."""
+    """The origin of a cause.
+
+    ``location``: None if no file contains the cause, as for an end of tier, or if the file no longer contains it.
+    """
 
     cause: Cause
     sentence: str
     location: Location | None
 
     def as_dict(self) -> dict[str, Any]:
-        """The provenance as plain values for JSON; absent parts are None."""
+        """The provenance as plain values for JSON. Absent parts are None."""
         cause, place = self.cause, self.location
         return {
             "kind": cause.kind.value,

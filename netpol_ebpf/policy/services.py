@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The destination translation of nodes: the backends of services, node ports and host ports.
 
-Sources: EndpointSlices, as kube-proxy uses them; for a service without any, the pods that its selector selects.
+Backends are read from EndpointSlices, as in kube-proxy.  If a service has no EndpointSlice, the pods that its selector
+selects are its backends.
 
 Invariant: the result has every backend that a node may choose.  This module cannot determine which backend a node
 chooses, nor whether the node translates at all.  It evaluates no policy.
@@ -18,24 +19,28 @@ from netpol_ebpf.policy.types import PORT_PROTOCOLS, IPAddress, Packet, Vip, Vip
 from netpol_ebpf.resources.types import EndpointSlice, Pod, Resource, Service, SlicePort
 
 BackendAddress = tuple[IPAddress, int]
-"""Address and port of a backend."""
+"""(address, port) of a backend."""
 
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """The backends of a packet's destination. ``owners``: the objects that translate it, such as ``Service/shop/db``."""
+    """The backends of a packet's destination.
+
+    ``owners``: the names of the objects that cause the translation, such as ``Service/shop/db``.
+    """
 
     owners: tuple[str, ...]
     backends: tuple[BackendAddress, ...]
 
 
 class ServiceAddresses:
-    """The addresses and ports that nodes translate. Cost to build: linear in the resources."""
+    """The addresses and ports that nodes translate. Cost to create: linear in the resources."""
 
     def __init__(self, vips: Mapping[VipKey, Vip], resources: Iterable[Resource]) -> None:
-        """``vips``: the service addresses of a world.
+        """Find the objects that have each destination.
 
-        ``resources``: the objects from which they were derived; they give the names of the owners.
+        ``vips``: the destinations of a world that nodes translate.
+        ``resources``: the objects from which ``vips`` was derived.  They give the names of the owners.
         """
         services: list[Service] = []
         pods: defaultdict[str, list[Pod]] = defaultdict(list)
@@ -60,9 +65,10 @@ class ServiceAddresses:
                 self._selected[vip.key] |= vip.backends
 
     def find(self, packet: Packet, node: str | None) -> Translation | None:
-        """The services and backends of a packet's destination; None if no node translates that destination.
+        """The services and backends of a packet's destination.
 
-        ``node``: the node that owns the destination address; None if the address belongs to no node.
+        None if no node translates that destination.
+        ``node``: the node that has the destination address; None if no node has it.
         """
         if packet.protocol not in PORT_PROTOCOLS:
             return None
@@ -95,7 +101,7 @@ def _slices_of(service: Service, pods: Iterable[Pod]) -> Iterator[EndpointSlice]
 
 
 def _target(target: int | str, protocol: int, pod: Pod) -> int | None:
-    """The port number of a service's ``targetPort`` at a pod; None if the pod declares no port by that name."""
+    """The port number of a service's ``targetPort`` at a pod. None if the pod declares no port by that name."""
     if isinstance(target, int):
         return target
     return next((one.port for one in pod.ports if (one.name, one.protocol) == (target, protocol)), None)

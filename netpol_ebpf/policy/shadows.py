@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules that no packet can reach, because earlier rules certainly match every packet that they match.
+"""Rules that no packet can reach, because earlier rules match every packet that these rules match.
 
-The analysis is sound and not complete, as `netpol_ebpf.policy.coverage` is: a reported rule is never reached in any
-state of the cluster's endpoints, so its removal changes no verdict; an unreported rule may still be unreachable.
+The analysis is sound and not complete, as in `netpol_ebpf.policy.coverage`.  A reported rule is not reached in any
+state of the cluster's endpoints, so its removal changes no verdict.  A rule that is not reported may still be
+unreachable.
 
-A rule is unreachable when another rule matches all its packets, comes before it for all endpoints of the policy, and
-either ends the evaluation or leaves the tier of both rules.  A Pass rule in an earlier tier can prevent that proof: the
-packets that the Pass rule matches continue in the next tier, and skip the rest of the Pass rule's tier.
+A rule is reported if another rule *covers* it.  The covering rule matches all packets that the covered rule matches,
+and comes before the covered rule at every endpoint of the covered rule's policy.  The covering rule ends the
+evaluation, or is a Pass rule of the same tier, after which the rest of the tier is skipped.  A Pass rule of an earlier
+tier can prevent the proof: the packets that it matches skip the rest of its tier, and may skip the covering rule.
 """
 
 from __future__ import annotations
@@ -24,7 +26,11 @@ KUBERNETES = ("KubernetesNetworkPolicy", "StagedKubernetesNetworkPolicy")
 
 @dataclass(frozen=True, slots=True)
 class Shadow:
-    """An unreachable user rule. ``rule``: its first internal rule. ``causes``: the earlier rules that cover it."""
+    """An unreachable user rule.
+
+    ``rule``: the first of its internal rules.
+    ``causes``: for each of its internal rules, an earlier rule that covers it, with the policy of the earlier rule.
+    """
 
     direction: Direction
     rule: Rule
@@ -33,9 +39,9 @@ class Shadow:
 
 @dataclass(frozen=True, slots=True)
 class _Before:
-    """A rule that every packet meets before another policy's rules, unless one of ``passes`` matches the packet.
+    """A rule that every packet meets before the rules of a later policy, unless one of ``passes`` matches the packet.
 
-    ``passes``: Pass rules before ``rule`` in the same tier, if that tier is earlier than the other policy's tier.
+    ``passes``: Pass rules before ``rule`` in the same tier, if that tier is earlier than the later policy's tier.
     """
 
     policy: Policy
@@ -59,10 +65,10 @@ class Shadows:
         self._replaced = {policy.replaces for policy in world.policies.values() if policy.staged is not Staged.NO}
 
     def of(self, policy: Policy) -> Iterator[Shadow]:
-        """The unreachable user rules of a policy. A user rule is unreachable if all its internal rules are.
+        """The unreachable user rules of a policy. A user rule is unreachable if all its internal rules are unreachable.
 
-        The evaluation is the one in which the policy takes part: enforced, or pending for a staged policy.  Cost:
-        linear in the rules of all policies.
+        The evaluation is the enforced one; for a staged policy it is the pending one.  Cost: linear in the rules of all
+        policies.
         """
         for direction in policy.types:
             rules = policy.rules(direction)
@@ -101,7 +107,7 @@ class Shadows:
     def _are_together(self, policy: Policy, other: Policy) -> bool:
         """Whether some endpoint may evaluate both policies, one after the other.
 
-        The evaluation is the enforced one, or for a staged ``policy`` the pending one.
+        The evaluation is the enforced one; for a staged ``policy`` it is the pending one.
         """
         if (other.do_not_track, other.pre_dnat) != (policy.do_not_track, policy.pre_dnat):
             return False
@@ -113,8 +119,8 @@ class Shadows:
 def _precedes(policy: Policy, other: Policy) -> bool:
     """Whether ``other``, which is earlier in order, applies wherever ``policy`` applies.
 
-    False for staged policies, and for Kubernetes policies, which have no order among each other: neither is reported as
-    the reason why a rule is unreachable.
+    False for staged policies, and for Kubernetes policies, whose order among each other is not defined.  So such a
+    policy is never reported as the reason why a rule is unreachable.
     """
     return (
         other.staged is Staged.NO

@@ -5,8 +5,8 @@
 types.  The reference model and the compiler read only these types.
 
 Invariants: values are immutable and hashable.  Selectors are *effective* (SEMANTICS 2.6): namespace confinement,
-prefixes and inherited labels are part of the selector, so that it is evaluated on an owner's labels alone.  This module
-must not depend on files, the schemas of kinds, tables or the kernel.
+prefixes and inherited labels are part of the selector, so that an owner's labels alone decide whether it matches.  This
+module must not depend on files, the schemas of kinds, tables or the kernel.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ V = TypeVar("V")
 
 TCP, UDP, SCTP, UDPLITE, ICMP, ICMPV6, IPIP = 6, 17, 132, 136, 1, 58, 4
 PORT_PROTOCOLS = frozenset({TCP, UDP, SCTP})
-"""Protocols with ports that the dataplane parses and rules may match."""
+"""Protocols with ports that the dataplane parses and that rules may match."""
 IPV6_HEADERS = frozenset({0, 43, 44, 51, 59, 60})
-"""Header numbers that are never the protocol of an IPv6 packet: extension headers, which precede the protocol's header
-(docs/packet-parsing.md), and 59, "no next header".  Over IPv4 these numbers are protocols like any other."""
+"""Header numbers that are never the protocol of an IPv6 packet.
+
+They are the extension headers, which precede the protocol's header (docs/packet-parsing.md), and 59, "no next header".
+Over IPv4 these numbers are protocols like any other.
+"""
 
 
 class Direction(enum.Enum):
@@ -54,17 +57,19 @@ class Action(enum.Enum):
 class Stage(enum.Enum):
     """One of the policy lists of an endpoint. Workloads have NORMAL only; hosts have all four."""
 
-    NORMAL = "normal"  # a workload's policy; a host's policy for local traffic (failsafes first)
+    NORMAL = "normal"  # a workload's policy; a host's policy for its own processes, after the failsafes
     FORWARD = "forward"  # applyOnForward policies, for traffic through the host
-    PRE_DNAT = "pre-dnat"  # host ingress before service DNAT; no match: continue
-    UNTRACKED = "untracked"  # doNotTrack, stateless; no match: continue
+    PRE_DNAT = "pre-dnat"  # host ingress before service DNAT; if no rule matches, the outcome is CONTINUE
+    UNTRACKED = "untracked"  # doNotTrack policies, stateless; if no rule matches, the outcome is CONTINUE
 
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """Ports on one side of a rule: a port matches if it is in one of ``ranges`` or one of ``names`` stands for it.
+    """Ports on one side of a rule.
 
-    ``ranges``: (first, last), both included.  A name stands for the ports that owners of this side's address declare.
+    A port matches if it is in one of ``ranges``, or if one of ``names`` stands for it.
+    ``ranges``: (first, last), both included.
+    ``names``: a name stands for the ports that owners of this side's address declare by this name.
     """
 
     ranges: tuple[tuple[int, int], ...] = ()
@@ -73,7 +78,7 @@ class Ports:
 
 @dataclass(frozen=True, slots=True)
 class IcmpType:
-    """An ICMP or ICMPv6 type, as the rule's protocol determines. ``code`` None: any code."""
+    """A type of ICMP or ICMPv6; the rule's protocol determines which of these. ``code``: None if any code matches."""
 
     type: int
     code: int | None = None
@@ -81,7 +86,10 @@ class IcmpType:
 
 @dataclass(frozen=True, slots=True)
 class BackendMatch:
-    """Matches the backends of a service: by address, protocol and port with ``match_ports``, else by address alone."""
+    """Matches the backends of a service.
+
+    ``match_ports``: True if address, protocol and port must be those of a backend, False if only the address must be.
+    """
 
     namespace: str
     name: str
@@ -90,12 +98,15 @@ class BackendMatch:
 
 @dataclass(frozen=True, slots=True)
 class Entity:
-    """One side (source or destination) of a rule. All given fields must match; None or () means no constraint.
+    """One side (source or destination) of a rule.
 
-    ``selector`` must match the labels of some endpoint or network set that has or contains the address (SEMANTICS 2.6
-    e).  ``not_selector`` must match the labels of none of them.  An entity never has both: with a selector, the negated
-    selector is part of its expression (2.6 c).  ``nodes`` must match the labels of a Node that has the address.
-    ``impossible``: no address matches (the peer of an Accept rule is unknown, or an ipBlock is unreadable).
+    All given fields must match; a field that is None or () has no effect.
+    ``selector``: must match the labels of some endpoint or network set that has or contains the address (SEMANTICS 2.6
+    e).
+    ``not_selector``: must match the labels of no such endpoint or network set.  An entity has at most one of
+    ``selector`` and ``not_selector``: if a rule has both, the negation is part of ``selector`` (2.6 c).
+    ``nodes``: must match the labels of a Node that has the address.
+    ``impossible``: no address matches, because the peer of an Accept rule is unknown or an ipBlock is invalid.
     """
 
     nets: tuple[IPNetwork, ...] = ()
@@ -118,11 +129,13 @@ ANY_ENTITY = Entity()
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One internal rule. A user rule with several ports or peers may become several internal rules.
+    """One internal rule.
 
-    ``index``: position of the user rule in its policy's list for the direction, from 0.  ``protocol``,
-    ``not_protocol``: IANA numbers.  ``unsupported``: the fields of the user rule that are not supported ("http",
-    "domains"); such a rule matches nothing.  Only Allow rules can have unsupported fields, so this never widens access.
+    A user rule with several ports or peers may become several internal rules.
+    ``index``: the position of the user rule in its policy's list for the direction, from 0.
+    ``protocol``, ``not_protocol``: IANA numbers.
+    ``unsupported``: the fields of the user rule that are not supported ("http", "domains"), or "".  A rule with
+    unsupported fields matches nothing.  Only Allow rules can have them, so this never widens access.
     """
 
     action: Action
@@ -142,7 +155,7 @@ class Rule:
 class ResourceKey(NamedTuple):
     """Identifies an object by kind, namespace ("" for cluster scope) and name.
 
-    A tuple, because tables with thousands of objects use it as key.
+    It is a tuple, because tables with thousands of objects use it as key.
     """
 
     kind: str
@@ -165,7 +178,7 @@ class PolicyKey(ResourceKey):
 
 
 class Staged(enum.Enum):
-    """How a policy takes part in evaluation: enforced, or only pending."""
+    """Whether a policy is enforced, or takes part only in the pending evaluation."""
 
     NO = "enforced"
     SET = "set"
@@ -176,9 +189,10 @@ class Staged(enum.Enum):
 class Policy:
     """A policy of any kind.
 
-    ``order``: +inf if the user gave none; `sort_key` orders policies of equal order.  ``subject``: selects the
-    endpoints (workloads and hosts) by effective labels.  ``replaces``: for a staged policy, the key of the enforced
-    policy that it replaces in the pending evaluation.
+    ``order``: +inf if the user gave none.  `sort_key` orders policies with the same order.
+    ``subject``: selects the endpoints (workloads and hosts) by their effective labels.
+    ``types``: the directions in which the policy applies.
+    ``replaces``: for a staged policy, the key of the enforced policy that it replaces in the pending evaluation.
     """
 
     key: PolicyKey
@@ -209,8 +223,9 @@ class Policy:
 class PolicyTier:
     """A tier.
 
-    ``exists``: False for a tier that policies name but that has no Tier object: it is evaluated last and ends in deny.
-    ``follows``: the name of a tier of the same order, directly after which this tier is evaluated.
+    ``exists``: False for a tier that policies name but that has no Tier object.  Such a tier is evaluated last and ends
+    in deny.
+    ``follows``: the name of a tier of the same order, directly after which this tier is evaluated; "" if there is none.
     """
 
     name: str
@@ -232,7 +247,8 @@ class PolicyTier:
 class ProfileRules:
     """The rules of a profile, which are evaluated if no tier decided.
 
-    The profile ``kns.<namespace>`` allows everything.  A profile that an endpoint names and that does not exist denies.
+    The profile ``kns.<namespace>`` allows everything.  If an endpoint names a profile that does not exist, everything
+    is denied.
     """
 
     name: str
@@ -261,18 +277,20 @@ class EndpointKind(enum.Enum):
 
 
 class EndpointKey(ResourceKey):
-    """Identifies an endpoint: ``kind`` is "Pod", "WorkloadEndpoint" or "HostEndpoint"; namespace "" for a host."""
+    """Identifies an endpoint. ``kind``: "Pod", "WorkloadEndpoint" or "HostEndpoint". ``namespace``: "" for a host."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A workload or host endpoint with its *effective* labels (own, then inherited from its profiles).
+    """A workload or host endpoint with its *effective* labels: its own, and those inherited from its profiles.
 
-    ``addresses``: the addresses by which rules of other endpoints match it (a host without expectedIPs has none).
-    ``interface``: "*" for a wildcard host endpoint.  ``allowed_sources``: prefixes from which a workload may send
-    although the addresses are not its own.
+    ``addresses``: the addresses by which rules of other endpoints match this endpoint.  A host without expectedIPs has
+    none.
+    ``node``: the name of the endpoint's node; None if it is unknown.
+    ``interface``: the name of the interface, or "*" for a wildcard host endpoint; None if it is not stated.
+    ``allowed_sources``: prefixes from which a workload may send although the addresses are not its own.
     """
 
     key: EndpointKey
@@ -306,7 +324,7 @@ class ClusterNode:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Backend:
-    """One backend of a service. ``port``: 0 if its slice gives no port; then only the address can match."""
+    """One backend of a service. ``port``: 0 if its EndpointSlice gives no port; then only the address can match."""
 
     address: IPAddress
     protocol: int
@@ -326,8 +344,8 @@ class ServiceBackends:
 class VipKey:
     """A destination that nodes translate: a service's address and port, or a port of the nodes.
 
-    ``address`` None: every address of the node (node ports, host ports).  ``node``: the name of the only node that
-    translates this destination; "": every node does.
+    ``address``: None for every address of the node, as for node ports and host ports.
+    ``node``: the name of the only node that translates this destination; "" if every node does.
     """
 
     address: IPAddress | None
@@ -364,7 +382,10 @@ FAILSAFE_OUTBOUND = (
 
 
 class Tunnel(NamedTuple):
-    """An encapsulation in which nodes send packets to each other. ``port``: UDP port, 0 if ``protocol`` is not UDP."""
+    """An encapsulation in which nodes send packets to each other.
+
+    ``port``: the UDP port; 0 if ``protocol`` is not UDP.
+    """
 
     protocol: int
     port: int = 0
@@ -393,13 +414,13 @@ TUNNELS = frozenset({Tunnel(IPIP), Tunnel(UDP, 4789), Tunnel(UDP, 51820), Tunnel
 class PolicySettings:
     """Cluster-wide settings that change verdicts (SEMANTICS 4.5 to 4.7).
 
-    ``node_failsafes``: by node and direction, a list that replaces the cluster's list on this node.  ``tunnels``:
-    encapsulations that host endpoint policy never blocks between the addresses of known nodes.
+    ``node_failsafes``: by node and direction, a list that replaces the cluster's list on this node.
+    ``tunnels``: encapsulations that host endpoint policy never blocks between the addresses of known nodes.
     """
 
     failsafe_inbound: tuple[Failsafe, ...] = FAILSAFE_INBOUND
     failsafe_outbound: tuple[Failsafe, ...] = FAILSAFE_OUTBOUND
-    workload_to_host: Action = Action.ALLOW  # DENY (drop), PASS (host policy decides), ALLOW
+    workload_to_host: Action = Action.ALLOW  # DENY, ALLOW, or PASS: the host's policy decides
     node_failsafes: Mapping[tuple[str, Direction], tuple[Failsafe, ...]] = field(default_factory=dict, hash=False)
     tunnels: frozenset[Tunnel] = TUNNELS
 
@@ -411,7 +432,10 @@ class PolicySettings:
 
 @dataclass(slots=True)
 class World:
-    """The input of the engines: the internal objects of one cluster state. Only its creator may change it."""
+    """The input of the engines: the internal objects of one cluster state.
+
+    Only the creator of a world may change it.
+    """
 
     tiers: dict[str, PolicyTier] = field(default_factory=dict)
     policies: dict[PolicyKey, Policy] = field(default_factory=dict)
@@ -424,7 +448,7 @@ class World:
     settings: PolicySettings = field(default_factory=PolicySettings)
 
     def sorted_tiers(self) -> Iterator[PolicyTier]:
-        """The tiers in evaluation order, with tiers that policies name but that do not exist at the end."""
+        """The tiers in evaluation order. Tiers that policies name but that do not exist are at the end."""
         missing = {policy.tier for policy in self.policies.values()} - self.tiers.keys()
         tiers = [*self.tiers.values(), *(PolicyTier(name, exists=False) for name in missing)]
         return iter(sorted(tiers, key=lambda tier: tier.sort_key))
@@ -432,9 +456,10 @@ class World:
 
 @dataclass(slots=True)
 class Changes:
-    """Changes of a `World`: by key the new object, or None for a removed object. The fields are named as in `World`.
+    """Changes of a `World`: by key the new object, or None for a removed object.
 
-    ``settings``: None if they did not change.
+    The fields are named as in `World`.
+    ``settings``: None if the settings did not change.
     """
 
     tiers: dict[str, PolicyTier | None] = field(default_factory=dict)
@@ -482,9 +507,11 @@ def _apply(changes: Mapping[K, V | None], table: dict[K, V]) -> None:
 class Packet:
     """The first packet of a connection: the fields that policy can match.
 
-    Both addresses have the same family.  ``protocol``: IANA number, over IPv6 none of `IPV6_HEADERS`.  Ports are 0 for
-    protocols without ports.  ``icmp_type`` and ``icmp_code`` are 0 except for ICMP over IPv4 and ICMPv6 over IPv6 (ICMP
-    over IPv6 and ICMPv6 over IPv4 are not ICMP to the kernel).
+    Both addresses have the same family.
+    ``protocol``: the IANA number; over IPv6 none of `IPV6_HEADERS`.
+    ``source_port``, ``destination_port``: 0 for protocols without ports.
+    ``icmp_type``, ``icmp_code``: 0 except for ICMP over IPv4 and ICMPv6 over IPv6.  The kernel does not treat ICMP over
+    IPv6, or ICMPv6 over IPv4, as ICMP.
     """
 
     source: IPAddress
@@ -497,7 +524,10 @@ class Packet:
 
 
 class Outcome(enum.Enum):
-    """A verdict without its cause. CONTINUE: the stage decides nothing; only stages without default drop have it."""
+    """A verdict without its cause.
+
+    CONTINUE: the stage decides nothing.  Only stages without default drop have this outcome.
+    """
 
     ALLOW = "allow"
     DENY = "deny"
@@ -507,20 +537,23 @@ class Outcome(enum.Enum):
 class CauseKind(enum.Enum):
     """The kind of object that made a verdict."""
 
-    RULE = "rule"  # tier, policy, index
-    TIER_END = "end of tier"  # tier (policy: the last policy of the tier that applied)
-    PROFILE = "profile"  # profile name in ``tier``-less ``profile``, index
-    NO_MATCH = "no match"  # nothing decided: the implicit deny (or continue) after the profiles
-    FAILSAFE = "failsafe"  # index into the failsafe list
-    TUNNEL = "tunnel"  # between known nodes; index: the tunnel's number
+    RULE = "rule"  # its fields: tier, policy, index
+    TIER_END = "end of tier"  # its fields: tier, and as policy the last policy of the tier that applied
+    PROFILE = "profile"  # its fields: profile, index
+    NO_MATCH = "no match"  # nothing decided, so the implicit deny (or CONTINUE) after the profiles applies
+    FAILSAFE = "failsafe"  # its field: index in the failsafe list
+    TUNNEL = "tunnel"  # a tunnel between known nodes; its field: the tunnel's number as index
 
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """The rule or other object that made a verdict. ``index``: -1 if no rule made it (end of tier, no match).
+    """The rule or other object that made a verdict.
 
-    For an end of tier, ``policy`` is the last policy of the tier that applies, in evaluation order.  MATCHING.md in
-    this directory defines the fields for each kind of cause: engines must produce identical causes.
+    ``policy``: for an end of tier, the last policy of the tier that applies, in evaluation order.
+    ``index``: -1 if no rule made the verdict (end of tier, no match).
+
+    MATCHING.md in this directory defines the fields for each kind of cause, because engines must produce identical
+    causes.
     """
 
     kind: CauseKind
@@ -543,11 +576,11 @@ class Cause:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """An engine's decision on one `Question`: the enforced and the pending evaluation.
+    """An engine's decision on one `Question`: the results of the enforced and of the pending evaluation.
 
-    ``logs``: the causes of Log rules that matched before the enforced verdict, in order.  ``staged_outcome``,
-    ``staged_cause``: the result of the pending evaluation, in which staged policies take part; without staged policies
-    the same as ``outcome`` and ``cause``.
+    ``staged_outcome``, ``staged_cause``: the result of the pending evaluation, in which staged policies take part.
+    Without staged policies they are the same as ``outcome`` and ``cause``.
+    ``logs``: the causes of Log rules that matched before the enforced verdict, in order.
     """
 
     outcome: Outcome

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kinds of projectcalico.org/v3: policies, staged policies, tiers, network sets, endpoints, profiles.
 
-Validation and defaulting are those of SEMANTICS 1.7 to 1.12.  `calico_rule` parses the rules of policies.
+Validation and default values are as in SEMANTICS 1.7 to 1.12.  `calico_rule` parses the rules of policies.
 """
 
 from __future__ import annotations
@@ -77,9 +77,10 @@ _ONLY_GLOBAL = ("namespaceSelector", "doNotTrack", "preDNAT", "applyOnForward")
 
 
 def _check_policy_name(name: str) -> str | None:
-    """Check a policy's name: one DNS label, two labels with a dot between them, or the name of a converted object.
+    """Check a policy's name. Returns the fault, or None.
 
-    Returns the fault, or None.
+    The name must be one DNS label, two labels with a dot between them, or the name of an object that Calico converts to
+    a policy.
     """
     return None if len(name) <= 253 and _CONVERTED_NAME.match(name) else _check_global_policy_name(name)  # noqa: PLR2004
 
@@ -155,7 +156,7 @@ def _tier_name(spec: Reader) -> str:
 
 
 def _types(spec: Reader) -> tuple[str, ...]:
-    """The field types in canonical order; () if it is absent."""
+    """Parse the field ``types``. Returns the directions in the order Ingress, Egress; () if the field is absent."""
     types: list[str] = []
     for path, name in spec.indexed_strings("types"):
         if name not in _DIRECTIONS:
@@ -168,10 +169,10 @@ def _types(spec: Reader) -> tuple[str, ...]:
 
 
 def _default_types(spec: Reader) -> tuple[str, ...]:
-    """The policy types if the field types is absent.
+    """The policy types if the field ``types`` is absent.
 
-    Without egress rules: Ingress.  With egress rules only: Egress.  With both: both.  A Kubernetes policy has other
-    defaults.
+    They are Ingress if there are no egress rules, Egress if there are only egress rules, and both if there are rules of
+    both directions.  The default of a Kubernetes policy is different.
     """
     if not spec.list("egress"):
         return _DIRECTIONS[:1]
@@ -222,7 +223,7 @@ def _global_network_policy(obj: Reader, meta: Meta) -> GlobalNetworkPolicy:
 
 
 def _staged_action(spec: Reader, *, keep: tuple[str, ...]) -> str:
-    """The field stagedAction. With Delete, all fields of the spec except ``keep`` must be empty."""
+    """Parse the field stagedAction. With the action Delete, all fields of the spec except ``keep`` must be empty."""
     action = spec.enum("stagedAction", STAGED_ACTIONS) or "Set"
     if action == "Delete":
         for key in spec.fields():
@@ -232,7 +233,7 @@ def _staged_action(spec: Reader, *, keep: tuple[str, ...]) -> str:
 
 
 def _is_zero(value: Any) -> bool:
-    """Whether a value is absent, false or empty. A number never is: order 0 is a given order."""
+    """Whether a value is absent, false or empty. A number is not empty, because order 0 is a given order."""
     return value is None or value is False or (isinstance(value, (str, list, Mapping)) and not value)
 
 
@@ -307,7 +308,7 @@ def _network_set(obj: Reader, meta: Meta) -> NetworkSet:
 def read_net(spec: Reader, path: tuple[str | int, ...], text: str) -> IPNetwork | None:
     """Parse a CIDR, or an address without prefix length, to a network with host bits cleared.
 
-    None after an error, which is recorded at ``path``.
+    If the text is invalid, an error is recorded at ``path`` and None is returned.
     """
     full = text if "/" in text else f"{text}/{128 if ':' in text else 32}"
     try:
@@ -377,7 +378,11 @@ def _profiles(spec: Reader) -> tuple[str, ...]:
 
 
 def _endpoint_port(port: Reader, *, may_be_unnamed: bool = False) -> EndpointPort | None:
-    """Parse a named port of an endpoint; None if it is invalid, or has no name and ``may_be_unnamed``."""
+    """Parse a named port of an endpoint.
+
+    None if the port is invalid or has no name.
+    ``may_be_unnamed``: whether a port without a name is valid, and the fields hostPort and hostIP are allowed.
+    """
     name = port.string("name") or ""
     if not name and not may_be_unnamed:
         port.missing("name")

@@ -2,8 +2,8 @@
 """FelixConfiguration and KubeControllersConfiguration: only the fields about host endpoints.
 
 Both kinds have many fields for other programs, and get more with each release.  So unknown fields are accepted, unless
-the name is similar to that of a known field.  A field that changes verdicts in Calico and has no effect here causes a
-warning.
+the name is similar to that of a known field.  If an object has a field that changes verdicts in Calico but has no
+effect here, a warning is recorded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from netpol_ebpf.resources.types import (
 
 DEFAULT = "default"
 NODE_PREFIX = "node."
-"""The name of a FelixConfiguration for one node is this prefix and the node's name."""
+"""The name of a FelixConfiguration for one node is this prefix followed by the node's name."""
 
 _FAILSAFES = ("failsafeInboundHostPorts", "failsafeOutboundHostPorts")
 FAILSAFE_PROTOCOLS = ("TCP", "UDP")
@@ -41,11 +41,11 @@ _NOT_FOLLOWED = {
     "wireguardListeningPortV6": "the agent's option --tunnel",
     "workloadSourceSpoofing": "the agent's option --allow-source-prefixes",
 }
-"""Fields that change verdicts in Calico and have no effect here, with the setting that replaces them."""
+"""Fields that change verdicts in Calico and have no effect here, with the setting that replaces each field."""
 
 MODES = ("Enabled", "Disabled")
 _FOREIGN = re.compile(r"\(\?(?!:)|\[\[:|\\[^\W_bBdDsSwW]|\\_|[*+?}][*+]|\{,")
-"""Regular expression syntax with different meanings in Python and Go (RE2), or that only one of them accepts."""
+"""Regular expression syntax that has different meanings in Python and Go (RE2), or that only one of them accepts."""
 
 
 # --- FelixConfiguration ---------------------------------------------------------------------------------------------
@@ -82,7 +82,10 @@ def _failsafes(spec: Reader, key: str) -> Iterator[FailsafePort]:
 
 
 def _failsafe_protocol(entry: Reader) -> int | None:
-    """The IANA number of a failsafe port's protocol: TCP or UDP, in upper or lower case, as in Calico."""
+    """Parse the protocol of a failsafe port to its IANA number. None after an error.
+
+    The protocol is TCP or UDP, in upper or lower case, as in Calico.
+    """
     name = entry.required_string("protocol")
     if not name or name.upper() in FAILSAFE_PROTOCOLS:
         return PROTOCOLS.get(name.upper())
@@ -148,7 +151,7 @@ def _check_pattern(entry: Reader, pattern: str) -> None:
         return
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # about syntax that a later Python reads differently
+            warnings.simplefilter("error")  # Python warns of syntax that a later version reads differently
             re.compile(pattern)
     except (re.error, Warning) as error:
         entry.error("interfacePattern", f"is no regular expression: {error}")

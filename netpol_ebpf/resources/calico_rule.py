@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parses a projectcalico.org/v3 rule: every field of SEMANTICS 1.4 to 1.6 and every constraint between fields.
 
-Invariant: this module accepts exactly the rules that Calico's own validation accepts, and two additions of Calico's
+Invariant: this module accepts exactly the rules that Calico's own validation accepts, and two fields of Calico's
 commercial edition (``domains`` and HTTP headers).  It does not decide which packets a rule matches.
 """
 
@@ -71,14 +71,21 @@ _MISPLACED = {
 
 @dataclass(frozen=True, slots=True)
 class RuleContext:
-    """Properties of a rule that its fields do not state: the direction, and the policy's namespace ("" if global)."""
+    """Properties of a rule that its own fields do not state.
+
+    ``ingress``: whether it is an ingress rule.
+    ``namespace``: the policy's namespace; "" for a global policy.
+    """
 
     ingress: bool
     namespace: str
 
 
 def read_rules(spec: Reader, key: str, namespace: str) -> tuple[CalicoRule, ...]:
-    """Parse the rules in the field ``key``: ``ingress`` or ``egress``. ``namespace``: the policy's, "" if global."""
+    """Parse the rules in the field ``key``, which is ``ingress`` or ``egress``.
+
+    ``namespace``: the policy's namespace; "" for a global policy.
+    """
     written = spec.raw(key)
     if isinstance(written, Mapping):
         first = next(iter(written), "action")
@@ -106,7 +113,7 @@ def _rule(rule: Reader, context: RuleContext) -> CalicoRule:
     if metadata is not None:
         metadata.done()
     rule.done(_MISPLACED)
-    unknown_protocol = rule.has("protocol") and protocol is None  # reported already
+    unknown_protocol = rule.has("protocol") and protocol is None  # this error is reported already
     if rule.has("icmp") and protocol not in (ICMP, ICMPV6) and not unknown_protocol:
         rule.error("icmp", "needs `protocol: ICMP` or `protocol: ICMPv6` in the same rule", slug="conflict")
     if not unknown_protocol:
@@ -138,7 +145,10 @@ def _ip_version(rule: Reader) -> int | None:
 
 
 def read_protocol(reader: Reader, key: str) -> int | None:
-    """Parse a protocol to its IANA number: a name as spelled in `PROTOCOLS`, or 1 to 255. None: absent or invalid."""
+    """Parse a protocol to its IANA number. None if the field is absent, or after an error.
+
+    The protocol is a name as spelled in `PROTOCOLS`, or a number from 1 to 255.
+    """
     value = reader.raw(key)
     if value is None:
         return None
@@ -223,7 +233,11 @@ def _nets(entity: Reader, key: str) -> Iterator[IPNetwork]:
 
 
 def read_selector(reader: Reader, key: str, *, allow_global: bool = False) -> Selector | None:
-    """Parse a selector expression; None if it is absent or empty. ``allow_global``: global() is allowed."""
+    """Parse a selector expression.
+
+    None if it is absent or empty, or after an error.
+    ``allow_global``: whether ``global()`` is allowed.
+    """
     text = reader.string(key)
     if not text:
         return None
@@ -247,7 +261,10 @@ def read_selector(reader: Reader, key: str, *, allow_global: bool = False) -> Se
 
 
 def _wrong_selector(reader: Reader, key: str, text: str, error: SelectorError) -> None:
-    """Record the syntax error of a selector. A line break gets a special message, since a caret cannot point at it."""
+    """Record the syntax error of a selector.
+
+    A line break gets a message of its own, because a caret cannot point at a line break.
+    """
     one_line = " ".join(text.split("\n"))
     if one_line != text:
         reader.error(key, f"holds a line break, which a selector cannot have; {FOLDING_HINT}", slug="selector")
@@ -284,7 +301,11 @@ def _not_a_range(name: str) -> str:
 
 
 def _port(value: Any, seen: str) -> PortSpec:
-    """Parse a port: a number, "first:last" or a name; ``seen``: its description in messages. Raises ValueError."""
+    """Parse a port: a number, "first:last" or a name.
+
+    Raises ValueError.
+    ``seen``: the description of the value in messages.
+    """
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 9:  # noqa: PLR2004 - before int()
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -345,7 +366,7 @@ def _services(entity: Reader, key: str, context: RuleContext) -> ServiceMatch | 
 
 
 def read_domains(reader: Reader, key: str) -> tuple[str, ...]:
-    """Parse a list of domain names; the result is in lower case without trailing dots."""
+    """Parse a list of domain names. The results are in lower case, without trailing dots."""
     domains = []
     for path, text in reader.indexed_strings(key):
         if (message := check_domain(text)) is not None:
@@ -358,7 +379,7 @@ def read_domains(reader: Reader, key: str) -> tuple[str, ...]:
 
 
 def _check_ports_protocol(rule: Reader, protocol: int | None, source: EntityRule, destination: EntityRule) -> None:
-    """Check that a rule with ports has a protocol with ports. Without a protocol only named ports are allowed."""
+    """Check that a rule with ports has a protocol with ports. A rule without a protocol may have named ports only."""
     if protocol in WITH_PORTS:
         return
     for side, entity in (("source", source), ("destination", destination)):
@@ -486,6 +507,6 @@ def _header(header: Reader) -> HttpHeader:
         for index, value in enumerate(values):
             try:
                 re.compile(value)
-            except (re.error, OverflowError, RecursionError) as error:  # noqa: PERF203 - every wrong one must be reported
+            except (re.error, OverflowError, RecursionError) as error:  # noqa: PERF203 - all errors must be reported
                 header.report.error((*header.path, "values", index), f"not a regular expression: {error}")
     return HttpHeader(name, operator, values)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """crd.projectcalico.org/v1: the form in which Calico stores its objects in a Kubernetes cluster.
 
-A stored object has the spec of its projectcalico.org/v3 form and other metadata.  A stored policy's name begins with
-its tier's name, also with ``default.``, which the v3 name may lack; other metadata of the v3 object is JSON in the
-annotation ``projectcalico.org/metadata``.  The rules are those of libcalico-go (`ConvertK8sResourceToCalicoResource`)
-and of Calico's API server since 3.29.4: the annotation's name is the v3 name, and a policy without one loses
-``default.``.
+A stored object has the spec of the same object as projectcalico.org/v3 (the *v3 object*), and different metadata.  The
+name of a stored policy begins with its tier's name, also with ``default.``, which the name of the v3 object may lack.
+Other metadata of the v3 object is JSON in the annotation ``projectcalico.org/metadata``.  If the annotation has a name,
+it is the v3 object's name.  If not, the v3 object's name is the stored name, for policies without ``default.``.  These
+rules are those of libcalico-go (`ConvertK8sResourceToCalicoResource`) and of Calico's API server since 3.29.4.  Older
+API servers kept ``default.`` in the name of the v3 object, and wrote no name into the annotation.
 
-Invariant: an object read here has the name, labels and spec of the same object as projectcalico.org/v3.
+Invariant: an object that this module reads has the name, labels and spec of the v3 object.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ KINDS = tuple(
 
 
 def kept_metadata(metadata: Reader) -> Mapping[str, Any]:
-    """The ``name`` and ``labels`` of the v3 object, if they are in the annotation; empty without the annotation."""
+    """The ``name`` and ``labels`` that the object has as projectcalico.org/v3, as far as the annotation has them.
+
+    Empty without the annotation.
+    """
     annotations = metadata.peek("annotations")
     text = annotations.get(METADATA) if isinstance(annotations, Mapping) else None
     if not isinstance(text, str):
@@ -60,12 +64,15 @@ def _are_labels(labels: object) -> bool:
 
 
 def restored_name(kind: str, name: str, kept: Mapping[str, Any]) -> str:
-    """The v3 name of the stored object ``name``. ``kept``: the result of `kept_metadata`."""
+    """The name that the stored object ``name`` has as projectcalico.org/v3. ``kept``: the result of `kept_metadata`."""
     return kept.get("name") or (name.removeprefix(_DEFAULT_PREFIX) if kind in _TIERED else name)
 
 
 def restored_labels(labels: Mapping[str, str], kept: Mapping[str, Any]) -> dict[str, str]:
-    """The v3 labels of a stored object. ``kept``: the result of `kept_metadata`.
+    """The labels that a stored object has as projectcalico.org/v3.
+
+    ``labels``: the labels of the stored object.
+    ``kept``: the result of `kept_metadata`.
 
     Older versions of Calico stored labels in the annotation only, newer versions on the object only.
     """
@@ -73,13 +80,19 @@ def restored_labels(labels: Mapping[str, str], kept: Mapping[str, Any]) -> dict[
 
 
 def without_stored_copies(resources: Iterable[Resource]) -> list[Resource]:
-    """The resources, minus stored objects for which the same object in v3 form is also given: the v3 form is used."""
+    """The resources without each stored object that is also given in the form of projectcalico.org/v3."""
     given = list(resources)
     if not any(one.meta.is_stored for one in given):
         return given
-    current = {_identity(one) for one in given if not one.meta.is_stored}
-    return [one for one in given if not one.meta.is_stored or _identity(one) not in current]
+    current = {(type(one), one.meta.namespace, one.meta.name) for one in given if not one.meta.is_stored}
+
+    def is_copy(one: Resource) -> bool:
+        names = (one.meta.name, one.meta.stored_name)
+        return one.meta.is_stored and any((type(one), one.meta.namespace, name) in current for name in names if name)
+
+    return [one for one in given if not is_copy(one)]
 
 
-def _identity(resource: Resource) -> tuple[type, str, str]:
-    return type(resource), resource.meta.namespace, resource.meta.name
+def unprefixed(name: str) -> str:
+    """``name`` without ``default.``, as stored policies without annotation are named here; "" if it lacks the prefix."""
+    return name.removeprefix(_DEFAULT_PREFIX) if name.startswith(_DEFAULT_PREFIX) else ""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Namespace, ServiceAccount, Pod, Node, Service and EndpointSlice: the cluster's own objects.
+"""Namespace, ServiceAccount, Pod, Node, Service and EndpointSlice: objects of Kubernetes itself.
 
-Objects of these kinds are large, and get more fields with every release.  So unknown fields are ignored; only the
+Objects of these kinds are large, and get more fields with every release.  So unknown fields are ignored, and only the
 fields that this module reads are checked.  SEMANTICS 1.3 defines from which fields a pod's addresses are taken.
 """
 
@@ -39,12 +39,12 @@ SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 _POD_IPS = "cni.projectcalico.org/podIPs"
 _POD_IP = "cni.projectcalico.org/podIP"
 _AWS_POD_IPS = "vpc.amazonaws.com/pod-ips"
-# The API object of a static pod is a mirror made by the kubelet, with another UID.  This annotation has the UID in the
+# The kubelet makes the API object of a static pod, with another UID.  This annotation has the pod's UID in the
 # container runtime.
 _MIRRORED_UID = "kubernetes.io/config.mirror"
 _SOURCE_PREFIXES = "cni.projectcalico.org/allowedSourcePrefixes"
 
-# Annotations with a node's addresses in Calico: its own (with a prefix length), and those of its tunnel devices, from
+# Annotations in which Calico writes a node's addresses (with a prefix length) and those of its tunnel devices, from
 # which the node may send to remote pods.
 _NODE_ADDRESS_ANNOTATIONS = (
     "projectcalico.org/IPv4Address",
@@ -80,7 +80,7 @@ def _pod(obj: Reader, meta: Meta) -> Pod:
     deleting = metadata is not None and metadata.has("deletionTimestamp")
     status = obj.mapping("status")
     phase = status.string("phase") if status is not None else None
-    # A network plugin that has released the address of a deleted pod empties its annotation.
+    # A CNI plugin that has released the address of a deleted pod sets the pod's annotation to an empty text.
     taken_back = deleting and "" in (annotations.get(_POD_IP), annotations.get(_AWS_POD_IPS))
     finished = phase in ("Succeeded", "Failed") or taken_back
     addresses = _pod_addresses(obj, annotations, status)
@@ -94,7 +94,10 @@ def _pod(obj: Reader, meta: Meta) -> Pod:
 
 
 def read_template(template: Reader, meta: Meta) -> Pod:
-    """Parse a pod template (the metadata and spec of a pod), also of another object, to a pod without address."""
+    """Parse a pod template (the metadata and spec of a pod) to a pod without address.
+
+    The template may also be a part of another object, such as a Deployment.
+    """
     spec = template.mapping("spec") or Reader({}, (*template.path, "spec"), template.report)
     ports: list[ContainerPort] = []
     for containers in ("initContainers", "containers"):
@@ -140,7 +143,7 @@ def _protocol(port: Reader) -> int:
 
 
 def _pod_addresses(obj: Reader, annotations: Mapping[str, str], status: Reader | None) -> tuple[IPAddress, ...]:
-    """A pod's addresses, from the first that has any: status.podIPs, status.podIP, annotations of CNI plugins."""
+    """A pod's addresses: from status.podIPs, else from status.podIP, else from annotations of CNI plugins."""
     if status is not None:
         entries = [(entry.path, entry.string("ip")) for entry in status.mappings("podIPs")]
         found = _addresses(obj, [((*path, "ip"), ip) for path, ip in entries if ip])
@@ -159,7 +162,11 @@ def _pod_addresses(obj: Reader, annotations: Mapping[str, str], status: Reader |
 
 
 def _addresses(obj: Reader, texts: Iterable[tuple[Path, str]]) -> tuple[IPAddress, ...]:
-    """Parse addresses, given with their paths for messages. Returns distinct addresses in the given order."""
+    """Parse addresses.
+
+    Returns the distinct addresses in the given order.
+    ``texts``: pairs (path for messages, text of an address).
+    """
     found: dict[IPAddress, None] = {}
     for path, text in texts:
         try:
@@ -172,7 +179,7 @@ def _addresses(obj: Reader, texts: Iterable[tuple[Path, str]]) -> tuple[IPAddres
 def _source_prefixes(obj: Reader, annotations: Mapping[str, str]) -> tuple[IPNetwork, ...]:
     """Parse the annotation with the prefixes from which a pod may send although it does not have the addresses.
 
-    It is a JSON list of CIDRs; an address without a prefix length is a /32 or /128.
+    The annotation is a JSON list of CIDRs.  An address without a prefix length is a /32 or /128.
     """
     text = annotations.get(_SOURCE_PREFIXES)
     if not text:
@@ -220,7 +227,7 @@ def _node(obj: Reader, meta: Meta) -> Node:
 def _node_interfaces(obj: Reader, annotations: Mapping[str, str]) -> Iterable[NodeInterface]:
     """Parse the annotation with a node's interfaces.
 
-    It is a JSON list; each interface has a name, and addresses with or without prefix length.
+    The annotation is a JSON list.  Each interface has a name, and addresses with or without prefix length.
     """
     text = annotations.get(_NODE_INTERFACES)
     if not text:
@@ -288,7 +295,10 @@ def _endpoint_slice(obj: Reader, meta: Meta) -> EndpointSlice:
 
 
 def any_name(name: str) -> str | None:
-    """Accept any name, for objects that a cluster created: the API server has checked their names."""
+    """Accept any name.
+
+    This check is for objects that a cluster created, because the API server has checked their names.
+    """
     del name
     return None
 

@@ -4,9 +4,9 @@
 `helm template` and `kubectl get all` write Deployments and ConfigMaps into the same files as policies.  Such objects
 are skipped and counted.
 
-Invariant: an object that is probably a known kind with a misspelling is never skipped, since its policy would silently
-not be enforced.  In an API group whose kinds are all known, every other kind is an error.  In other groups, a kind and
-group with names similar to known ones are an error.
+Invariant: an object whose kind or apiVersion is probably misspelt is not skipped, because its policy would not be
+enforced and nothing would say so.  In an API group whose kinds are all known, every other kind is an error.  In other
+groups, a kind and group with names similar to known ones are an error.
 """
 
 from __future__ import annotations
@@ -50,21 +50,23 @@ _OTHER_KINDS: dict[str, frozenset[str]] = {
     "projectcalico.org": frozenset(_CALICO),
     "crd.projectcalico.org": frozenset((*_CALICO, "IPAMBlock", "IPAMConfig", "IPAMHandle", "Profile")),
 }  # fmt: skip
-"""By API group of which the agent reads some kinds: the group's other kinds, which it does not read.
+"""For each API group of which the agent reads some kinds: the other kinds of the group.
 
-As of Kubernetes 1.34, Calico 3.31 and its commercial edition.
+The kinds are those of Kubernetes 1.34, Calico 3.31 and Calico's commercial edition.
 """
 
 _NEAR = 0.8
-"""Similarity above which one API group is probably a misspelling of the other; arbitrary: one or two letters of
-`networking.k8s.io`.
+"""Similarity above which an API group is probably a misspelling of another one; arbitrary.
+
+One or two wrong letters in `networking.k8s.io` give this similarity.
 """
 _POLICY = re.compile(r"NetworkPolicy\Z")
 
 
 def find_slip(api_version: str, kind: str, known: Collection[KindName]) -> tuple[str, str] | None:
-    """The misspelling in an object of an unknown kind, as (field, message); None: the object is of another program.
+    """The misspelling in an object of an unknown kind, as (field, message).
 
+    None if the object is of another program.
     ``known``: the kinds that the author may have meant.
     """
     group = group_of(api_version)
@@ -86,7 +88,10 @@ def find_slip(api_version: str, kind: str, known: Collection[KindName]) -> tuple
 
 
 def is_policy(kind: str) -> bool:
-    """Whether another program's kind is, by its name, a network policy: it is not enforced here."""
+    """Whether ``kind``, a kind of another program, has the name of a network policy.
+
+    Such a policy is not enforced here.
+    """
     return _POLICY.search(kind) is not None
 
 

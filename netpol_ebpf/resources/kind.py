@@ -14,12 +14,11 @@ from netpol_ebpf.resources.types import Meta, Resource
 class Kind:
     """One kind of one API version.
 
-    ``parse``: parses the fields other than metadata; None after an error, which it has recorded.
+    ``parse``: parses the fields other than metadata.  If there is an error, it records the error and returns None.
     ``check_name``: returns the fault of a name, or None.
-    ``strict``: unknown fields, and labels that the API server would reject, are errors (for policies); otherwise they
-    are ignored (for objects that a cluster wrote).
-    ``is_stored``: the objects are in the form in which Calico stores them, with the v3 object's metadata in an
-    annotation.
+    ``strict``: True for policies: unknown fields, and labels that the API server would reject, are errors.  False for
+    objects that a cluster wrote: such fields and labels are ignored.
+    ``is_stored``: whether the objects are in the form in which Calico stores them (`calico_storage`).
     """
 
     api_version: str

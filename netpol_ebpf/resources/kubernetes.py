@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""networking.k8s.io/v1 NetworkPolicy: validation and defaulting as the API server does them (SEMANTICS 1.1).
+"""networking.k8s.io/v1 NetworkPolicy: validation and default values as in the API server (SEMANTICS 1.1).
 
 This module also parses the Kubernetes label selector, which other API groups use, and the spec of the staged form.
-CIDRs may have leading zeros and host bits, since older API servers stored such objects; a warning shows the CIDR that
-is used.
+CIDRs may have leading zeros and host bits, because older API servers stored such objects.  Then a warning shows the
+CIDR that is used.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _WITHOUT_VALUES = ("Exists", "DoesNotExist")
 
 
 def read_label_selector(selector: Reader) -> LabelSelector:
-    """Parse a LabelSelector. All its requirements are ANDed."""
+    """Parse a LabelSelector. All its requirements must match."""
     labels = selector.string_map("matchLabels", check_label)
     requirements = tuple(_requirement(expression) for expression in selector.mappings("matchExpressions"))
     hints = {
@@ -77,7 +77,7 @@ def _requirement(expression: Reader) -> Requirement:
 
 
 def optional_selector(parent: Reader, key: str) -> LabelSelector | None:
-    """Parse the label selector in a field; None if the field is absent, which differs from an empty selector."""
+    """Parse the label selector in a field. None if the field is absent, which differs from an empty selector."""
     selector = parent.mapping(key)
     return None if selector is None else read_label_selector(selector)
 
@@ -305,7 +305,7 @@ def _port(port: Reader) -> KubernetesPort:
 
 
 def _end_port(port: Reader) -> int | None:
-    """Parse endPort. A value above 65535 is an error, or in lenient mode a warning and read as 65535."""
+    """Parse endPort. A value above 65535 is read as 65535 and recorded as an error, in lenient mode as a warning."""
     end = port.integer("endPort", 1, 2**31 - 1)
     if end is not None and end > MAX_PORT:
         seen = port.report.describe((*port.path, "endPort"), end)

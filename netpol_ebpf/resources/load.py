@@ -35,7 +35,7 @@ KINDS: dict[tuple[str, str], Kind] = {
 }
 
 WORKLOADS: dict[tuple[str, str], Kind] = {(kind.api_version, kind.kind): kind for kind in workloads.KINDS}
-"""Kinds with a pod template. They are read only by commands without a cluster, where their pods do not exist."""
+"""Kinds with a pod template. Only commands without a cluster read them, because in a cluster their pods exist."""
 
 KUSTOMIZATION = ("kustomize.config.k8s.io/v1beta1", "Kustomization")
 
@@ -61,8 +61,8 @@ _META_WRITTEN_BY_SERVER = (
 class LoadResult:
     """The valid resources, and all problems (errors and warnings).
 
-    ``documents``: the number of non-empty documents.  ``skipped``: from "apiVersion kind" to the number of objects, for
-    kinds that are not read.
+    ``documents``: the number of non-empty documents.
+    ``skipped``: by "apiVersion kind", the number of objects of kinds that are not read.
     """
 
     resources: list[Resource]
@@ -85,7 +85,8 @@ class LoadResult:
 def parse_documents(text: str, file: str) -> LoadResult:
     """Parse a YAML or JSON text of one or more documents. ``file``: the file name for locations.
 
-    For the agent: workloads such as Deployments are skipped, unlike in the other functions of this module.
+    This function is for the agent.  It skips workloads such as Deployments, which the other functions of this module
+    read.
     """
     loader = _Loader(workloads=False)
     loader.text(text, file)
@@ -93,19 +94,21 @@ def parse_documents(text: str, file: str) -> LoadResult:
 
 
 def parse_object(obj: Mapping[str, Any], file: str, positions: Positions | None = None) -> LoadResult:
-    """Parse one object that was decoded from YAML or JSON already; of a List, its items.
+    """Parse one object that was already decoded from YAML or JSON.
 
-    ``positions``: those of ``obj``, as from ``Document.positions.child(path)``; without them locations have only the
-    file.
+    If the object is a List, its items are parsed.
+    ``positions``: the positions of the parts of ``obj``, as from ``Document.positions.child(path)``.  Without them
+    locations have only the file.
     """
     return parse_objects([(obj, positions or Positions(file))])
 
 
 def parse_objects(objects: Iterable[tuple[Any, Positions]], *, lenient: bool = False) -> LoadResult:
-    """Parse objects that were decoded from YAML or JSON already, with their positions. Duplicates are errors.
+    """Parse objects that were already decoded from YAML or JSON, with their positions.
 
-    ``lenient``: for objects of case files, which no API server has checked: names, labels and sizes that an API server
-    would reject are warnings.
+    Duplicates are errors.
+    ``lenient``: True for objects that no API server has checked, such as those of case files.  Then names, labels and
+    sizes that an API server would reject are warnings instead of errors.
     """
     loader = _Loader(lenient=lenient)
     for obj, positions in objects:
@@ -127,7 +130,7 @@ def load_paths(paths: Sequence[FilePath]) -> LoadResult:
 
 
 def _files(paths: Sequence[FilePath], loader: _Loader) -> list[FilePath]:
-    """The files to read, each once: in the order of ``paths``, and sorted within a directory."""
+    """The files to read, each once, in the order of ``paths``. The files of a directory are sorted."""
     found: dict[FilePath, FilePath] = {}
     for path in paths:
         try:
@@ -140,7 +143,7 @@ def _files(paths: Sequence[FilePath], loader: _Loader) -> list[FilePath]:
                 continue
             for file in candidates:
                 found.setdefault(file.resolve(), file)
-        except (OSError, ValueError, RuntimeError) as error:  # unreadable, a NUL in the name, a loop of links
+        except (OSError, ValueError, RuntimeError) as error:  # no permission, a NUL in the path, a loop of links
             loader.problems.append(Problem(Location(str(path)), "", f"cannot be read: {error}", slug="file"))
     return list(found.values())
 
@@ -177,10 +180,9 @@ class _Loader:
         return LoadResult(resources, self.problems, self._documents, dict(sorted(self._skipped.items())))
 
     def file(self, path: FilePath) -> None:
-        """Read one file."""
         name = str(path)
         try:
-            # A path on the command line may be a pipe of the shell: reading waits for it.
+            # A path on the command line may be a pipe of the shell; then reading must wait for data.
             data = read_regular(path) if path.is_file() else path.read_bytes()
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
@@ -189,7 +191,6 @@ class _Loader:
         self.data(data, name)
 
     def data(self, data: bytes, name: str) -> None:
-        """Read the bytes of one file."""
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -204,7 +205,6 @@ class _Loader:
         self._files.setdefault(file, len(self._files))
 
     def text(self, text: str, file: str) -> None:
-        """Read the documents of one text."""
         self._order(file)
         for document in read_documents(text, file, self.problems):
             self._documents += 1
@@ -213,7 +213,7 @@ class _Loader:
     def value(self, value: Any, path: Path, positions: Positions, default: tuple[str, str] = ("", "")) -> None:
         """Read one object, or the items of a List.
 
-        ``default``: apiVersion and kind for items of a typed List (such as PodList) that do not state them.
+        ``default``: apiVersion and kind of items that do not state them, in a typed List such as PodList.
         """
         self._order(positions.file)
         if isinstance(value, (list, tuple)):  # calicoctl reads and writes several objects in this form
@@ -256,7 +256,7 @@ class _Loader:
     def _skip(self, obj: Reader, api_version: str, kind: str) -> None:
         """Count an object of a kind that is not read.
 
-        A misspelt kind is a problem, and so is a policy that is not enforced.
+        If the kind is misspelt, or is a policy that is not enforced, a problem is recorded.
         """
         stored = group_of(api_version) == group_of(calico_storage.VERSION)
         slip = find_slip(api_version, kind, [key for key, one in KINDS.items() if stored or not one.is_stored])
@@ -269,7 +269,7 @@ class _Loader:
             obj.warning(None, message, slug="not-enforced")
 
     def _is_first(self, kind: Kind, resource: Resource) -> bool:
-        """Record the object. False, and a problem is recorded, if the same object was given before."""
+        """Record the object. If the same object was given before, a problem is recorded and the result is False."""
         meta = resource.meta
         key = (kind.api_version.rpartition("/")[0], kind.kind, meta.namespace, meta.name)
         first = self._seen.setdefault(key, meta.location)
@@ -303,8 +303,11 @@ def _metadata(kind: Kind, obj: Reader) -> Meta:
     name = metadata.required_string("name")
     namespace = metadata.string("namespace") or ""
     kept = calico_storage.kept_metadata(metadata) if kind.is_stored else {}
+    stored_name = ""
     if kind.is_stored:
-        name = calico_storage.restored_name(kind.kind, name, kept)
+        restored = calico_storage.restored_name(kind.kind, name, kept)
+        stored_name = name if restored != name and not kept.get("name") else ""
+        name = restored
     report.obj = _object_name(kind.kind, (namespace or "default") if kind.namespaced else "", name)
     if name and (message := kind.check_name(name)) is not None:
         metadata.error("name", message, slug="name")
@@ -325,16 +328,22 @@ def _metadata(kind: Kind, obj: Reader) -> Meta:
     if kind.strict and (message := check_annotations(annotations)) is not None:
         metadata.error("annotations", message, slug="annotation")
     _check_meta_fields(kind, metadata)
-    return Meta(name, share_text(namespace), share_texts(labels), location, kind.is_stored)
+    return Meta(name, share_text(namespace), share_texts(labels), location, kind.is_stored, stored_name)
 
 
 def _check_meta_label(key: str, value: str) -> str | None:
-    """Check a label. The label with a service account's name may be longer than others, since the name may."""
+    """Check a label. Returns the fault, or None.
+
+    The label with a service account's name may be longer than others, because the name may be longer.
+    """
     return None if key == SERVICE_ACCOUNT_LABEL else check_label(key, value)
 
 
 def _check_meta_fields(kind: Kind, metadata: Reader) -> None:
-    """Check unknown fields of metadata: an error in policies, in other objects only a probable misspelling."""
+    """Check unknown fields of metadata.
+
+    In policies they are errors, in other objects only if they are probably misspelt.
+    """
     metadata.ignore(*_META_WRITTEN_BY_SERVER)
     if kind.strict:
         metadata.done()
@@ -356,7 +365,7 @@ def _meta_text(value: Mapping[str, Any], key: str) -> str:
 
 
 def _is_case_file(value: Mapping[str, Any]) -> bool:
-    """Whether a document is a case file: no object of an API server has these top-level fields."""
+    """Whether a document is a case file, by its top-level fields, which no object of an API server has."""
     return "apiVersion" not in value and "kind" not in value and "manifests" in value and "probes" in value
 
 

@@ -4,8 +4,8 @@
 The agent and the command line use the same search, so `netpolctl check DIR` reads the same files as the agent.
 
 Invariants: every existing file that may be a manifest, and every directory that may contain manifests, is either found
-or reported as hidden.  Each directory is listed once, however many links lead to it.  The search never waits for
-another process: it opens no pipe and no device.
+or reported as hidden.  Each directory is listed once, however many links lead to it.  The search does not wait for
+other processes, because it opens no pipe and no device.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 
 SUFFIXES = (".yaml", ".yml", ".json")
 MOST_ENTRIES = 200_000
-"""The largest number of directory entries in one search; arbitrary. Each costs some 10 microseconds."""
+"""The largest number of directory entries in one search; arbitrary. Each entry costs some 10 microseconds."""
 PAUSE_ENTRIES = 250
-"""How many directory entries are read between two pauses of a search; arbitrary, a few milliseconds."""
+"""How many directory entries are read between two pauses of a search; arbitrary. They take a few milliseconds."""
 MOST_BYTES = 64 << 20
 """The size limit of a file in bytes; arbitrary.
 
@@ -30,7 +30,7 @@ The output of `kubectl get all --all-namespaces -o yaml` for some thousand pods 
 """
 
 DirectoryId = tuple[int, int]
-"""(device, inode) of a directory, the same for all paths to it."""
+"""(device, inode) of a directory. It is the same for all paths to the directory."""
 
 
 def never_pause() -> None:
@@ -39,11 +39,13 @@ def never_pause() -> None:
 
 @dataclass(frozen=True, slots=True)
 class ManifestFiles:
-    """The result of a search, by path relative to its root, with ``/`` between the parts.
+    """The result of a search.
 
-    ``files``: the status of each file with a manifest's suffix; it may be a pipe or a device.  ``hidden``: why a link,
-    a directory, or a file with a manifest's suffix could not be read.  ``directories``: the identity of each directory,
-    including the root (""); the files of a directory with several names are under one of them.
+    Its keys are paths relative to the root of the search, with ``/`` between the parts.
+    ``files``: the status of each file with a manifest's suffix.  The file may be a pipe or a device.
+    ``hidden``: the reason why a link, a directory, or a file with a manifest's suffix could not be read.
+    ``directories``: the identity of each directory, including the root ("").  If a directory has several paths, its
+    files are under one of them.
     """
 
     files: dict[str, os.stat_result] = field(default_factory=dict)
@@ -51,19 +53,20 @@ class ManifestFiles:
     directories: dict[str, DirectoryId] = field(default_factory=dict)
 
     def readable(self) -> tuple[list[str], dict[str, str]]:
-        """The regular files, sorted; and every other path that may be or contain a manifest.
+        """The files that can be read, sorted, and the paths that may be or contain a manifest but cannot be read.
 
-        The second result is from path to the reason why it cannot be read.
+        The second result maps each such path to the reason why it cannot be read.  Only regular files can be read.
         """
         others = {name: "it is no regular file" for name, one in self.files.items() if not stat.S_ISREG(one.st_mode)}
         return sorted(self.files.keys() - others.keys()), {**self.hidden, **others}
 
 
 def find_manifests(root: Path, pause: Callable[[], None] = never_pause) -> ManifestFiles:
-    """Search a directory and everything below it, links included; names that begin with a dot are left out.
+    """Search a directory and everything below it, links included. Names that begin with a dot are left out.
 
-    A directory with several paths is listed under one path: its real path if that is below ``root``, else the first
-    link by name.  ``pause`` is called every few milliseconds.
+    If a directory has several paths, the search lists it under its real path if that path is below ``root``, else under
+    the first link by name.
+    ``pause``: a function that is called every few milliseconds.
 
     Raises OSError if ``root`` cannot be listed, or if the search finds more than MOST_ENTRIES directory entries.
     """
@@ -75,7 +78,7 @@ def find_manifests(root: Path, pause: Callable[[], None] = never_pause) -> Manif
 class _Search:
     """The state of one search: its result so far, and the directories that it must still list.
 
-    Directories reached by links are listed after all others, by name.
+    Directories reached by links are listed after all others, sorted by name.
     """
 
     def __init__(self, root: Path, pause: Callable[[], None]) -> None:
@@ -110,7 +113,7 @@ class _Search:
         except OSError as error:
             if not name or error.errno == errno.E2BIG:
                 raise
-            if not isinstance(error, FileNotFoundError):  # else it went during the search
+            if not isinstance(error, FileNotFoundError):  # else the directory was removed meanwhile
                 self.found.hidden[name] = error.strerror or str(error)
 
     def _count(self) -> None:
@@ -135,7 +138,7 @@ class _Search:
         except FileNotFoundError:
             if entry.is_symlink():
                 self.found.hidden[name] = "a link to what is not there"
-            # else it went during the search
+            # else the file was removed during the search
         except OSError as error:
             if is_manifest or _may_be_directory(entry):
                 self.found.hidden[name] = error.strerror or str(error)
@@ -151,8 +154,8 @@ def _may_be_directory(entry: os.DirEntry[str]) -> bool:
 def read_regular(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
     """The content of a regular file.
 
-    Other files are not opened: a pipe might never end, and opening a device can have side effects.  The content of a
-    file with size 0 is taken as empty without reading: files of procfs and tracefs have size 0, whatever their content.
+    Other files are not opened, because a pipe might never end, and opening a device can have side effects.  A file of
+    size 0 counts as empty and is not read: files of procfs and tracefs have size 0, whatever their content.
 
     Raises OSError if the file cannot be read, is not a regular file, or has more than ``most_bytes``.
     """
@@ -170,7 +173,7 @@ def read_regular(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
         os.close(place)
     try:
         read = bytearray()
-        while block := os.read(file, status.st_size + 1 if not read else 1 << 16):  # raises an error instead of waiting
+        while block := os.read(file, status.st_size + 1 if not read else 1 << 16):  # an error, not a wait
             read += block
             if len(read) > most_bytes:
                 raise _too_large(most_bytes)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A strict reader of one object: typed access to fields; each wrong field is recorded as a problem with its path.
+"""A strict reader of one object. It gives typed access to fields, and records each wrong field as a problem.
 
-A `Reader` is a cursor over one mapping.  Each accessor returns the field's value; for a wrong value it records a
-problem and returns None or an empty value.  So a parser continues, and all problems of an object are reported at once.
-If `ProblemReport.failed` is true in the end, the parsed object must not be used.  An absent field and null are the
-same, as in the Kubernetes API.
+A `Reader` is a cursor over one mapping.  Each accessor returns the field's value.  If the value is wrong, the accessor
+records a problem with the field's path and returns None or an empty value.  So a parser continues, and all problems of
+an object are reported at once.  If `ProblemReport.failed` is true in the end, the parsed object must not be used.  An
+absent field and null are the same, as in the Kubernetes API.
 
 Invariant: an accessor raises no exception, whatever value YAML or JSON can have.  This module must not depend on kinds.
 """
@@ -29,10 +29,11 @@ TOLERATED = frozenset({"name", "label", "limit", "end-port", "excludes-all", "bu
 
 @dataclass(slots=True)
 class ProblemReport:
-    """Collects the problems of one object. ``failed``: whether one of them is an error.
+    """Collects the problems of one object.
 
-    ``lenient``: for objects that no API server has checked, such as those of case files.  A fault that an API server
-    rejects although its meaning is clear (`TOLERATED`) is then a warning.
+    ``failed``: whether one of the problems is an error.
+    ``lenient``: True for objects that no API server has checked, such as those of case files.  Then a fault that an API
+    server rejects although its meaning is clear (`TOLERATED`) is a warning instead of an error.
     """
 
     positions: Positions
@@ -43,7 +44,7 @@ class ProblemReport:
     _seen: set[tuple[Path, str]] = field(default_factory=set)
 
     def error(self, path: Path, message: str, *, slug: str = "invalid") -> None:
-        """Record an error at ``path``; a tolerated one is a warning in lenient mode."""
+        """Record an error at ``path``. In lenient mode an error with a slug of `TOLERATED` is recorded as a warning."""
         if self.lenient and slug in TOLERATED:
             self._add(path, message, slug, "warning")
             return
@@ -51,7 +52,7 @@ class ProblemReport:
         self._add(path, message, slug, "error")
 
     def warning(self, path: Path, message: str, *, slug: str) -> None:
-        """Record a warning at ``path``: the value is legal, but probably a mistake."""
+        """Record a warning at ``path``: the value is valid, but probably a mistake."""
         self._add(path, message, slug, "warning")
 
     def _add(self, path: Path, message: str, slug: str, severity: str) -> None:
@@ -71,7 +72,10 @@ class ProblemReport:
         return self.positions.location(path)
 
     def describe(self, path: Path, value: Any) -> str:
-        """The value at ``path`` for a message: as written, and, if that differs, as it is read (``yes``, ``0755``)."""
+        """The value at ``path`` for a message.
+
+        It is shown as written, and also as it is read if that differs (``yes``, ``0755``).
+        """
         written = self.positions.written(path)
         if written is None or value is None:
             return describe(value)
@@ -118,7 +122,7 @@ def describe(value: Any) -> str:
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:
-    """`` (did you mean `x`?)`` for the most similar word in ``known``; "" if no word is similar."""
+    """The text `` (did you mean `x`?)`` for the most similar word in ``known``; "" if no word is similar."""
     near = next((one for one in known if one.lower() == word.lower()), None)
     if near is None:
         near = next(iter(get_close_matches(word, known, n=1, cutoff=0.7)), None)
@@ -128,7 +132,7 @@ def suggestion(word: str, known: Sequence[str]) -> str:
 class Reader:
     """A cursor over one mapping of an object.
 
-    Every field that a caller reads becomes a known field; `done` reports all others.
+    Every field that a caller reads becomes a known field.  `done` reports all other fields.
     """
 
     __slots__ = ("_known", "_value", "path", "report")
@@ -140,7 +144,7 @@ class Reader:
         self.report = report
 
     def raw(self, key: str) -> Any:
-        """The value of any type; None if the field is absent or null."""
+        """The value of a field, of any type; None if the field is absent or null."""
         self._known.append(key)
         return self._value.get(key)
 
@@ -161,11 +165,11 @@ class Reader:
         return [str(key) for key in self._value]
 
     def error(self, key: str | None, message: str, *, slug: str = "invalid") -> None:
-        """Record an error about a field, or about the mapping itself (None)."""
+        """Record an error about a field. ``key`` None: about the mapping itself."""
         self.report.error(self.path if key is None else (*self.path, key), message, slug=slug)
 
     def warning(self, key: str | None, message: str, *, slug: str) -> None:
-        """Record a warning about a field, or about the mapping itself (None)."""
+        """Record a warning about a field. ``key`` None: about the mapping itself."""
         self.report.warning(self.path if key is None else (*self.path, key), message, slug=slug)
 
     def ignore(self, *keys: str) -> None:
@@ -183,7 +187,7 @@ class Reader:
     # --- scalars ----------------------------------------------------------------------------------------------------
 
     def string(self, key: str) -> str | None:
-        """A string field; None if it is absent or of another type."""
+        """A string field; None if the field is absent or of another type."""
         value = self.raw(key)
         if value is None or isinstance(value, str):
             return value
@@ -191,7 +195,10 @@ class Reader:
         return None
 
     def required_string(self, key: str) -> str:
-        """A string field that must be given and not empty; "" after a problem."""
+        """A string field that must be present and not empty.
+
+        If it is not, a problem is recorded and the result is "".
+        """
         if not self.has(key) or self._value[key] == "":
             self._known.append(key)
             self.missing(key)
@@ -199,7 +206,7 @@ class Reader:
         return self.string(key) or ""
 
     def enum(self, key: str, allowed: Sequence[str], *, required: bool = False) -> str | None:
-        """A string field with one of the values ``allowed``; None if it is absent or wrong."""
+        """A string field with one of the values ``allowed``; None if the field is absent or wrong."""
         value = self.required_string(key) if required else self.string(key)
         if value is None or value in allowed:
             return value
@@ -208,7 +215,7 @@ class Reader:
         return None
 
     def boolean(self, key: str) -> bool:
-        """A boolean field; False if it is absent or of another type."""
+        """A boolean field; False if the field is absent or of another type."""
         value = self.raw(key)
         if value is None or isinstance(value, bool):
             return bool(value)
@@ -216,7 +223,7 @@ class Reader:
         return False
 
     def integer(self, key: str, low: int, high: int) -> int | None:
-        """An integer field from ``low`` to ``high``, both included; None if it is absent or wrong."""
+        """An integer field from ``low`` to ``high``, both included; None if the field is absent or wrong."""
         value = self.raw(key)
         if value is None:
             return None
@@ -231,7 +238,7 @@ class Reader:
         return int(value)
 
     def number(self, key: str) -> float | None:
-        """A field with a finite number; None if it is absent or wrong."""
+        """A field with a finite number; None if the field is absent or wrong."""
         value = self.raw(key)
         if value is None:
             return None
@@ -263,7 +270,7 @@ class Reader:
         return value
 
     def mappings(self, key: str) -> Iterator[Reader]:
-        """Cursors over a list of mappings; items of another type are reported and left out."""
+        """Cursors over a list of mappings. Items of another type are reported and left out."""
         for index, value in enumerate(self.list(key)):
             path = (*self.path, key, index)
             if isinstance(value, Mapping):
@@ -272,11 +279,11 @@ class Reader:
                 self.report.error(path, f"must be a mapping, is {self.report.describe(path, value)}", slug="type")
 
     def strings(self, key: str) -> tuple[str, ...]:
-        """A list of strings; items of another type are reported and left out."""
+        """A list of strings. Items of another type are reported and left out."""
         return tuple(text for _, text in self.indexed_strings(key))
 
     def indexed_strings(self, key: str) -> Iterator[tuple[Path, str]]:
-        """A list of strings, each with its path; items of another type are reported and left out."""
+        """A list of strings, each with its path. Items of another type are reported and left out."""
         for index, value in enumerate(self.list(key)):
             path = (*self.path, key, index)
             if isinstance(value, str):
@@ -285,7 +292,10 @@ class Reader:
                 self.report.wrong_text(path, value)
 
     def refuse_line_breaks(self, key: str) -> None:
-        """Report strings of a list with a line break, for fields where such a string can match nothing."""
+        """Report strings with a line break in a list.
+
+        Callers use this for fields in which such a string can match nothing.
+        """
         for path, text in self.indexed_strings(key):
             if "\n" in text:
                 self.report.error(path, f"holds a line break, so it matches nothing: {describe(text)}")

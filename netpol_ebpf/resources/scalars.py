@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads YAML scalars without quotes as kubectl and the API server read them.
 
-They use sigs.k8s.io/yaml, which follows Go's yaml.v2.  The words of YAML 1.1 are booleans (``y``, ``off``).  Numbers
-may have underscores and Go's prefixes (``1_000``, ``017``, ``0x1F``).  A number with a leading zero that is not octal
-is decimal (``08`` is 8).  Dates and base-60 numbers are text (``1:30`` is a range of ports).  Checked against kubectl
-1.32.
+They use sigs.k8s.io/yaml, which reads as Go's yaml.v2 does.  The words of YAML 1.1 are booleans (``y``, ``off``).
+Numbers may have underscores and Go's prefixes (``1_000``, ``017``, ``0x1F``).  A number with a leading zero that is not
+octal is decimal (``08`` is 8).  Dates and base-60 numbers are text (``1:30`` is a range of ports).  This was checked
+against kubectl 1.32.
 
 Invariant: the result depends on the text alone, and the cost is bounded.
 """
@@ -33,11 +33,11 @@ _DECIMAL = re.compile(r"[-+]?(?:0|[1-9][0-9]*)\Z")
 _BASED = re.compile(r"[-+]?0(?:[xX][0-9a-fA-F]+|[bB][01]+|[oO]?[0-7]+)\Z")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?\Z")
 _GO_FLOAT = re.compile(r"\.[0-9]+(?:_[0-9]+)*(?:[eE][-+]?[0-9]+(?:_[0-9]+)*)?\Z")
-"""Go's float syntax for text that begins with a dot: underscores only between two digits."""
+"""Go's float syntax for text that begins with a dot. Underscores are allowed only between two digits."""
 _DIGITS_OF_SINGLE = 9
 """How many digits distinguish all floats of 32 bits."""
 _LEAST_PLAIN, _FIRST_WITH_EXPONENT = -4, 6
-"""The range of exponents for which Go's shortest format has no exponent; the upper bound is excluded."""
+"""The range of exponents for which Go's shortest format has no exponent. The upper bound is excluded."""
 
 
 def read_plain(text: str) -> Scalar:
@@ -71,13 +71,16 @@ def _number(text: str) -> int | float | None:
 
 
 def _finite(text: str) -> float | None:
-    """The float that ``text`` stands for; None if 64 bits cannot hold it: Go then reads a text."""
+    """The float for which ``text`` stands. None if 64 bits cannot represent it; then Go reads a text."""
     value = float(text)
     return value if math.isfinite(value) else None
 
 
 def key_text(value: float) -> str:
-    """The text of a mapping's key that is a number or boolean without quotes; of a float, that of its 32-bit value."""
+    """The text that kubectl makes of a mapping's key that is a number or boolean without quotes.
+
+    A float is first rounded to 32 bits.
+    """
     if isinstance(value, bool):
         return "true" if value else "false"
     return str(value) if isinstance(value, int) else _short_float(value)

@@ -2,11 +2,11 @@
 """Building blocks for the schemas of custom resources, and the CustomResourceDefinition with a schema.
 
 A schema is the OpenAPI mapping that an API server reads ("structural schema").  Names, patterns and limits come from
-the parsers beside this module; `tests/unit/test_resources_schema.py` checks that both have the same fields.  Every list
-and text that a CEL rule reads is bounded, because the API server estimates the cost of a rule from the bounds and
-rejects a definition that is too expensive.
+the parsers beside this module; `tests/unit/test_resources_schema.py` checks that parsers and schemas have the same
+fields.  Every list and text that a CEL rule reads is bounded, because the API server estimates the cost of a rule from
+the bounds and rejects a definition that is too expensive.
 
-Nothing at run time imports this module: `scripts/generate_crds.py` writes `deploy/crds` from it.
+Nothing imports this module at run time.  `scripts/generate_crds.py` writes `deploy/chart/crds` from it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Schema = dict[str, Any]
 """An OpenAPI v3 schema, as JSON values."""
 
 WIDE = 256
-"""The bound of a list that the API does not bound; arbitrary, it limits the estimated cost of CEL rules."""
+"""The bound of a list that the API does not bound; arbitrary. It limits the estimated cost of CEL rules."""
 
 LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 DNS_LABEL = rf"^{LABEL}$"
@@ -31,7 +31,7 @@ LABEL_VALUE = r"^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$"
 LABEL_KEY = rf"^({LABEL}(\.{LABEL})*/)?([A-Za-z0-9][-A-Za-z0-9_.]{{0,61}})?[A-Za-z0-9]$"
 ONE_LINE = r"^[^\n]*$"
 PORT_NAME = r"^([0-9]-?)*[a-z](-?[a-z0-9])*$"
-"""The pattern of an IANA service name (RFC 6335): at least one letter, only single dashes, none at an end."""
+"""The pattern of an IANA service name (RFC 6335): at least one letter, only single dashes, no dash at an end."""
 MAX_PORT_NAME = 15
 MAX_CIDR = 49
 """How many characters the longest CIDR has: an IPv6 address that ends in an IPv4 address, with a prefix length."""
@@ -58,7 +58,12 @@ def text(
     default: str | None = None,
     required: bool = False,
 ) -> Schema:
-    """The schema of a text field. ``longest``: in characters. ``form``: an OpenAPI format. ``required``: not empty."""
+    """The schema of a text field.
+
+    ``longest``: the largest number of characters.
+    ``form``: an OpenAPI format.
+    ``required``: whether the text must not be empty.
+    """
     optional = {
         "default": default,
         "minLength": 1 if required else None,
@@ -74,7 +79,7 @@ def text(
 
 
 def word(about: str, values: Sequence[str], *, default: str | None = None) -> Schema:
-    """The schema of a text with a fixed set of values."""
+    """The schema of a text field with a fixed set of values."""
     return {"description": about, "type": "string", **({"default": default} if default else {}), "enum": list(values)}
 
 
@@ -84,7 +89,7 @@ def dns_label(about: str, *, default: str | None = None) -> Schema:
 
 
 def dns_name(about: str, *, required: bool = False) -> Schema:
-    """The schema of an object's name; unless ``required``, it may be empty."""
+    """The schema of an object's name. Without ``required``, the name may be empty."""
     pattern = DNS_SUBDOMAIN if required else rf"^({LABEL}(\.{LABEL})*)?$"
     return text(about, longest=MAX_NAME, pattern=pattern, required=required)
 
@@ -128,7 +133,10 @@ def integer_or_text(about: str, low: int, high: int, longest: int, pattern: str)
 def list_of(
     about: str, items: Schema, most: int | None = None, *, least: int | None = None, is_set: bool = False
 ) -> Schema:
-    """The schema of a list of ``least`` to ``most`` items. ``is_set``: no item twice, and the order has no meaning."""
+    """The schema of a list of ``least`` to ``most`` items.
+
+    ``is_set``: whether no item may occur twice; then the order has no meaning.
+    """
     bounds = {"minItems": least, "maxItems": most}
     return {
         "description": about,
@@ -145,7 +153,7 @@ def text_map(about: str, values: Schema) -> Schema:
 
 
 def rule(expression: str, message: str) -> dict[str, str]:
-    """A validation rule: a CEL expression over ``self`` that must be true, and the message if it is not."""
+    """A validation rule. ``expression``: CEL over ``self`` that must be true. ``message``: shown if it is false."""
     return {"rule": " ".join(expression.split()), "message": message}
 
 
@@ -160,7 +168,8 @@ def struct(
 ) -> Schema:
     """The schema of a mapping with known fields.
 
-    ``one_field``: exactly one of the fields must be present.  ``more``: further OpenAPI keys of the schema.
+    ``one_field``: whether exactly one of the fields must be present.
+    ``more``: further OpenAPI keys of the schema.
     """
     schema: Schema = {"description": about, "type": "object", **(more or {})}
     if one_field:
@@ -174,7 +183,7 @@ def struct(
 
 
 def keep_unknown_fields(schema: Schema) -> Schema:
-    """A copy of ``schema`` whose mappings keep undeclared fields, so that readers of an object get them."""
+    """A copy of ``schema`` whose mappings keep undeclared fields, so that readers of an object get these fields."""
     kept = dict(schema)
     if "properties" in kept:
         kept["properties"] = {name: keep_unknown_fields(below) for name, below in kept["properties"].items()}
@@ -192,7 +201,7 @@ def given(field: str) -> str:
 def label_selector(about: str) -> Schema:
     """The schema of a Kubernetes label selector."""
     values = list_of("Values; none with Exists and DoesNotExist.", text("A value.", longest=63, pattern=LABEL_VALUE))
-    # anyOf instead of CEL, which would need bounds on lists that Kubernetes leaves unbounded
+    # anyOf is used instead of CEL, because CEL would need bounds on lists that Kubernetes leaves unbounded
     expression = struct(
         "A requirement on one label.",
         {
@@ -229,9 +238,10 @@ def label_selector(about: str) -> Schema:
 class CustomResource:
     """One custom resource: its names, its scope, the schema of its spec, and further properties of its definition.
 
-    ``columns``: title and JSON path of each column of ``kubectl get``.  ``selectable``: JSON paths of field selectors.
-    ``rules``: CEL rules over the whole object, where ``metadata.name`` is readable.  ``spec_default``: an object
-    without a spec gets an empty spec.
+    ``columns``: (title, type, JSON path) of each column of ``kubectl get``.
+    ``selectable``: JSON paths of field selectors.
+    ``rules``: CEL rules over the whole object, where ``metadata.name`` is readable.
+    ``spec_default``: whether an object without a spec gets an empty spec.
     """
 
     api_version: str
@@ -248,7 +258,7 @@ class CustomResource:
 
     @property
     def name(self) -> str:
-        """The name of the definition, and of its file."""
+        """The name of the definition. The file of the definition has the same name."""
         return f"{self.plural}.{self.api_version.partition('/')[0]}"
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Admission policies that reject undeclared fields, for definitions whose schema keeps them.
+"""Admission policies that reject undeclared fields, for definitions whose schema keeps these fields.
 
-A definition that keeps unknown fields cannot reject them itself: CEL in a schema does not see them.  An admission
-policy sees the whole object, so it compares the field names with those of the schema, mapping by mapping.
+A definition that keeps unknown fields cannot reject them itself, because CEL in a schema does not see unknown fields.
+An admission policy sees the whole object, so it compares the field names with those of the schema, mapping by mapping.
 """
 
 from __future__ import annotations
@@ -53,7 +53,13 @@ def unknown_field_policy(resource: CustomResource) -> list[dict[str, Any]]:
 
 
 def _validations(schema: Schema, value: str, place: str, depth: int) -> Iterator[tuple[str, str]]:
-    """A CEL expression and a message for a mapping, and for each mapping inside it. ``value``: CEL for the mapping."""
+    """A CEL expression and a message for a mapping, and for each mapping inside it.
+
+    ``schema``: the schema of the mapping.
+    ``value``: the CEL expression for the mapping.
+    ``place``: the name of the mapping in messages.
+    ``depth``: how many lists contain the mapping.
+    """
     fields = schema["properties"]
     names = ", ".join(f"'{name}'" for name in fields)
     yield f"{value}.all(k, k in [{names}])", f"{place} has an unknown field; known here are {', '.join(fields)}"

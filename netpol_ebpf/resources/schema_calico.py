@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The custom resources of projectcalico.org/v3, as `calico` and `calico_configuration` read them.
 
-WorkloadEndpoint has no definition: agents derive it from a pod, and manifests without a cluster may contain it.
+WorkloadEndpoint has no definition, because agents derive it from a pod.  Manifests for commands without a cluster may
+contain it.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ _STAGED_ACTION = word(
 
 
 def _nothing_but_the_action(fields: dict[str, Schema]) -> dict[str, str]:
-    """The CEL rule that a staged policy with the action Delete has no value in any of ``fields``."""
+    """The CEL rule which requires that a staged policy with the action Delete has no value in any of ``fields``."""
     empty = []
     for key, field in fields.items():
         if field["type"] == "number":
@@ -295,7 +296,7 @@ _PROFILE = struct(
 # --- configuration --------------------------------------------------------------------------------------------------
 
 _OTHERS_FIELDS = {"x-kubernetes-preserve-unknown-fields": True}
-"""For the schemas of kinds with many fields of other programs: unknown fields are kept."""
+"""Keys for the schemas of kinds with many fields of other programs: unknown fields are kept."""
 
 
 def _failsafes(about: str) -> Schema:

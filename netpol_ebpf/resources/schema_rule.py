@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The schema of a projectcalico.org/v3 rule.
 
-The fields that `calico_rule` reads, and those of its checks that CEL can express. `netpolctl check` and the agent make
-the other checks: whether a selector parses, and checks beyond the API server's cost limit for the 1 024 rules of a
-direction: whether a range of ports is in order, whether CIDRs are masked and of one IP version.
+The schema has the fields that `calico_rule` reads, and those of its checks that CEL can express.  `netpolctl check` and
+the agent make the other checks.  CEL cannot check whether a selector parses.  Some checks would exceed the API server's
+cost limit for the 1 024 rules of a direction: whether a range of ports is in order, whether CIDRs have host bits, and
+whether they have one IP version.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from netpol_ebpf.resources.schema import (
 from netpol_ebpf.resources.syntax import MAX_NAME, MAX_PORT
 
 DOMAIN = rf"^({DOMAIN_LABEL}\.)*(\*\.)?({DOMAIN_LABEL}\.)*{DOMAIN_LABEL}\.?$"
-"""The pattern of a domain name: one label, but not the last, may be ``*``."""
+"""The pattern of a domain name. One label, but not the last, may be ``*``."""
 
 _PORT = "(0*([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))"
 _BYTE = "(0{0,2}[1-9]|0?[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])"
@@ -71,7 +72,10 @@ def domains(about: str, most: int | None = None) -> Schema:
 
 
 def rules(about: str, *, ingress: bool, namespaced: bool) -> Schema:
-    """The schema of the rules under ``ingress`` or ``egress``. ``namespaced``: the policy belongs to a namespace."""
+    """The schema of the rules under ``ingress`` or ``egress``.
+
+    ``namespaced``: whether the policy belongs to a namespace.
+    """
     return list_of(about, _rule(ingress=ingress, namespaced=namespaced), calico_rule.MAX_RULES)
 
 
@@ -163,7 +167,11 @@ def _icmp(about: str) -> Schema:
 def _entity(
     about: str, *, services: bool, domains_allowed: bool, namespaced: bool, ports_with_services: bool = True
 ) -> Schema:
-    """The schema of one side of a rule. ``services``, ``domains_allowed``: this side may have these fields."""
+    """The schema of one side of a rule.
+
+    ``services``, ``domains_allowed``: whether this side may have these fields.
+    ``ports_with_services``: whether this side may have both ports and services.
+    """
     fields = {
         "nets": _nets("CIDRs of which one holds the address."),
         "notNets": _nets("CIDRs of which none holds the address.", pattern=_PREFIX_NOT_ZERO),

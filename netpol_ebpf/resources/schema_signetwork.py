@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The custom resources of policy.networking.k8s.io, as `signetwork` reads them.
 
-Every mapping keeps undeclared fields: if the API server dropped a field of a newer version, the rule would be wider
-than its author meant, and no reader could see it.  So the agent sees the field and fails closed, and the admission
-policy `unknown-fields` rejects it before (ADR 16).
+Every mapping keeps undeclared fields.  If the API server dropped a field of a newer version, the rule would match more
+than its author meant, and no reader could see it.  So the agent sees the field and fails closed.  Before that, the
+admission policy `unknown-fields` rejects an object with such a field (ADR 16).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from netpol_ebpf.resources.schema import (
 from netpol_ebpf.resources.syntax import MAX_LABEL, MAX_NAME, PROTOCOLS
 
 DOMAIN = rf"^(\*\.({DOMAIN_LABEL}\.)*|({DOMAIN_LABEL}\.)+){DOMAIN_LABEL}\.?$"
-"""The pattern of a domain name: at least two labels, and only the first may be ``*``."""
+"""The pattern of a domain name: at least two labels, of which only the first may be ``*``."""
 NETWORK = r"^([0-9.]+|[0-9a-fA-F:]+)/[0-9]{1,3}$"
-"""The pattern of a CIDR in addition to the OpenAPI format: no IPv6 address that ends in an IPv4 address."""
+"""The pattern of a CIDR in addition to the OpenAPI format. It excludes IPv6 addresses that end in an IPv4 address."""
 
 _APPROVED = ("api-approved.kubernetes.io", "unapproved, experimental-only")
 """The annotation that the API server requires of definitions in a protected API group.
 
-Upstream's own definitions have the address of the pull request that approved them as its value.
+In upstream's own definitions, the annotation's value is the address of the pull request that approved them.
 """
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves memory: keeps one copy of equal names and labels, which thousands of a cluster's objects repeat.
+"""Saves memory: keeps one copy of equal names and labels, because thousands of a cluster's objects repeat them.
 
-Invariant: the result is equal to the argument; callers must not change it.  The cache drops values that were not used
-for long, so two copies of one value may exist.  That costs only memory, so uses are not counted, and nothing is
-released.
+Invariant: the result is equal to the argument, and callers must not change it.  The cache drops values that were not
+used for long, so a value may have two copies.  This costs only memory.  So references are not counted, and callers
+release nothing.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ from typing import TypeVar
 T = TypeVar("T", bound=Hashable)
 
 REMEMBERED = 4096
-"""How many values of each type are cached; arbitrary, some hundred bytes each.
+"""How many values of each type are cached; arbitrary. A value needs some hundred bytes.
 
-It suffices because a list of a cluster's pods has the pods of one namespace next to each other.
+This number suffices because a list of a cluster's pods has the pods of one namespace next to each other.
 """
 
 
 def share(value: T) -> T:
     """The shared copy of an immutable value. Values of different types must not be equal, as 1 and True are."""
-    return _values(value)  # type: ignore[return-value]  # what came in, or its equal
+    return _values(value)  # type: ignore[return-value]  # the argument, or an equal value
 
 
 def share_text(text: str) -> str:
-    """The shared copy of a name that many objects contain. It is freed with the last object that contains it."""
+    """The shared copy of a name that many objects contain.
+
+    The copy is freed with the last object that contains the name.
+    """
     return sys.intern(str(text))
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """policy.networking.k8s.io: AdminNetworkPolicy, BaselineAdminNetworkPolicy (v1alpha1), ClusterNetworkPolicy (v1alpha2).
 
-Validation is that of SEMANTICS 1.13 and 1.14.  The peers of the first v1alpha1 releases (``sameLabels``) are accepted.
+Validation is as in SEMANTICS 1.13 and 1.14.  The peers of the first v1alpha1 releases (``sameLabels``) are accepted.
 
-Invariant: an unknown peer or protocol match is never dropped but marked as ``unknown``, so that its rule fails closed.
-An empty one is unknown, too: the API server may have dropped a field of a newer API.  Unknown fields elsewhere, known
-fields in the wrong place, and contradictions are errors.
+Invariant: a peer or protocol match of an unknown form is not dropped, but marked as ``unknown``, so that its rule fails
+closed.  A peer or protocol match without fields is marked, too, because the API server may have dropped a field of a
+newer API.  Unknown fields elsewhere, known fields in the wrong place, and contradictions are errors.
 """
 
 from __future__ import annotations
@@ -58,7 +58,16 @@ _OLD_NAMESPACES = ("namespaceSelector", "sameLabels", "notSameLabels")
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """The differences between the three kinds: names of actions, kinds of egress peers, field of the ports, sizes."""
+    """The differences between the three kinds.
+
+    ``actions``: the names of the actions.
+    ``allow``: the name of the action that allows.
+    ``egress_peers``: the fields of peers that only egress rules may have.
+    ``ports_key``, ``read_port``: the field with a rule's ports, and the function that parses one of its entries.
+    ``max_rules``: the largest number of rules in one direction.
+    ``max_items``: the largest number of peers, and of ports, in a rule.
+    ``older_peers``: whether the peers of the first v1alpha1 releases are accepted.
+    """
 
     actions: tuple[str, ...]
     allow: str
@@ -85,7 +94,8 @@ def _unknown(reader: Reader, what: str, known: tuple[str, ...] = ()) -> None:
 def _exactly_one(reader: Reader, keys: tuple[str, ...], what: str) -> str | None:
     """The only one of the fields ``keys`` that is present.
 
-    None, and a problem or warning is recorded, if several are present, or unknown fields only, or none.
+    If several of them are present, an error is recorded.  If none of them is present, or if another field is present, a
+    warning is recorded.  In all these cases the result is None.
     """
     given = [key for key in keys if reader.has(key)]
     if len(given) > 1:
@@ -235,8 +245,9 @@ def _peer(peer: Reader, dialect: Dialect, *, ingress: bool, allows: bool) -> Sig
 def _older_peer(peer: Reader, *, pods: bool) -> SigPeer:
     """Parse a peer of a v1alpha1 policy, in the form of any release of v1alpha1.
 
-    Namespaces are selected by a selector, or by comparing labels with those of the subject's namespace (sameLabels,
-    notSameLabels).  ``pods``: this is the field pods, which may also have a pod selector, not the field namespaces.
+    The peer selects namespaces by a selector, or by a comparison of their labels with those of the subject's namespace
+    (sameLabels, notSameLabels).
+    ``pods``: whether this is the field pods, which may also have a pod selector; otherwise it is the field namespaces.
     """
     if not pods:
         return _older_namespaces(peer, None)
@@ -348,7 +359,7 @@ def _rule(rule: Reader, dialect: Dialect, *, ingress: bool) -> SigRule:
 
 
 def _action(rule: Reader, dialect: Dialect) -> str:
-    """The rule's action: Allow, Deny or Pass; Deny if the field is wrong, which is recorded."""
+    """The rule's action: Allow, Deny or Pass. If the field is wrong, an error is recorded and the result is Deny."""
     written = rule.peek("action")
     if written in ("Allow", "Accept") and written not in dialect.actions:
         rule.error(

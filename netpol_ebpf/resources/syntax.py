@@ -3,7 +3,7 @@
 
 Each ``check_*`` function returns a message with the fault and the permitted form, or None.  Each ``parse_*`` function
 raises ValueError with such a message.  The rules are those of Kubernetes' apimachinery validation, unless a docstring
-names another source.  Messages have no position: callers add path and line.
+names another source.  Messages have no position, because callers add path and line.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def check_dns_subdomain(text: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def check_label_key(key: str) -> str | None:
-    """Check a qualified name: an optional DNS prefix and "/", then a name."""
+    """Check a qualified name: a name, optionally after a DNS prefix and "/"."""
     prefix, slash, name = key.rpartition("/")
     if slash and (not prefix or check_dns_subdomain(prefix) is not None):
         return f'the part before "/" of the label name "{key}" must be a DNS name such as example.com'
@@ -96,7 +96,7 @@ def check_port_name(name: str) -> str | None:
 
 
 def _strip_zeros(text: str) -> str:
-    """Remove leading zeros from IPv4 octets, so that they are read as decimal.
+    """Remove leading zeros from IPv4 octets, so that the octets are read as decimal.
 
     Kubernetes does the same with stored objects that are older than its check for leading zeros.
     """
@@ -118,10 +118,12 @@ def parse_address(text: str) -> IPAddress:
 
 
 def parse_network(text: str, *, lenient: bool = False) -> tuple[IPNetwork, bool]:
-    """Parse a CIDR. Returns the network with host bits cleared, and whether there were host bits.
+    """Parse a CIDR.
 
-    ``lenient``: leading zeros in IPv4 octets are accepted.  Raises ValueError for any other text, also for an address
-    without a prefix length.
+    Returns the network with host bits cleared, and whether there were host bits.
+    ``lenient``: whether leading zeros in IPv4 octets are accepted.
+
+    Raises ValueError if the text is not a CIDR.  An address without a prefix length is not a CIDR.
     """
     address, slash, length = text.partition("/")
     if lenient:
@@ -150,7 +152,7 @@ _DOMAIN_LABEL = re.compile(r"[A-Za-z0-9_](?:[-A-Za-z0-9_]*[A-Za-z0-9_])?\Z")
 
 
 def check_domain(text: str) -> str | None:
-    """Check a domain name (SEMANTICS 6.1): one label, but not the last, may be ``*``. A trailing dot is ignored."""
+    """Check a domain name (SEMANTICS 6.1). One label, but not the last, may be ``*``. A trailing dot is ignored."""
     labels = text.removesuffix(".").split(".")
     usual = 'such as "example.com" or "*.example.com"'
     if text.count("*") > 1 or labels[-1] == "*":
@@ -173,7 +175,7 @@ MAX_ANNOTATIONS_BYTES = 256 * 1024
 
 
 def check_annotations(annotations: Mapping[str, str]) -> str | None:
-    """Check annotations: names have the syntax of label names, in upper or lower case; the total size is limited."""
+    """Check annotations. Names have the syntax of label names, in upper or lower case. The total size is limited."""
     for key in annotations:
         if (message := check_label_key(key.lower())) is not None:
             return message.replace("label name", "annotation name")

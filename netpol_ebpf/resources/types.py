@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Typed resources: users' objects after validation and defaulting, before any interpretation.
+"""Typed resources: users' objects after validation, with default values, before any interpretation.
 
 Each kind, and each nested structure, is a frozen dataclass with the fields of the API, in snake case.  The APIs are
 networking.k8s.io/v1, projectcalico.org/v3, policy.networking.k8s.io/v1alpha1 and v1alpha2.  This module does not
-interpret fields: `netpol_ebpf.policy.translate` does.
+interpret fields; `netpol_ebpf.policy.translate` does.
 
-Invariants: every instance is valid, since outside tests only the parsers of this package create instances.  Where the
-API distinguishes absent and empty, they are ``None`` and ``()``.  CIDRs are networks without host bits; selectors are
-parsed.
+Invariants: every instance is valid, because outside tests only the parsers of this package create instances.  Where the
+API distinguishes an absent and an empty field, these are ``None`` and ``()``.  CIDRs are networks without host bits.
+Selectors are parsed.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ IPNetwork = Union[IPv4Network, IPv6Network]
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """The metadata of an object, without annotations.
+    """The metadata of an object.
 
     ``namespace``: "" for cluster-scoped kinds; "default" if a manifest of a namespaced kind does not state it.
-    ``is_stored``: the object was read in the form in which Calico stores it; if the same object is also given as
-    projectcalico.org/v3, the v3 object is used.  Values of annotations that matter are in fields of the kinds; the
-    annotations themselves are not kept, since pods have large ones.
+    ``is_stored``: whether the object was read in the form in which Calico stores it.  If the same object is also given
+    as projectcalico.org/v3, the v3 object is used.
+    ``stored_name``: the stored name of a stored policy, if the policy may have that name as projectcalico.org/v3 too;
+    "": it has the name ``name`` there.
+
+    Annotations are not kept, because pods have large ones.  The kinds have fields for the annotations that matter.
     """
 
     name: str
@@ -39,11 +42,12 @@ class Meta:
     labels: Mapping[str, str]
     location: Location
     is_stored: bool = False
+    stored_name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Requirement:
-    """One matchExpressions entry; ``operator`` is In, NotIn, Exists or DoesNotExist."""
+    """One matchExpressions entry. ``operator``: In, NotIn, Exists or DoesNotExist."""
 
     key: str
     operator: str
@@ -52,7 +56,7 @@ class Requirement:
 
 @dataclass(frozen=True, slots=True)
 class LabelSelector:
-    """A Kubernetes label selector. Labels must satisfy both fields; an empty selector matches all labels."""
+    """A Kubernetes label selector. Labels must satisfy both fields. An empty selector matches all labels."""
 
     match_labels: Mapping[str, str] = field(default_factory=dict)
     match_expressions: tuple[Requirement, ...] = ()
@@ -77,10 +81,11 @@ class ServiceAccount:
 
 @dataclass(frozen=True, slots=True)
 class ContainerPort:
-    """A port that a container or init container declares. ``protocol``: IANA number (6, 17, 132).
+    """A port that a container or init container declares.
 
-    ``host_port``: the node's port that is translated to this port, 0: none.  ``host_address``: the node's address for
-    ``host_port``, None: all addresses.
+    ``protocol``: the IANA number (6, 17, 132).
+    ``host_port``: the node's port that is translated to this port; 0 if there is none.
+    ``host_address``: the node's address for ``host_port``; None for all addresses.
     """
 
     name: str
@@ -94,10 +99,12 @@ class ContainerPort:
 class Pod:
     """v1 Pod, or the pod of a workload's template (`workloads`), which has no address and the name KIND/NAME.
 
-    ``addresses``: from the first that has any: status.podIPs, status.podIP, annotations of CNI plugins; () for a
-    finished pod.
-    ``uid``: the UID in the container runtime, which distinguishes successive pods of the same name; "" if not given.
+    ``finished``: whether the pod has ended, so that others may get its addresses.
+    ``addresses``: from status.podIPs, else from status.podIP, else from annotations of CNI plugins.  () for a finished
+    pod.
     ``allowed_source_prefixes``: from the annotation cni.projectcalico.org/allowedSourcePrefixes.
+    ``uid``: the UID in the container runtime, which distinguishes successive pods of the same name; "" if it is not
+    given.
     """
 
     meta: Meta
@@ -136,7 +143,10 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class ServicePort:
-    """A port of a Service. ``target_port``: a number, the name of a container port, or None (the same as ``port``)."""
+    """A port of a Service.
+
+    ``target_port``: a number, or the name of a container port; None if it is the same as ``port``.
+    """
 
     name: str
     protocol: int
@@ -147,7 +157,11 @@ class ServicePort:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """v1 Service. ``cluster_ips``: () if headless. ``external_ips``: externalIPs and load-balancer addresses."""
+    """v1 Service.
+
+    ``cluster_ips``: () for a headless service.
+    ``external_ips``: externalIPs, and addresses of load balancers.
+    """
 
     meta: Meta
     selector: Mapping[str, str] | None
@@ -158,7 +172,7 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class SlicePort:
-    """A port of an EndpointSlice. ``port`` None: the slice gives no number, so the port gives no backends."""
+    """A port of an EndpointSlice. ``port``: None if the slice gives no number; then the port gives no backends."""
 
     name: str
     protocol: int
@@ -167,7 +181,11 @@ class SlicePort:
 
 @dataclass(frozen=True, slots=True)
 class EndpointSlice:
-    """discovery.k8s.io/v1 EndpointSlice, addresses that are not ready included. ``service``: from its label."""
+    """discovery.k8s.io/v1 EndpointSlice.
+
+    ``service``: the name of its service, from a label; None without the label.
+    ``addresses``: all addresses, also of endpoints that are not ready.
+    """
 
     meta: Meta
     service: str | None
@@ -190,7 +208,7 @@ class IPBlock:
 class KubernetesPeer:
     """A peer of a NetworkPolicy: ``ip_block``, or at least one selector.
 
-    None: the field is absent.  An empty selector matches everything.
+    A field is None if the peer does not have it.  An empty selector matches everything.
     """
 
     pod_selector: LabelSelector | None = None
@@ -200,7 +218,11 @@ class KubernetesPeer:
 
 @dataclass(frozen=True, slots=True)
 class KubernetesPort:
-    """A port of a NetworkPolicy. ``port``: number, name, or None (all ports). ``end_port``: last port of a range."""
+    """A port of a NetworkPolicy.
+
+    ``port``: a number or a name; None for all ports.
+    ``end_port``: the last port of a range that begins at ``port``; None if there is no range.
+    """
 
     protocol: int
     port: int | str | None = None
@@ -209,7 +231,10 @@ class KubernetesPort:
 
 @dataclass(frozen=True, slots=True)
 class KubernetesRule:
-    """An ingress or egress rule of a NetworkPolicy. ``peers`` or ``ports`` empty: all peers, or all ports."""
+    """An ingress or egress rule of a NetworkPolicy.
+
+    If ``peers`` is empty, all peers match; if ``ports`` is empty, all ports.
+    """
 
     peers: tuple[KubernetesPeer, ...]
     ports: tuple[KubernetesPort, ...]
@@ -218,7 +243,7 @@ class KubernetesRule:
 
 @dataclass(frozen=True, slots=True)
 class KubernetesPolicySpec:
-    """NetworkPolicySpec with ``policy_types`` defaulted as the API server does ("Ingress", "Egress")."""
+    """NetworkPolicySpec. ``policy_types``: "Ingress", "Egress"; the API server's default if the field is absent."""
 
     pod_selector: LabelSelector
     policy_types: tuple[str, ...]
@@ -236,7 +261,7 @@ class KubernetesNetworkPolicy:
 
 @dataclass(frozen=True, slots=True)
 class StagedKubernetesNetworkPolicy:
-    """projectcalico.org/v3 StagedKubernetesNetworkPolicy. ``spec`` is None when ``staged_action`` is Delete."""
+    """projectcalico.org/v3 StagedKubernetesNetworkPolicy. ``spec``: None if ``staged_action`` is Delete."""
 
     meta: Meta
     staged_action: str
@@ -248,7 +273,7 @@ class StagedKubernetesNetworkPolicy:
 
 @dataclass(frozen=True, slots=True)
 class PortSpec:
-    """A Calico port: an inclusive numeric range, or a name (then first and last are 0)."""
+    """A Calico port: an inclusive numeric range, or a name. With a name, first and last are 0."""
 
     first: int
     last: int
@@ -267,7 +292,7 @@ class Icmp:
 class ServiceAccountMatch:
     """The field serviceAccounts: an account must have one of ``names`` and match ``selector``.
 
-    An empty field is no constraint; not both are empty.
+    If one of the two is empty, only the other must match.  They are never both empty.
     """
 
     names: tuple[str, ...] = ()
@@ -276,7 +301,7 @@ class ServiceAccountMatch:
 
 @dataclass(frozen=True, slots=True)
 class ServiceMatch:
-    """The field services of an entity rule. ``namespace``: in a NetworkPolicy, that of the policy if it is absent."""
+    """The field services of an entity rule. ``namespace``: if the field is absent, the namespace of the policy."""
 
     name: str
     namespace: str
@@ -284,9 +309,10 @@ class ServiceMatch:
 
 @dataclass(frozen=True, slots=True)
 class EntityRule:
-    """The source or destination of a Calico rule; all given fields must match. None: the field is absent or empty text.
+    """The source or destination of a Calico rule. All given fields must match.
 
-    ``namespace_selector``: may be global(), see `Selector.is_global`.
+    A selector is None if the field is absent or an empty text.  ``namespace_selector`` may be global()
+    (`Selector.is_global`).
     """
 
     nets: tuple[IPNetwork, ...] = ()
@@ -303,7 +329,7 @@ class EntityRule:
 
 @dataclass(frozen=True, slots=True)
 class HttpPath:
-    """An HTTP path: exactly one of the two fields is given."""
+    """An HTTP path. Exactly one of the two fields is given."""
 
     exact: str | None = None
     prefix: str | None = None
@@ -311,10 +337,7 @@ class HttpPath:
 
 @dataclass(frozen=True, slots=True)
 class HttpHeader:
-    """A match of an HTTP header.
-
-    ``operator``: Exists, DoesNotExist, HasPrefix, HasSuffix, In, NotIn, MatchesRegex.
-    """
+    """A match of an HTTP header. ``operator``: Exists, DoesNotExist, HasPrefix, HasSuffix, In, NotIn, MatchesRegex."""
 
     header: str
     operator: str
@@ -323,7 +346,7 @@ class HttpHeader:
 
 @dataclass(frozen=True, slots=True)
 class HttpMatch:
-    """A match of an HTTP request: by method, path and headers, all of which must match; an empty field matches any."""
+    """A match of an HTTP request. Method, path and headers must all match. An empty field matches any request."""
 
     methods: tuple[str, ...] = ()
     paths: tuple[HttpPath, ...] = ()
@@ -351,7 +374,8 @@ class CalicoRule:
 class CalicoPolicySpec:
     """The spec of NetworkPolicy, GlobalNetworkPolicy and their staged forms.
 
-    ``order`` None: last in its tier.  ``types``: with Calico's default if the field is absent.
+    ``order``: None if the field is absent; then the policy is last in its tier.
+    ``types``: "Ingress", "Egress"; Calico's default if the field is absent.
     """
 
     tier: str
@@ -386,7 +410,7 @@ class GlobalNetworkPolicy:
 
 @dataclass(frozen=True, slots=True)
 class StagedNetworkPolicy:
-    """projectcalico.org/v3 StagedNetworkPolicy; ``staged_action``: Set, Delete, Learn, Ignore."""
+    """projectcalico.org/v3 StagedNetworkPolicy. ``staged_action``: Set, Delete, Learn, Ignore."""
 
     meta: Meta
     staged_action: str
@@ -395,7 +419,7 @@ class StagedNetworkPolicy:
 
 @dataclass(frozen=True, slots=True)
 class StagedGlobalNetworkPolicy:
-    """projectcalico.org/v3 StagedGlobalNetworkPolicy."""
+    """projectcalico.org/v3 StagedGlobalNetworkPolicy. ``staged_action``: Set, Delete, Learn, Ignore."""
 
     meta: Meta
     staged_action: str
@@ -413,7 +437,7 @@ class Tier:
 
 @dataclass(frozen=True, slots=True)
 class NetworkSet:
-    """projectcalico.org/v3 NetworkSet and GlobalNetworkSet (``meta.namespace`` == ""). Nets are masked."""
+    """projectcalico.org/v3 NetworkSet, or GlobalNetworkSet if ``meta.namespace`` is "". The nets have no host bits."""
 
     meta: Meta
     nets: tuple[IPNetwork, ...]
@@ -431,7 +455,10 @@ class EndpointPort:
 
 @dataclass(frozen=True, slots=True)
 class HostEndpoint:
-    """projectcalico.org/v3 HostEndpoint; ``interface`` may be "*" or None."""
+    """projectcalico.org/v3 HostEndpoint.
+
+    ``interface``: a name, or "*" for all interfaces; None if the object gives none.
+    """
 
     meta: Meta
     node: str
@@ -443,7 +470,7 @@ class HostEndpoint:
 
 @dataclass(frozen=True, slots=True)
 class WorkloadEndpoint:
-    """projectcalico.org/v3 WorkloadEndpoint (VMs, taps, pods not known to Kubernetes)."""
+    """projectcalico.org/v3 WorkloadEndpoint: a VM, a tap device, or a pod that is not known to Kubernetes."""
 
     meta: Meta
     node: str
@@ -469,7 +496,7 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class FailsafePort:
-    """An entry of a list of failsafe ports. ``protocol``: IANA number (6, 17); ``net`` None: any remote address."""
+    """An entry of a list of failsafe ports. ``protocol``: IANA number (6, 17). ``net``: None for any remote address."""
 
     protocol: int
     port: int
@@ -489,8 +516,9 @@ class FelixConfiguration:
 class HostEndpointTemplate:
     """A template of automatic host endpoints.
 
-    ``nets``: only the node's addresses in these nets are used.  ``pattern``: a regular expression that is searched in
-    the names of the node's interfaces.  ``node_selector`` None: for all nodes.
+    ``nets``: only the node's addresses in these nets are used.
+    ``pattern``: a regular expression that is searched in the names of the node's interfaces.
+    ``node_selector``: None for all nodes.
     """
 
     name: str
@@ -523,7 +551,7 @@ class NamespacedPodSelector:
 
 @dataclass(frozen=True, slots=True)
 class SigSubject:
-    """The subject of a policy: exactly one of the two fields is given."""
+    """The subject of a policy. Exactly one of the two fields is given."""
 
     namespaces: LabelSelector | None = None
     pods: NamespacedPodSelector | None = None
@@ -533,9 +561,10 @@ class SigSubject:
 class SigPeer:
     """One peer of a SIG-network policy.
 
-    ``unknown``: the peer has a form of a newer API, so the rule fails closed; all other fields are empty.
-    ``same_labels``, ``not_same_labels``: label keys of older v1alpha1 forms, which narrow ``namespaces`` or ``pods``;
-    the namespace selector there matches everything.
+    ``same_labels``, ``not_same_labels``: label keys of older v1alpha1 forms.  They narrow ``namespaces`` or ``pods``,
+    whose namespace selector then matches everything.
+    ``unknown``: whether the peer has a form of a newer API, so that the rule fails closed.  Then all other fields are
+    empty.
     """
 
     namespaces: LabelSelector | None = None
@@ -552,7 +581,9 @@ class SigPeer:
 class SigPort:
     """An item of the field protocols or ports: ``named_port``, or a protocol with an inclusive range of ports.
 
-    ``protocol``: IANA number, None for a named port.  The range 0 to 0: all ports.
+    ``protocol``: the IANA number; None for a named port.
+    ``first``, ``last``: the range; 0 and 0 stand for all ports.
+    ``unknown``: whether the item has a form of a newer API, so that the rule fails closed.
     """
 
     protocol: int | None
@@ -566,8 +597,8 @@ class SigPort:
 class SigRule:
     """A rule of a SIG-network policy.
 
-    ``action``: Allow (also for Accept), Deny or Pass.  ``ports`` None: all packets, also those without ports such as
-    ICMP.
+    ``action``: Allow (also for Accept), Deny or Pass.
+    ``ports``: None for all packets, also for those without ports such as ICMP.
     """
 
     name: str
@@ -579,7 +610,7 @@ class SigRule:
 
 @dataclass(frozen=True, slots=True)
 class ClusterNetworkPolicy:
-    """v1alpha2 ClusterNetworkPolicy; ``tier``: Admin or Baseline."""
+    """v1alpha2 ClusterNetworkPolicy. ``tier``: Admin or Baseline."""
 
     meta: Meta
     tier: str
@@ -602,7 +633,7 @@ class AdminNetworkPolicy:
 
 @dataclass(frozen=True, slots=True)
 class BaselineAdminNetworkPolicy:
-    """v1alpha1 BaselineAdminNetworkPolicy (a singleton named default)."""
+    """v1alpha1 BaselineAdminNetworkPolicy. A cluster has only one, with the name default."""
 
     meta: Meta
     subject: SigSubject

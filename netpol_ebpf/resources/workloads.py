@@ -2,8 +2,8 @@
 """Reads Deployments and other workloads as pods, for commands without a cluster.
 
 Charts and repositories contain workloads, not pods.  So for `check`, `explain` and `test` the template of a workload is
-a pod with the template's labels, service account and ports.  Its name is ``KIND/NAME``, which no real pod can have.
-The agent does not read these kinds, since in a cluster their pods exist.
+a pod with the template's labels, service account and ports.  The pod's name is ``KIND/NAME``, which no real pod can
+have.  The agent does not read these kinds, because in a cluster their pods exist.
 
 Invariant: such a pod has no address unless a caller of `as_cluster` requests one.
 """
@@ -35,7 +35,7 @@ _TEMPLATES: dict[tuple[str, str], tuple[str, ...]] = {
     ("v1", "PodTemplate"): ("template",),
     ("v1", "ReplicationController"): ("spec", "template"),
 }
-"""From (apiVersion, kind) to the path of the pod template in the object."""
+"""Maps (apiVersion, kind) to the path of the pod template in the object."""
 _KIND_NAMES = frozenset(kind for _, kind in _TEMPLATES)
 
 
@@ -60,13 +60,13 @@ KINDS = tuple(
 
 
 def as_cluster(resources: Iterable[Resource], *, addressed: bool = False) -> list[Resource]:
-    """The resources as a cluster would have them: with the namespaces of workloads, each with only its name's label.
+    """The resources as a cluster would have them, with the namespaces of workloads.
 
-    A missing namespace is not added if it has a pod with an address, or a network set: the agent does not have that
-    Namespace either, and it would change the verdicts on the pod.
-
-    ``addressed``: each pod of a workload also gets an address of each family from `STAND_INS`.  Its name becomes the
-    name of the workload, unless a pod or another workload of the namespace has that name.
+    An added Namespace has only the label of its name.  A missing namespace is not added if it has a pod with an
+    address, or a network set.  The agent does not have that Namespace either, and the Namespace would change the
+    verdicts on the pod.
+    ``addressed``: whether each pod of a workload also gets an address of each family from `STAND_INS`.  Then its name
+    becomes the name of the workload, unless a pod or another workload of the namespace has that name.
     """
     given = list(resources)
     pods = [one for one in given if _is_of_workload(one)]
@@ -96,7 +96,7 @@ def _addressed(resources: list[Resource]) -> Iterator[Resource]:
 def stand_in_notes(resources: Iterable[Resource], ends: Iterable[object]) -> Iterator[str]:
     """A note for each (namespace, name) in ``ends`` that names a workload with a stand-in address instead of a pod.
 
-    Raises InvalidInputError for a name that no pod but several workloads have.
+    Raises InvalidInputError if a name belongs to several workloads and to no pod.
     """
     pods = [one for one in resources if isinstance(one, (Pod, WorkloadEndpoint))]
     for end in ends:
@@ -126,5 +126,5 @@ def _has_address(resource: Resource) -> bool:
 
 
 def _own_name(resource: Resource) -> tuple[str, str]:
-    """(namespace, name) of a resource; for the pod of a workload, the name of the workload."""
+    """(namespace, name) of a resource. For the pod of a workload it is the name of the workload."""
     return resource.meta.namespace, resource.meta.name.rpartition("/")[2]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes messages for text that is not valid YAML, with the mistake that usually causes the error.
 
-The functions work on lines of text, since invalid text has no tree.  Line numbers are zero-based.  The parser decides
+The functions work on lines of text, because invalid text has no tree.  Line numbers are zero-based.  The parser decides
 whether a text is valid; this module only writes messages.
 """
 
@@ -26,7 +26,7 @@ def bad_character_line(lines: list[str]) -> int:
 
 
 def template_hint(lines: list[str], number: int) -> str:
-    """A hint to append to a message if the text near line ``number`` looks like an unrendered template, else ""."""
+    """A hint for the end of a message, if the text near line ``number`` looks like an unrendered template; else ""."""
     if "{{" in "\n".join(lines[max(0, number - 1) : number + 2]):
         return "; this looks like a template: render it first (for example with `helm template`)"
     return ""
@@ -79,7 +79,7 @@ def _hint(said: str, lines: list[str], failed_at: int) -> str:
 
 
 def _wrong_depth(lines: list[str], first: int, last: int) -> list[tuple[int, int, str]]:
-    """Find fields of rules that are at the indentation of the list's dashes: (line, column, message).
+    """Find fields of rules that are at the indentation of the list's dashes. Returns (line, column, message).
 
     A common mistake is ``ports:`` in line with ``- from:`` instead of inside that item.
     """
@@ -99,10 +99,10 @@ def _wrong_depth(lines: list[str], first: int, last: int) -> list[tuple[int, int
 
 
 def _item_above(lines: list[str], first: int, number: int, depth: int) -> int | None:
-    """The first line of the list item with its dash at column ``depth`` that ends just before line ``number``.
+    """The first line of the list item that ends just before line ``number`` and has its dash at column ``depth``.
 
-    None if there is no such item, or if the key of the list is at the same column: a field there is correctly a sibling
-    of that key.
+    None if there is no such item, or if the key of the list is at the same column.  In that case a field at the column
+    is correctly a sibling of the key.
     """
     item = None
     for above in range(number - 1, first - 1, -1):

@@ -2,7 +2,7 @@
 """Parses YAML and JSON text to plain values with their positions in the text.
 
 One pass over the parser's events builds, for each document, the values (dict, list, str, int, float, bool, None) and a
-compact tree of positions, so that a later problem has its line without a second parse.
+compact tree of positions.  So a problem that is found later has its line without a second parse.
 
 Scalars and keys are read as kubectl reads them (`scalars`).  JSON values may follow each other without ``---`` between
 them, as `jq -c` prints them.  `yaml_mistakes` writes the messages for invalid text.
@@ -53,7 +53,7 @@ _LONGEST_PLAIN_FLOAT = 1e21
 
 # Characters that are line breaks in YAML 1.1, which folds them, and ordinary characters of strings in JSON.
 _BREAKS_OF_YAML = re.compile("[\x85\u2028\u2029]")
-# Escapes of halves of surrogate pairs: JSON makes a character of two, libyaml refuses each, PyYAML's own parser keeps each.
+# Escapes of halves of surrogate pairs.  JSON joins two halves, libyaml rejects a half, PyYAML's own parser keeps it.
 _SURROGATE = re.compile(r"\\(?:u|U0000)[dD][89a-fA-F]")
 _MARK = re.compile(r"^---(?=\s|\Z)", re.MULTILINE)
 _BLANK = re.compile(r"(?:\s+|#[^\n]*|^\.\.\.(?=\s|\Z))*", re.MULTILINE)
@@ -69,13 +69,17 @@ _TAGGED: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """The positions of the parts of one value in its file. If positions are unknown, locations have only the file."""
+    """The positions of the parts of one value in its file.
+
+    ``mark``: the position of the value and, for a list or mapping, of its parts.  None if positions are unknown; then
+    locations have only the file.
+    """
 
     file: str
     mark: _Mark | None = None
 
     def location(self, path: Path = ()) -> Location:
-        """The location of ``path``, or of its deepest part that exists (for a missing field: its parent)."""
+        """The location of ``path``. If the path does not exist, the location of its deepest part that exists."""
         mark = self.mark
         if mark is None:
             return share(Location(self.file))
@@ -88,7 +92,10 @@ class Positions:
         return Location(self.file, (position >> _COLUMN_BITS) + 1, (position & _COLUMN_MASK) + 1)
 
     def written(self, path: Path) -> str | None:
-        """The source text of the scalar at ``path`` if its value does not determine it (``0755``); else None."""
+        """The source text of the scalar at ``path``, such as ``0755`` for 493.
+
+        None if the value determines the source text.
+        """
         mark = self.mark
         for step in path:
             if mark is None:
@@ -99,7 +106,10 @@ class Positions:
         return None
 
     def child(self, path: Path) -> Positions:
-        """The positions of the value at ``path``, or of its deepest part that exists."""
+        """The positions of the value at ``path``.
+
+        If the path does not exist, the positions at its deepest part that exists.
+        """
         mark = self.mark
         for step in path:
             below = None if mark is None else _step(mark, step)
@@ -138,10 +148,10 @@ class _Refused(Exception):  # noqa: N818 - control flow inside this module: a li
 
 
 def read_documents(text: str, file: str, problems: list[Problem]) -> Iterator[Document]:
-    """Yield the documents of ``text`` (empty ones left out); append their problems to ``problems``.
+    """Yield the documents of ``text`` that are not empty, and append their problems to ``problems``.
 
-    Each JSON value is a document, with or without ``---`` between them.  After a syntax error reading continues at the
-    next line that begins with ``---``.
+    Each JSON value is a document, with or without ``---`` between two of them.  After a syntax error reading continues
+    at the next line that begins with ``---``.
     """
     yield from _Text(text.removeprefix("\ufeff"), file, problems).documents()
 
@@ -149,7 +159,9 @@ def read_documents(text: str, file: str, problems: list[Problem]) -> Iterator[Do
 class _Text:
     """A whole file: runs of YAML documents and of JSON values, read one after the other.
 
-    ``offset``: where reading continues; ``line``: the number of its line; ``line_offset``: the start of that line.
+    ``offset``: the offset in the text at which reading continues.
+    ``line``: the number of the line at ``offset``.
+    ``line_offset``: the offset of the start of that line.
     """
 
     def __init__(self, text: str, file: str, problems: list[Problem]) -> None:
@@ -213,7 +225,8 @@ class _Text:
     def _json(self, end: int) -> Iterator[Document]:
         """The document of the JSON value from the present offset to ``end``.
 
-        It is read as YAML to get positions, and read as JSON where YAML has another meaning.
+        The value is parsed as YAML to get positions.  If YAML reads the text differently from JSON, it is parsed as
+        JSON.
         """
         position, known = self._position(), len(self.problems)
         text, first_line = self.text[self.offset : end], self.line
@@ -227,7 +240,7 @@ class _Text:
             except _Refused as error:
                 _report(error, self.text.split("\n"), first_line, self.file, self.problems)
                 return
-            except (yaml.YAMLError, UnicodeEncodeError):  # for example, a tab where YAML does not allow it
+            except (yaml.YAMLError, UnicodeEncodeError):  # for example, YAML does not allow a tab here
                 del self.problems[known:]
         if document is None:
             place = _place(self.file, position)
@@ -241,7 +254,7 @@ class _Text:
     def _yaml(self) -> Iterator[Document]:
         """The YAML documents from the present offset on.
 
-        The run ends at a JSON value after a document, or at the first invalid document.
+        Reading stops at a JSON value after a document, or at the first invalid document.
         """
         stream = _Stream(self.text[self.offset :], self.file, self.line, self.problems)
         try:
@@ -263,7 +276,7 @@ class _Text:
     def _json_behind(self, stream: _Stream, error: Exception) -> int | None:
         """The offset of the JSON value at which the YAML parser failed; None if there is no JSON value.
 
-        It is the document that the parser could not read, or the text after the last document.
+        The value is the document that the parser could not read, or the text after the last document.
         """
         index = stream.begin
         if index is None and isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
@@ -281,7 +294,10 @@ def _end_of_blank(text: str, offset: int) -> int:
 
 
 def _end_of_json(text: str, offset: int) -> int | None:
-    """The end of the JSON object or list at ``offset``; None if there is none, or if more text is in its last line."""
+    """The end of the JSON object or list at ``offset``.
+
+    None if there is none, or if other text follows in its last line.
+    """
     if not text.startswith(("{", "["), offset):
         return None
     try:
@@ -292,7 +308,7 @@ def _end_of_json(text: str, offset: int) -> int | None:
 
 
 def _report(error: Exception, lines: list[str], first_line: int, file: str, problems: list[Problem]) -> int:
-    """Record the error that ended reading. Returns its line (zero-based)."""
+    """Record the error that ended reading. Returns the line of the error (zero-based)."""
     if isinstance(error, _Refused):
         failed_at = error.position >> _COLUMN_BITS
         message = error.message + yaml_mistakes.template_hint(lines, failed_at)
@@ -301,7 +317,7 @@ def _report(error: Exception, lines: list[str], first_line: int, file: str, prob
         mark = error.problem_mark or error.context_mark
         failed_at = first_line + (mark.line if mark is not None else 0)
         problems.extend(yaml_mistakes.explain(error, lines, first_line, failed_at, file))
-    else:  # a character that YAML does not allow: the error has neither line nor column
+    else:  # the error is about a character that YAML does not allow, and has neither line nor column
         failed_at = first_line + yaml_mistakes.bad_character_line(lines[first_line:])
         problems.append(
             Problem(Location(file, failed_at + 1), "", f"not valid YAML: {error}".split("\n")[0], slug="yaml")
@@ -318,7 +334,7 @@ class _Stream:
         self.offset = first_line << _COLUMN_BITS
         self.problems = problems
         self.begin: int | None = None  # index of the document that is being read
-        self.known = 0  # problems before it
+        self.known = 0  # how many problems were known when it began
         self.get_event: Any = None
 
     def start(self) -> None:
@@ -326,7 +342,6 @@ class _Stream:
         self.get_event = _LOADER(self.text).get_event
 
     def documents(self) -> Iterator[Document]:
-        """Yield each document that is not empty."""
         while True:
             event = self.get_event()
             kind = type(event)
@@ -342,7 +357,10 @@ class _Stream:
 
 
 class _Tree:
-    """Builds the value and the marks of one document from the parser's events, without recursion."""
+    """Builds the value of one document, and the tree of its positions (marks), from the parser's events.
+
+    The class uses no recursion, so nesting cannot exhaust the stack.
+    """
 
     __slots__ = (
         "aliased",
@@ -370,7 +388,7 @@ class _Tree:
         self.aliased = 0
 
     def read(self) -> tuple[Any, _Mark]:
-        """Return the document's value and its mark."""
+        """Return the document's value and the tree of its positions."""
         handlers: dict[type[Any], Callable[[Any], None]] = {
             yaml.ScalarEvent: self._scalar,
             yaml.MappingStartEvent: partial(self._open, dict),
@@ -417,7 +435,7 @@ class _Tree:
         self._add(value, mark)
 
     def _plain_key(self, text: str, position: int) -> str:
-        """The text of a key without quotes; for a number or boolean, the same text as in kubectl."""
+        """The text of a key without quotes. If the key is a number or boolean, the text is the same as in kubectl."""
         value = read_plain(text)
         if isinstance(value, str):
             return text
@@ -440,7 +458,7 @@ class _Tree:
         self.key, self.key_position = key, position
 
     def _add(self, value: Any, mark: _Mark) -> None:
-        """Add a value to its container; an entry of a mapping has the position of its key."""
+        """Add a value to its container. An entry of a mapping gets the position of its key."""
         key = self.key
         if key is None:
             self.container.append(value)
@@ -545,7 +563,7 @@ _JSON = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=lambda tex
 
 
 def _unwritable(value: Any) -> str | None:
-    """The first text or key of the value that UTF-8 cannot encode; None when there is none."""
+    """The first string in the value, key or text, that cannot be encoded as UTF-8; None if there is none."""
     rest = [value]
     while rest:
         one = rest.pop()
@@ -567,7 +585,6 @@ def _quoted(text: str) -> str:
 
 
 def _is_too_deep(value: Any) -> bool:
-    """Whether containers are nested deeper than MAX_DEPTH."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [

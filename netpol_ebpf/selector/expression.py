@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Selectors as values: `Selector` and the combinators that build one from others or from plain values.
+"""Selectors as values: `Selector`, and functions that build a selector from other selectors or from plain values.
 
-Invariant: a selector is immutable; two selectors are equal exactly if their canonical texts are equal.  The caller
-decides how selectors are composed for a policy (SEMANTICS 2.6): this module must not depend on namespaces, kinds or
+Invariant: a selector is immutable.  Two selectors are equal exactly if their canonical texts are equal.  The caller
+decides how selectors are composed for a policy (SEMANTICS 2.6), so this module must not depend on namespaces, kinds or
 files.
 """
 
@@ -34,7 +34,7 @@ from netpol_ebpf.selector.tree import (
 
 
 class Selector:
-    """A selector expression. Hashable; equal by canonical text, which is also ``str()``."""
+    """A selector expression. Selectors with the same canonical text are equal. ``str()`` returns the canonical text."""
 
     __slots__ = ("_hash", "_root", "_text")
 
@@ -59,7 +59,7 @@ class Selector:
 
     @property
     def is_everything(self) -> bool:
-        """Whether the selector is exactly ``all()``, which is also the meaning of empty text."""
+        """Whether the selector is exactly ``all()``. Empty text also means ``all()``."""
         return isinstance(self._root, All)
 
     @property
@@ -73,7 +73,7 @@ class Selector:
         return any(isinstance(node, Global) for node in walk(self._root))
 
     def label_keys(self) -> frozenset[str]:
-        """The names of all labels in the selector. Whether it matches does not depend on other labels."""
+        """The names of all labels in the selector. Other labels cannot change whether the selector matches."""
         return frozenset(node.key for node in walk(self._root) if not isinstance(node, (All, Global, Not, And, Or)))
 
     def prefixed(self, prefix: str) -> Selector:
@@ -90,19 +90,23 @@ class Selector:
         return Selector(_rewritten(self._root, lambda leaf: root if isinstance(leaf, All) else leaf))
 
     def required(self) -> Cover | None:
-        """A necessary condition for a match, as alternatives: matching labels satisfy at least one of the restrictions.
+        """The cover with the fewest values of those that are known for the selector.
 
-        (): the selector matches nothing.  None: no condition is known.  Of several conditions (one for each operand of
-        an AND) the one with the fewest values is returned.
+        A cover is a list of restrictions of which matching labels satisfy at least one
+        (`netpol_ebpf.selector.requirements`).  Returns () if the selector matches nothing, and None if no cover is
+        known.
         """
         return cheapest_cover(self.requirements())
 
     def requirements(self) -> tuple[Cover, ...]:
-        """All known necessary conditions (see `required`). Matching labels satisfy every one of them."""
+        """All known covers of the selector. Matching labels satisfy at least one restriction of each cover."""
         return covers(self._root)
 
     def is_unsatisfiable(self) -> bool:
-        """True if certainly no labels match (``a == 'x' && a == 'y'``). False proves nothing."""
+        """True if it is certain that no labels match, as for ``a == 'x' && a == 'y'``.
+
+        If the result is False, it is not known whether any labels match.
+        """
         return is_contradiction(self._root)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -167,8 +171,8 @@ EVERYTHING = Selector(All())
 def all_of(*selectors: Selector) -> Selector:
     """The conjunction (AND) of ``selectors``.
 
-    Nested ANDs are flattened, and repeated operands dropped.  A single operand is returned unchanged; without operands
-    the result is `EVERYTHING`.  An operand ``all()`` stays, since `Selector.with_all_as` may replace it.
+    Nested ANDs are flattened, and repeated operands are dropped.  A single operand is returned unchanged.  Without
+    operands the result is `EVERYTHING`.  An operand ``all()`` is kept, because `Selector.with_all_as` may replace it.
     """
     operands: dict[SelectorNode, None] = {}
     for selector in selectors:
@@ -179,7 +183,10 @@ def all_of(*selectors: Selector) -> Selector:
 
 
 def any_of(first: Selector, *others: Selector) -> Selector:
-    """The disjunction (OR). Nested ORs are flattened, repeated operands dropped; one operand is returned unchanged."""
+    """The disjunction (OR) of the operands.
+
+    Nested ORs are flattened, and repeated operands are dropped.  A single operand is returned unchanged.
+    """
     operands: dict[SelectorNode, None] = {}
     for selector in (first, *others):
         operands.update(dict.fromkeys(selector.root.operands if isinstance(selector.root, Or) else (selector.root,)))
@@ -187,7 +194,7 @@ def any_of(first: Selector, *others: Selector) -> Selector:
 
 
 def negate(selector: Selector) -> Selector:
-    """The negation (NOT); a double negation is dropped."""
+    """The negation (NOT). The negation of a negation is its operand."""
     return Selector(negated(selector.root))
 
 
@@ -197,22 +204,28 @@ def has(key: str) -> Selector:
 
 
 def equals(key: str, value: str) -> Selector:
-    """``key == "value"``: false on an absent label. Raises SelectorError if ``key`` is not a label name."""
+    """``key == "value"``: false if the label is absent. Raises SelectorError if ``key`` is not a label name."""
     return Selector(Equals(_check_key(key), value))
 
 
 def not_equals(key: str, value: str) -> Selector:
-    """``key != "value"``: true on an absent label. Raises SelectorError if ``key`` is not a label name."""
+    """``key != "value"``: true if the label is absent. Raises SelectorError if ``key`` is not a label name."""
     return Selector(NotEquals(_check_key(key), value))
 
 
 def is_in(key: str, values: Iterable[str]) -> Selector:
-    """``key in {...}``: false on an absent label, and if ``values`` is empty. Raises SelectorError for a wrong key."""
+    """``key in {...}``: false if the label is absent or ``values`` is empty.
+
+    Raises SelectorError if ``key`` is not a label name.
+    """
     return Selector(In(_check_key(key), values))
 
 
 def not_in(key: str, values: Iterable[str]) -> Selector:
-    """``key not in {...}``: true on an absent label, and without ``values``. Raises SelectorError for a wrong key."""
+    """``key not in {...}``: true if the label is absent or ``values`` is empty.
+
+    Raises SelectorError if ``key`` is not a label name.
+    """
     return Selector(NotIn(_check_key(key), values))
 
 

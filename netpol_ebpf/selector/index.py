@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the matching pairs of many selectors and many label sets, while both change.
 
-Invariant: after any sequence of calls the results are the same as if every selector were tested on every label set; the
-indexes only reduce the number of tests.  Equal selectors, and equal label sets, are stored and tested once, whatever
-the number of their ids.  Matching pairs are not stored but computed on request, so memory grows with the sum of
-selectors and label sets, never with their product.
+Invariant: after any sequence of calls the results are the same as if every selector were tested on every label set.
+The indexes only reduce the number of tests.  Equal selectors are stored and tested once, whatever the number of their
+ids; so are equal label sets.  Matching pairs are computed on request and not stored, so memory grows with the sum of
+selectors and label sets, not with their product.
 
-Two inverted indexes reduce the tests; both use covers (`netpol_ebpf.selector.requirements`).  A selector is indexed
-under the (label, value) pairs of one of its covers: the cover under which there are the fewest other selectors (so not
-under the namespace's label if all selectors have it).  A new label set is tested against the selectors under its own
-pairs, and against selectors without a cover.  A label set is indexed under each of its pairs.  A new selector is tested
-on the label sets under the pairs of one of its covers: the cover with the fewest label sets.
+Two inverted indexes reduce the tests.  Both use *covers*: conditions that every matching label set satisfies, as lists
+of (label, value) pairs of which the label set must have at least one (`netpol_ebpf.selector.requirements`).
+
+1.  A selector is indexed under the pairs of one of its covers: the cover under which there are the fewest other
+   selectors.  So selectors are not indexed under the namespace's label if all of them have that label.  A new label set
+   is tested against the selectors under its own pairs, and against the selectors without a cover.
+2.  A label set is indexed under each of its pairs.  A new selector is tested on the label sets under the pairs of one
+   of its covers: the cover with the fewest label sets.
 """
 
 from __future__ import annotations
@@ -27,11 +30,15 @@ L = TypeVar("L", bound=Hashable)
 T = TypeVar("T", bound=Hashable)
 
 _Pair = tuple[str, "str | None"]
-"""(label, value); value None: the label with any value."""
+"""(label, value). If the value is None, the pair stands for the label with any value."""
 
 
 class _SelectorGroup(Generic[S]):
-    """One distinct selector: its ids, and the pairs under which it is indexed (None: no cover, always tested)."""
+    """One distinct selector.
+
+    ``ids``: the ids of this selector.
+    ``pairs``: the pairs under which the selector is indexed; None if it has no cover and is always tested.
+    """
 
     __slots__ = ("ids", "pairs", "selector")
 
@@ -42,7 +49,7 @@ class _SelectorGroup(Generic[S]):
 
 
 class _LabelGroup(Generic[L]):
-    """One distinct label set and its ids."""
+    """One distinct label set. ``ids``: the ids of this label set."""
 
     __slots__ = ("ids", "labels")
 
@@ -52,7 +59,10 @@ class _LabelGroup(Generic[L]):
 
 
 class _Bag(Generic[T]):
-    """From a key to a set of members. A single member is stored without a set: most pairs in a large index have one."""
+    """Maps a key to a set of members.
+
+    A single member is stored without a set to save memory, because most keys of a large index have one member.
+    """
 
     __slots__ = ("_members",)
 
@@ -97,7 +107,7 @@ class _Bag(Generic[T]):
 
 
 class SelectorIndex(Generic[S, L]):
-    """The matching pairs of selectors and label sets: selectors by ids of type S, label sets by ids of type L."""
+    """The matching pairs of selectors and label sets. Selectors have ids of type S, label sets have ids of type L."""
 
     def __init__(self) -> None:
         self._selectors: dict[S, _SelectorGroup[S]] = {}
@@ -113,7 +123,10 @@ class SelectorIndex(Generic[S, L]):
     # --- changes ----------------------------------------------------------------------------------------------------
 
     def add_selector(self, selector_id: S, selector: Selector) -> set[L]:
-        """Add a selector, or replace the one with the same id. Returns the ids of the label sets that it matches."""
+        """Add a selector, or replace the one with the same id.
+
+        Returns the ids of the label sets that the selector matches.
+        """
         known = self._selectors.get(selector_id)
         if known is None or known.selector != selector:
             self.remove_selector(selector_id)
@@ -125,7 +138,7 @@ class SelectorIndex(Generic[S, L]):
         return self.matching_labels(selector_id)
 
     def remove_selector(self, selector_id: S) -> None:
-        """Remove a selector. With an unknown id nothing changes."""
+        """Remove a selector. If the id is unknown, nothing changes."""
         group = self._selectors.pop(selector_id, None)
         if group is None:
             return
@@ -136,7 +149,7 @@ class SelectorIndex(Generic[S, L]):
     def add_labels(self, labels_id: L, labels: Mapping[str, str]) -> set[S]:
         """Add a copy of a label set, or replace the label set with the same id.
 
-        Returns the ids of the selectors that match it.
+        Returns the ids of the selectors that match the label set.
         """
         known = self._labels.get(labels_id)
         if known is None or known.labels != labels:
@@ -150,7 +163,7 @@ class SelectorIndex(Generic[S, L]):
         return self.matching_selectors(labels_id)
 
     def remove_labels(self, labels_id: L) -> None:
-        """Remove a label set. With an unknown id nothing changes."""
+        """Remove a label set. If the id is unknown, nothing changes."""
         group = self._labels.pop(labels_id, None)
         if group is None:
             return
@@ -189,7 +202,7 @@ class SelectorIndex(Generic[S, L]):
     # --- selectors, found by labels ---------------------------------------------------------------------------------
 
     def _selector_candidates(self, labels: Mapping[str, str]) -> Iterator[_SelectorGroup[S]]:
-        """The selector groups that may match ``labels``; a group may be yielded more than once."""
+        """The distinct selectors that may match ``labels``. A selector may be yielded more than once."""
         yield from self._uncovered
         if len(self._waiting):
             for key, value in labels.items():
@@ -212,7 +225,10 @@ class SelectorIndex(Generic[S, L]):
         return group
 
     def _popularity(self, pairs: tuple[_Pair, ...]) -> tuple[int, int, int]:
-        """A sort key: how many tests a selector may cost if it is indexed under ``pairs``; smaller is better."""
+        """A sort key for the choice of the pairs under which a selector is indexed; the smallest is best.
+
+        The first item estimates how many tests the selector costs if it is indexed under ``pairs``.
+        """
         present = sum(value is None for _, value in pairs)
         labelled = sum(self._labels_having(pair) for pair in pairs)
         return (sum(self._mentions[pair] for pair in pairs) + labelled, present, len(pairs))
@@ -232,14 +248,14 @@ class SelectorIndex(Generic[S, L]):
     # --- label sets, found by selectors -----------------------------------------------------------------------------
 
     def _label_candidates(self, candidates: tuple[Cover, ...]) -> Iterable[_LabelGroup[L]]:
-        """The label groups that a selector with these covers may match, each once."""
+        """The distinct label sets that a selector with the covers ``candidates`` may match, each once."""
         if not candidates:
             return self._label_groups.values()
         sizes = [sum(self._labels_having(pair) for pair in _pairs(cover)) for cover in candidates]
         cover = candidates[sizes.index(min(sizes))]
         if len(cover) == 1:
             return self._groups_having(cover[0].key, cover[0].one_of)
-        # A set, because a group may be under two keys of the cover.
+        # The result is a set, because a group may have two keys of the cover.
         return set(chain.from_iterable(self._groups_having(part.key, part.one_of) for part in cover))
 
     def _groups_having(self, key: str, values: frozenset[str] | None) -> Iterator[_LabelGroup[L]]:
@@ -276,7 +292,7 @@ class SelectorIndex(Generic[S, L]):
 
 
 def _pairs(cover: Cover) -> Iterator[_Pair]:
-    """The (label, value) pairs of a cover; matching labels have at least one of them."""
+    """The (label, value) pairs of a cover. Matching labels have at least one of these pairs."""
     for part in cover:
         if part.one_of is None:
             yield (part.key, None)

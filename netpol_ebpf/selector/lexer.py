@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens of the selector language (SEMANTICS 2.1).
 
-Invariants: every token has the offset, in characters, of its start, so that each error can point at it.  White space is
-space and tab only.  Word operators (`in`, `not in`, `contains`, ...) are recognised only directly after a label, so
-labels may have these names.  This module must not depend on the grammar or on the meaning of tokens.
+Invariants: every token has the offset of its start, in characters, so that each error can point at the token.  White
+space is space and tab only.  Word operators (`in`, `not in`, `contains`, ...) are recognised only directly after a
+label, so labels may have these names.  This module must not depend on the grammar or on the meaning of tokens.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from netpol_ebpf.errors import SelectorError
 
 MAX_LABEL_CHARS = 512
-"""Longest label name an expression may contain (the limit of the Calico parser)."""
+"""The longest label name that an expression may contain. Calico's parser has the same limit."""
 
 LABEL_NAME = re.compile(r"[A-Za-z0-9_./-]+")
 
 
 class TokenKind(enum.Enum):
-    """The kind of a token; the value is its name in error messages."""
+    """The kind of a token. The value is the kind's name in error messages."""
 
     LABEL = "a label name"
     STRING = "a quoted string"
@@ -49,7 +49,11 @@ class TokenKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token; ``text`` is the label name, or the content of a string without its quotes."""
+    """One token.
+
+    ``text``: the label name, or the content of a string without its quotes.
+    ``offset``: the position of the token's first character.
+    """
 
     kind: TokenKind
     text: str
@@ -57,7 +61,7 @@ class Token:
 
 
 _BLANK = re.compile(r"[ \t]*")
-# A word operator must end where a label would end: `a inside` does not contain the operator `in`.
+# A word operator must end where a label name would end, so `a inside` does not contain the operator `in`.
 _WORD_OPERATOR = re.compile(
     r"(?:(?P<IN>in)|(?P<NOT_IN>not[ \t]*in)|(?P<CONTAINS>contains)"
     r"|(?P<STARTS_WITH>starts[ \t]*with)|(?P<ENDS_WITH>ends[ \t]*with))(?![A-Za-z0-9_./-])"
@@ -79,7 +83,7 @@ _CALLS = {"has": TokenKind.HAS, "all": TokenKind.ALL, "global": TokenKind.GLOBAL
 
 
 def scan_tokens(text: str) -> Iterator[Token]:
-    """All tokens of ``text``; the last token is END.
+    """All tokens of ``text``. The last token is END.
 
     Raises SelectorError at the first character with which no token can start, at an unterminated string, at a line
     break (also inside a string), and at a label name longer than MAX_LABEL_CHARS.
@@ -109,7 +113,7 @@ def _refuse_line_breaks(text: str) -> None:
 
 
 def _scan_one(text: str, position: int, *, after_label: bool) -> tuple[Token, int]:
-    """The token that starts at ``position`` (not white space), and the offset of its end."""
+    """The token that starts at ``position``, and the offset of its end. ``text[position]`` must not be white space."""
     character = text[position]
     if character in "'\"":
         return _scan_string(text, position)
@@ -150,7 +154,7 @@ def _scan_one(text: str, position: int, *, after_label: bool) -> tuple[Token, in
 def _scan_string(text: str, position: int) -> tuple[Token, int]:
     """The string literal that starts at ``position``, and the offset of its end.
 
-    It ends at the next quote of the same kind (single or double); there is no escape character.
+    The literal ends at the next quote of the same kind (single or double).  There is no escape character.
     """
     end = text.find(text[position], position + 1)
     if end < 0:

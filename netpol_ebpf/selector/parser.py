@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recursive descent over the grammar of SEMANTICS 2.2: text to `Selector`.
+"""Parses the text of a selector to a `Selector`, by recursive descent over the grammar of SEMANTICS 2.2.
 
 Invariant: text outside the grammar is rejected, with the offset of the error; nothing is skipped or guessed.  The
-operator
-``!`` has the highest precedence and applies to one primary, then comes AND, then OR.  Evaluation and canonical text are
-in `tree`.
+operator ``!`` has the highest precedence and applies to one primary; AND comes next, then OR.  Evaluation and canonical
+text are in `tree`.
 """
 
 from __future__ import annotations
@@ -32,7 +31,10 @@ from netpol_ebpf.selector.tree import (
 )
 
 MAX_DEPTH = 64
-"""Deepest nesting of parentheses; arbitrary, far beyond what people write, and far below Python's recursion limit."""
+"""Deepest nesting of parentheses; arbitrary.
+
+It is far beyond what people write, and far below Python's recursion limit.
+"""
 
 _COMPARISONS: dict[TokenKind, Callable[[str, str], SelectorNode]] = {
     TokenKind.EQ: Equals,
@@ -48,7 +50,7 @@ _MEMBERSHIPS: dict[TokenKind, Callable[[str, tuple[str, ...]], SelectorNode]] = 
 
 
 def parse(text: str) -> Selector:
-    """Parse ``text`` to a selector; empty or blank text is ``all()``.
+    """Parse ``text`` to a selector. Empty or blank text is ``all()``.
 
     Raises SelectorError with the offset of the first character that the grammar does not allow.
     """
@@ -57,11 +59,9 @@ def parse(text: str) -> Selector:
 
 
 class _Parser:
-    """The parser of one text."""
-
     def __init__(self, text: str) -> None:
         self._text = text
-        # Scanned on demand, so that the first error in the text is reported, whether in a token or in the grammar.
+        # Tokens are scanned on demand, so that the first error in the text is reported, in a token or in the grammar.
         self._tokens = scan_tokens(text)
         self._ahead: Token | None = None
         self._depth = 0
@@ -115,7 +115,7 @@ class _Parser:
         raise self._unexpected(token, "a label name, has(...), all(), global(), '!' or '('")
 
     def _group(self, opening: Token) -> SelectorNode:
-        """Parse the rest of "(" or ")"."""
+        """Parse the rest of a primary in parentheses, after the parenthesis ``opening``."""
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise SelectorError(f"parentheses nested deeper than {MAX_DEPTH}", text=self._text, offset=opening.offset)
@@ -141,7 +141,7 @@ class _Parser:
         raise self._unexpected(operator, f"an operator after the label name {label.text}")
 
     def _set(self) -> tuple[str, ...]:
-        """Grammar: set = "{" [ string { "," string } [ "," ] ] "}"; may be empty, may end in a comma."""
+        """Grammar: set = "{" [ string { "," string } [ "," ] ] "}". A set may be empty, and may end in a comma."""
         self._expect(TokenKind.LBRACE)
         values: list[str] = []
         while self._peek().kind is TokenKind.STRING:
@@ -180,4 +180,4 @@ class _Parser:
 
 
 _NAMED = frozenset({TokenKind.LABEL, TokenKind.STRING, TokenKind.END})
-"""Token kinds that messages describe by name, not by their text."""
+"""Token kinds that error messages describe by name, not by their text."""

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Necessary conditions of a selector, for its index and for the detection of contradictions.
 
-A *cover* is a necessary condition for a match, as alternatives: labels that the selector matches satisfy at least one
-of its restrictions.
+A *cover* is a necessary condition for a match, as a list of restrictions: labels that the selector matches satisfy at
+least one restriction of the cover.
 
-Invariants: both results are sound, not complete.  All labels that match a selector satisfy its covers; other labels may
-satisfy them, too.  `is_contradiction` is True only if no labels at all can match.  Negative comparisons add nothing to
-a cover (SEMANTICS 2.4), since absent labels satisfy them.
+Invariants: covers and `is_contradiction` are sound, not complete.  All labels that match a selector satisfy its covers;
+other labels may satisfy the covers, too.  `is_contradiction` is True only if no labels at all can match.  Negative
+comparisons add nothing to a cover, because absent labels satisfy them (SEMANTICS 2.4).
 """
 
 from __future__ import annotations
@@ -32,31 +32,37 @@ from netpol_ebpf.selector.tree import (
 )
 
 MAX_CONJUNCTIONS = 256
-"""How many conjunctions of the disjunctive normal form are tested for a contradiction at most; arbitrary."""
+"""The largest number of conjunctions of the disjunctive normal form that are tested for a contradiction; arbitrary."""
 
 
 @dataclass(frozen=True, slots=True)
 class Restriction:
-    """A condition on one label: ``key`` must be present and, unless ``one_of`` is None, have one of these values."""
+    """A condition on one label: ``key`` must be present.
+
+    ``one_of``: if not None, the label's value must be one of these values.
+    """
 
     key: str
     one_of: frozenset[str] | None = None
 
     def matches_value(self, value: str | None) -> bool:
-        """Whether the label with this ``value`` (None: the label is absent) satisfies the restriction."""
+        """Whether the label with this ``value`` satisfies the restriction. ``value`` None: the label is absent."""
         return value is not None and (self.one_of is None or value in self.one_of)
 
 
 Cover = tuple[Restriction, ...]
-"""A necessary condition for a selector to match, as alternatives.
+"""A necessary condition for a selector to match.
 
-Labels that the selector matches satisfy at least one of these restrictions.  (): the selector matches nothing.  No two
-restrictions have the same key.
+Labels that the selector matches satisfy at least one of these restrictions.  An empty cover means that the selector
+matches nothing.  No two restrictions have the same key.
 """
 
 
 def covers(node: SelectorNode) -> tuple[Cover, ...]:
-    """All covers of a selector's tree that were found. Matching labels satisfy every cover. (): no cover is known."""
+    """All covers of a selector's tree that were found. Matching labels satisfy every cover.
+
+    The result is empty if no cover is known.
+    """
     if isinstance(node, Equals):
         return ((Restriction(node.key, frozenset((node.value,))),),)
     if isinstance(node, In):
@@ -73,12 +79,12 @@ def covers(node: SelectorNode) -> tuple[Cover, ...]:
 
 
 def cheapest_cover(candidates: tuple[Cover, ...]) -> Cover | None:
-    """The cover with the fewest values, which is probably the most selective one; None without candidates."""
+    """The cover with the fewest values, which is probably the most selective one. None if there are no covers."""
     return min(candidates, key=_cost) if candidates else None
 
 
 _PRESENCE_COST = 1000
-"""For `cheapest_cover`, a test for presence counts as this number of values; arbitrary, more than sets usually have."""
+"""`_cost` counts a restriction without values as this number of values; arbitrary, more than sets usually have."""
 
 
 def _cost(cover: Cover) -> int:
@@ -88,7 +94,8 @@ def _cost(cover: Cover) -> int:
 def _covers_of_not(operand: SelectorNode) -> tuple[Cover, ...]:
     """The covers of the negation of ``operand``.
 
-    AND and OR are negated by De Morgan's laws; the negation of ``!=`` and ``not in`` is a positive comparison.
+    AND and OR are negated by De Morgan's laws.  The negation of ``!=`` or of ``not in`` is a positive comparison, which
+    has covers.
     """
     if isinstance(operand, NotEquals):
         return covers(Equals(operand.key, operand.value))
@@ -106,9 +113,9 @@ def _complement(node: SelectorNode) -> SelectorNode:
 
 
 def _covers_of_all(arms: list[tuple[Cover, ...]]) -> tuple[Cover, ...]:
-    """The covers of an AND from the covers of its operands ``arms``: all of them.
+    """The covers of an AND: all covers of all its operands. ``arms``: the covers of each operand.
 
-    Covers of one restriction on the same key are merged to the intersection of their values.
+    Covers that have a single restriction with the same key are merged: the result has the intersection of their values.
     """
     by_key: dict[str, frozenset[str] | None] = {}
     others: list[Cover] = []
@@ -127,10 +134,10 @@ def _covers_of_all(arms: list[tuple[Cover, ...]]) -> tuple[Cover, ...]:
 
 
 def _covers_of_any(arms: list[tuple[Cover, ...]]) -> tuple[Cover, ...]:
-    """The covers of an OR from the covers of its operands ``arms``.
+    """The covers of an OR. ``arms``: the covers of each operand.
 
-    One is the union of the cheapest cover of each operand.  If all operands restrict the same key, another is the union
-    of their values for that key.
+    One cover is the union of the cheapest cover of each operand.  For each key that all operands restrict, another
+    cover is the union of the operands' values for that key.
     """
     if not all(arms):
         return ()
@@ -156,21 +163,24 @@ def _union(parts: list[Restriction]) -> Cover:
 
 _Positive = Union[Has, Equals, In, Contains, StartsWith, EndsWith]
 _Literal = tuple[_Positive, bool]
-"""(comparison, whether it must be true). All these comparisons are false on an absent label."""
+"""(comparison, whether the comparison must be true). All these comparisons are false if the label is absent."""
 
 
 def is_contradiction(node: SelectorNode) -> bool:
     """True if no labels can match: each conjunction of the disjunctive normal form contradicts itself for some key.
 
-    False proves nothing: a form with more than MAX_CONJUNCTIONS conjunctions is not tested, and contradictions between
-    several `contains` are not found.
+    The result may be False although no labels can match: a form with more than MAX_CONJUNCTIONS conjunctions is not
+    tested, and contradictions between several `contains` are not found.
     """
     arms = list(islice(_conjunctions(node, wanted=True), MAX_CONJUNCTIONS + 1))
     return len(arms) <= MAX_CONJUNCTIONS and all(map(_is_impossible, arms))
 
 
 def _conjunctions(node: SelectorNode, *, wanted: bool) -> Iterator[tuple[_Literal, ...]]:
-    """The conjunctions of the disjunctive normal form of ``node``, or of its negation if not ``wanted``, lazily."""
+    """The conjunctions of the disjunctive normal form of ``node``, computed one by one.
+
+    ``wanted``: False for the form of the negation of ``node``.
+    """
     if isinstance(node, Not):
         yield from _conjunctions(node.operand, wanted=not wanted)
     elif isinstance(node, (And, Or)):
@@ -209,7 +219,7 @@ def _is_impossible(literals: tuple[_Literal, ...]) -> bool:
 def _is_key_impossible(required: list[_Positive], refused: list[_Positive]) -> bool:
     """Whether no value of one label satisfies all of ``required`` and none of ``refused``."""
     if not required:
-        return False  # an absent label satisfies it
+        return False  # an absent label is possible
     key = required[0].key
     candidates = [
         frozenset((part.value,)) if isinstance(part, Equals) else part.members
@@ -232,7 +242,10 @@ def _is_key_impossible(required: list[_Positive], refused: list[_Positive]) -> b
 
 
 def _is_implied(comparison: _Positive, required: list[_Positive]) -> bool:
-    """Whether values that satisfy ``required`` (none of them a finite set) certainly satisfy ``comparison``."""
+    """Whether all values that satisfy ``required`` satisfy ``comparison``. False if that is not certain.
+
+    No comparison of ``required`` is `Equals` or `In`.
+    """
     if isinstance(comparison, Has):
         return True
     if isinstance(comparison, (Equals, In)):

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tree of a selector expression: evaluation on labels (SEMANTICS 2.3) and canonical text (2.4).
 
-Invariants: nodes are immutable.  A tree has no double negation, and its sets are sorted without repetition, so
-canonical text parses back to an equal tree.
+Invariants: nodes are immutable.  A tree has no double negation, and its sets are sorted without repetition, so the
+parser makes an equal tree of the canonical text.
 
-The parser rejects three canonical texts, which only the combinators of `expression` can produce, for example from a
-Kubernetes LabelSelector: values with single and double quotes, values with a line break, and label names that a prefix
-makes longer than the parser's limit.  A value with both kinds of quotes is rendered in double quotes, with each inner
-double quote doubled (`k == "a""b'c"`); no other selector has this text.  This module must not depend on parsing or
-composition.
+There are three exceptions, which only the functions of `expression` can produce, for example from a Kubernetes
+LabelSelector.  The parser rejects the canonical text of values with single and double quotes, of values with a line
+break, and of label names that a prefix makes longer than the parser's limit.  A value with both kinds of quotes is
+rendered in double quotes, with each inner double quote doubled (`k == "a""b'c"`); no other selector has this text.
+This module must not depend on parsing or composition.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Union
 
 
 def render_string(value: str) -> str:
-    """A string literal in double quotes; in single quotes if the value has double quotes.
+    """A string literal. It has double quotes, or single quotes if the value has double quotes.
 
     The module's docstring describes the literal of a value with both kinds of quotes.
     """
@@ -36,7 +36,7 @@ def _render_set(values: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class All:
-    """The operator all(): true on any labels."""
+    """The operator all(): true for any labels."""
 
     def matches(self, labels: Mapping[str, str]) -> bool:  # noqa: ARG002  # one signature for all nodes
         """Always true."""
@@ -48,7 +48,7 @@ class All:
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """The operator global(): true on any labels. In a namespace selector the translation of policies replaces it."""
+    """The operator global(): true for any labels. In a namespace selector the translation of policies replaces it."""
 
     def matches(self, labels: Mapping[str, str]) -> bool:  # noqa: ARG002  # one signature for all nodes
         """Always true."""
@@ -60,7 +60,7 @@ class Global:
 
 @dataclass(frozen=True, slots=True)
 class Has:
-    """The operator has(key): the label is present, even with an empty value."""
+    """The operator has(key): true if the label is present, even with an empty value."""
 
     key: str
 
@@ -74,7 +74,7 @@ class Has:
 
 @dataclass(frozen=True, slots=True)
 class Equals:
-    """The operator ``key == value``; false on an absent label."""
+    """The operator ``key == value``: false if the label is absent."""
 
     key: str
     value: str
@@ -89,7 +89,7 @@ class Equals:
 
 @dataclass(frozen=True, slots=True)
 class NotEquals:
-    """The operator ``key != value``; true on an absent label."""
+    """The operator ``key != value``: true if the label is absent."""
 
     key: str
     value: str
@@ -104,7 +104,11 @@ class NotEquals:
 
 @dataclass(frozen=True, slots=True, init=False)
 class _Membership:
-    """A key and a set of values, sorted and without repetition. ``members``: the same values, for fast look-up."""
+    """A key and a set of values.
+
+    ``values``: sorted and without repetition.
+    ``members``: the same values as a set, for fast look-up.
+    """
 
     key: str
     values: tuple[str, ...]
@@ -119,7 +123,7 @@ class _Membership:
 
 @dataclass(frozen=True, slots=True, init=False)
 class In(_Membership):
-    """The operator ``key in {values}``; false on an absent label."""
+    """The operator ``key in {values}``: false if the label is absent."""
 
     def matches(self, labels: Mapping[str, str]) -> bool:
         """Whether the key is present with one of the values."""
@@ -131,7 +135,7 @@ class In(_Membership):
 
 @dataclass(frozen=True, slots=True, init=False)
 class NotIn(_Membership):
-    """The operator ``key not in {values}``; true on an absent label."""
+    """The operator ``key not in {values}``: true if the label is absent."""
 
     def matches(self, labels: Mapping[str, str]) -> bool:
         """Whether the key is absent or has none of the values."""
@@ -143,7 +147,7 @@ class NotIn(_Membership):
 
 @dataclass(frozen=True, slots=True)
 class Contains:
-    """The operator ``key contains text``; false on an absent label; every present value contains the empty text."""
+    """The operator ``key contains text``: false if the label is absent. Every value contains the empty text."""
 
     key: str
     value: str
@@ -159,7 +163,7 @@ class Contains:
 
 @dataclass(frozen=True, slots=True)
 class StartsWith:
-    """The operator ``key starts with text``; false on an absent label."""
+    """The operator ``key starts with text``: false if the label is absent."""
 
     key: str
     value: str
@@ -175,7 +179,7 @@ class StartsWith:
 
 @dataclass(frozen=True, slots=True)
 class EndsWith:
-    """The operator ``key ends with text``; false on an absent label."""
+    """The operator ``key ends with text``: false if the label is absent."""
 
     key: str
     value: str
@@ -191,7 +195,7 @@ class EndsWith:
 
 @dataclass(frozen=True, slots=True)
 class Not:
-    """Boolean NOT. Only `negated` makes it, and never nests two."""
+    """Boolean NOT. Only `negated` makes this node, and it never makes a NOT of a NOT."""
 
     operand: SelectorNode
 
@@ -243,12 +247,12 @@ SelectorNode = Union[
 
 
 def negated(node: SelectorNode) -> SelectorNode:
-    """The negation of ``node``; a double negation is dropped."""
+    """The negation of ``node``. The negation of a `Not` is its operand."""
     return node.operand if isinstance(node, Not) else Not(node)
 
 
 def walk(node: SelectorNode) -> Iterator[SelectorNode]:
-    """``node`` and every node below it, in text order."""
+    """``node`` and every node below it, in the order of the text."""
     yield node
     if isinstance(node, Not):
         yield from walk(node.operand)

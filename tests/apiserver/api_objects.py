@@ -15,6 +15,7 @@ from netpol_ebpf.resources.yamltree import read_documents
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
+CHART = DEPLOY / "chart"
 RESOURCES = {(one.api_version, one.kind): one for one in (*schema_calico.RESOURCES, *schema_signetwork.RESOURCES)}
 CALICO = "projectcalico.org/v3"
 ALPHA1 = "policy.networking.k8s.io/v1alpha1"

@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from api_objects import DEPLOY, documents
+from api_objects import CHART, documents
 from server import Server
 
 PROGRAMS = ("KUBE_APISERVER", "ETCD")
@@ -46,11 +46,11 @@ def bare_server(
 @pytest.fixture(scope="session")
 def server(bare_server: Server) -> Server:
     """With every definition of ours, served."""
-    for path in sorted((DEPLOY / "crds").glob("*.*.yaml")):
+    for path in sorted((CHART / "crds").glob("*.*.yaml")):
         (definition,) = documents(path)
         answer = bare_server.apply(definition, fieldValidation="Strict")
         assert answer.status in (200, 201), f"{path.name}: {answer.message}"
-    for path in sorted((DEPLOY / "crds").glob("*.*.yaml")):
+    for path in sorted((CHART / "crds").glob("*.*.yaml")):
         (definition,) = documents(path)
         spec = definition["spec"]
         where = f"/apis/{spec['group']}/{spec['versions'][0]['name']}/{spec['names']['plural']}"
@@ -61,7 +61,7 @@ def server(bare_server: Server) -> Server:
 @pytest.fixture
 def takes_an_empty_tier(server: Server) -> Iterator[None]:
     """While it lasts, staged policies have a definition that takes an empty tier, as another than ours may."""
-    (ours,) = documents(DEPLOY / "crds" / "stagednetworkpolicies.projectcalico.org.yaml")
+    (ours,) = documents(CHART / "crds" / "stagednetworkpolicies.projectcalico.org.yaml")
     theirs = copy.deepcopy(ours)
     spec = theirs["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
     spec["properties"]["tier"] = {"type": "string"}

@@ -8,6 +8,7 @@ Invariant: `Server.close` ends both programs, also when the start failed half-wa
 
 from __future__ import annotations
 
+import copy
 import http.client
 import json
 import socket
@@ -15,8 +16,8 @@ import ssl
 import subprocess
 import time
 import urllib.parse
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,17 @@ class Server:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+    @contextmanager
+    def for_thread(self) -> Iterator[Server]:
+        """The same server over a connection of its own, for another thread."""
+        other = copy.copy(self)
+        other._connection = None
+        try:
+            yield other
+        finally:
+            if other._connection is not None:
+                other._connection.close()
 
     # --- requests ---------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rights of deploy/rbac.yaml at a real API server: they are enough, and none of them can be missing without a word."""
+"""The rights of deploy/manifests/rbac.yaml at a real API server: they are enough, and none of them can be missing without a word."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnServer]:
 
 def role() -> dict[str, Any]:
     """The ClusterRole of the file."""
-    documents = yaml.safe_load_all((ROOT / "deploy" / "rbac.yaml").read_text(encoding="utf-8"))
+    documents = yaml.safe_load_all((ROOT / "deploy" / "manifests" / "rbac.yaml").read_text(encoding="utf-8"))
     (found,) = (one for one in documents if one["kind"] == "ClusterRole")
     return dict(found)
 

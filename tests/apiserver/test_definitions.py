@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from api_objects import ALPHA2, CALICO, DEPLOY, WRONG, Wrong, documents, validation_cases, written
+from api_objects import ALPHA2, CALICO, CHART, WRONG, Wrong, documents, validation_cases, written
 from server import Server, collection
 
 from netpol_ebpf.resources.load import parse_object, parse_objects
@@ -23,7 +23,7 @@ def settled(server: Server, name: str) -> dict[str, Any]:
     return {one["type"]: one for one in conditions}
 
 
-@pytest.mark.parametrize("path", sorted((DEPLOY / "crds").glob("*.*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((CHART / "crds").glob("*.*.yaml")), ids=lambda path: path.stem)
 def test_a_definition_is_structural_and_its_names_are_free(server: Server, path: Any) -> None:
     """Established, without a word against its schema or its names."""
     (definition,) = documents(path)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from api_objects import DEPLOY, documents
+from api_objects import CHART, documents
 from server import Server, collection
 
 LABEL = "projectcalico.org/tier"
@@ -29,7 +29,7 @@ def in_force(server: Server, name: str, label: str | None) -> Iterator[Server]:
         body = server.create(policy("NetworkPolicy", "a", {LABEL: "false"}), dryRun="All").body
         return body["metadata"].get("labels", {}).get(LABEL)
 
-    objects = documents(DEPLOY / "admission" / f"{name}.yaml")
+    objects = documents(CHART / "admission" / f"{name}.yaml")
     for obj in objects:
         answer = server.apply(obj, fieldValidation="Strict")
         assert answer.status in (200, 201), answer.message

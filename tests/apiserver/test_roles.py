@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from api_objects import DEPLOY, documents
+from api_objects import CHART, DEPLOY, documents
 from server import Server, collection
 
 CALICO = "projectcalico.org/v3"
@@ -58,7 +58,7 @@ def guarded(server: Server) -> Iterator[Server]:
     """With the namespaces, the roles and the admission policies."""
     for name in ("shop", "blue"):
         server.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
-    admission = documents(DEPLOY / "admission" / "tier-rights.yaml")
+    admission = documents(CHART / "admission" / "tier-rights.yaml")
     for one in (*admission, *(one for path in sorted((DEPLOY / "roles").glob("*.yaml")) for one in documents(path))):
         answer = server.apply(one, fieldValidation="Strict")
         assert answer.status in (200, 201), (one, answer.message)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import shutil
 import signal
@@ -62,17 +63,17 @@ class OwnServer(Server):
 
     def define_tiers(self) -> None:
         """Apply the definition, and wait until it is served."""
-        (definition,) = yaml.safe_load_all((ROOT / "deploy" / "crds" / f"{TIERS}.yaml").read_text())
+        (definition,) = yaml.safe_load_all((ROOT / "deploy" / "chart" / "crds" / f"{TIERS}.yaml").read_text())
         assert self.apply(definition).status in (200, 201)
         self.wait_for(lambda: self.get("/apis/projectcalico.org/v3/tiers").status == 200, "tiers are served")
 
 
 @pytest.fixture(scope="module")
 def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnServer]:
-    """With the role of deploy/rbac.yaml, bound to the user agent, and the definition of tiers."""
+    """With the role of deploy/manifests/rbac.yaml, bound to the user agent, and the definition of tiers."""
     made = OwnServer(Path(os.environ["KUBE_APISERVER"]), Path(os.environ["ETCD"]), tmp_path_factory.mktemp("own"))
     try:
-        documents = yaml.safe_load_all((ROOT / "deploy" / "rbac.yaml").read_text(encoding="utf-8"))
+        documents = yaml.safe_load_all((ROOT / "deploy" / "manifests" / "rbac.yaml").read_text(encoding="utf-8"))
         (role,) = (one for one in documents if one["kind"] == "ClusterRole")
         assert made.apply(role).status in (200, 201)
         binding = {
@@ -139,13 +140,16 @@ def tier(name: str, order: int = 10) -> dict[str, Any]:
 
 
 def test_role_of_the_file_is_enough(own_server: OwnServer, followed: KubernetesSource) -> None:
-    """And every kind is listed by stream, or is not installed."""
+    """And every kind is listed by stream where the server offers that, or is not installed."""
     states = {one.kind: one for one in followed.states()}
     assert all(one.is_synced for one in states.values())
     assert states["namespaces"].objects >= 4
     assert states[TIERS].state == "watching"
     assert states["globalnetworksets.projectcalico.org"].state == "not installed"
-    assert all(watcher._streams for watcher in followed.watchers.values())
+    # Version 1.33 has the feature off, those before and after have it on.
+    found = re.search(r'kubernetes_feature_enabled{name="WatchList",[^}]*} (\d)', own_server.get("/metrics").body)
+    assert found is not None
+    assert {watcher._streams for watcher in followed.watchers.values()} == {found[1] == "1"}
     assert followed.problems == ()
     assert own_server.get("/api/v1/namespaces", user="agent").status == 200
     assert own_server.get("/api/v1/secrets", user="agent").status == 403
@@ -218,7 +222,7 @@ def test_deleted_definition_lifts_nothing(own_server: OwnServer, followed: Kuber
     followed.probe.step()
     assert take(followed, bool) == ["+Tier/one"]
     assert "2 of its objects" in followed.problems[0].message
-    assert followed.release(TIERS) == 2
+    assert followed.release(TIERS) == ("Tier/three", "Tier/two")
     assert sorted(take(followed, lambda found: len(found) == 2)) == ["-Tier/three", "-Tier/two"]
     own_server.request("DELETE", "/apis/projectcalico.org/v3/tiers/one")
     assert take(followed, bool) == ["-Tier/one"]

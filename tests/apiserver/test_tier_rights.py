@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""deploy/admission decides who may write policies of which tier as SEMANTICS 8.1 says, for enforced and staged kinds alike."""
+"""deploy/chart/admission decides who may write policies of which tier as SEMANTICS 8.1 says, for enforced and staged kinds alike."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from api_objects import DEPLOY, documents
+from api_objects import CHART, documents
 from server import Answer, Server, collection
 
 VERSION = "projectcalico.org/v3"
@@ -283,7 +283,7 @@ def guarded(server: Server) -> Iterator[Server]:
     for kind in ("GlobalNetworkPolicy", "StagedGlobalNetworkPolicy"):
         applied(server, policy(kind, "g-guard", "guard"))
     admission = [
-        obj for name in ("tier-rights", "built-in-tiers") for obj in documents(DEPLOY / "admission" / f"{name}.yaml")
+        obj for name in ("tier-rights", "built-in-tiers") for obj in documents(CHART / "admission" / f"{name}.yaml")
     ]
     applied(server, *admission)
     # Roles and admission policies act a moment after they are there

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from api_objects import DEPLOY, documents
+from api_objects import CHART, documents
 from server import Server, collection
 
 from netpol_ebpf.resources import schema_signetwork
@@ -151,7 +151,7 @@ def test_without_the_admission_policy_the_parser_fails_closed(
 @pytest.fixture(scope="module")
 def guarded(server: Server) -> Iterator[Server]:
     """With the admission policy in force."""
-    objects = documents(DEPLOY / "admission" / "unknown-fields.yaml")
+    objects = documents(CHART / "admission" / "unknown-fields.yaml")
     for obj in objects:
         answer = server.apply(obj, fieldValidation="Strict")
         assert answer.status in (200, 201), answer.message

@@ -604,7 +604,7 @@ GUARDS = (
         "settled-restored",
         "what an earlier agent assigned unsettles all",
         "netpol_ebpf/agent/assignments.py",
-        ("            self._settled = {}\n            self.forget", "            self.forget"),
+        ("            self._settled = {}\n            self._release", "            self._release"),
         (f"{SETTLED}test_assignment_of_an_earlier_agent_that_is_restored_later",),
     ),
     Guard(

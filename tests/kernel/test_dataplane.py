@@ -22,9 +22,9 @@ from rig import ALLOW, DENY, PEER4, POD4, Rig, everything
 
 from netpol_ebpf.errors import LoadError, PlatformError, PrivilegeError
 from netpol_loader import abi
-from netpol_loader.kernel import clock, syscall
+from netpol_loader.kernel import btf, clock, syscall
 from netpol_loader.kernel.hook import Hook
-from netpol_loader.pins import build, compilation, doctor
+from netpol_loader.pins import build, compilation, doctor, layouts
 from netpol_loader.pins.compiled import decode_compiled
 from netpol_loader.pins.dataplane import TIMEOUTS_S, Dataplane, schema_dir
 
@@ -67,7 +67,7 @@ def program_ids(dataplane: Dataplane) -> list[int]:
 def test_new_dataplane(dataplane: Dataplane) -> None:
     """Every declared map is pinned, and the configuration has its defaults."""
     names = {path.name for path in dataplane.pin_dir.iterdir()}
-    assert names == {*abi.MAP_SPECS, "programs", "links"}
+    assert names == {*abi.MAP_SPECS, layouts.NAME, "programs", "links"}
     assert {path.name for path in (dataplane.pin_dir / "programs").iterdir()} == {*compilation.PROGRAMS, "np_call"}
     assert [path.name for path in dataplane.pin_root.iterdir()] == [f"v{abi.SCHEMA_VERSION}"]
     config = dataplane.config()
@@ -76,6 +76,18 @@ def test_new_dataplane(dataplane: Dataplane) -> None:
     assert config.timeout_jiffies[abi.NP_CONN_UDP] == TIMEOUTS_S[abi.NP_CONN_UDP] * config.jiffies_per_second
     assert dataplane.maps["np_endpoint"].max_entries == SIZES["np_endpoint"]
     assert dataplane.maps["np_frag4"].max_entries == SIZES["np_frag4"]
+
+
+def test_layouts_are_saved_beside_the_maps(dataplane: Dataplane, pin_root: Path) -> None:
+    """They are what the kernel says of every map, and they come back at the next start if they are missing."""
+    saved = layouts.load_layouts(dataplane.pin_dir)
+    assert saved is not None
+    known = {name for name, spec in abi.MAP_SPECS.items() if spec.value is not None}
+    assert saved == {name: btf.layouts(syscall.map_info(dataplane.pinned[name].fd)) for name in known}
+    (dataplane.pin_dir / layouts.NAME).unlink()
+    assert layouts.load_layouts(dataplane.pin_dir) is None
+    with Dataplane.open(pin_root):
+        assert layouts.load_layouts(dataplane.pin_dir) == saved
 
 
 def test_jiffies_rate_is_the_kernels_own() -> None:

@@ -28,13 +28,16 @@ from netpol_ebpf.agent.control_socket import SOCKET_NAME, ask
 from netpol_ebpf.errors import UnreachableError
 from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.laboratory import Lab
+from netpol_ebpf.lab.patience import scaled
 from netpol_ebpf.lab.scene import plan_for
 from netpol_ebpf.lab.topology import TCP, Host
 from netpol_ebpf.resources.load import parse_documents
 from netpol_loader.kernel import syscall
 
 NODE = "node-1"
-DEADLINE_S = 180.0
+ATTACH_TYPES = {syscall.TCX_INGRESS: "ingress", syscall.TCX_EGRESS: "egress"}
+HOOKS = tuple(ATTACH_TYPES.values())
+DEADLINE_S = scaled(180.0)
 """For what takes milliseconds, or the seconds of a compile: only a fault, or a machine that stands still, exceeds it."""
 
 POD = """\
@@ -57,6 +60,12 @@ apiVersion: v1
 kind: Namespace
 metadata: {name: shop}
 """
+
+
+def with_capabilities(names: Iterable[str]) -> list[str]:
+    """The beginning of a command line whose process has these capabilities alone, and no way to more."""
+    only = ",".join(("-all", *(f"+{name}" for name in names)))
+    return ["setpriv", "--no-new-privs", "--bounding-set", only, "--inh-caps", only]
 
 
 def render_nodes(*addresses: str) -> str:
@@ -216,17 +225,26 @@ class Scene:
         wait_for(lambda: self.reached(attempt) == [expected], f"{attempt} reached: {expected}")
 
     def attached(self) -> dict[str, set[str]]:
-        """Links on the node's interfaces: {interface: {hook, ...}}; by the kernel's word on each pinned link."""
+        """Hooks of the node's interfaces at which programs run, as the kernel lists them: {interface: {"ingress", "egress"}}."""
         names = {one["ifindex"]: one["ifname"] for one in json.loads(self.lab.run(NODE, ["ip", "-j", "link"]).stdout)}
         found: dict[str, set[str]] = {}
         for pin in self.pin_root.glob("v*/links/*_*"):
-            fd = syscall.obj_get(pin)
-            info = syscall.link_info(fd)
-            os.close(fd)
-            if info.ifindex:
-                hook = {syscall.TCX_INGRESS: "ingress", syscall.TCX_EGRESS: "egress"}[info.attach_type]
-                found.setdefault(names[info.ifindex], set()).add(hook)
+            ifindex = int(pin.name.partition("_")[0])
+            if pin.is_dir():  # the mark of an interface that has clsact's filters
+                hooks = self._filters(names[ifindex]) if ifindex in names else set()
+            else:
+                fd = syscall.obj_get(pin)
+                info = syscall.link_info(fd)
+                os.close(fd)
+                hooks = {ATTACH_TYPES[info.attach_type]} if info.ifindex else set()
+            if hooks:
+                found.setdefault(names[ifindex], set()).update(hooks)
         return found
+
+    def _filters(self, interface: str) -> set[str]:
+        """Hooks at which clsact runs a program of the agent."""
+        shown = {hook: self.lab.run(NODE, ["tc", "filter", "show", "dev", interface, hook]).stdout for hook in HOOKS}
+        return {hook for hook, text in shown.items() if f"np_tc_{hook}" in text}
 
     def enforce(self, *policies: str, cluster: str | None = None, endpoints: Iterable[str] = ()) -> None:
         """Put exactly these policies in force. ``cluster``: in place of the beginning's; ``endpoints``: enforced by then."""
@@ -270,6 +288,21 @@ class Scene:
         wait_for(
             lambda: self.reached(to_db("shop/web"), to_db("shop/other")) == [True, False], "the policy of the beginning"
         )
+
+
+@dataclass
+class ClusterScene(Scene):
+    """A scene with an agent that watches the API server of a kubeconfig, or while ``is_of_files`` the manifests."""
+
+    is_of_files: bool = False
+
+    def command(self, *options: str) -> list[str]:
+        kept = super().command(*options)
+        if self.is_of_files:
+            return kept
+        at = kept.index("--manifests")
+        kubeconfig = ("--kubeconfig", str(self.home / "kubeconfig"), "--saved-state", str(self.home / "cluster"))
+        return [*kept[:at], *kubeconfig, *kept[at + 2 :]]
 
 
 @contextlib.contextmanager

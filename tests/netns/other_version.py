@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent_scene import Scene
+from agent_scene import Scene, with_capabilities
 
 from netpol_loader import abi
+from netpol_loader.pins.doctor import CAPABILITIES
 
 ROOT = Path(__file__).resolve().parents[2]
 ABI = "bpf/np_abi.h"
@@ -72,13 +73,19 @@ def make_version(tree: Path, changes: Sequence[Change], names: Mapping[str, str]
 
 @dataclass
 class VersionedScene(Scene):
-    """A scene whose agent is that of a version. ``tree``: its sources, None: this version's."""
+    """A scene whose agent is that of a version.
+
+    ``tree``: its sources, None: this version's.  ``is_least``: whether it has the capabilities of the service alone.
+    """
 
     tree: Path | None = None
+    is_least: bool = False
 
     def command(self, *options: str) -> list[str]:
         """See `Scene`. The directory matters as well as the path: Python looks there first."""
         plain = super().command(*options)
-        if self.tree is None:
-            return plain
-        return ["env", "-C", str(self.tree), f"PYTHONPATH={self.tree}:{self.tree / 'loader'}", *plain]
+        if self.tree is not None:
+            plain = ["env", "-C", str(self.tree), f"PYTHONPATH={self.tree}:{self.tree / 'loader'}", *plain]
+        if self.is_least:
+            plain = [*with_capabilities(one.name.removeprefix("CAP_").lower() for one in CAPABILITIES), *plain]
+        return plain

@@ -11,6 +11,7 @@ import ctypes
 import grp
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from agent_scene import DB_POLICY, NODE, OTHER_ALLOWED, Scene, scene_in, to_db
+import service_filter
+from agent_scene import DB_POLICY, NODE, OTHER_ALLOWED, Scene, scene_in, to_db, with_capabilities
 
 from netpol_ebpf.agent.control_socket import SOCKET_NAME, ask
 from netpol_ebpf.errors import UnreachableError
@@ -45,18 +47,24 @@ GROUP = "daemon"
 
 @dataclass
 class LeastScene(Scene):
-    """An agent with some capabilities, as root or as another user."""
+    """An agent with some capabilities, as root or as another user; ``is_filtered``: with the unit's system calls alone."""
 
     capabilities: tuple[str, ...] = NAMES
     user: int = 0
+    is_filtered: bool = False
 
     def command(self, *options: str) -> list[str]:
-        only = ",".join(("-all", *(f"+{name}" for name in self.capabilities)))
-        prefix = ["setpriv", "--no-new-privs", "--bounding-set", only, "--inh-caps", only]
+        prefix = with_capabilities(self.capabilities)
         if self.user:
-            prefix += ["--ambient-caps", only, "--reuid", str(self.user), "--regid", str(self.user)]
+            prefix += ["--ambient-caps", prefix[-1], "--reuid", str(self.user), "--regid", str(self.user)]
         member = str(grp.getgrnam(GROUP).gr_gid)
-        return [*prefix, "--groups", member, *super().command(*options)]
+        filtered = [sys.executable, service_filter.__file__] if self.is_filtered else []
+        return [*prefix, "--groups", member, *filtered, *super().command(*options)]
+
+    def ctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """See `Scene`. Root has the agent's capabilities here as well; pins of another user are opened to root by one more."""
+        prefix = [] if self.user else with_capabilities(self.capabilities)
+        return self.lab.run(NODE, [*prefix, sys.executable, "-m", "netpol_ebpf.cli.main", *arguments], check=False)
 
     def prepare(self) -> None:
         """What the service manager makes for an agent that is not root: its directories."""
@@ -108,10 +116,24 @@ def capabilities_of(process: int) -> dict[str, int]:
     return {line.split(":")[0]: int(line.split()[1], 16) for line in lines if line.startswith("Cap")}
 
 
-@pytest.mark.parametrize("user", [0, AGENT], ids=["root", "user"])
-def test_least_privilege_is_enough_for_everything(make: Callable[..., LeastScene], user: int) -> None:
-    """With the three capabilities alone the agent finds pods, judges, follows changes, is succeeded, and is cleaned up."""
-    scene = make(user=user)
+def require_filter() -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+
+
+@pytest.mark.parametrize(
+    ("user", "is_filtered"), [(0, False), (AGENT, False), (0, True)], ids=["root", "user", "service"]
+)
+def test_least_privilege_is_enough_for_everything(
+    make: Callable[..., LeastScene], user: int, *, is_filtered: bool
+) -> None:
+    """With the three capabilities alone the agent finds pods, judges, follows changes, is succeeded, and is cleaned up.
+
+    So it does under the system call filter of the service.
+    """
+    if is_filtered:
+        require_filter()
+    scene = make(user=user, is_filtered=is_filtered)
     if user:
         scene.prepare()
     state = scene.start()
@@ -121,6 +143,7 @@ def test_least_privilege_is_enough_for_everything(make: Callable[..., LeastScene
     sets = capabilities_of(state["pid"])
     expected = sum(1 << one.number for one in CAPABILITIES)
     assert (sets["CapEff"], sets["CapPrm"], sets["CapBnd"]) == (expected, expected, expected)
+    assert ("Seccomp:\t2" in Path(f"/proc/{state['pid']}/status").read_text().splitlines()) is is_filtered
     assert Path(f"/proc/{state['pid']}").stat().st_uid == user
     both = [to_db(source, version) for source in ("shop/web", "shop/other") for version in (4, 6)]
     assert scene.reached(*both) == [True, True, False, False]
@@ -136,6 +159,20 @@ def test_least_privilege_is_enough_for_everything(make: Callable[..., LeastScene
     assert scene.cleanup().returncode == 0
     assert scene.attached() == {}
     assert scene.reached(to_db("shop/other")) == [True]
+
+
+def test_the_filter_of_the_service_denies_the_rest() -> None:
+    """What the agent needs is permitted; a call that it does not need, and one of another set, are not."""
+    require_filter()
+    calls = service_filter.permitted(service_filter.UNIT.read_text())
+    assert {"bpf", "socket", "execve", "clone3", "setpriority"} <= calls
+    denied = {"setns", "unshare", "mount", "ptrace", "setuid", "keyctl", "init_module", "kexec_load", "reboot"}
+    assert calls & denied == set()
+    asked = "import os, sys; sys.exit(0 if os.geteuid() == 0 else 1)"
+    filtered = [sys.executable, service_filter.__file__, sys.executable, "-c"]
+    assert subprocess.run([*filtered, asked], check=False).returncode == 0
+    done = subprocess.run([*filtered, "import os; os.setuid(1)"], check=False, capture_output=True, text=True)
+    assert "PermissionError: [Errno 1]" in done.stderr
 
 
 def test_more_capabilities_show_sockets_inside_pods(make: Callable[..., LeastScene]) -> None:

@@ -30,6 +30,7 @@ from other_version import (
 
 from netpol_ebpf.lab.laboratory import Lab
 from netpol_loader import abi
+from netpol_loader.pins import layouts
 
 pytestmark = pytest.mark.netns
 
@@ -140,6 +141,35 @@ def scene_of_this_version(scene: VersionedScene) -> Any:
     scene.stop()
     scene.tree = None
     return scene.lab.run(NODE, scene.command("--once"), check=False)
+
+
+def test_three_capabilities_are_enough(scene: VersionedScene, tmp_path: Path) -> None:
+    """An agent with the capabilities of the service alone upgrades the schema by the layouts that the older version saved."""
+    scene.is_least = True
+    scene.tree = make_version(tmp_path / "older", OLDER, NAMES_OF_SCHEMA_8)
+    before = scene.start()
+    with unnoticed(scene):
+        after = replaced(scene, None)
+    assert after["upgrade"] == f"schema {abi.SCHEMA_VERSION - 1} to {abi.SCHEMA_VERSION}, connections kept"
+    assert pinned(scene) == [f"v{abi.SCHEMA_VERSION}"]
+    assert numbers(after) == numbers(before)
+
+
+def test_version_without_saved_layouts(scene: VersionedScene, tmp_path: Path) -> None:
+    """Its maps are described by the kernel, to CAP_SYS_ADMIN alone: without it the upgrade is refused and nothing changes."""
+    scene.tree = make_version(tmp_path / "older", OLDER, NAMES_OF_SCHEMA_8)
+    scene.start()
+    (scene.pin_root / f"v{abi.SCHEMA_VERSION - 1}" / layouts.NAME).unlink()
+    scene.is_least = True
+    with unnoticed(scene):
+        refused = scene_of_this_version(scene)
+        assert refused.returncode == 5
+        assert "cannot read the layout of map np_config: Operation not permitted" in refused.stderr
+        assert "run `netpol-agent --once` of this version as root" in refused.stderr
+        assert pinned(scene) == [f"v{abi.SCHEMA_VERSION - 1}"]
+        scene.is_least = False
+        after = scene.start()
+    assert after["upgrade"] == f"schema {abi.SCHEMA_VERSION - 1} to {abi.SCHEMA_VERSION}, connections kept"
 
 
 def test_connections_of_another_layout_are_judged_anew(scene: VersionedScene, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ class Request:
     target: str
     headers: dict[str, str]
     certificate: bytes | None = None
+    method: str = "GET"
 
 
 @dataclass
@@ -109,7 +110,8 @@ class FakeServer:
         pairs = (line.partition(":") for line in lines if line)
         headers = {name.lower(): value.strip() for name, _, value in pairs}
         certificate = connection.getpeercert(binary_form=True) if isinstance(connection, ssl.SSLSocket) else None
-        return Request(first.split()[1], headers, certificate)
+        method, target, _ = first.split()
+        return Request(target, headers, certificate, method)
 
     def _write(self, connection: socket.socket, wire: Wire) -> None:
         if wire.has_no_head:

@@ -736,17 +736,6 @@ def test_signal_wakes_and_is_noted() -> None:
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
-def test_readiness_is_told_to_the_service_manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """READY=1 goes to the socket that is asked for, and nowhere when none is."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(str(tmp_path / "notify"))
-        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-        agent_loop.notify_ready()
-        assert manager.recv(64) == b"READY=1"
-        monkeypatch.delenv("NOTIFY_SOCKET")
-        agent_loop.notify_ready()
-
-
 def test_one_agent_per_state_directory(tmp_path: Path) -> None:
     """A second agent is refused while the first holds the directory, and not afterwards."""
     for _ in range(2):

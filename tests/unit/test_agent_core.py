@@ -166,6 +166,10 @@ class MemoryNode:
         rows = (encode.decode_endpoint(value) for value in self.in_force["np_endpoint"].rows.values())
         return {row.ifindex: row.number for row in rows}
 
+    def drop_rows(self, gone: Collection[int]) -> None:
+        for ifindex in gone:
+            self.in_force["np_endpoint"].rows.pop(encode.endpoint_key(ifindex), None)
+
     def attached(self) -> set[int]:
         return set(self.programs)
 

@@ -199,9 +199,9 @@ def test_result_of_a_plugin(
 
 def test_further_interface_of_a_plugin_s_result_stays_a_workload_s(looks: Looks) -> None:
     """An endpoint whose evidence names two interfaces claims both, in every look."""
+    looks.look(BY_ADDRESS)
     looks.results = {WEB: ["vethweb", "vethdb"]}
-    looks.look(BY_ADDRESS, times=3)
-    assert looks.assignments.is_workload(6)
+    assert looks.look(BY_ADDRESS, times=3) == {"web": 5}
     looks.look(replace(BY_ADDRESS, next_hops=frozenset({6})))
     assert looks.assignments.is_workload(6)
 

@@ -112,11 +112,13 @@ def test_missing_extra_is_one_line_and_exit_5(
 
 
 def test_node_s_name_is_needed_to_watch_a_cluster(kubeconfig: str) -> None:
-    """Of the option, else of the downward API in a pod; manifests alone do without."""
+    """Of the option, else of the variable that a pod's downward API or the unit sets; manifests alone do without."""
     told = {NODE_VARIABLE: "of-the-pod"}
     assert node_name(parsed("--kubernetes", "--node", "given"), told) == "given"
     assert node_name(parsed("--kubernetes"), told) == "of-the-pod"
-    assert node_name(parsed("--manifests", "m"), told) is None
+    assert node_name(parsed("--kubeconfig", kubeconfig), told) == "of-the-pod"
+    assert node_name(parsed("--manifests", "m"), told) == "of-the-pod"
+    assert node_name(parsed("--manifests", "m"), {}) is None
     for options in (("--kubernetes",), ("--kubeconfig", kubeconfig)):
         with pytest.raises(UsageError, match="the name of this node is needed"):
             node_name(parsed(*options), {})

@@ -5,13 +5,19 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
-from netpol_ebpf.agent.main import DEFAULT_STATE_DIR, build_parser
+from netpol_ebpf.agent.configuration import CONFIG_VARIABLE, parse_arguments
+from netpol_ebpf.agent.main import build_parser
+from netpol_ebpf.agent.source_options import NODE_VARIABLE, node_name
 from netpol_ebpf.resources.calico import BUILT_IN_TIERS
 from netpol_ebpf.resources.load import load_paths
 from netpol_ebpf.resources.schema_calico import RESOURCES
@@ -20,14 +26,15 @@ from netpol_loader.pins.compiled import CACHE_DIR
 from netpol_loader.pins.doctor import CAPABILITIES
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
+CHART = DEPLOY / "chart"
+UNIT = DEPLOY / "netpol-agent.service"
+MOST_EXPOSED = 4.0
 
 
-def read_unit(name: str = "netpol-agent.service") -> ConfigParser:
-    unit = ConfigParser(interpolation=None, strict=True)
+def read_unit() -> ConfigParser:
+    unit = ConfigParser(interpolation=None, strict=False)  # SystemCallFilter= stands twice
     unit.optionxform = str  # type: ignore[method-assign,assignment]  # names keep their case
-    # An empty assignment only takes back what another file assigns.
-    text = (DEPLOY / name).read_text()
-    unit.read_string(re.sub(r"^ExecStart=\n", "", text, flags=re.MULTILINE))
+    unit.read_string(UNIT.read_text())
     return unit
 
 
@@ -36,7 +43,7 @@ def test_service_has_the_capabilities_that_are_tested() -> None:
     service = read_unit()["Service"]
     assert set(service["CapabilityBoundingSet"].split()) == {one.name for one in CAPABILITIES}
     assert service["NoNewPrivileges"] == "yes"
-    assert set(service["RestrictAddressFamilies"].split()) == {"AF_UNIX", "AF_NETLINK"}
+    assert set(service["RestrictAddressFamilies"].split()) == {"AF_UNIX", "AF_NETLINK", "AF_INET", "AF_INET6"}
 
 
 def test_service_keeps_the_compiled_program() -> None:
@@ -47,38 +54,62 @@ def test_service_keeps_the_compiled_program() -> None:
     assert int(service["CacheDirectoryMode"], 8) & 0o022 == 0, "else the file is not trusted"
 
 
-def test_service_starts_the_agent_with_options_it_knows() -> None:
-    """The command line parses, the state directory is the one systemd keeps, and readiness is told."""
-    unit = read_unit()
-    program, *arguments = shlex.split(unit["Service"]["ExecStart"])
+def test_service_starts_the_agent_with_the_configuration_file_alone() -> None:
+    """No option on the command line, which would count before the file; the state is in the directories that systemd keeps."""
+    service = read_unit()["Service"]
+    program, *arguments = shlex.split(service["ExecStart"])
     assert Path(program).name == "netpol-agent"
-    parsed = build_parser().parse_args(arguments)
-    assert parsed.state_dir == DEFAULT_STATE_DIR == Path("/run") / unit["Service"]["RuntimeDirectory"]
-    assert parsed.node == "%H"
+    assert arguments == []
+    parsed = parse_arguments(build_parser(), arguments, {CONFIG_VARIABLE: "none"})
+    assert parsed.state_dir == Path("/run") / service["RuntimeDirectory"]
+    assert service["RuntimeDirectoryPreserve"] == "yes"
+    assert parsed.saved_state.parent == Path("/var/lib") / service["StateDirectory"]
+    assert int(service["StateDirectoryMode"], 8) & 0o077 == 0, "the saved state tells of all pods"
+    name, _, value = service["Environment"].partition("=")
+    assert (name, value) == (NODE_VARIABLE, "%H")
+    assert node_name(parsed, {name: "this-host"}) == "this-host"
+
+
+def test_service_never_gives_up() -> None:
+    """No end of the agent and no number of ends keeps it from being started again, nor does a hang; a slow start is none."""
+    unit = read_unit()
+    assert unit["Service"]["Restart"] == "always"
+    assert unit["Unit"]["StartLimitIntervalSec"] == "0"
+    assert not [name for name in unit["Unit"] if name.startswith(("Assert", "Condition", "Requires=", "BindsTo"))]
+    assert not [name for name in unit["Service"] if name.startswith(("RestartPrevent", "RestartForce", "ExecStop"))]
     assert unit["Service"]["Type"] == "notify"
-    assert unit["Service"]["RuntimeDirectoryPreserve"] == "yes"
+    assert unit["Service"]["WatchdogSec"] == unit["Service"]["TimeoutStartSec"] == "10min"
 
 
-def test_the_drop_in_watches_a_cluster() -> None:
-    """It replaces the command line, adds the Internet's families, and keeps the saved state on the disk."""
-    text = (DEPLOY / "netpol-agent-cluster.conf").read_text()
-    assert text.count("ExecStart=") == 2
-    assert "\nExecStart=\nExecStart=" in text, "else systemd refuses a second command line"
-    drop_in, unit = read_unit("netpol-agent-cluster.conf")["Service"], read_unit()["Service"]
-    program, *arguments = shlex.split(drop_in["ExecStart"])
-    assert program == shlex.split(unit["ExecStart"])[0]
-    parsed = build_parser().parse_args(arguments)
-    assert (parsed.manifests, parsed.node) == (None, "%H")
-    assert parsed.kubeconfig is not None
-    assert parsed.saved_state.parent == Path("/var/lib") / drop_in["StateDirectory"]
-    assert int(drop_in["StateDirectoryMode"], 8) & 0o077 == 0, "the saved state tells of all pods"
-    assert set(drop_in["RestrictAddressFamilies"].split()) == {"AF_INET", "AF_INET6"}
-    assert set(drop_in) == {"ExecStart", "StateDirectory", "StateDirectoryMode", "RestrictAddressFamilies"}
+def test_systemd_finds_no_fault_in_the_unit(tmp_path: Path) -> None:
+    """Every name and value is known to the version here; the path of the program is the only one that is not there."""
+    require_systemd()
+    unit = tmp_path / UNIT.name
+    unit.write_text(re.sub(r"^ExecStart=\S+", f"ExecStart={sys.executable}", UNIT.read_text(), flags=re.MULTILINE))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(unit)], check=False, capture_output=True, text=True
+    )
+    assert (done.returncode, [line for line in done.stderr.splitlines() if UNIT.name in line]) == (0, [])
+
+
+def test_systemd_finds_little_exposed() -> None:
+    """The exposure, from 0 to 10, stays below what three capabilities and the Internet's families cost."""
+    require_systemd()
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--no-pager", f"--threshold={MOST_EXPOSED * 10:.0f}", str(UNIT)],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+def require_systemd() -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
 
 
 def admission(name: str) -> dict[str, Any]:
     """The first object of a file, which is the policy."""
-    policy: dict[str, Any] = next(yaml.safe_load_all((DEPLOY / "admission" / f"{name}.yaml").read_text()))
+    policy: dict[str, Any] = next(yaml.safe_load_all((CHART / "admission" / f"{name}.yaml").read_text()))
     return policy["spec"]
 
 
@@ -98,9 +129,9 @@ def test_the_guard_of_tiers_names_the_built_in_ones() -> None:
 
 def test_the_chart_and_the_kustomization_have_every_admission_policy() -> None:
     """The chart has all files, one label policy or the other; the kustomization those that any API server takes."""
-    folder = DEPLOY / "admission"
-    files = {path.name for path in folder.glob("*.yaml")} - {"Chart.yaml", "kustomization.yaml"}
-    template = (folder / "templates" / "admission.yaml").read_text()
+    folder = CHART / "admission"
+    files = {path.name for path in folder.glob("*.yaml")} - {"kustomization.yaml"}
+    template = (CHART / "templates" / "admission.yaml").read_text()
     assert set(re.findall(r'"([a-z-]+\.yaml)"', template)) == files
     kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
     assert set(kustomization["resources"]) == files - {"tier-label.yaml", "tier-label-check.yaml"}

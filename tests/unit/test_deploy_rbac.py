@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rights that deploy/rbac.yaml gives are those that the source of a cluster uses, and no others."""
+"""The rights that deploy/manifests/rbac.yaml gives are those that the source of a cluster uses, and no others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import yaml
 
 from netpol_ebpf.sources.kubernetes.decoding import KINDS
 
-FILE = Path(__file__).resolve().parents[2] / "deploy" / "rbac.yaml"
+FILE = Path(__file__).resolve().parents[2] / "deploy" / "manifests" / "rbac.yaml"
 
 
 def test_role_names_what_is_read_and_no_more() -> None:

@@ -546,7 +546,7 @@ def test_deleted_definition_keeps_its_objects(make: Make) -> None:
     assert bench.names() == ["one"]
     assert bench.slugs() == ["crd-deleted"]
     assert bench.watcher.state is State.DELETED
-    assert bench.cache.release(GONE_TIERS) == 1
+    assert len(bench.cache.release(GONE_TIERS)) == 1
     assert bench.names() == []
     assert bench.slugs() == []
 

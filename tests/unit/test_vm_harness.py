@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from netpol_ebpf.errors import InvalidInputError, PlatformError, UsageError
+from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, UsageError
 from netpol_loader.pins import compilation
-from tests.vm import alone, kernels, page
+from tests.vm import alone, kernels, page, prepare
 from tests.vm.record import REFUSED, RUNS, Result, read_results, series_of, write_result
 from tests.vm.report import parse_report, render_record
 
@@ -133,6 +133,13 @@ STEPS = {
 }  # fmt: skip
 
 
+def test_a_program_that_cannot_be_prepared_is_no_lack_of_the_machine(tmp_path: Path) -> None:
+    """Exit code 5 would make CI count the kernels as not run."""
+    with pytest.raises(NetpolError, match="cannot be prepared") as raised:
+        prepare.run_python(tmp_path, "raise SystemExit('no such file')", tmp_path)
+    assert raised.value.exit_code == NetpolError.exit_code
+
+
 def result(**changes: object) -> Result:
     one = Result("6.1", "6.1.0-57-cloud-amd64", "linux-image 6.1.192-3", "x86_64", "BCC 0.26.0", RUNS, "2026-11-30", "c0ffee", 99.0, STEPS)  # fmt: skip
     return dataclasses.replace(one, **changes)  # type: ignore[arg-type]
@@ -158,6 +165,24 @@ def test_what_was_not_run_says_so() -> None:
     for one in page.WANTED:
         for compiler in one.compilers:
             assert "| not run |" in row_of(text, f"{one.series} | {one.machine} | {compiler}")
+
+
+def test_tests_of_the_border_have_a_table_of_their_own(tmp_path: Path) -> None:
+    """Their run neither replaces the kernel's other steps nor hides a kernel on which they were not run."""
+    ran = result(steps={"border barrier": {"code": 0, "seconds": 1.0, "result": {"passed": 14, "skipped": 1}}})
+    text = page.render([result(), ran])
+    assert "| not run | 14 passed, 1 skipped | c0ffee |" in row_of(text, "6.1 (`6.1.0-57-cloud-amd64`)")
+    assert row_of(text, "5.15 | not run").count("not run") == 5
+    assert "| yes | 30642 / 56093 |" in row_of(text, "6.1 | x86_64 | BCC 0.26, LLVM 14")
+    assert {write_result(one, tmp_path).name for one in (result(), ran)} == {
+        "6.1-x86-64-bcc-0.26.0.json",
+        "6.1-x86-64-bcc-0.26.0-border.json",
+    }
+    write_result(result(steps={"border follow": {"code": 0}}), tmp_path)
+    (joined,) = [one for one in read_results(tmp_path) if one.has_border]
+    assert set(joined.steps) == {"border barrier", "border follow"}
+    write_result(result(steps={"border follow": {"code": 0}}, commit="another"), tmp_path)
+    assert [set(one.steps) for one in read_results(tmp_path) if one.has_border] == [{"border follow"}]
 
 
 def test_a_refusal_is_shown_with_its_line() -> None:

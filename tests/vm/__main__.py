@@ -116,7 +116,7 @@ def _run_all(runs: Sequence[Planned], options: argparse.Namespace) -> int:
             return options.ci
         result = run_kernel(kernel, prepared, say, steps=planned.steps, stop=stop)
         lines.append(_summary(planned.kernel, result))
-        if options.record and result.is_ok:
+        if options.record and (result.is_ok or result.has_border):  # what fails there is told, step by step
             say(f"recorded in {write_result(result).name}")
         return result.is_ok
 

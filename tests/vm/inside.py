@@ -214,12 +214,11 @@ def _run_tests(*arguments: str) -> tuple[Kept, int]:
     return kept, int(code)
 
 
-def border(*names: str) -> int:
-    """The attacks at the border and their twins, as the tests of those names have them; the second barrier's tests, and those of what is followed."""
-    files = [f"tests/netns/test_border_{name}.py" for name in names]
+def border(name: str) -> int:
+    """The tests of tests/netns/test_NAME.py."""
     # Nothing asks for it by itself; where it is built in, or not to be had, the tests' own look at its settings says so.
     subprocess.run(["modprobe", "-q", "br_netfilter"], check=False)
-    kept, code = _run_tests(*files, "tests/netns/test_barrier.py", "tests/netns/test_follow.py")
+    kept, code = _run_tests(f"tests/netns/test_{name}.py", "--maxfail=5", "--durations=10")
     _print(kept.outcomes)
     return code
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from netpol_ebpf.errors import NetpolError
 from tests.vm.record import REFUSED, ROOT, Result, read_results
+from tests.vm.steps import BORDER
 
 PAGE = ROOT / "docs" / "kernels.md"
 NOT_RUN = "not run"
@@ -66,6 +67,29 @@ version by this one's, kills that and starts another. A kernel that was not run 
 programs together; *jited* is how many bytes of machine code all programs have.
 """
 
+HEADER = (
+    "kernel",
+    "machine",
+    "compiler",
+    "loads",
+    "verified",
+    "jited",
+    "cases",
+    "demonstration",
+    "upgrade",
+    "kill",
+    "date",
+)
+BORDER_HEADER = ("kernel", *(f"`test_{name}.py`" for name in BORDER), "commit", "date")
+BORDER_WANTED = ("5.15", "6.1", "6.12")
+"""Kernels on which the tests of the border must have run."""
+BORDER_HEAD = """
+## Attacks at the border
+
+Tests of `tests/netns` as each kernel ran them (`python -m tests.vm --steps border KERNEL`): attacks and their twins, and the second
+barrier. CI runs all of them, and the others, on its own kernel.
+"""
+
 FEATURES: dict[str, str] = {
     "tcx": "no tcx: programs are attached by clsact",
     "test run names an interface": "BPF_PROG_TEST_RUN cannot name an interface: case files run as frames over a veth pair",
@@ -73,21 +97,27 @@ FEATURES: dict[str, str] = {
 """What a kernel may lack, and what happens then."""
 
 
-def render(results: Iterable[Result]) -> str:
+def render(results: Collection[Result]) -> str:
     """The page."""
     by_kernel: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         by_kernel.setdefault((result.series, result.machine), []).append(result)
-    rows, details = [], []
+    rows, details, border = [], [], []
     wanted = {(one.series, one.machine): one for one in WANTED}
     others = sorted(by_kernel.keys() - wanted.keys(), key=lambda key: (key[1] != "x86_64", _numbers(key[0]), key[0]))
     for key in [*wanted, *others]:
-        found = sorted(by_kernel.get(key, []), key=lambda result: result.compiler)
+        both = sorted(by_kernel.get(key, []), key=lambda result: result.compiler)
+        border += [_border_row(result) for result in both if result.has_border]
+        found = [result for result in both if set(result.steps) & {"load", "refusal"} or not result.has_border]
         rows += [_refused_row(result) if result.expected == REFUSED else _row(result) for result in found]
         tried = {compiler_label(result.compiler) for result in found} | ({"any"} if found else set())
         rows += [_not_run_row(key, one) for one in (wanted[key].compilers if key in wanted else ()) if one not in tried]
         details += [_detail(key, wanted[key].who if key in wanted else "", found)] if found else []
-    return "\n".join([HEAD, *_table(rows), *details]).rstrip() + "\n"
+    ran = {result.series for result in results if result.has_border}
+    border += [(series, *[NOT_RUN] * len(BORDER), "-", "-") for series in BORDER_WANTED if series not in ran]
+    return (
+        "\n".join([HEAD, *_table(HEADER, rows), BORDER_HEAD, *_table(BORDER_HEADER, border), *details]).rstrip() + "\n"
+    )
 
 
 def compiler_label(name: str) -> str:
@@ -99,20 +129,7 @@ def _numbers(series: str) -> tuple[int, ...]:
     return tuple(int(part) for part in series.partition("-")[0].split("."))
 
 
-def _table(rows: Iterable[Sequence[str]]) -> list[str]:
-    head = (
-        "kernel",
-        "machine",
-        "compiler",
-        "loads",
-        "verified",
-        "jited",
-        "cases",
-        "demonstration",
-        "upgrade",
-        "kill",
-        "date",
-    )
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     lines = [" | ".join(row) for row in (head, ["---"] * len(head), *rows)]
     return [f"| {line} |" for line in lines]
 
@@ -128,6 +145,15 @@ def _row(result: Result) -> Sequence[str]:
         _outcome(result, "cases", _cases), _outcome(result, "demo", _demo),
         _outcome(result, "succession", "connection kept"), _outcome(result, "succession", "enforcement goes on"), result.date,
     )  # fmt: skip
+
+
+def _border_row(result: Result) -> Sequence[str]:
+    cells = [_outcome(result, f"border {name}", _counts) for name in BORDER]
+    return (f"{result.series} (`{result.release}`)", *cells, result.commit, result.date)
+
+
+def _counts(kept: Any) -> str:
+    return ", ".join(f"{count} {outcome}" for outcome, count in kept.items())
 
 
 def _refused_row(result: Result) -> Sequence[str]:

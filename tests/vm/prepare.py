@@ -17,11 +17,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from netpol_ebpf.errors import PlatformError
+from netpol_ebpf.errors import NetpolError
 from tests.vm.kernels import cache_dir
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("netpol_ebpf", "loader", "bpf", "scripts", "tests", "bench", "examples", "pyproject.toml")
+PARTS = ("netpol_ebpf", "loader", "bpf", "scripts", "tests", "bench", "examples", "docs", "pyproject.toml")
 IGNORED = shutil.ignore_patterns(".*_cache", "results")
 TIMEOUT_S = 600.0
 
@@ -60,7 +60,7 @@ class Prepared:
 def prepare(scratch: Path, compiled: Path | None = None) -> Prepared:
     """Make all of it in ``scratch``. ``compiled``: a file to use for ``tree`` instead of one made here.
 
-    Raises PlatformError when something does not compile.
+    Raises NetpolError, and not its subclass for what a machine lacks, when something does not compile.
     """
     tree, older = scratch / "tree", scratch / "older"
     tree.mkdir()
@@ -69,10 +69,10 @@ def prepare(scratch: Path, compiled: Path | None = None) -> Prepared:
             shutil.copytree(ROOT / part, tree / part, ignore=IGNORED, symlinks=True)
         else:
             shutil.copy2(ROOT / part, tree / part)
-    _run(tree, MAKE_OLDER, older)
+    run_python(tree, MAKE_OLDER, older)
     kept = cache_dir() / "compiled"
     kept.mkdir(mode=0o755, parents=True, exist_ok=True)
-    files = [Path(_run(one, COMPILE, kept)) for one in (tree, older)]
+    files = [Path(run_python(one, COMPILE, kept)) for one in (tree, older)]
     directory = scratch / "compiled"
     directory.mkdir(mode=0o755)
     for file in files:
@@ -89,7 +89,7 @@ def prepare(scratch: Path, compiled: Path | None = None) -> Prepared:
     return Prepared(tree, older, directory, empty, made["compiler"])
 
 
-def _run(tree: Path, program: str, argument: Path) -> str:
+def run_python(tree: Path, program: str, argument: Path) -> str:
     """Run a program on the modules of a tree; what it printed."""
     path = os.pathsep.join(str(tree / part) for part in ("", "loader", "tests/netns"))
     done = subprocess.run(
@@ -97,5 +97,5 @@ def _run(tree: Path, program: str, argument: Path) -> str:
         cwd=tree, env={**os.environ, "PYTHONPATH": path}, check=False, capture_output=True, text=True, timeout=TIMEOUT_S,
     )  # fmt: skip
     if done.returncode != 0:
-        raise PlatformError(f"the guest's program cannot be prepared:\n{done.stderr.strip()[-2000:]}")
+        raise NetpolError(f"the guest's program cannot be prepared:\n{done.stderr.strip()[-2000:]}")
     return done.stdout.strip()

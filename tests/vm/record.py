@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tests" / "vm" / "results"
 FORMAT = 1
 RUNS, REFUSED = "runs", "refused"
+BORDER = "border"
+"""First word of the names of the steps that run tests of the border."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,21 +48,38 @@ class Result:
     failure: str = ""
 
     @property
+    def has_border(self) -> bool:
+        """Whether tests of the border were among the steps."""
+        return any(name.startswith(f"{BORDER} ") for name in self.steps)
+
+    @property
     def is_ok(self) -> bool:
         """Whether every step of the run ended as it must."""
         return not self.failure and bool(self.steps) and all(step["code"] == 0 for step in self.steps.values())
 
     @property
     def file_name(self) -> str:
-        """Where it is kept: one file for each kernel, machine and compiler, so that a later run replaces an earlier one."""
+        """The name of the file that has this result. A later run of the same kernel, machine and compiler replaces it.
+
+        A run of the border's tests alone, which takes an hour, has a file of its own.
+        """
         parts = (self.series, self.machine, self.compiler) if self.expected == RUNS else (self.series, self.machine)
+        if self.has_border and "load" not in self.steps:
+            parts = (*parts, BORDER)
         return re.sub(r"[^a-z0-9.+]+", "-", "-".join(parts).lower()).strip("-") + ".json"
 
 
 def write_result(result: Result, directory: Path = RESULTS) -> Path:
-    """Keep a result; the file."""
+    """Keep a result; the file.
+
+    Tests of the border join those that the same commit ran on this kernel before.
+    """
     directory.mkdir(exist_ok=True)
     path = directory / result.file_name
+    if path.stem.endswith(BORDER) and path.exists():
+        (earlier,) = [one for one in read_results(directory) if one.file_name == path.name]
+        if earlier.commit == result.commit:
+            result = dataclasses.replace(result, steps={**earlier.steps, **result.steps})
     document = {"format": FORMAT, **dataclasses.asdict(result)}
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path

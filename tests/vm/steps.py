@@ -25,9 +25,9 @@ CASES = (
 """Tiers of both APIs, CIDRs with exceptions, named ports, host endpoints, services, IPv6, ICMP."""
 
 
-BORDER = ("origin", "links", "headers", "node")
-"""Tests of the border (tests/netns/test_border_*.py) that a guest runs, besides those of the second barrier and of what is followed of interfaces
-and routes: those of what kernels do in different ways.  Tunnels and lifetimes are the program's alone."""
+BORDER = ("border_origin", "border_links", "border_headers", "border_node", "barrier")
+"""Files of tests/netns (without "test_" and ".py") that a guest runs: attacks at the border and their twins, as far as kernels differ
+in them.  The rules for tunnels and for lifetimes of connections are the program's alone, so one kernel proves them."""
 
 
 WORLDS = ("before-with", "after-without")
@@ -60,6 +60,10 @@ def _keep_demo(summary: Any) -> Any:
     }
 
 
+def _keep_counts(outcomes: Any) -> Any:
+    return {outcome: len(names) for outcome, names in outcomes.items() if names}
+
+
 def all_steps(older: Path) -> tuple[Step, ...]:
     """What a supported kernel runs. ``older``: the tree of an older version, for the upgrade."""
     return (
@@ -68,7 +72,7 @@ def all_steps(older: Path) -> tuple[Step, ...]:
         Step("cases", "netpolctl", ("test", "--engine", "kernel", "--output", "json", *CASES), _keep_cases),
         Step("demo", "netpolctl", ("demo", "--no-iperf", "--output", "json"), _keep_demo, 900.0),
         Step("succession", "succession", (str(older),), timeout_s=900.0),
-        Step("border", "border", BORDER, timeout_s=3600.0),
+        *(Step(f"border {name}", "border", (name,), _keep_counts, timeout_s=3600.0) for name in BORDER),
         Step("networks", "networks", WORLDS, timeout_s=3600.0),
     )
 
@@ -79,9 +83,15 @@ def refusal_steps() -> tuple[Step, ...]:
 
 
 def choose_steps(steps: Iterable[Step], names: Iterable[str] | None) -> tuple[Step, ...]:
-    """The steps of those names; all of them for None. The first one, which says what kernel it is, always."""
+    """The steps of those names; all steps for None. The first step, which says what kernel it is, is always among them.
+
+    ``names``: of steps, or first words of such names ("border").
+    """
     every = tuple(steps)
-    return every if names is None else tuple(one for one in every if one is every[0] or one.name in set(names))
+    if names is None:
+        return every
+    wanted = set(names)
+    return tuple(one for one in every if one is every[0] or {one.name, one.name.split()[0]} & wanted)
 
 
 def read_document(output: str) -> Any:

@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The node's own state: interfaces, addresses, routes, connections, the second barrier. Knows no BPF maps or pins."""
+"""The node's own state: interfaces, addresses, routes, connections, the second barrier.
+
+The package knows no BPF maps or pins.
+"""

@@ -2,21 +2,23 @@
 """The second barrier: two nf_tables tables that drop packets of workloads which bypassed the program at the TC hook.
 
 The program sets one bit of the packet's mark (the *sign*) on each packet that it lets into the node.  The tables clear
-the sign at once, and drop packets without it that came by a workload's interface: the interface has lost its program,
-or never had one, or the packet skipped the hook.  A workload cannot forge the sign: the kernel zeroes the mark at every
-change of network namespace.
+the sign at once.  They drop a packet without it that arrived on a workload's interface: the interface has lost its
+program, or never had one, or the packet skipped the hook.  A workload cannot forge the sign, because the kernel zeroes
+the mark at every change of network namespace.  An interface is *new* if its name is like a workload's and its index is
+not yet known.
 
     table inet np_barrier
-      prerouting (-450)   sign: clear it, accept.  Interface of a workload, or a new interface by its name: count, drop
-      input (225)         mark of a deferred verdict that no process of the node may receive: count, drop
-      output (300)        mark the packets of the node's own processes
-      postrouting (250)   to a new interface by its name, and not from the node itself: count, drop
+      prerouting (-450)   a packet with the sign: clear the sign, accept
+                          any other packet from a workload's or a new interface: count, drop
+      input (225)         a packet with the due mark, which no process of the node may receive: count, drop
+      output (300)        a packet of the node's own processes: set the node mark
+      postrouting (250)   a packet to a new interface without the node mark: count, drop
     table bridge np_barrier
       prerouting, postrouting: the same for the ports of bridges, which the inet table does not see
 
-Invariants: a change is one transaction, so no packet meets half of a table; a table with the comment of another owner,
-or owned by the socket of another process, is never changed; counters are kept when a table is rewritten.  The module
-must not decide which interfaces are workloads'.
+Invariants: a change is one transaction, so no packet meets half of a table.  A table is never changed if its comment
+names another owner, or if the socket of another process owns it.  Counters are kept when a table is rewritten.  The
+module must not decide which interfaces are workloads'.
 """
 
 from __future__ import annotations
@@ -38,24 +40,28 @@ from netpol_loader.host.nftables import BRIDGE, INET, Nftables, NftChain, NftMes
 TABLE = "np_barrier"
 FAMILIES: Mapping[int, str] = {INET: "inet", BRIDGE: "bridge"}
 WORKLOADS, KNOWN = "workloads", "known"
-"""Sets: names of workloads' interfaces; indices of interfaces that are known, that is, not new."""
+"""Names of sets. WORKLOADS: the names of workloads' interfaces. KNOWN: the indices of interfaces that are not new."""
 UNSIGNED, NEWBORN, DUE = "unsigned", "newborn", "due"
-"""Counters of dropped packets: without the sign; to a new interface; that no process of the node may receive."""
+"""Names of counters of dropped packets. UNSIGNED: without the sign. NEWBORN: to a new interface.
+
+DUE: with the due mark.
+"""
 
 BEFORE_ALL, AFTER_IPVS, BEHIND_MANGLE, BEFORE_LAST = -450, 225, 300, 250
 """Priorities of the chains, in this order.
 
-Before defragmentation (-400), so before marks of other programs; after IPVS (98 to 102), which may redirect the packet;
-after mangle and NAT, whose rules may overwrite the whole mark; after NAT (100).
+The first is before defragmentation (-400), and so before other programs set marks. The second is after IPVS (98 to
+102), which may redirect the packet. The third is after mangle and NAT, whose rules may overwrite the whole mark. The
+last is after NAT (100).
 """
 ARP = 0x0806
 LONGEST_REMARK = 120
-"""Longest comment in bytes; `nft` shows 128."""
+"""Longest comment of a table, in bytes; `nft` shows up to 128."""
 
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """Bits of the packet mark; 0: the bit is unused. `struct np_config` in bpf/np_abi.h defines them."""
+    """Bits of the packet mark, as in `struct np_config` of bpf/np_abi.h; 0: the bit is unused."""
 
     seen: int = 0
     node: int = 0
@@ -66,10 +72,10 @@ class Marks:
 class BarrierSpec:
     """The desired content of the tables.
 
-    ``marks.seen`` 0: no packet is dropped for lack of the sign.  ``also_seen``: an older bit of the sign that counts as
-    well, while interfaces change from old programs to new ones.  ``patterns``: names of interfaces (``cali*`` or whole)
-    that are closed until their indices are in ``known``.  ``workloads``: names of interfaces with programs that set the
-    sign.
+    ``marks.seen`` 0: no packet is dropped for lack of the sign. ``also_seen``: an older bit that also counts as the
+    sign, while interfaces change from old programs to new ones. ``patterns``: names of interfaces, or prefixes such as
+    ``cali*``; an interface with such a name is closed until its index is in ``known``. ``workloads``: names of
+    interfaces whose programs set the sign.
     """
 
     marks: Marks
@@ -81,7 +87,10 @@ class BarrierSpec:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A difference between a table and its desired content. ``was``: missing, changed or foreign."""
+    """A difference between a table and its desired content.
+
+    ``where``: the object; ``was``: missing, changed or foreign.
+    """
 
     where: str
     was: str
@@ -89,18 +98,21 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Dropped packets by counter and table family; packets without the sign also by interface."""
+    """Numbers of dropped packets. ``by_counter``: by name of the counter, then by table family.
+
+    ``by_interface``: only packets without the sign, by name of the workload's interface.
+    """
 
     by_counter: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     by_interface: Mapping[str, int] = field(default_factory=dict)
 
 
 class TakenError(PlatformError):
-    """The table exists and belongs to another owner (its comment names another)."""
+    """The table exists, but its comment names another owner."""
 
 
 class HeldError(TakenError):
-    """The table is ours by its comment, but another process's socket owns it."""
+    """The table's comment names our owner, but the socket of another process owns the table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +123,10 @@ class _BarrierRule:
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """The desired content of a table. ``rules``: by chain; each list includes the chain itself."""
+    """The desired content of a table.
+
+    ``rules``: (chain, rules) by the chain's name. ``sets``: keys by the set's name. ``counters``: their names.
+    """
 
     rules: Mapping[str, tuple[NftChain, tuple[_BarrierRule, ...]]]
     sets: Mapping[str, frozenset[bytes]]
@@ -120,8 +135,6 @@ class _Content:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """The actual content of a table."""
-
     table: NftTable | None
     chains: Mapping[str, NftChain] = field(default_factory=dict)
     rules: Mapping[str, list[str]] = field(default_factory=dict)
@@ -130,15 +143,16 @@ class _Found:
 
 
 class BarrierTables:
-    """The tables of one owner in the network namespace of this process. `open` or the first use opens, `close` closes.
+    """The tables of one owner, in the network namespace of this process.
 
-    The effect of `write` lasts until `remove`, however the process ends; from Linux 6.9 on no other process can change
-    the tables while this one lives.  All methods but `close` raise PlatformError: TakenError if a table belongs to
-    another owner.
+    `open`, or else the first use, opens the netlink socket; `close` closes the socket. What `write` wrote stays in
+    force until `remove`, even after the process has ended. From Linux 6.9 on, no other process can change the tables
+    while this process lives. All methods but `close` raise PlatformError. They raise its subclass TakenError if a table
+    belongs to another owner.
     """
 
     def __init__(self, owner: str) -> None:
-        """``owner``: a text that is the same for all processes that may take over these tables."""
+        """``owner``: a text that must be the same in all processes that may take over these tables."""
         self._remark = remark_of(owner)
         self._socket: Nftables | None = None
         self._news: nftables.TableNotifications | None = None
@@ -151,7 +165,7 @@ class BarrierTables:
     # --- opening ----------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Find the kernel's features. Does nothing if they are known."""
+        """Find out which features the kernel has. Does nothing if that is known."""
         if self._socket is not None:
             return
         channel = Nftables()
@@ -167,7 +181,7 @@ class BarrierTables:
             if _is_possible(channel, BRIDGE, self._flags):
                 families.append(BRIDGE)
             self._families = tuple(families)
-            if not self._flags and self._news is None:  # nobody else can change tables that this socket owns
+            if not self._flags and self._news is None:  # otherwise no other process can change the tables
                 self._news = nftables.TableNotifications()
         except BaseException:
             channel.close()
@@ -175,7 +189,7 @@ class BarrierTables:
         self._socket = channel
 
     def close(self) -> None:
-        """Close the sockets; the tables stay."""
+        """Close the sockets. The tables stay in force."""
         for one in (self._socket, self._news):
             if one is not None:
                 one.close()
@@ -183,9 +197,9 @@ class BarrierTables:
         self._verified = None
 
     def part(self) -> None:
-        """Replace the shared socket by a new one; for a fork of the process that opened the tables.
+        """Replace the inherited socket by a new one, in a fork of the process that opened the tables.
 
-        The parent keeps using the shared socket, which owns the tables.
+        The parent continues to use the socket, which owns the tables.
         """
         if self._socket is not None:
             self._socket.close()
@@ -193,7 +207,7 @@ class BarrierTables:
 
     @property
     def families(self) -> tuple[str, ...]:
-        """The names of table families that the kernel supports."""
+        """The names of the table families that the kernel supports."""
         return tuple(FAMILIES[family] for family in self._families)
 
     @property
@@ -202,35 +216,38 @@ class BarrierTables:
         return bool(self._flags)
 
     def fileno(self) -> int | None:
-        """A descriptor that is readable after a change of any table; None if nobody else can change ours."""
+        """A descriptor that is readable after a change of any table. None if no other process can change our tables."""
         return None if self._news is None else self._news.fileno()
 
     def note_news(self) -> None:
-        """Read the notifications at `fileno`."""
+        """Read the notifications that wait at `fileno`."""
         self._is_news = (self._news is not None and self._news.clear()) or self._is_news
 
     def has_news(self) -> bool:
-        """Whether any table changed since the last call."""
+        """Whether any table changed since the last call of this method."""
         self.note_news()
         is_news, self._is_news = self._is_news, False
         return is_news
 
     def has_changed(self) -> bool:
-        """Whether our tables may have changed since they last had the desired content. Costs one short request."""
+        """Whether our tables may have changed since they last had the desired content.
+
+        The cost is one short request.
+        """
         return self._verified is None or self._verified != self._channel().generation()
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def is_there(self) -> bool:
-        """Whether one of our tables exists."""
+        """Whether our table exists in any family."""
         return bool(self.present())
 
     def present(self) -> list[str]:
-        """The families in which our tables exist."""
+        """The names of the families in which our table exists."""
         return [FAMILIES[family] for family, found in self._read().items() if found.table is not None]
 
     def members(self) -> tuple[frozenset[str], frozenset[int]]:
-        """Names of workloads' interfaces, and indices of known interfaces, in the tables."""
+        """The names of workloads' interfaces and the indices of known interfaces that the tables have."""
         names: set[str] = set()
         numbers: set[int] = set()
         for found in self._read().values():
@@ -239,7 +256,7 @@ class BarrierTables:
         return frozenset(names), frozenset(numbers)
 
     def counts(self) -> Counts:
-        """The packets dropped so far."""
+        """The numbers of packets dropped so far."""
         by_counter: dict[str, dict[str, int]] = {}
         by_interface: dict[str, int] = {}
         channel = self._channel()
@@ -251,7 +268,7 @@ class BarrierTables:
         return Counts(by_counter, by_interface)
 
     def unsigned(self) -> int:
-        """Packets of all families dropped without the sign. Costs one short request."""
+        """The number of packets that were dropped without the sign, in all families. The cost is one short request."""
         channel = self._channel()
         found = [channel.counters(family, TABLE).get(UNSIGNED, (0, 0)) for family in self._families]
         return sum(packets for packets, _ in found)
@@ -300,7 +317,10 @@ class BarrierTables:
     # --- writing ----------------------------------------------------------------------------------------------------
 
     def write(self, layout: BarrierSpec) -> list[Difference]:
-        """Give the tables the desired content in one transaction; returns the differences found. Keeps the counters."""
+        """Give the tables the desired content in one transaction, and keep the counters.
+
+        Returns the differences that were found.
+        """
         channel = self._channel()
         generation = channel.generation()
         known = self._changes(layout) if generation == self._verified else None
@@ -313,7 +333,7 @@ class BarrierTables:
         return differences
 
     def _compared(self, layout: BarrierSpec) -> tuple[list[NftMessage], list[Difference]]:
-        """The changes from the actual tables to the desired ones, and the differences found."""
+        """The changes that turn the actual tables into the desired ones, and the differences between them."""
         messages: list[NftMessage] = []
         differences: list[Difference] = []
         for family, found in self._read().items():
@@ -324,9 +344,9 @@ class BarrierTables:
         return messages, differences
 
     def _changes(self, layout: BarrierSpec) -> tuple[list[NftMessage], list[Difference]] | None:
-        """As `_compared`, without reading the tables, which is slow; only if they are unchanged since the last write.
+        """The same as `_compared`, but without a slow read of the tables. They must be unchanged since the last write.
 
-        None: the difference is more than elements of sets.
+        Returns None if more than the elements of sets must change.
         """
         messages: list[NftMessage] = []
         differences: list[Difference] = []
@@ -364,7 +384,7 @@ class BarrierTables:
     def _whole(self, family: int, found: _Found, content: _Content) -> Iterator[NftMessage]:
         """Write a table anew.
 
-        A packet between the old chain and the new one passes, because no new rule has seen it yet.
+        While the transaction replaces a chain, a packet that meets neither the old nor the new rules passes.
         """
         yield nftables.new_table(family, TABLE, self._flags, self._remark)
         for name in content.counters:
@@ -383,7 +403,7 @@ class BarrierTables:
                 yield nftables.new_rule(family, TABLE, name, rule.expressions, rule.remark)
 
     def remove(self, family: str) -> None:
-        """Delete our table of a family, if it exists."""
+        """Delete our table of the family with this name, if the table exists."""
         number = next(number for number, name in FAMILIES.items() if name == family)
         if family in self.present():
             self._channel().commit([nftables.delete_table(number, TABLE)])
@@ -391,7 +411,7 @@ class BarrierTables:
 
 
 def remark_of(owner: str) -> str:
-    """The comment of our tables, which names their owner; `nft list tables` shows it."""
+    """The comment of our tables, which names their owner. `nft list tables` shows the comment."""
     remark = f"netpol-ebpf {owner}"
     if len(remark.encode()) > LONGEST_REMARK:
         remark = f"netpol-ebpf {hashlib.sha256(owner.encode()).hexdigest()}"
@@ -413,7 +433,7 @@ def _is_possible(channel: Nftables, family: int, flags: int) -> bool:
 
 
 def _content(layout: BarrierSpec, family: int) -> _Content | None:
-    """The desired content of a table; None: the table must not exist."""
+    """The desired content of a family's table; None: the table must not exist."""
     marks, patterns = layout.marks, layout.patterns
     rules: dict[str, tuple[NftChain, tuple[_BarrierRule, ...]]] = {}
     sets: dict[str, frozenset[bytes]] = {}
@@ -481,7 +501,7 @@ def _chain(hook: int, priority: int) -> NftChain:
 
 
 def _rule(what: str, *expressions: bytes) -> _BarrierRule:
-    """A rule with a unique comment: what the rule does, and a digest of its expressions."""
+    """A rule whose comment is unique: ``what`` the rule does, and a hash of the rule's expressions."""
     digest = hashlib.sha256(b"".join(expressions)).hexdigest()[:8]
     return _BarrierRule(f"{what} [{digest}]", expressions)
 
@@ -510,7 +530,7 @@ def _is_new(key: int) -> tuple[bytes, bytes]:
 
 @lru_cache(maxsize=4096)
 def raw_name(name: str) -> bytes:
-    r"""The bytes of an interface name. `netpol_loader.host.netlink` writes bytes that are no UTF-8 as ``\xNN``."""
+    r"""The bytes of an interface's name, in which ``\xNN`` stands for a byte that is not UTF-8 (`read_text`)."""
     raw = re.sub(rb"\\x([0-9a-f]{2})", lambda one: bytes.fromhex(one[1].decode()), name.encode())
     return raw[: nftables.NAME_BYTES - 1].ljust(nftables.NAME_BYTES, b"\0")
 
@@ -520,7 +540,10 @@ def _name_of(key: bytes) -> str:
 
 
 def _differences(found: _Found, content: _Content | None, family: str) -> Iterator[Difference]:
-    """The differences between desired and actual. A rule's changed expressions show in its comment."""
+    """The differences between desired and actual.
+
+    Of rules only the comments are compared, which contain a hash of the expressions.
+    """
     table = f"table {family} {TABLE}"
     if content is None:
         if found.table is not None:
@@ -553,5 +576,8 @@ def _differences(found: _Found, content: _Content | None, family: str) -> Iterat
 
 
 def without_sign(layout: BarrierSpec) -> BarrierSpec:
-    """The desired content without the rules that drop."""
+    """The same desired content without two kinds of rules.
+
+    They drop packets without the sign, and packets to a new interface.
+    """
     return replace(layout, marks=replace(layout.marks, seen=0), also_seen=0, patterns=(), workloads=frozenset())

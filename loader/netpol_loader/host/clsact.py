@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The clsact queueing discipline of an interface and its filters: attachment on kernels without tcx.
+"""The clsact queueing discipline of an interface, and the filters on it.
 
-Invariant: every call is about the network namespace of the calling thread.  The module must not know the programs'
-contents, nor choose interfaces.
+On kernels without tcx, programs are attached as such filters.
+
+Invariant: every call acts in the network namespace of the calling thread. The module must not know the contents of
+programs, and must not choose interfaces.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ from netpol_loader.kernel.hook import Hook
 
 PARENTS: Mapping[Hook, int] = {Hook.TC_INGRESS: 0xFFFF_FFF2, Hook.TC_EGRESS: 0xFFFF_FFF3}
 FILTER_PRIORITY = 1
-"""Priority of our filter, the first: policy must run before another party's filter that ends the chain."""
+"""Priority of our filter: the first. Policy must run before a filter of another program that ends the chain."""
 FILTER_HANDLE = 0x4E50
-"""Handle of our filter among the filters of its priority; arbitrary ("NP")."""
+"""Handle of our filter among the filters of its priority. The value is arbitrary ("NP")."""
 # include/uapi/linux/rtnetlink.h
 _NEW_QDISC, _DELETE_QDISC, _GET_QDISC = 36, 37, 38
 _NEW_FILTER, _DELETE_FILTER, _GET_FILTER = 44, 45, 46
@@ -50,7 +52,7 @@ _ALL_PROTOCOLS = 0x0003
 class ClsactFilter:
     """One of our filters.
 
-    ``prog_id``: id of the BPF program that it ran when it was attached; part of the filter's name.
+    ``prog_id``: id of the BPF program that the filter had when it was attached; the id is part of the filter's name.
     """
 
     hook: Hook
@@ -58,10 +60,10 @@ class ClsactFilter:
 
 
 def add(ifindex: int) -> bool:
-    """Add the clsact discipline to an interface; False if it has one already. Raises PlatformError.
+    """Add the clsact discipline to an interface. Returns False if the interface has it already.
 
-    That includes an interface with another discipline in its place, such as the older *ingress*: on that, the kernel
-    would accept filters of both hooks, and run all of them at ingress.
+    Raises PlatformError if that fails. Also raises it if the interface has the older discipline *ingress* in the same
+    place. There the kernel would accept filters of both hooks, but run all of them at ingress.
     """
     try:
         with RouteChannel() as channel:
@@ -104,14 +106,17 @@ def is_on(ifindex: int) -> bool:
 
 
 def delete_if_unused(ifindex: int) -> None:
-    """Remove an interface's clsact discipline, unless it has other parties' filters."""
+    """Remove an interface's clsact discipline, unless other programs have filters on it."""
     with contextlib.suppress(NetlinkError), RouteChannel() as channel:  # no interface, no discipline
         if not any(_filters(channel, ifindex, hook) for hook in PARENTS):
             channel.ask(_DELETE_QDISC, _clsact(ifindex))
 
 
 def put_filter(ifindex: int, hook: Hook, prog_fd: int, prog_id: int) -> None:
-    """Attach a program to a hook, or replace ours atomically: each packet meets the old program or the new one."""
+    """Attach a program to a hook. If one of ours is attached, the kernel replaces that one atomically.
+
+    Each packet meets either the old program or the new one.
+    """
     options = nested(
         _TCA_OPTIONS,
         attribute(_BPF_FD, struct.pack("=I", prog_fd)),
@@ -140,7 +145,7 @@ def _our_filter(ifindex: int, hook: Hook) -> bytes:
 
 
 def our_filters(ifindex: int) -> list[ClsactFilter]:
-    """Our filters on an interface, recognised by their names; empty if the interface has no clsact, or is gone."""
+    """Our filters on an interface, recognised by their names. Empty if the interface is gone or has no clsact."""
     found = []
     with RouteChannel() as channel:
         for hook in PARENTS:
@@ -152,20 +157,20 @@ def our_filters(ifindex: int) -> list[ClsactFilter]:
 
 
 def foreign_filters(ifindex: int, hook: Hook) -> list[str]:
-    """Names of other parties' filters on a clsact hook, for messages; empty if the interface is gone."""
+    """Names of the filters on a clsact hook that are not ours, for messages. Empty if the interface is gone."""
     with RouteChannel() as channel:
         return [name for name in _filter_names(channel, ifindex, hook) if not is_our_filter(name, hook)]
 
 
 def is_our_filter(name: str, hook: Hook) -> bool:
-    """Whether a filter has the name of one of our programs."""
+    """Whether a filter's name is that of one of our programs."""
     return name.startswith(f"{hook.value}#")
 
 
 def filter_programs(ifindex: int, hook: Hook) -> list[tuple[str, int]]:
-    """(name, program id) of the BPF filters on a clsact hook, in the order in which they run; id 0: no BPF program.
+    """The BPF filters on a clsact hook, in the order in which they run, each as (name, program id).
 
-    Empty if the interface is gone or has no clsact.
+    The id is 0 if the kernel reports none. Empty if the interface is gone or has no clsact.
     """
     with RouteChannel() as channel:
         try:
@@ -177,7 +182,10 @@ def filter_programs(ifindex: int, hook: Hook) -> list[tuple[str, int]]:
 
 
 def _filter_names(channel: RouteChannel, ifindex: int, hook: Hook) -> list[str]:
-    """Names of the filters on a hook; for filters without a name, and of other kinds than bpf, the kind."""
+    """Names of the filters on a hook.
+
+    A filter without a name, or of a kind other than bpf, is listed by its kind.
+    """
     try:
         filters = _filters(channel, ifindex, hook)
     except NetlinkError:  # ENODEV, or the interface has no clsact

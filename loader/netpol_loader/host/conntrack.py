@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel's conntrack table: live connections of this namespace, each with its original and its reply tuple.
+"""The kernel's conntrack table: live connections of a namespace, each with its original and its reply tuple.
 
-Invariant: the module only reads.  It must not know endpoints or policy.
+Invariant: the module only reads. It must not know endpoints or policy.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _GENERIC_BYTES = 4  # struct nfgenmsg
 
 
 class Ends(NamedTuple):
-    """Source and destination of a packet; ports are 0 in a protocol without ports."""
+    """Source and destination of a packet. Both ports are 0 in a protocol without ports."""
 
     source: IPAddress
     destination: IPAddress
@@ -48,8 +48,9 @@ class Ends(NamedTuple):
 class Tracked:
     """A live connection.
 
-    ``original``: tuple of its first packet as sent; ``reply``: tuple of a reply as sent, so the two differ if addresses
-    are translated.  ``is_replied``: both sides have sent packets.
+    ``original``: tuple of the connection's first packet, as its sender sent it. ``reply``: tuple of a reply, as its
+    sender sends it; if addresses are translated, it is not the reverse of ``original``. ``is_replied``: both sides have
+    sent packets.
     """
 
     protocol: int
@@ -59,10 +60,10 @@ class Tracked:
 
 
 def tracked() -> Iterator[Tracked]:
-    """The live connections of the calling thread's namespace; empty if nothing is tracked.
+    """The live connections of the calling thread's namespace. Empty if the kernel tracks none.
 
-    Raises PrivilegeError without CAP_NET_ADMIN, PlatformError if the kernel has no connection tracking or cannot list
-    it.
+    Raises PrivilegeError without CAP_NET_ADMIN. Raises PlatformError if the kernel has no connection tracking, or
+    cannot list the connections.
     """
     for message in _dump():
         try:
@@ -74,9 +75,9 @@ def tracked() -> Iterator[Tracked]:
 
 
 def parse(message: bytes) -> Tracked | None:
-    """Decode a conntrack entry, given without its headers; None if the connection has ended or is not IP.
+    """Decode a conntrack entry, without its headers. Returns None if the connection has ended or is not IP.
 
-    Raises ValueError and struct.error if the bytes are no entry.
+    Raises ValueError and struct.error if the bytes are not an entry.
     """
     found = attributes(message)
     status = struct.unpack("!I", found.get(_STATUS, bytes(4)))[0]
@@ -98,7 +99,7 @@ def _dump() -> Iterator[bytes]:
 
 
 def _ends(data: bytes | None) -> tuple[int, Ends] | None:
-    """Decode a tuple: protocol, and its addresses and ports."""
+    """Decode a tuple into its protocol, and its addresses and ports. Returns None if the tuple is incomplete."""
     found = attributes(data or b"")
     addresses, protocol = attributes(found.get(_TUPLE_IP, b"")), attributes(found.get(_TUPLE_PROTO, b""))
     source, destination = addresses.get(1, addresses.get(3)), addresses.get(2, addresses.get(4))

@@ -1,28 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """A copy of the interfaces, addresses and routes of a network namespace: dumped once, then updated by notifications.
 
-A new pod causes about thirty notifications on a node with some hundred pods; a dump of all state for each of them would
-be too slow.  The follower dumps all state again only if notifications were lost or cannot be parsed;
-`Follower.listed_again` counts these dumps.
+A new pod causes about thirty notifications on a node with some hundred pods. A dump of all state after each of them
+would be too slow. The follower dumps all state again only if notifications were lost or cannot be parsed
+(`Follower.listed_again` counts these dumps).
 
-The kernel sends no notification of some changes.  The follower then dumps the routes and addresses of one interface:
+The kernel sends no notification of some changes, or sends it at another time. The follower then dumps the routes and
+addresses of the interfaces concerned:
 
 - IPv4 routes vanish without a notification when their interface is switched off, changes its VRF or loses its last
   address, and when their preferred source address is removed.  The notification of the interface's change comes before
-  the routes vanish, and newer kernels dump routes without waiting for the end of the change.  So the follower dumps the
-  interface's routes twice, at once and after SETTLE_S.
-- The notification of an IPv6 address comes after duplicate address detection; that of the address's route comes
-  earlier.
-- One end of a veth pair has no notification when the other end moves to another namespace or comes from one.  (When the
-  other end moves from one pod to another, this namespace sees the change when the pair becomes operational, which is
-  before any packet.)
-- Two dumps of one interface are at least SETTLE_S apart, and one follows the interface's last change.  So a workload
-  that flaps its end of a pair delays no other interface.
-- Routes with a next hop object are dumped again when such an object changes, or an interface that such a route uses.
-  The sysctl net.ipv4.nexthop_compat_mode decides whether these routes have notifications, and a next hop object that
-  vanishes because its interface lost its carrier has none.
+  the routes vanish, and newer kernels answer a dump before the change has ended. So the follower dumps the interface's
+  routes twice, at once and after SETTLE_S.
+- The notification of an IPv6 address comes only after duplicate address detection. The notification of the address's
+  route comes earlier, so the follower then dumps the interface's addresses.
+- When one end of a veth pair moves to another namespace or comes from one, the kernel sends no notification about the
+  other end. So the follower dumps the other end. If an end moves from one pod to another, this namespace gets a
+  notification when the pair becomes operational, which is before any packet.
+- Two dumps of one interface are at least SETTLE_S apart, and the last dump is after the interface's last change. So a
+  workload that switches its end of a pair on and off again and again delays no other interface.
+- All routes are dumped again when a next hop object changes, or an interface of a route that uses such an object. The
+  sysctl net.ipv4.nexthop_compat_mode decides whether the kernel sends notifications of these routes. It sends none of a
+  next hop object that vanishes because its interface lost its carrier.
 
-Invariant: SETTLE_S after the last change the copy equals what a new follower would dump.  The module must not know of
+Invariant: SETTLE_S after the last change the copy equals what a new follower would dump. The module must not know of
 policy.
 """
 
@@ -67,7 +68,7 @@ log = logging.getLogger(__name__)
 
 # include/uapi/linux/rtnetlink.h, if_addr.h
 _GROUPS = (1, 5, 7, 9, 11, 32)
-"""RTNLGRP_LINK, _IPV4_IFADDR, _IPV4_ROUTE, _IPV6_IFADDR, _IPV6_ROUTE, _NEXTHOP."""
+"""The multicast groups RTNLGRP_LINK, _IPV4_IFADDR, _IPV4_ROUTE, _IPV6_IFADDR, _IPV6_ROUTE and _NEXTHOP."""
 _NEW_ADDRESS, _DELETE_ADDRESS, _GET_ADDRESS = 20, 21, 22
 _NEW_NEXT_HOP, _DELETE_NEXT_HOP = 104, 105
 _ADDRESS_HEADER = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, interface
@@ -75,16 +76,25 @@ _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _UNIVERSE, _PERMANENT = 0, 0x80  # RT_SCOPE_UNIVERSE, IFA_F_PERMANENT
 
 SETTLE_S = 0.2
-"""After so long, routes that vanish with a notified change are gone; arbitrary: the kernel removes them at once."""
+"""Time after a notified change at which the routes that vanish with the change are gone.
+
+The kernel removes them at once, so the value is arbitrary.
+"""
 DATAGRAMS_A_LOOK = 20_000
-"""Most datagrams that one `poll` reads, so that constant changes of the node do not stop the agent; arbitrary."""
+"""Most datagrams that one `poll` reads, so that a call ends even if the node changes constantly.
+
+The value is arbitrary.
+"""
 DOUBTS = 200
-"""Most interfaces whose routes are dumped one by one; for more, all routes are dumped; arbitrary."""
+"""Most interfaces whose routes are dumped one by one. If there are more, all routes are dumped.
+
+The value is arbitrary.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class LinkChange:
-    """An interface that appeared, changed, or vanished (``is_gone``)."""
+    """An interface that appeared, changed, or vanished. ``is_gone``: it vanished."""
 
     link: Link
     is_gone: bool
@@ -101,9 +111,10 @@ class _Address:
 
 @dataclass(slots=True)
 class _Doubts:
-    """What must be dumped after the queued notifications: routes, addresses or links of interfaces.
+    """What must be dumped after the queued notifications are read.
 
-    ``all_routes``: the reason for a dump of all routes; "": not needed.
+    ``routes``, ``addresses``: indices of the interfaces whose routes or addresses must be dumped. ``links``: indices of
+    the interfaces that must be dumped themselves. ``all_routes``: the reason to dump all routes; "": there is none.
     """
 
     routes: set[int] = field(default_factory=set)
@@ -113,14 +124,14 @@ class _Doubts:
 
 
 class Follower:
-    """A copy of the network namespace in which it is created, for any thread. `poll` updates the copy.
+    """A copy of the state of the network namespace in which the follower was created. Any thread may use the copy.
 
-    A context manager.  ``links``: by interface index.  ``listed_again``: how many dumps of everything or of all routes
-    there were, by reason.
+    `poll` updates the copy. The class is a context manager. ``links``: interfaces by index. ``listed_again``: numbers
+    of dumps of all state or of all routes, by the reason for the dump.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """``clock``: seconds. Raises PlatformError."""
+        """``clock``: returns seconds, as `time.monotonic` does. Raises PlatformError."""
         self._clock = clock
         self._news = Notifications(ROUTE, _GROUPS)
         self._channel = RouteChannel()
@@ -145,7 +156,7 @@ class Follower:
             raise
 
     def close(self) -> None:
-        """Close the sockets; the copy is no longer updated."""
+        """Close the sockets. The copy is then no longer updated."""
         self._news.close()
         self._channel.close()
 
@@ -156,26 +167,30 @@ class Follower:
         self.close()
 
     def fileno(self) -> int:
-        """For select: readable if notifications are queued."""
+        """A descriptor for select, readable if notifications are queued."""
         return self._news.fileno()
 
     # --- what there is ----------------------------------------------------------------------------------------------
 
     @property
     def version(self) -> tuple[int, int]:
-        """A value that changes whenever anything in the copy may have changed."""
+        """A value that changes whenever something in the copy may have changed."""
         return self._version, self._routes.version
 
     @property
     def addresses(self) -> Mapping[IPAddress, int]:
-        """The interface of each address of this namespace; if several interfaces have an address, the lowest index."""
+        """The interface of each address of this namespace.
+
+        If several interfaces have the address, the one with the lowest index.
+        """
         return self._derived()[0]
 
     @property
     def host_routes(self) -> Mapping[IPAddress, int]:
         """The interface of each directly connected single address (/32, /128).
 
-        Like `subnets`, `uplinks` and `next_hops` from the main table, without routes of router advertisements.
+        Like `subnets`, `uplinks` and `next_hops`, this comes from the main table, without routes that router
+        advertisements announced.
         """
         return self._routes.host_routes
 
@@ -186,26 +201,26 @@ class Follower:
 
     @property
     def uplinks(self) -> frozenset[int]:
-        """Interfaces of default routes."""
+        """The interfaces of all default routes."""
         return self._routes.uplinks
 
     @property
     def next_hops(self) -> frozenset[int]:
-        """Interfaces of all routes by a router, apart from default routes."""
+        """The interfaces of all routes by a router, except default routes."""
         return frozenset(self._routes.next_hops)
 
     @property
     def shared(self) -> frozenset[int]:
-        """Interfaces with a lasting address in a prefix that other addresses share.
+        """The interfaces with a lasting address whose prefix may contain addresses of other hosts.
 
-        Three kinds of addresses do not count: link-local addresses; single ones (/32, /128), which container networks
-        give to a pod's gateway; and IPv6 addresses that expire unless they are announced again.
+        Three kinds of addresses do not count: link-local ones; single ones (/32, /128), which container networks give
+        to a pod's gateway; and IPv6 addresses that expire unless they are announced again.
         """
         return self._derived()[1]
 
     @property
     def local_routes(self) -> Iterable[LocalRoute]:
-        """The local routes: the node's addresses, prefixes, broadcast and anycast addresses, those of VRFs included."""
+        """The local routes of the node and its VRFs: for own addresses and prefixes, broadcast, and anycast."""
         return self._routes.local.values()
 
     def _derived(self) -> tuple[dict[IPAddress, int], frozenset[int]]:
@@ -220,11 +235,12 @@ class Follower:
     # --- keeping in step --------------------------------------------------------------------------------------------
 
     def poll(self, *, is_brief: bool = False) -> list[LinkChange] | None:
-        """Read the queued notifications, then dump what they leave in doubt; returns link changes in order.
+        """Read the queued notifications, then dump what they leave unknown. Returns the changes of links in order.
 
-        None: notifications were lost and everything was dumped, so the single changes are unknown.  ``is_brief``: leave
-        the dumps of routes and addresses to the next call, so that a new interface does not wait for those of others.
-        Raises PlatformError if the kernel does not answer; the copy stays as it is, and the next call tries again.
+        Returns None if notifications were lost: then all state was dumped, and the single changes are unknown.
+        ``is_brief``: leave the dumps of routes and addresses to the next call, so that a new interface does not wait
+        for the dumps of other interfaces. Raises PlatformError if the kernel does not answer; then the copy stays as it
+        is, and the next call tries again.
         """
         found: list[LinkChange] = []
         for _ in range(DATAGRAMS_A_LOOK):
@@ -277,7 +293,7 @@ class Follower:
         return LinkChange(link, is_gone=False) if self._put_link(link) else None
 
     def _put_link(self, link: Link) -> bool:
-        """Update an interface; returns whether it changed."""
+        """Update an interface in the copy. Returns whether the interface changed."""
         before = self.links.get(link.ifindex)
         if before == link:
             return False
@@ -303,7 +319,7 @@ class Follower:
             self._name_tables()
 
     def _doubt_ends(self, link: Link, *, is_gone: bool) -> None:
-        """Update the other end of a veth pair after one end appeared or vanished."""
+        """Mark the other end of a veth pair for a dump, after one end appeared or vanished."""
         other = self.links.get(link.peer_ifindex) if link.peer_nsid is None and link.peer_ifindex else None
         if other is None:
             return
@@ -352,7 +368,7 @@ class Follower:
     # --- asking -----------------------------------------------------------------------------------------------------
 
     def _ask_links(self) -> list[LinkChange]:
-        """Dump the interfaces in doubt; returns the changes."""
+        """Dump the interfaces that are marked for a dump. Returns those that changed."""
         doubted, self._doubts.links = self._doubts.links, set()
         found: list[LinkChange] = []
         try:
@@ -366,7 +382,10 @@ class Follower:
         return found
 
     def _settle_doubts(self) -> list[LinkChange]:
-        """Make the dumps in doubt, and those due SETTLE_S after a change; returns the changes of interfaces."""
+        """Make the dumps that were marked, and those that are due SETTLE_S after a change.
+
+        Returns the changes of interfaces.
+        """
         now_s = self._clock()
         doubts, self._doubts = self._doubts, _Doubts()
         self._put_off(doubts, now_s)
@@ -398,9 +417,9 @@ class Follower:
         return self._ask_links()
 
     def _put_off(self, doubts: _Doubts, now_s: float) -> None:
-        """Postpone dumps of interfaces that were dumped within SETTLE_S.
+        """Postpone dumps for interfaces whose last dump is less than SETTLE_S ago.
 
-        ``_again`` has the time of each interface's next dump.
+        ``_again``: when the next dump of each interface is due.
         """
         self._quiet_s = {ifindex: at_s for ifindex, at_s in self._quiet_s.items() if at_s > now_s}
         self._doubts.addresses = doubts.addresses & self._quiet_s.keys()
@@ -410,7 +429,7 @@ class Follower:
             doubts.all_routes = ""
 
     def _listed(self, kind: int, body: bytes) -> list[bytes]:
-        """A dump about one interface; empty if the interface is gone or does not have the family."""
+        """A dump about one interface. Empty if the interface is gone or does not have the address family."""
         try:
             return self._channel.dump(kind, body)
         except NetlinkError as error:
@@ -431,7 +450,7 @@ class Follower:
                 self._put_address(key, one)
 
     def _list_all(self, reason: str = "") -> None:
-        """Dump all links, addresses and routes. ``reason``: why they are dumped again; "": for the first time."""
+        """Dump all links, addresses and routes. ``reason``: why they are dumped again; "": this is the first dump."""
         if reason:
             self._count(reason)
         self._doubts, self._again, self._objects_again_s = _Doubts(), {}, math.inf
@@ -463,7 +482,10 @@ def _is_less(before: Link, link: Link) -> bool:
 
 
 def _parse_address(payload: bytes) -> tuple[tuple[object, ...], _Address | None]:
-    """The key of an address, and the address; None for other families and for messages without an address."""
+    """The key of an address in the copy, and the address.
+
+    The address is None if the message has none, or is of another family.
+    """
     family, bits, flags, scope, ifindex = _ADDRESS_HEADER.unpack_from(payload)
     if family not in BITS:
         return (), None

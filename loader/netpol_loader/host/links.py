@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interfaces, their XDP programs, and the multicast groups they have joined; each call sends its own request.
+"""Interfaces, their XDP programs, and the multicast groups that interfaces have joined. Each call reads anew.
 
-`netpol_loader.host.follow` keeps a copy of interfaces that notifications update.
+Another module, `netpol_loader.host.follow`, has a copy of the interfaces that notifications keep up to date.
 
-Invariant: every call is about the network namespace of the calling thread (`netpol_loader.host.peers` reads the other
-ends of veth pairs).  The module must not know programs' contents or policy.
+Invariant: every call reads the network namespace of the calling thread (`netpol_loader.host.peers` reads the other ends
+of veth pairs). The module must not know the contents of programs, or policy.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NEW_LINK, DELETE_LINK, GET_LINK = 16, 17, 18
 _LINK_HEADER = struct.Struct("=BBHiII")  # family, -, ARPHRD_*, index, flags, change mask
 _IFNAME, _LINK, _MASTER, _LINKINFO, _EXT_MASK, _LINK_NETNSID, _XDP = 3, 5, 10, 18, 29, 37, 43
 _XDP_ATTACHED, _XDP_NUMBERS = 2, (4, 5, 6, 7)
-"""IFLA_XDP_ATTACHED; IFLA_XDP_PROG_ID, and the program ids by mode: driver, generic, hardware offload."""
+"""IFLA_XDP_ATTACHED; and IFLA_XDP_PROG_ID, IFLA_XDP_DRV_PROG_ID, IFLA_XDP_SKB_PROG_ID, IFLA_XDP_HW_PROG_ID."""
 _INFO_KIND, _INFO_DATA = 1, 2
 _VRF_TABLE = 1
 _GRE_REMOTE, _GRE_COLLECT_METADATA = 7, 18
@@ -45,41 +45,48 @@ _IFF_UP, _IFF_RUNNING = 0x1, 0x40
 
 ETHERNET, NO_REMOTE = 1, -1
 GRE_HARDWARE = frozenset({778, 823})
-"""ARPHRD_IPGRE and ARPHRD_IP6GRE."""
+"""The hardware types ARPHRD_IPGRE and ARPHRD_IP6GRE."""
 
 Encapsulation = tuple[int, int]
-"""IP protocol and, for UDP, destination port; otherwise 0."""
+"""IP protocol, and destination port of UDP. The port is 0 for other protocols."""
 UDP, IP_IN_IP, IP6_IN_IP, GRE = 17, 4, 41, 47
 TUNNELS: Mapping[str, tuple[int, ...]] = {
     "ipip": (IP_IN_IP,), "sit": (IP6_IN_IP, IP_IN_IP), "ip6tnl": (IP6_IN_IP, IP_IN_IP),
     "gre": (GRE,), "gretap": (GRE,), "ip6gre": (GRE,), "ip6gretap": (GRE,), "erspan": (GRE,), "ip6erspan": (GRE,),
 }  # fmt: skip
-"""Kinds of devices that decapsulate an IP protocol from any outer source address: IP protocols by kind."""
+"""Kinds of devices that decapsulate IP protocols from any outer source address, each with these protocols."""
 TUNNEL_PORTS: Mapping[str, tuple[int, int]] = {
     "vxlan": (15, 8472),  # IFLA_VXLAN_PORT
     "geneve": (5, 6081),  # IFLA_GENEVE_PORT
     "bareudp": (1, 0),  # IFLA_BAREUDP_PORT
     "gtp": (0, 2152),
 }
-"""Kinds of devices that decapsulate a UDP port from any outer source: (attribute with the port or 0, default port)."""
+"""Kinds of devices that decapsulate a UDP port from any outer source address.
+
+Each kind has the number of the attribute with the port (0: none), and the default port.
+"""
 
 EXTERNAL: Mapping[str, int] = {
     "vxlan": 25, "geneve": 6, "ipip": 19, "ip6tnl": 19,
     "gre": 18, "gretap": 18, "ip6gre": 18, "ip6gretap": 18, "erspan": 18, "ip6erspan": 18,
 }  # fmt: skip
-"""Kinds with a metadata mode (``external``): the attribute IFLA_*_COLLECT_METADATA. bareudp is always in that mode."""
+"""Kinds of devices that have a metadata mode (``external``), each with the number of IFLA_*_COLLECT_METADATA.
+
+A bareudp device is always in that mode.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
     """A network interface.
 
-    ``peer_ifindex``: index of the other end of a veth pair, maybe in another namespace; 0: none.  ``peer_nsid``: id of
-    that namespace in this one; None: the other end is in this namespace.  ``hardware``: ARPHRD_*
-    (include/uapi/linux/if_arp.h), or NO_REMOTE for a GRE device without a remote end.  ``table``: routing table of a
-    VRF device; 0 for other devices.  ``takes``: tunnel protocols that the device decapsulates from any outer source.
-    ``is_up``: administratively up (IFF_UP); ``is_running``: operationally up (IFF_RUNNING).  ``is_external``: tunnel
-    device in metadata mode (``external``, collect_md), with the outer addresses given per packet.
+    ``master``: index of the bridge, VRF or bond that the interface is part of; 0: none. ``peer_ifindex``: index of the
+    other end of a veth pair, which may be in another namespace; 0: none. ``peer_nsid``: id of that namespace; None: the
+    other end is in this namespace. ``hardware``: ARPHRD_* (include/uapi/linux/if_arp.h), or NO_REMOTE for a GRE device
+    without a remote end. ``table``: routing table of a VRF device; 0 for other devices. ``takes``: encapsulations that
+    the device decapsulates from any outer source address. ``is_up``: administratively up (IFF_UP); ``is_running``:
+    operationally up (IFF_RUNNING). ``is_external``: a tunnel device in metadata mode (``external``, collect_md), which
+    has outer addresses for each packet.
     """
 
     ifindex: int
@@ -100,9 +107,9 @@ class Link:
 
 
 def parse_link(payload: bytes) -> Link | None:
-    """Decode the interface of a link message; None if the message is about one family's settings of an interface.
+    """Decode the interface of a link message. Returns None for a message about one family's settings of an interface.
 
-    Bridge ports have such messages (family AF_BRIDGE).  Raises struct.error and ValueError if the bytes are no link
+    Bridge ports have such messages (family AF_BRIDGE). Raises struct.error and ValueError if the bytes are not a link
     message.
     """
     family, hardware_type, ifindex, flags = link_header(payload)
@@ -132,13 +139,16 @@ def parse_link(payload: bytes) -> Link | None:
 
 
 def link_header(payload: bytes) -> tuple[int, int, int, int]:
-    """(family, ARPHRD_*, index, flags) of the interface in a link message."""
+    """The header of a link message, as (family, ARPHRD_*, index, flags)."""
     family, _, hardware_type, ifindex, flags, _ = _LINK_HEADER.unpack_from(payload)
     return family, hardware_type, ifindex, flags
 
 
 def _hardware(hardware: int, data: bytes) -> int:
-    """ARPHRD_* of a device; NO_REMOTE for a GRE device without a remote end, which prepends its outer header itself."""
+    """The hardware type ARPHRD_* of a device, or NO_REMOTE for a GRE device without a remote end.
+
+    Packets of such a device begin with an outer header.
+    """
     if hardware not in GRE_HARDWARE:
         return hardware
     found = attributes(data)
@@ -160,7 +170,7 @@ def _takes(kind: str, data: bytes) -> tuple[Encapsulation, ...]:
 def _is_external(kind: str, data: bytes) -> bool:
     """Whether a tunnel device is in metadata mode (``external``, collect_md).
 
-    Depending on the kind, the netlink attribute for that is a flag (present or absent), or a number where 0 means no.
+    Depending on the kind of device, the netlink attribute is a flag (its presence means yes), or a number (0 means no).
     """
     if kind not in EXTERNAL:
         return kind == "bareudp"
@@ -169,15 +179,16 @@ def _is_external(kind: str, data: bytes) -> bool:
 
 
 def read_links(channel: RouteChannel) -> list[Link]:
-    """All interfaces of the socket's namespace."""
+    """All interfaces of the channel's namespace."""
     found = map(parse_link, channel.dump(GET_LINK, _LINK_HEADER.pack(0, 0, 0, 0, 0, 0) + _SKIP_STATISTICS))
     return [link for link in found if link is not None]
 
 
 def xdp_programs() -> dict[int, tuple[int, ...]]:
-    """Ids of the XDP programs by interface index, in every mode and however attached; only interfaces with programs.
+    """The ids of XDP programs by interface index, in every mode, and whichever way they were attached.
 
-    Read on demand, because the kernel sends no notification of a program that is attached by a BPF link.
+    Interfaces without programs are absent. The ids must be read on demand, because the kernel sends no notification
+    when a BPF link attaches a program.
     """
     found = {}
     with RouteChannel() as channel:
@@ -190,7 +201,7 @@ def xdp_programs() -> dict[int, tuple[int, ...]]:
 
 
 def read_link(channel: RouteChannel, name_or_ifindex: str | int) -> Link | None:
-    """One interface of the socket's namespace by name or index; None if it does not exist."""
+    """One interface of the channel's namespace, by name or index. None if it does not exist."""
     number = name_or_ifindex if isinstance(name_or_ifindex, int) else 0
     body = _LINK_HEADER.pack(0, 0, 0, number, 0, 0) + _SKIP_STATISTICS
     if isinstance(name_or_ifindex, str):
@@ -211,13 +222,13 @@ def list_links() -> list[Link]:
 
 
 def find_link(name_or_ifindex: str | int) -> Link | None:
-    """One interface of the calling thread's namespace by name or index; None if it does not exist."""
+    """One interface of the calling thread's namespace, by name or index. None if it does not exist."""
     with RouteChannel() as channel:
         return read_link(channel, name_or_ifindex)
 
 
 def interface_towards(address: IPAddress) -> int | None:
-    """Index of the interface by which the node sends to ``address``; None if there is no route."""
+    """The index of the interface by which the node sends to ``address``. None if there is no route."""
     with RouteChannel() as channel:
         try:
             ((_, _, payload),) = channel.ask(routes.GET_ROUTE, routes.question(address))
@@ -237,7 +248,7 @@ _IGMP6_COLUMNS, _IGMP6_GROUP = 6, 2
 def joined_groups() -> frozenset[IPAddress]:
     """The multicast groups that interfaces of the calling thread's namespace have joined.
 
-    Read from /proc, because the kernel sends no notification of changes.
+    The groups are read from /proc on demand, because the kernel sends no notification of changes.
     """
     groups: set[IPAddress] = set()
     with contextlib.suppress(FileNotFoundError):  # a kernel without IPv4 multicast

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Netlink: sockets, messages and attributes for every netlink family that the loader uses.
 
-Raw netlink, not pyroute2: pyroute2 makes objects of every attribute and a new socket for each request, which took
-seconds of CPU for a node with some hundred interfaces, and a minute for a busy node's connections.
+Rejected: pyroute2, which makes an object of every attribute and a new socket for each request. This took seconds of CPU
+on a node with some hundred interfaces, and a minute for the connections of a busy node.
 
-Invariant: a socket belongs to the network namespace in which it was made.  The module must not know what messages mean.
+Invariant: a socket belongs to the network namespace in which it was made. The module must not know the meaning of
+messages.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TypeVar
 from netpol_ebpf.errors import PlatformError
 
 ROUTE, SOCK_DIAG, NETFILTER = socket.NETLINK_ROUTE, 4, 12
-"""NETLINK_*: families of netlink."""
+"""Netlink families (NETLINK_*)."""
 
 # include/uapi/linux/netlink.h
 REQUEST, ACK, REPLACE, EXCLUSIVE, CREATE, APPEND = 0x1, 0x4, 0x100, 0x200, 0x400, 0x800
@@ -34,20 +35,26 @@ _NESTED = 0x8000
 _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
 _RECEIVE_BYTES = 1 << 16
-"""Bytes of a receive call. The kernel's datagrams of a dump have at most half this size."""
+"""Most bytes that one receive call reads. The datagrams of a dump have at most half this size."""
 _SEND_BUFFER_BYTES, _RECEIVE_BUFFER_BYTES = 16 << 20, 1 << 20
-"""Send buffer for thousands of elements in one transaction, and receive buffer for long lists; arbitrary."""
+"""Sizes of the send buffer, for thousands of elements in one transaction, and of the receive buffer, for long lists.
+
+The values are arbitrary.
+"""
 _NOTIFICATION_BUFFER_BYTES = 8 << 20
-"""Receive buffer for unread notifications; arbitrary."""
+"""Size of the receive buffer for unread notifications. The value is arbitrary."""
 DUMP_ATTEMPTS = 10
-"""Most attempts at a dump that the kernel marks as interrupted by a change (NLM_F_DUMP_INTR); arbitrary."""
+"""Most attempts at one dump. The kernel marks a dump that a change interrupted (NLM_F_DUMP_INTR).
+
+The value is arbitrary.
+"""
 
 Message = tuple[int, int, bytes]
-"""A netlink message: type, flags, and the bytes after the header."""
+"""A netlink message: its type, its flags, and the bytes after its header."""
 
 
 class NetlinkError(PlatformError):
-    """A request that the kernel refused, or that could not be sent or received; ``code`` is the errno."""
+    """The kernel refused a request, or a message could not be sent or received. ``code``: the errno."""
 
     def __init__(self, code: int, what: str) -> None:
         super().__init__(f"{what}: {os.strerror(code)}")
@@ -63,14 +70,14 @@ def attribute(kind: int, payload: bytes) -> bytes:
 
 
 def nested(kind: int, *parts: bytes) -> bytes:
-    """Encode an attribute of type ``kind`` whose payload is the attributes ``parts``."""
+    """Encode an attribute of type ``kind`` that contains the attributes ``parts``."""
     return attribute(kind | _NESTED, b"".join(parts))
 
 
 def listed_attributes(body: bytes, at: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Decode attributes: (type, payload) in order, from offset ``at`` of ``body``.
+    """Decode attributes, each as (type, payload), in order, from offset ``at`` of ``body``.
 
-    Raises ValueError for malformed ones.
+    Raises ValueError if an attribute is malformed.
     """
     end = len(body)
     while at < end:
@@ -82,17 +89,26 @@ def listed_attributes(body: bytes, at: int = 0) -> Iterator[tuple[int, bytes]]:
 
 
 def attributes(body: bytes, at: int = 0) -> dict[int, bytes]:
-    """Decode attributes as `listed_attributes` does, by type; the last attribute of a type wins. Raises ValueError."""
+    """Decode attributes into payloads by attribute type; of several with one type, the last counts.
+
+    Raises ValueError.
+    """
     return dict(listed_attributes(body, at))
 
 
 def read_text(raw: bytes) -> str:
-    r"""Decode a name up to its first zero byte. Bytes that are no UTF-8, which the kernel accepts, become ``\xNN``."""
+    r"""Decode a name, up to its first zero byte.
+
+    A byte that is not UTF-8, which the kernel allows, becomes ``\xNN``.
+    """
     return raw.split(b"\0")[0].decode(errors="backslashreplace")
 
 
 def read_number(raw: bytes | None) -> int:
-    """Decode an integer of 32 bits in host order; 0 if ``raw`` is None (no such attribute)."""
+    """Decode a 32-bit integer in host order.
+
+    Returns 0 if ``raw`` is None, because the message has no such attribute.
+    """
     return 0 if raw is None else int(struct.unpack("=I", raw)[0])
 
 
@@ -100,12 +116,15 @@ def read_number(raw: bytes | None) -> int:
 
 
 def message(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
-    """Encode one message. It needs no padding, because all bodies that the loader sends are multiples of 4 bytes."""
+    """Encode one message.
+
+    It is not padded, because the length of every body that the loader sends is a multiple of 4 bytes.
+    """
     return _HEADER.pack(_HEADER.size + len(body), kind, flags, sequence, 0) + body
 
 
 def messages(data: bytes) -> Iterator[Message]:
-    """Split a datagram into its messages. Raises ValueError if a length is wrong."""
+    """Split a datagram into its messages. Raises ValueError if the length of a message is wrong."""
     at, end = 0, len(data)
     while at + _HEADER.size <= end:
         length, kind, flags, _, _ = _HEADER.unpack_from(data, at)
@@ -116,7 +135,7 @@ def messages(data: bytes) -> Iterator[Message]:
 
 
 def error_code(payload: bytes) -> int:
-    """The positive errno of an ERROR or DONE message; 0: success."""
+    """The errno in an ERROR or DONE message, as a positive number; 0: success."""
     return -int(struct.unpack_from("=i", payload)[0]) if len(payload) >= 4 else 0  # noqa: PLR2004 - an int of C
 
 
@@ -124,10 +143,13 @@ ChannelT = TypeVar("ChannelT", bound="Channel")
 
 
 class Channel:
-    """A netlink socket for requests and their answers. A context manager."""
+    """A netlink socket for requests and their answers. The class is a context manager."""
 
     def __init__(self, family: int, subject: str) -> None:
-        """``subject``: the text with which error messages begin. Raises NetlinkError if the kernel lacks the family."""
+        """``subject``: the text at the beginning of error messages.
+
+        Raises NetlinkError if the kernel lacks the family.
+        """
         self._subject = subject
         try:
             self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, family)
@@ -141,7 +163,7 @@ class Channel:
 
     @property
     def port(self) -> int:
-        """The socket's netlink port id."""
+        """The netlink port id of the socket."""
         return int(self._socket.getsockname()[0])
 
     def close(self) -> None:
@@ -155,7 +177,7 @@ class Channel:
         self.close()
 
     def ask(self, kind: int, body: bytes, flags: int = 0, *, what: str = "") -> list[Message]:
-        """Send one request; returns its answers without the acknowledgement. ``what``: in error messages.
+        """Send one request. Returns the answers without the acknowledgement. ``what``: text for error messages.
 
         Raises NetlinkError.
         """
@@ -169,9 +191,10 @@ class Channel:
         return found
 
     def stream(self, kind: int, body: bytes, *, what: str = "") -> Iterator[Message]:
-        """The messages of a dump, one by one; an interrupted dump is not repeated. Raises NetlinkError.
+        """The messages of a dump, one by one. An interrupted dump is not repeated. Raises NetlinkError.
 
-        The last message has the type DONE.  If the caller stops before it, the socket can make no further request.
+        The last message has the type DONE. If the caller stops before that message, the channel can make no further
+        request.
         """
         self._send(kind, body, _DUMP)
         for one in self._received():
@@ -182,9 +205,9 @@ class Channel:
             yield one
 
     def dump(self, kind: int, body: bytes, *, what: str = "") -> list[bytes]:
-        """All objects of a dump, each as the bytes after its header; an interrupted dump is repeated.
+        """The objects of a dump, each as the bytes after its header. An interrupted dump is repeated.
 
-        Raises NetlinkError, and PlatformError if DUMP_ATTEMPTS dumps in a row were interrupted.
+        Raises NetlinkError. Raises PlatformError if DUMP_ATTEMPTS dumps in a row were interrupted.
         """
         for _ in range(DUMP_ATTEMPTS):
             found = list(self.stream(kind, body, what=what))
@@ -193,10 +216,12 @@ class Channel:
         raise PlatformError(f"{self._subject}: whatever is listed changes faster than the kernel can list it")
 
     def first(self, kind: int, body: bytes, most: int) -> list[bytes]:
-        """The objects of a dump, at most ``most`` + 1: for a list that a workload can lengthen and change at will.
+        """The objects of a dump, at most ``most`` + 1.
 
-        The list may include concurrent changes.  If the dump has more objects, the socket can make no further request.
-        Raises NetlinkError.
+        This is for a list that a workload can lengthen and change at will.
+
+        The list may show changes that happen meanwhile. If the dump has more objects, the channel can make no further
+        request. Raises NetlinkError.
         """
         found = []
         for kind_, _, payload in self.stream(kind, body):
@@ -207,9 +232,9 @@ class Channel:
         return found
 
     def transact(self, parts: Iterable[tuple[int, int, bytes]]) -> list[int]:
-        """Send messages, each (type, flags, body), as one datagram; returns the errno of each answer, 0 for success.
+        """Send messages, each (type, flags, body), as one datagram. Returns the errno of each answer; 0: success.
 
-        Only for a family that has answered when send(2) returns (nfnetlink).  Raises NetlinkError.
+        The family must have answered when send(2) returns (nfnetlink). Raises NetlinkError.
         """
         with contextlib.suppress(OSError):  # only thousands of elements need the larger buffer
             self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SEND_BUFFER_BYTES)
@@ -234,10 +259,10 @@ class Channel:
             raise NetlinkError(error.errno or errno.EIO, f"{self._subject}: a request could not be sent") from error
 
     def _received(self, flags: int = 0) -> Iterator[Message]:
-        """Answers to the last request, without end; skips answers to an earlier, abandoned request.
+        """The answers to the last request, without end. Answers to an earlier, abandoned request are skipped.
 
-        Raises BlockingIOError if ``flags`` has MSG_DONTWAIT and no answer is queued, NetlinkError if an answer was
-        lost.
+        Raises BlockingIOError if ``flags`` has MSG_DONTWAIT and no answer is queued. Raises NetlinkError if an answer
+        was lost.
         """
         while True:
             try:
@@ -250,7 +275,7 @@ class Channel:
                 yield from messages(data)
 
     def _raise_error(self, payload: bytes, what: str) -> None:
-        """Raise NetlinkError for the errno in an ERROR or DONE message, unless it is 0."""
+        """Raise NetlinkError for the errno in an ERROR or DONE message, unless the errno is 0."""
         code = error_code(payload)
         if code:
             raise NetlinkError(code, f"{self._subject}: {what}" if what else self._subject)
@@ -259,8 +284,8 @@ class Channel:
 class RouteChannel(Channel):
     """An rtnetlink channel with strict checking (NETLINK_GET_STRICT_CHK).
 
-    The kernel refuses a dump request with a filter that it does not know, instead of ignoring the filter and dumping
-    everything.
+    The kernel then refuses a dump request with a filter that it does not know. Without strict checking, it would ignore
+    the filter and dump all objects.
     """
 
     def __init__(self) -> None:
@@ -269,7 +294,7 @@ class RouteChannel(Channel):
 
 
 class Notifications:
-    """A netlink socket that receives the kernel's notifications of some multicast groups from its creation on."""
+    """A netlink socket that receives the kernel's notifications of some multicast groups, from its creation on."""
 
     def __init__(self, family: int, groups: tuple[int, ...]) -> None:
         """``groups``: numbers of multicast groups (RTNLGRP_*, NFNLGRP_*). Raises OSError."""
@@ -284,15 +309,18 @@ class Notifications:
         self._socket.settimeout(0)
 
     def close(self) -> None:
-        """Stop listening."""
+        """Close the socket."""
         self._socket.close()
 
     def fileno(self) -> int:
-        """For select: readable if a notification is queued."""
+        """A descriptor for select, readable if a notification is queued."""
         return self._socket.fileno()
 
     def take(self) -> bytes | None:
-        """The next datagram without waiting; b"": none is queued; None: the kernel dropped notifications (ENOBUFS)."""
+        """The next datagram, without waiting. b"": none is queued.
+
+        None: the kernel has dropped notifications (ENOBUFS).
+        """
         try:
             return self._socket.recv(_RECEIVE_BYTES)
         except BlockingIOError:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nf_tables over nfnetlink: transactions of tables, chains, rules, sets and counters, and reads of the kernel's state.
+"""nf_tables over nfnetlink: transactions that change tables, chains, rules, sets and counters, and reads of all these.
 
-Raw netlink: a node needs no `nft` binary, and pyroute2's nf_tables differ between the versions that distributions have.
-Invariants: a transaction is in force as a whole or not at all; every call is about the network namespace in which the
-socket was made.  The module must not know the purpose of a table.
+The module speaks raw netlink. So a node needs no `nft` binary. Rejected: pyroute2, whose nf_tables code differs between
+the versions that distributions have.
+
+Invariants: a transaction is in force as a whole or not at all. Every call acts in the network namespace in which the
+socket was made. The module must not know the purpose of a table.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ from netpol_loader.host.netlink import (
 )
 
 INET, BRIDGE = 1, 7
-"""NFPROTO_INET, NFPROTO_BRIDGE: families of tables."""
+"""Families of tables (NFPROTO_INET, NFPROTO_BRIDGE)."""
 PREROUTING, INPUT, OUTPUT, POSTROUTING = 0, 1, 3, 4
-"""enum nf_inet_hooks; enum nf_br_hook_priorities' hooks have the same numbers."""
+"""Hooks (enum nf_inet_hooks). The hooks of bridges have the same numbers."""
 
 # include/uapi/linux/netlink.h, netfilter/nfnetlink.h, netfilter/nf_tables.h
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
@@ -43,14 +45,21 @@ NEW_ELEMENTS, GET_ELEMENTS, DELETE_ELEMENTS = 12, 13, 14
 GET_GENERATION, NEW_OBJECT, GET_OBJECT = 16, 18, 19
 
 OWNER, PERSIST, DORMANT = 0x2, 0x4, 0x1
-"""NFT_TABLE_F_*: only the owning socket can change the table (5.12); the table outlives it (6.9); disabled."""
+"""Flags of a table (NFT_TABLE_F_*).
+
+OWNER: only the socket that owns the table can change the table (since Linux 5.12). PERSIST: the table remains when that
+socket is closed (since Linux 6.9). DORMANT: the table is disabled.
+"""
 
 MARK, IN_INDEX, OUT_INDEX, PROTOCOL, IN_NAME, OUT_NAME = 3, 4, 5, 1, 6, 7
-"""enum nft_meta_keys."""
+"""Properties of a packet (enum nft_meta_keys)."""
 EQUAL, UNEQUAL = 0, 1
 DROP, ACCEPT = 0, 1
 NAME_TYPE, INDEX_TYPE = 41, 20
-"""The set key types ifname and iface_index of `nft` (datatype.h); the kernel only stores them."""
+"""Types of set keys, ifname and iface_index, as `nft` numbers them (datatype.h).
+
+The kernel only stores these numbers.
+"""
 NAME_BYTES, INDEX_BYTES = 16, 4
 _REGISTER = 1
 _COUNTER = 1  # NFT_OBJECT_COUNTER
@@ -58,14 +67,14 @@ _COUNTER = 1  # NFT_OBJECT_COUNTER
 _GENERIC = struct.Struct("!BBH")  # struct nfgenmsg: family, version, resource
 _LIST_ELEMENT = 1
 ELEMENTS_A_MESSAGE = 500
-"""Most elements in one message: they are in one attribute, which has 65535 bytes at most."""
+"""Most elements in one message. They are in one attribute, which has at most 65535 bytes."""
 
 
 # --- attributes -----------------------------------------------------------------------------------------------------
 
 
 def number(kind: int, value: int) -> bytes:
-    """Encode an attribute with a 32-bit number in big endian, as nf_tables expects."""
+    """Encode an attribute with a 32-bit number in big-endian order, as nf_tables expects."""
     return attribute(kind, struct.pack("!I", value & 0xFFFF_FFFF))
 
 
@@ -83,13 +92,13 @@ def _number(raw: bytes) -> int:
 
 
 def comment(value: str) -> bytes:
-    """Encode user data that `nft` shows as a comment: type 0, length, text."""
+    """Encode user data of an object that `nft` shows as the object's comment: type 0, length, text."""
     raw = value.encode() + b"\0"
     return bytes((0, len(raw))) + raw
 
 
 def read_comment(raw: bytes) -> str:
-    """Decode the comment in user data; "" if there is none."""
+    """Decode the comment in the user data of an object. "" if there is none."""
     at = 0
     while at + 2 <= len(raw):
         kind, size = raw[at], raw[at + 1]
@@ -112,23 +121,29 @@ def load_meta(key: int) -> bytes:
 
 
 def store_mark() -> bytes:
-    """Expression: set the packet's mark from the register."""
+    """Expression: set the packet's mark to the value of the register."""
     return _expression("meta", number(2, MARK), number(3, _REGISTER))
 
 
 def bitwise(mask: int, toggle: int = 0) -> bytes:
-    """Expression: set the register to ``register & mask ^ toggle``, 32 bits in host order."""
+    """Expression: set the register to ``register & mask ^ toggle``, a 32-bit number in host order."""
     values = [nested(kind, attribute(1, struct.pack("=I", value))) for kind, value in ((4, mask), (5, toggle))]
     return _expression("bitwise", number(1, _REGISTER), number(2, _REGISTER), number(3, 4), *values)
 
 
 def compare(value: bytes, operator: int = EQUAL) -> bytes:
-    """Expression: end the rule unless the register's first bytes equal ``value`` (UNEQUAL: differ from it)."""
+    """Expression: end the rule unless the first bytes of the register equal ``value``.
+
+    ``operator`` UNEQUAL: unless they differ.
+    """
     return _expression("cmp", number(1, _REGISTER), number(2, operator), nested(3, attribute(1, value)))
 
 
 def look_up(name: str, *, is_absent: bool = False) -> bytes:
-    """Expression: end the rule unless the register is in the set ``name`` (``is_absent``: is not)."""
+    """Expression: end the rule unless the register is in the set ``name``.
+
+    ``is_absent``: unless it is not in the set.
+    """
     flags = (number(5, 1),) if is_absent else ()
     return _expression("lookup", text(1, name), number(2, _REGISTER), *flags)
 
@@ -139,7 +154,7 @@ def count(name: str) -> bytes:
 
 
 def verdict(code: int) -> bytes:
-    """Expression: the verdict ``code``, ACCEPT (the packet goes on to the next hook) or DROP."""
+    """Expression: give the verdict ``code``: DROP, or ACCEPT, with which the packet goes on to the next hook."""
     return _expression("immediate", number(1, 0), nested(2, nested(2, number(1, code))))
 
 
@@ -148,7 +163,7 @@ def verdict(code: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class NftMessage:
-    """One step of a transaction."""
+    """One change of a transaction."""
 
     kind: int
     family: int
@@ -157,18 +172,18 @@ class NftMessage:
 
 
 def new_table(family: int, name: str, flags: int, remark: str) -> NftMessage:
-    """Make a table, or take over one without an owner; ``remark``: comment of a new table."""
+    """Make a table, or take over a table that has no owner. ``remark``: the comment of a new table."""
     body = text(1, name) + number(2, flags) + attribute(6, comment(remark))
     return NftMessage(NEW_TABLE, family, body, CREATE)
 
 
 def delete_table(family: int, name: str) -> NftMessage:
-    """Delete a table with its content."""
+    """Delete a table with everything in it."""
     return NftMessage(DELETE_TABLE, family, text(1, name))
 
 
 def new_chain(family: int, table: str, name: str, hook: int, priority: int) -> NftMessage:
-    """Make a base chain of type filter with policy accept."""
+    """Make a base chain of type filter with the policy accept."""
     place = nested(4, number(1, hook), number(2, priority))
     return NftMessage(
         NEW_CHAIN, family, text(1, table) + text(3, name) + place + number(5, ACCEPT) + text(7, "filter"), CREATE
@@ -188,7 +203,7 @@ def new_counter(family: int, table: str, name: str, packets: int = 0, octets: in
 
 
 def new_set(family: int, table: str, name: str, key_type: int, key_bytes: int, number_here: int) -> NftMessage:
-    """Make a set with a packet counter for each element. ``number_here``: the set's id in this transaction."""
+    """Make a set in which each element has a packet counter. ``number_here``: id of the set in this transaction."""
     byte_order = struct.pack("=BBI", 0, 4, 1)  # for nft: the machine's
     body = text(1, table) + text(2, name) + number(3, 0) + number(4, key_type) + number(5, key_bytes)
     body += number(10, number_here) + attribute(13, byte_order) + nested(17, text(1, "counter"), nested(2))
@@ -208,7 +223,7 @@ def change_elements(kind: int, family: int, table: str, name: str, keys: Sequenc
 
 @dataclass(frozen=True, slots=True)
 class NftTable:
-    """A table. ``owner``: netlink port id of the socket that alone may change the table; 0: every socket may."""
+    """A table. ``owner``: netlink port id of the only socket that may change the table; 0: every socket may."""
 
     flags: int
     owner: int
@@ -217,7 +232,7 @@ class NftTable:
 
 @dataclass(frozen=True, slots=True)
 class NftChain:
-    """A base chain; or a regular chain, which has no hook (``hook`` -1)."""
+    """A base chain, or a regular chain. A regular chain has no hook: its ``hook`` is -1."""
 
     hook: int
     priority: int
@@ -226,19 +241,19 @@ class NftChain:
 
 
 class Nftables(Channel):
-    """An nf_tables channel; when it is closed, the kernel releases the tables that it owns.
+    """A channel for nf_tables. When it is closed, the kernel releases the tables that it owns.
 
-    All methods raise NetlinkError for an error of the kernel, PlatformError for a dump that is interrupted again and
-    again.
+    All methods raise NetlinkError if the kernel reports an error. They raise PlatformError if a dump is interrupted
+    again and again.
     """
 
     def __init__(self) -> None:
         super().__init__(NETFILTER, "nf_tables")
 
     def commit(self, changes: Sequence[NftMessage], *, is_trial: bool = False) -> None:
-        """Apply all changes in one transaction, or none and raise.
+        """Apply all changes in one transaction. If one cannot be applied, none is, and NetlinkError is raised.
 
-        ``is_trial``: only test whether they could be applied.
+        ``is_trial``: only test whether the changes could be applied.
         """
         parts = [(_BATCH_BEGIN, REQUEST, _GENERIC.pack(0, 0, _SUBSYSTEM))]
         for place, one in enumerate(changes, 1):
@@ -252,7 +267,7 @@ class Nftables(Channel):
             raise NetlinkError(failed or errno.EIO, "nf_tables: the change was refused")
 
     def generation(self) -> int:
-        """The namespace's generation: a number that changes with every change of any table."""
+        """The generation of the namespace's tables, a number that changes with every change of any table."""
         for body in self._asked(GET_GENERATION, 0, b"", "its generation"):
             return _number(attributes(body)[1])
         raise NetlinkError(errno.EIO, "nf_tables: its generation")
@@ -282,7 +297,7 @@ class Nftables(Channel):
         return found
 
     def rules(self, family: int, table: str) -> dict[str, list[str]]:
-        """The comments of a table's rules, by chain and in order."""
+        """The comments of a table's rules, by the chain's name, in the order of the rules."""
         found: dict[str, list[str]] = {}
         for body in self._listed(GET_RULE, family, text(1, table)) or ():
             one = attributes(body)
@@ -291,7 +306,7 @@ class Nftables(Channel):
         return found
 
     def elements(self, family: int, table: str, name: str) -> dict[bytes, int] | None:
-        """The keys of a set, with the number of packets that matched each; None if the set does not exist."""
+        """The keys of a set, each with the number of packets that matched it. None if the set does not exist."""
         bodies = self._listed(GET_ELEMENTS, family, text(1, table) + text(2, name))
         if bodies is None:
             return None
@@ -304,7 +319,7 @@ class Nftables(Channel):
         return found
 
     def counters(self, family: int, table: str) -> dict[str, tuple[int, int]]:
-        """Packets and bytes of the named counters of a table."""
+        """The named counters of a table, each as (packets, bytes)."""
         found = {}
         for body in self._listed(GET_OBJECT, family, text(1, table) + number(3, _COUNTER)) or ():
             one = attributes(body)
@@ -314,12 +329,15 @@ class Nftables(Channel):
         return found
 
     def _asked(self, kind: int, family: int, body: bytes, what: str) -> Iterator[bytes]:
-        """The attributes of the answers to one request."""
+        """The answers to one request, each as the bytes of its attributes."""
         for _, _, payload in self.ask(_kind(kind), _GENERIC.pack(family, 0, 0) + body, what=what):
             yield payload[_GENERIC.size :]
 
     def _listed(self, kind: int, family: int, body: bytes) -> list[bytes] | None:
-        """The attributes of all listed objects, of one generation; None if their table or set does not exist."""
+        """All listed objects, each as the bytes of its attributes. None if their table or set does not exist.
+
+        The objects are of one generation.
+        """
         try:
             found = self.dump(_kind(kind), _GENERIC.pack(family, 0, 0) + body, what="a list of what is there")
         except NetlinkError as error:
@@ -330,22 +348,25 @@ class Nftables(Channel):
 
 
 def _kind(number_of_message: int) -> int:
-    """The nfnetlink message type of an nf_tables message number."""
+    """The message type in nfnetlink for a message number of nf_tables."""
     return _SUBSYSTEM << 8 | number_of_message
 
 
 class TableNotifications(Notifications):
-    """Readable after a change of any table of the namespace."""
+    """Notifications that a table of the namespace changed. The descriptor is readable after such a change."""
 
     def __init__(self) -> None:
-        """Raises NetlinkError."""
+        """Open the socket. Raises NetlinkError."""
         try:
             super().__init__(NETFILTER, (_NOTIFICATIONS,))
         except OSError as error:
             raise NetlinkError(error.errno or errno.EIO, "nf_tables: notifications of changes") from error
 
     def clear(self) -> bool:
-        """Whether any table changed since the last call. The notifications are not parsed, so lost ones do no harm."""
+        """Whether any table changed since the last call.
+
+        The notifications are not parsed, so it does not matter if the kernel drops some of them.
+        """
         has_changed = False
         while self.take() != b"":
             has_changed = True

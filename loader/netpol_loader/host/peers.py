@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Addresses at the other end of a veth pair: read from another network namespace without entering it.
+"""Addresses at the other end of a veth pair, read from another network namespace without entering that namespace.
 
-The kernel lists a veth's peer as (namespace id, interface index); the ids are relative to the reader's namespace.  It
-answers RTM_GETADDR for one interface of another namespace (IFA_TARGET_NETNSID, strict checking; Linux 4.20).  So pods
-are found whichever runtime made their namespaces, with or without a name.  Rejected: setns(2) into each namespace,
-which needs the namespace's file (a pod's may be invisible in this mount namespace) and moves the calling thread.
+The kernel lists the peer of a veth as (namespace id, interface index). These ids are valid in the reader's namespace.
+The kernel answers RTM_GETADDR for one interface of another namespace (IFA_TARGET_NETNSID, strict checking; Linux 4.20).
+So this works whichever runtime made the pods' namespaces, and whether or not these have names. Rejected: setns(2) into
+each namespace, which needs the namespace's file (a pod's may be invisible in this mount namespace) and moves the
+calling thread.
 
-The module must know nothing of pods.
+The module must not know pods.
 """
 
 from __future__ import annotations
@@ -28,17 +29,23 @@ _IFA_ADDRESS, _IFA_LOCAL, _IFA_TARGET_NETNSID = 1, 2, 10
 _ADDRESS_HEADER = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, interface index
 
 MOST_ADDRESSES = 256
-"""The most addresses of one family that are read from an interface: a workload may add any number; arbitrary."""
+"""Most addresses of one family that are read from an interface, because a workload can add any number.
+
+The value is arbitrary.
+"""
 
 
 def load_peer_addresses(peers: Iterable[tuple[int, int]]) -> dict[tuple[int, int], tuple[IPAddress, ...]]:
     """Addresses of interfaces in other namespaces.
 
-    ``peers`` and the keys of the result: (namespace id, interface index there).  An interface that is gone or has no
-    address is absent.  Cost: some 50 microseconds for each interface.  At most MOST_ADDRESSES of each family are read,
-    since the workload may add any number: of longer lists the result has the first that were added in IPv4, and none in
-    IPv6, which the kernel lists from the newest on.  Raises PrivilegeError without CAP_NET_ADMIN over a namespace,
-    PlatformError for a kernel that does not list other namespaces.
+    ``peers`` and the keys of the result: (namespace id, interface index in that namespace). An interface that is gone
+    or has no address is absent from the result. Cost: some 50 microseconds for each interface.
+
+    A workload can add any number of addresses. If an interface has more than MOST_ADDRESSES of one family, the result
+    has the oldest ones of IPv4, and none of IPv6, because the kernel lists IPv6 addresses from the newest on.
+
+    Raises PrivilegeError without CAP_NET_ADMIN over a namespace. Raises PlatformError if the kernel cannot list the
+    addresses of other namespaces.
     """
     found: dict[tuple[int, int], list[IPAddress]] = {}
     for peer in set(peers):
@@ -53,7 +60,7 @@ def load_peer_addresses(peers: Iterable[tuple[int, int]]) -> dict[tuple[int, int
 
 
 def _listed(peer: tuple[int, int], family: int) -> list[bytes]:
-    """Address messages of an interface, at most MOST_ADDRESSES + 1; empty if the interface is gone."""
+    """The address messages of an interface, at most MOST_ADDRESSES + 1. Empty if the interface is gone."""
     namespace_id, ifindex = peer
     target = attribute(_IFA_TARGET_NETNSID, struct.pack("=i", namespace_id))
     try:
@@ -71,7 +78,7 @@ def _listed(peer: tuple[int, int], family: int) -> list[bytes]:
 
 
 def _parse_address(payload: bytes) -> IPAddress | None:
-    """Decode the address of a message: the local one (IFA_LOCAL) on a point-to-point link; None if there is none."""
+    """Decode the address of a message: on a point-to-point link the local one (IFA_LOCAL). None if there is none."""
     family = _ADDRESS_HEADER.unpack_from(payload)[0]
     found = attributes(payload, _ADDRESS_HEADER.size)
     raw = found.get(_IFA_LOCAL, found.get(_IFA_ADDRESS))

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routes that tell which endpoint an interface leads to, and which addresses are the node's own.
+"""The routes that show which endpoint an interface leads to, and which addresses are the node's own.
 
 `RouteTable` is a copy of the main table's routes and of the local routes of the node and its VRFs; it ignores all other
-routes.  The kernel's notifications keep the copy up to date, with two gaps.  IPv4 routes vanish without a notification
-when their interface is switched off or loses its last address.  No notification tells which of several routes with one
-metric was replaced.  `RouteTable.apply`, or the caller that sees the interface's change, names the interfaces whose
-routes must be listed again.
+routes. The kernel's notifications keep the copy up to date, with two gaps. IPv4 routes vanish without a notification
+when their interface is switched off or loses its last address. No notification says which of several routes with one
+metric was replaced. In the second case `RouteTable.apply` returns the interfaces whose routes must be listed again. In
+the first case the caller, which sees the change of the interface, must list them again.
 
 Invariant: the derived tables (`host_routes`, `subnets`, `uplinks`, `next_hops`, `local`) depend on the routes alone,
-not on the order of their notifications.  The module sends no request to the kernel.
+not on the order of their notifications. The module sends no request to the kernel.
 """
 
 from __future__ import annotations
@@ -36,32 +36,35 @@ _MULTIPATH, _CACHEINFO, _TABLE, _STATISTICS, _VIA, _EXPIRES, _NH_ID = 9, 12, 15,
 _TOLD_APART = frozenset({
     _DST, _SRC, _OIF, _GATEWAY, _PRIORITY, _PREFSRC, _MULTIPATH, _CACHEINFO, _TABLE, _STATISTICS, _VIA, _EXPIRES,
 })  # fmt: skip
-"""Attributes that are fields of `Route`, and attributes that change while the route stays the same."""
+"""Attributes that are fields of `Route`, and attributes whose change does not make another route."""
 _CLONED = 0x200
 _UNICAST, LOCAL, BROADCAST, ANYCAST = 1, 2, 3, 4
 _OF_THE_NODE = frozenset({LOCAL, BROADCAST, ANYCAST})
 TABLE_MAIN, TABLE_LOCAL = 254, 255
 REDIRECT, KERNEL, ROUTER_ADVERTISEMENT = 1, 2, 9
-"""RTPROT_*: the origin of a route."""
+"""Origins of routes (RTPROT_*)."""
 ANNOUNCED = frozenset({REDIRECT, ROUTER_ADVERTISEMENT})
-"""Origins of routes that router advertisements announced."""
+"""Origins of routes that came from router advertisements or redirects."""
 BITS: Mapping[int, int] = {socket.AF_INET: 32, socket.AF_INET6: 128}
-"""Length of an address in bits, by family."""
+"""The length of an address in bits, by address family."""
 
 Destination = tuple[int, bytes, int]
-"""Destination of a route: family, packed address, prefix length in bits."""
+"""The destination of a route: family, packed address, and prefix length in bits."""
 NextHop = tuple[int, bytes]
-"""Next hop of a route: interface index and packed gateway address; empty gateway: directly connected."""
+"""The next hop of a route: interface index, and packed gateway address.
+
+An empty gateway means that the destination is directly connected.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
     """A route.
 
-    ``order``: TOS and metric; the kernel prefers the lower.  ``source``: the preferred source address (RTA_PREFSRC),
-    packed.  An IPv4 multipath route is one `Route` with all its next hops; an IPv6 one is a `Route` for each next hop,
-    as in the kernel.  ``rest``: the other attributes, which distinguish routes with equal table and order and have no
-    further meaning here.
+    ``order``: (TOS, metric); the kernel prefers the route with the lower value. ``hops``: an IPv4 multipath route is
+    one `Route` with all its next hops; an IPv6 one is a `Route` for each next hop, as in the kernel. ``source``: the
+    preferred source address (RTA_PREFSRC), packed. ``rest``: other attributes, which only serve to distinguish routes
+    of equal table and order. ``uses_object``: its next hop is a next hop object.
     """
 
     destination: Destination
@@ -81,12 +84,12 @@ class Route:
 
     @property
     def place(self) -> tuple[int, tuple[int, int]]:
-        """Table and order: a route replaces another to the same destination only if both are equal in these."""
+        """The table and the order. A route can replace another one to the same destination only if both are equal."""
         return self.table, self.order
 
     @property
     def is_indirect(self) -> bool:
-        """Whether its next hops are routers, or several interfaces."""
+        """Whether a next hop is a router, or there are several next hops."""
         return len(self.hops) > 1 or self.has_gateway
 
     @property
@@ -99,8 +102,8 @@ class Route:
 class LocalRoute:
     """Addresses that the node accepts as its own: a route of type local, broadcast or anycast.
 
-    ``is_many``: broadcast.  ``ifindex``: the interface that has the addresses.  ``address``: the address, or the first
-    of the prefix with ``bits`` bits.
+    ``address`` and ``bits``: the first address and the length of the prefix. ``is_many``: whether the type is
+    broadcast. ``ifindex``: the interface that has the addresses.
     """
 
     address: IPAddress
@@ -110,7 +113,7 @@ class LocalRoute:
 
     @property
     def is_single(self) -> bool:
-        """Whether the route is for one address, not for a prefix."""
+        """Whether the route is for one address, and not for a prefix."""
         return self.bits == self.address.max_prefixlen
 
     @property
@@ -120,18 +123,18 @@ class LocalRoute:
 
 
 def is_kernel_s_own(payload: bytes) -> bool:
-    """Whether the kernel made the message's route itself (RTPROT_KERNEL), as it does for each address."""
+    """Whether the kernel itself made the route of this message (RTPROT_KERNEL), as it does for each address."""
     return bool(_ROUTE_HEADER.unpack_from(payload)[5] == KERNEL)
 
 
 def interface_of(payload: bytes) -> int:
-    """Index of the interface of a message's route that has a single next hop; 0: none."""
+    """The interface index of this message's route, if the route has a single next hop; 0: it has none or several."""
     raw = attributes(payload, _ROUTE_HEADER.size).get(_OIF)
     return 0 if raw is None else int(struct.unpack("=i", raw)[0])
 
 
 def request(family: int, ifindex: int = 0) -> bytes:
-    """The body of a dump of a family's routes: of all (``ifindex`` 0), or of those through one interface."""
+    """The body of a dump request for a family's routes. ``ifindex``: only routes through this interface; 0: all."""
     body = _ROUTE_HEADER.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)
     return body + struct.pack("=HHi", 8, _OIF, ifindex) if ifindex else body
 
@@ -143,9 +146,9 @@ def question(address: IPAddress) -> bytes:
 
 
 def parse_routes(payload: bytes) -> list[Route]:
-    """The routes of a message that `RouteTable` keeps; () for all others.
+    """The routes in this message that `RouteTable` keeps. Empty if it keeps none of them.
 
-    Raises struct.error and ValueError if it is malformed.
+    Raises struct.error and ValueError if the message is malformed.
     """
     family, bits, source_bits, tos, small_table, protocol, scope, kind, flags = _ROUTE_HEADER.unpack_from(payload)
     if family not in BITS or flags & _CLONED or (small_table != TABLE_MAIN and kind not in _OF_THE_NODE):
@@ -191,13 +194,13 @@ def _address(destination: Destination) -> IPAddress:
 
 
 class RouteTable:
-    """A copy of the relevant routes, and the tables derived from them; both are updated with each message.
+    """A copy of the relevant routes, and tables derived from them. Each message updates both.
 
-    Derived from the main table without routes of router advertisements: ``host_routes``: interface of each directly
-    connected single address (/32, /128); ``subnets``: interfaces of each directly connected prefix; ``uplinks``:
-    interfaces of default routes; ``next_hops``: for each interface, to how many destinations it leads by a router.
-    ``local``: destinations that the node accepts as its own.  Callers must only read them.  ``version`` changes
-    whenever one of them may have changed.
+    Four tables come from the main table, without routes that router advertisements announced. ``host_routes``: the
+    interface of each directly connected single address (/32, /128). ``subnets``: the interfaces of each directly
+    connected prefix. ``uplinks``: the interfaces of default routes. ``next_hops``: for each interface, the number of
+    destinations that it leads to by a router. A fifth table is ``local``: the destinations that the node accepts as its
+    own. Callers must only read these tables. ``version`` changes whenever one of them may have changed.
     """
 
     def __init__(self) -> None:
@@ -213,19 +216,22 @@ class RouteTable:
         self._local_tables = frozenset({TABLE_LOCAL})
 
     def uses_objects(self, ifindex: int = 0) -> bool:
-        """Whether any route uses a next hop object; with ``ifindex``, whether any route through that interface does."""
+        """Whether any route uses a next hop object.
+
+        ``ifindex``: ask only for routes through this interface; 0: for all.
+        """
         routes = self._leading_by(ifindex) if ifindex else (one for some in self._routes.values() for one in some)
         return any(route.uses_object for route in routes)
 
     # --- from messages ----------------------------------------------------------------------------------------------
 
     def apply(self, kind: int, flags: int, payload: bytes) -> set[int]:
-        """Apply a notification; returns the indices of interfaces whose routes must be listed again."""
+        """Apply a notification. Returns the indices of the interfaces whose routes must be listed again."""
         routes = parse_routes(payload)
         if kind == DELETE_ROUTE:
             return self._delete(routes)
         if not routes:
-            # An ignored route may have replaced one of this table.
+            # A route that this table ignores may have replaced one of its routes.
             return self._in_the_place_of(payload) if flags & REPLACE else set()
         doubtful = self._make_room(routes) if flags & REPLACE else set()
         for route in routes:
@@ -239,11 +245,15 @@ class RouteTable:
             if route in present:
                 self._remove(route)
             elif any(one.place == route.place for one in present):
-                doubtful |= route.interfaces  # removed already, or not identified by the message
+                doubtful |= route.interfaces  # the route is gone already, or the message does not identify it
         return doubtful
 
     def _make_room(self, routes: list[Route]) -> set[int]:
-        """Remove the routes that ``routes`` replace, or return the interfaces whose routes must be listed again."""
+        """Remove the known routes that ``routes`` replace.
+
+        If the message does not say which routes these are, remove none, and return the interfaces whose routes must be
+        listed again.
+        """
         route = routes[0]
         replaced = [one for one in self._routes.get(route.destination, ()) if one.place == route.place]
         is_partial = route.destination[2] not in (
@@ -269,7 +279,7 @@ class RouteTable:
     # --- from dumps -------------------------------------------------------------------------------------------------
 
     def replace_family(self, family: int, payloads: Iterable[bytes]) -> None:
-        """Replace all routes of a family by those of a dump."""
+        """Replace all routes of a family by the routes in a dump."""
         for route in [one for routes in self._routes.values() for one in routes if one.destination[0] == family]:
             self._remove(route)
         for payload in payloads:
@@ -277,7 +287,7 @@ class RouteTable:
                 self._add(route)
 
     def replace_interface(self, family: int, ifindex: int, payloads: Iterable[bytes]) -> None:
-        """Replace a family's routes through one interface by those of a dump."""
+        """Replace a family's routes through one interface by the routes in a dump."""
         listed = [route for payload in payloads for route in parse_routes(payload) if ifindex in route.interfaces]
         for route in self._leading_by(ifindex):
             if route.destination[0] == family and route not in listed:
@@ -286,19 +296,23 @@ class RouteTable:
             self._add(route)
 
     def drop_interface(self, ifindex: int) -> None:
-        """Remove all routes through an interface that is gone; in IPv4 also multipath routes with further next hops."""
+        """Remove all routes through an interface that is gone.
+
+        An IPv4 multipath route is removed with all its next hops.
+        """
         for route in self._leading_by(ifindex):
             self._remove(route)
 
     def interfaces_sending_from(self, source: bytes) -> set[int]:
-        """Interfaces of the routes with the preferred source address ``source`` (packed)."""
+        """The interfaces of the routes whose preferred source address is ``source`` (packed)."""
         found = (one for routes in self._routes.values() for one in routes if one.source == source)
         return {ifindex for one in found for ifindex in one.interfaces}
 
     def set_local_tables(self, tables: Collection[int]) -> None:
-        """Set the tables besides `local` that have local routes of the node: those of VRFs.
+        """Set the tables that have local routes of the node, besides the table `local`: those of VRFs.
 
-        Local routes of other tables do not count: they are for chosen packets (a transparent proxy's ``local 0.0.0.0/0``).
+        Local routes of other tables do not count, because they are for chosen packets (``local 0.0.0.0/0`` of a
+        transparent proxy).
         """
         wanted = frozenset({TABLE_LOCAL, *tables})
         if wanted != self._local_tables:
@@ -336,7 +350,7 @@ class RouteTable:
     # --- what follows -----------------------------------------------------------------------------------------------
 
     def _derive(self, destination: Destination) -> None:
-        """Derive all table entries that depend on the routes to one destination."""
+        """Derive again all table entries that depend on the routes to one destination."""
         family, _, bits = destination
         routes = self._routes.get(destination, ())
         local = _local(destination, [one for one in routes if one.table in self._local_tables])
@@ -384,16 +398,17 @@ class RouteTable:
 
 
 def _first(routes: Collection[Route]) -> int | None:
-    """The interface of the first directly connected route; None if several are equally preferred."""
+    """The interface of the most preferred of these direct routes. None if several interfaces are equally preferred."""
     first = min((one.order for one in routes), default=None)
     found = {ifindex for one in routes if one.order == first for ifindex in one.interfaces}
     return found.pop() if len(found) == 1 else None
 
 
 def _local(destination: Destination, routes: Iterable[Route]) -> LocalRoute | None:
-    """The local route to a destination; None if there is none.
+    """The local route to a destination. None if there is none.
 
-    If several interfaces have such a route, the one with the lowest index, which is the oldest, counts.
+    If several interfaces have such a route, the one of the interface with the lowest index counts, because that
+    interface is the oldest. A broadcast route counts only if there is no other kind.
     """
     found = [(one.kind == BROADCAST, min(one.interfaces, default=0)) for one in routes if one.kind in _OF_THE_NODE]
     if not found:
@@ -403,7 +418,7 @@ def _local(destination: Destination, routes: Iterable[Route]) -> LocalRoute | No
 
 
 def _put(table: dict[K, V], key: K, value: V | None) -> bool:
-    """Set an entry, or delete it if ``value`` is None; returns whether the table changed."""
+    """Set an entry, or delete the entry if ``value`` is None. Returns whether the table changed."""
     if table.get(key) == value:
         return False
     if value is None:

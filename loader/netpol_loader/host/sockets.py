@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Open TCP connections as sockets show them, in this namespace and at the other ends of veth pairs.
 
-For kernels without connection tracking.  A socket does not tell who opened its connection.  If a socket listens on its
-port, the connection counts as accepted, otherwise as opened by this side; so a server that has stopped listening counts
-as a client.  A socket is visible only in its own network namespace, and the kernel does not list sockets of another
-namespace by its id.  So a thread searches the namespaces of processes and the named ones, enters those it needs, and
-then ends.
+The agent uses this on kernels without connection tracking. A socket does not tell which side opened its connection. If
+another socket listens on the same port, the connection counts as accepted, otherwise as opened by this side. So a
+server that has stopped listening counts as a client.
 
-Invariant: the module only reads, and no other thread changes its namespace.  It must not know endpoints or policy.
+A socket is visible only in its own network namespace, and the kernel cannot list the sockets of another namespace by
+the namespace's id. So a thread looks through the named namespaces and those of all processes. It enters the ones that
+it needs, and then ends.
+
+Invariant: the module only reads, and no other thread changes its namespace. It must not know endpoints or policy.
 """
 
 from __future__ import annotations
@@ -44,9 +46,9 @@ _ANSWER = struct.Struct("=BBBB2s2s16s16s")  # the beginning of struct inet_diag_
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An open TCP connection. ``ends``: tuple of its first packet.
+    """An open TCP connection.
 
-    ``namespace``: id of its socket's; None: this one.
+    ``ends``: tuple of the connection's first packet. ``namespace``: id of the socket's namespace; None: this namespace.
     """
 
     ends: Ends
@@ -55,14 +57,14 @@ class Opened:
 
 @dataclass(slots=True)
 class Sockets:
-    """The connections that were found. ``unseen``: reasons why some sockets could not be read, as text."""
+    """The connections that were found. ``unseen``: texts that say why some sockets could not be read."""
 
     opened: list[Opened] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
 
 
 def look_for_sockets(namespace_ids: Collection[int]) -> Sockets:
-    """The open TCP connections of this namespace and of the namespaces with these ids."""
+    """The open TCP connections of this namespace, and of the namespaces with the given ids."""
     found = Sockets()
     try:
         found.opened += [Opened(ends) for ends in tcp_sockets()]
@@ -79,7 +81,10 @@ def look_for_sockets(namespace_ids: Collection[int]) -> Sockets:
 
 
 def tcp_sockets() -> list[Ends]:
-    """Tuples of the first packets of all open connections in the calling thread's namespace. Raises NetlinkError."""
+    """For each open connection in the calling thread's namespace, the tuple of its first packet.
+
+    Raises NetlinkError.
+    """
     listening: set[tuple[IPAddress | None, int]] = set()
     pairs: list[Ends] = []
     for family in (socket.AF_INET, socket.AF_INET6):
@@ -112,7 +117,7 @@ def _parse(payload: bytes) -> tuple[int, Ends]:
 
 
 def _unmapped(address: IPv6Address) -> IPAddress:
-    """The IPv4 address in an IPv4-mapped one (an IPv6 socket may hold an IPv4 connection); otherwise the address."""
+    """The IPv4 address in an IPv4-mapped one, which an IPv6 socket shows for an IPv4 connection; otherwise the same."""
     return address.ipv4_mapped or address
 
 
@@ -120,9 +125,9 @@ def _unmapped(address: IPv6Address) -> IPAddress:
 
 
 def _look_around(missing: set[int], found: Sockets) -> None:
-    """Read the connections of the ``missing`` namespaces that are found, and remove their ids from ``missing``.
+    """Read the connections of those ``missing`` namespaces that can be found, and remove their ids from ``missing``.
 
-    Enters these namespaces: the calling thread ends in another one.
+    The calling thread enters these namespaces, and does not return to its own.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     with contextlib.ExitStack() as stack:
@@ -149,7 +154,7 @@ def _look_around(missing: set[int], found: Sockets) -> None:
 
 
 def _namespace_files() -> Iterator[Path]:
-    """A file for each network namespace with a name or a process."""
+    """One file for each network namespace that has a name or a process."""
     seen: set[tuple[int, int]] = set()
     named = NAMED.iterdir() if NAMED.is_dir() else ()
     for path in (*named, *PROCESSES.glob("[0-9]*/ns/net")):
@@ -161,7 +166,7 @@ def _namespace_files() -> Iterator[Path]:
 
 
 def _id_of(channel: RouteChannel, fd: int) -> int:
-    """The id of another namespace, given by a descriptor, in this one; -1: it has none. Raises NetlinkError."""
+    """The id that this namespace has for the namespace of the descriptor ``fd``; -1: none. Raises NetlinkError."""
     for kind, _, payload in channel.ask(_RTM_GETNSID, bytes(4) + attribute(_NETNSA_FD, struct.pack("=i", fd))):
         found = attributes(payload, 4)
         if kind == _RTM_NEWNSID and _NETNSA_NSID in found:

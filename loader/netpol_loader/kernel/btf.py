@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BPF type information (BTF): written for the maps that the loader makes, read from maps of another version.
+"""BPF type information (BTF): the module writes it for the maps that the loader makes, and reads that of existing maps.
 
-Written BTF gives `bpftool map dump` the names of fields.  Read BTF allows a comparison, field by field, of another
+The BTF of a map gives `bpftool map dump` the names of fields. It also allows a comparison, field by field, of another
 version's layout with the layout that this version declares.
 
-Invariants: two layouts are equal exactly if every field has the same name, offset and size, nested structures included;
-a map without BTF has no layout, never a guessed one.  The module must not know what a field means.
+Invariants: two layouts are equal if, and only if, every field has the same name, offset and size, nested structures
+included. A map without BTF has no layout; none is guessed. The module must not know the meaning of a field.
 """
 
 from __future__ import annotations
@@ -28,19 +28,23 @@ INT, POINTER, ARRAY_KIND, STRUCT, UNION, ENUM, FUNC_PROTO, VAR, DATASEC, DECL_TA
     1, 2, 3, 4, 5, 6, 13, 14, 15, 17, 19,
 )  # fmt: skip
 UNSIGNED, SIGNED = 0, 1
-"""Encodings of an integer."""
+"""Encodings of an integer type."""
 ALIASES = frozenset({8, 9, 10, 11, 18})
-"""Types that only rename a type: typedef, volatile, const, restrict, type tag."""
+"""Kinds of types that only rename another type: typedef, volatile, const, restrict, type tag."""
 TAILS = {INT: 4, ARRAY_KIND: 12, VAR: 4, DECL_TAG: 4}
 MEMBERS = {STRUCT: 12, UNION: 12, ENUM: 8, FUNC_PROTO: 8, DATASEC: 12, ENUM64: 12}
-"""Bytes after a type header, by kind: once, or for each member (Documentation/bpf/btf.rst)."""
+"""Bytes after a type's header, by kind of the type (Documentation/bpf/btf.rst).
+
+TAILS: once for the type. MEMBERS: for each member of the type.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
     """A field of a structure.
 
-    ``at``: offset, ``size``: both in bytes; ``inner``: fields of a nested structure or array element.
+    ``at``: its offset in bytes; ``size``: its size in bytes; ``inner``: the fields of a nested structure, or of the
+    structure that is an array's element.
     """
 
     name: str
@@ -50,11 +54,11 @@ class Field:
 
 
 Layout = tuple[Field, ...]
-"""Fields of a structure; () for any other type."""
+"""The fields of a structure; () for a type that is not a structure."""
 
 
 def layouts(info: syscall.MapInfo) -> tuple[Layout, Layout] | None:
-    """Layouts of a map's key and value; None when the map has no BTF. Raises PlatformError without CAP_SYS_ADMIN."""
+    """The layouts of a map's key and value. None if the map has no BTF. Raises PlatformError without CAP_SYS_ADMIN."""
     if not (info.btf_id and info.btf_key_type and info.btf_value_type):
         return None
     try:
@@ -62,14 +66,14 @@ def layouts(info: syscall.MapInfo) -> tuple[Layout, Layout] | None:
     except PermissionError as error:
         raise PlatformError(
             f"cannot read the layout of map {info.name}: {error.strerror}",
-            hint="The kernel tells it to CAP_SYS_ADMIN alone: run `netpol-agent --once` of this version as root, with the "
-            "options of the service; then start the service.",
+            hint="The version that made the maps saved no layouts, and the kernel shows them to CAP_SYS_ADMIN alone: run "
+            "`netpol-agent --once` of this version as root, with the options of the service; then start the service.",
         ) from error
     return types.layout(info.btf_key_type), types.layout(info.btf_value_type)
 
 
 def declared(structure: type[ctypes.Structure] | None) -> Layout:
-    """The layout of a structure of `netpol_loader.abi`; None stands for a bare number, which has no fields."""
+    """The layout of a structure of `netpol_loader.abi`. None stands for a key or value that is a plain number."""
     if structure is None:
         return ()
     fields = []
@@ -80,16 +84,19 @@ def declared(structure: type[ctypes.Structure] | None) -> Layout:
 
 
 def _structure_of(kind: Any) -> type[ctypes.Structure] | None:
-    """The structure class of a field's type, or of its array's elements; None if there is none."""
+    """The structure class of a field's type, or of the elements if the type is an array.
+
+    None if there is no such class.
+    """
     while issubclass(kind, ctypes.Array):
         kind = kind._type_
     return kind if issubclass(kind, ctypes.Structure) else None
 
 
 class Writer:
-    """Builds a BTF blob for structures that `netpol_loader.abi` declares.
+    """Builds a BTF blob for structures of `netpol_loader.abi`.
 
-    It uses only integers, arrays and structures, which every supported kernel knows.
+    The blob has only integers, arrays and structures, which every supported kernel knows.
     """
 
     def __init__(self) -> None:
@@ -98,9 +105,9 @@ class Writer:
         self._numbers: dict[object, int] = {}
 
     def number_of(self, kind: Any) -> int:
-        """The BTF type id of a ctypes type: a structure, an array or an unsigned integer.
+        """The BTF type id of a ctypes type, which must be a structure, an array or an unsigned integer.
 
-        Adds the type if it is new.
+        The type is added to the blob if it is new.
         """
         if kind not in self._numbers:
             if issubclass(kind, ctypes.Structure):
@@ -118,7 +125,7 @@ class Writer:
         return self._numbers[kind]
 
     def blob(self) -> bytes:
-        """All types so far in the format of BPF_BTF_LOAD."""
+        """All types that were added so far, in the format of BPF_BTF_LOAD."""
         types, strings = b"".join(self._types), bytes(self._strings)
         return HEADER.pack(MAGIC, 1, 0, HEADER.size, 0, len(types), len(types), len(strings)) + types + strings
 
@@ -157,7 +164,7 @@ class _Types:
             at += TYPE.size + TAILS.get(kind, 0) + MEMBERS.get(kind, 0) * count
 
     def _resolve(self, number: int) -> tuple[int, int, int, int]:
-        """(kind, members, size, offset in the blob) of a type, with typedefs and qualifiers resolved."""
+        """A type as (kind, number of members, size, offset in the blob), with typedefs and qualifiers resolved."""
         while True:
             at = self._places[number]
             _, info, size_or_type = TYPE.unpack_from(self._blob, at)

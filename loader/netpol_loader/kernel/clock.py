@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """CONFIG_HZ: the number of jiffies that the kernel counts in a second.
 
-The packet path's only clock is bpf_jiffies64, because its cost is not measurable.  Its rate is a build option that no
-interface reports reliably (sysconf's clock tick is another number).  So this module reads the clock twice, by a BPF
-program of two instructions, and measures the rate.
+The packet path uses only the clock bpf_jiffies64, because a read of this clock costs too little to be measured. The
+clock's rate is a build option of the kernel. No interface reports this option reliably (sysconf's clock tick is another
+number). So this module reads the clock twice, by a BPF program of two instructions, and computes the rate.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ KNOWN_RATES = (100, 250, 300, 1000)
 """The possible values of CONFIG_HZ on every supported architecture."""
 
 TICKS = 40
-"""Ticks between the two reads.
+"""Least number of ticks between the two reads.
 
-Each read is exact to a tick, so this tells 250 from 300 Hz; 400 ms at the lowest rate.
+Each read is exact to one tick, so this number distinguishes 250 from 300 Hz. It takes 400 ms at the lowest rate.
 """
 
 LOOK_S = 0.0005
-"""Longest valid duration of a read: half a tick at the highest rate. A longer read was interrupted and is repeated."""
+"""Longest valid duration of a read, half a tick at the highest rate. A longer read was interrupted, and is repeated."""
 
 FUNC_JIFFIES64 = 118
 CALL = struct.pack("<BBhi", 0x85, 0, 0, FUNC_JIFFIES64)
@@ -39,7 +39,8 @@ DEADLINE_S = 10.0
 def read_jiffies() -> int:
     """The kernel's count of jiffies (bpf_jiffies64).
 
-    A program returns 32 bits, so two programs read it, one for each half.
+    A program can return only 32 bits, so two programs read the count: one returns the lower half, the other one the
+    upper half.
     """
     lower_fd = syscall.prog_load(CALL + EXIT)
     try:
@@ -59,9 +60,9 @@ def read_jiffies() -> int:
 
 
 def measure_jiffies_per_second() -> int:
-    """Measure the kernel's CONFIG_HZ. Takes 40 ticks.
+    """Measure the kernel's CONFIG_HZ. This takes 40 ticks.
 
-    Raises PlatformError if the clock stands still or fits no known rate.
+    Raises PlatformError if the clock does not advance, or if its rate is not near a known one.
     """
     prog_fd = syscall.prog_load(CALL + EXIT)
     try:
@@ -93,6 +94,6 @@ def _measure(prog_fd: int) -> int:
             raise PlatformError("the kernel's jiffies do not advance")
     measured = elapsed / (end_s - begin_s)
     rate = min(KNOWN_RATES, key=lambda known: abs(known - measured))
-    if abs(rate - measured) > rate / 12:  # half the way from 250 to 300, and a little less
+    if abs(rate - measured) > rate / 12:  # a little less than half the distance from 250 to 300
         raise PlatformError(f"the kernel counts {measured:.0f} jiffies a second, which is no known rate")
     return rate

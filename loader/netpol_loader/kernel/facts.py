@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Facts about the running kernel that the program needs: offsets of some fields of sk_buff, and a kernel function.
+"""Facts about the running kernel that the program needs: the offsets of some fields of sk_buff, and a kernel function.
 
-The source is the kernel's own BTF (/sys/kernel/btf/vmlinux, Documentation/bpf/btf.rst).  The header bpf/np_kernel.h has
-the purpose of each fact.
+They are read from the kernel's own BTF (/sys/kernel/btf/vmlinux, Documentation/bpf/btf.rst). The header bpf/np_kernel.h
+says what the program needs each fact for.
 
 Invariant: a missing fact is an error, never a guess.
 """
@@ -21,15 +21,15 @@ from netpol_loader.kernel import btf
 VMLINUX = Path("/sys/kernel/btf/vmlinux")
 CAST = "bpf_cast_to_kern_ctx"
 FUNCTION = 12
-"""BTF_KIND_FUNC."""
+"""The kind of a function in BTF (BTF_KIND_FUNC)."""
 
 
 @dataclass(frozen=True, slots=True)
 class KernelFacts:
     """The facts of one kernel.
 
-    ``numbers``: values by enum np_kernel_fact.  ``cast_function``: BTF id of bpf_cast_to_kern_ctx; 0: the kernel lacks
-    it.
+    ``numbers``: the values, by enum np_kernel_fact. ``cast_function``: BTF id of bpf_cast_to_kern_ctx; 0: the kernel
+    lacks this function.
     """
 
     numbers: Mapping[int, int]
@@ -38,7 +38,10 @@ class KernelFacts:
 
 @dataclass(frozen=True, slots=True)
 class Bits:
-    """A field of a structure: offset in bits, and width in bits; width 0: no bit field."""
+    """The place of a structure's field.
+
+    ``at``: its offset in bits; ``count``: its width in bits; 0: it is not a bit field.
+    """
 
     at: int
     count: int
@@ -46,7 +49,7 @@ class Bits:
 
 @functools.cache
 def kernel_facts() -> KernelFacts:
-    """Read the facts of the running kernel. Takes a tenth of a second.
+    """Read the facts of the running kernel. This takes a tenth of a second.
 
     Raises PlatformError if the kernel has no BTF.
     """
@@ -61,7 +64,7 @@ def kernel_facts() -> KernelFacts:
 
 
 def facts_of(blob: bytes) -> KernelFacts:
-    """Read the facts from a kernel's BTF. Raises PlatformError if one is missing."""
+    """Read the facts from a kernel's BTF. Raises PlatformError if a fact is missing."""
     types = _KernelTypes(blob)
     fields = types.fields("sk_buff")
     missing = [name for name in ("ip_summed", "csum_start", "csum_offset", "mac_header") if name not in fields]
@@ -88,7 +91,7 @@ def facts_of(blob: bytes) -> KernelFacts:
 class _KernelTypes:
     """The types in a kernel's BTF.
 
-    There are about 150 000, so one pass reads their headers, and only needed types are decoded.
+    There are about 150 000 types. So one pass reads only their headers, and a type is decoded when it is needed.
     """
 
     def __init__(self, blob: bytes) -> None:
@@ -102,7 +105,7 @@ class _KernelTypes:
         self._places = _places(self._words)
 
     def number_of(self, name: str, kind: int) -> int:
-        """The BTF id of a type by name and kind; 0: there is none."""
+        """The BTF id of the type with this name and kind; 0: there is none."""
         at = self._strings.find(b"\0" + name.encode() + b"\0")
         if at < 0:
             return 0
@@ -113,7 +116,7 @@ class _KernelTypes:
         return 0
 
     def fields(self, structure: str) -> dict[str, Bits]:
-        """The named fields of a structure, including those of anonymous structures in it."""
+        """The named fields of a structure, including those of its anonymous inner structures."""
         number = self.number_of(structure, btf.STRUCT)
         return dict(self._members(number, 0)) if number else {}
 
@@ -134,7 +137,7 @@ class _KernelTypes:
 
 
 def _places(words: memoryview) -> list[int]:
-    """Offset of each type in 32-bit words, by BTF id; id 0 (void) has none."""
+    """The offset of each type in 32-bit words, by BTF id. Id 0 (void) has the offset 0, which is not valid."""
     words_after = {kind: size // 4 for kind, size in btf.TAILS.items()}
     words_each = {kind: size // 4 for kind, size in btf.MEMBERS.items()}
     fixed = [3 + words_after.get(kind, 0) for kind in range(32)]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """TC hooks, and the conversion from a hook to a policy direction, which is another type.
 
-The module must not know policy: directions are the numbers of `netpol_loader.abi`.
+The module must not know policy. A direction is a number of `netpol_loader.abi`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Hook(enum.Enum):
     def direction(self, *, host: bool = False) -> int:
         """The policy direction (``abi.NP_DIRECTION_*``) of packets at this hook.
 
-        Traffic that enters the host by a workload's interface is the workload's egress.  On a ``host`` endpoint's own
-        interface hook and direction have the same name.
+        At a workload's interface, a packet at TC ingress leaves the workload, so its direction is egress. ``host``: the
+        interface is a host endpoint's, where hook and direction have the same name.
         """
         towards_endpoint = (self is Hook.TC_INGRESS) == host
         return abi.NP_DIRECTION_INGRESS if towards_endpoint else abi.NP_DIRECTION_EGRESS

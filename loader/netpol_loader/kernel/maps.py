@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One BPF map in Python: keys and values as bytes, single or in batches.
+"""One BPF map in Python. Keys and values are bytes; calls are for single elements or for many.
 
-Invariant: a call that returns has done everything; a call that raises reports how much it did.  The module must not
-know what the bytes mean (`netpol_loader.abi` does).
+Invariant: a call that returns has done everything; a call that raises reports how much it did. The module must not know
+the meaning of the bytes (`netpol_loader.abi` does).
 """
 
 from __future__ import annotations
@@ -17,23 +17,29 @@ from netpol_ebpf.errors import MapFullError, PlatformError
 from netpol_loader.kernel import syscall
 
 BATCH = 4096
-"""Elements per batch command; arbitrary: a few hundred kB of buffers."""
+"""Elements of one batch command. The value is arbitrary, and gives buffers of a few hundred kB."""
 
 NO_BATCH = frozenset({errno.EINVAL, 524})
-"""Errno of a map type without batch commands; 524 is the kernel's internal ENOTSUPP."""
+"""The errnos of a map type without batch commands; 524 is the kernel's internal ENOTSUPP."""
 
 FULL = frozenset({errno.E2BIG, errno.ENOSPC, errno.ENOMEM})
 
 
 @functools.cache
 def possible_cpus() -> int:
-    """Number of values of a per-CPU element: the number of possible CPUs, which may exceed the online ones."""
+    """The number of possible CPUs, which may be larger than that of online ones.
+
+    A per-CPU element has a value for each.
+    """
     last = Path("/sys/devices/system/cpu/possible").read_text().strip().split(",")[-1]
     return int(last.split("-")[-1]) + 1
 
 
 class Map:
-    """A BPF map; owns its file descriptor ``fd``. A per-CPU value is the values of all CPUs, each padded to 8 bytes."""
+    """A BPF map. It owns its file descriptor ``fd``.
+
+    A value of a per-CPU map is the values of all CPUs, each padded to 8 bytes.
+    """
 
     def __init__(self, fd: int) -> None:
         info = syscall.map_info(fd)
@@ -52,11 +58,11 @@ class Map:
 
     @property
     def cell_bytes(self) -> int:
-        """Bytes of one value in the system call: for a per-CPU map the values of all CPUs."""
+        """The size in bytes of one value in the system call. In a per-CPU map, a value is the values of all CPUs."""
         return self._room
 
     def get(self, key: bytes) -> bytes | None:
-        """The value of ``key``, or None."""
+        """The value of ``key``. None if there is no such element."""
         value = syscall.empty(self._room)
         try:
             syscall.map_lookup(self.fd, self._key(key), value)
@@ -74,7 +80,7 @@ class Map:
             raise self._failure("write", error, 1) from error
 
     def delete(self, key: bytes) -> bool:
-        """Remove one element; False if there was none with this key."""
+        """Remove one element. Returns False if no element has this key."""
         try:
             syscall.map_delete(self.fd, self._key(key))
         except OSError as error:
@@ -84,7 +90,10 @@ class Map:
         return True
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
-        """All elements, in batches if the map type supports them. Concurrent changes may be missed or included."""
+        """All elements. They are read in batches if the map type allows batches.
+
+        Concurrent changes may be missed or included.
+        """
         start: syscall.Buffer | None = None
         count = BATCH
         while True:
@@ -126,7 +135,7 @@ class Map:
                 raise self._failure("write", OSError(error, ""), len(pairs), at + done)
 
     def delete_many(self, keys: Sequence[bytes]) -> None:
-        """Remove all elements with these keys; absent keys are not an error."""
+        """Remove all elements with these keys. A key that the map lacks is not an error."""
         at = 0
         while at < len(keys):
             chunk = keys[at : at + BATCH]
@@ -145,7 +154,7 @@ class Map:
             at += done
 
     def clear(self) -> None:
-        """Remove all elements; for small maps. Not for arrays, because their elements cannot be removed."""
+        """Remove all elements one by one, which suits only small maps. The elements of an array cannot be removed."""
         key = syscall.empty(self.key_size)
         while True:
             try:
@@ -157,10 +166,10 @@ class Map:
             self.delete(key.raw[: self.key_size])
 
     def end_grace_period(self) -> None:
-        """Tell the map that a grace period has passed since the last removal. Only `BucketMap` needs this."""
+        """Tell the map that a grace period has passed since the last removal. Only a `BucketMap` needs this call."""
 
     def close(self) -> None:
-        """Close the descriptor; the kernel keeps the map while it is pinned or a program uses it."""
+        """Close the descriptor. The kernel keeps the map as long as it is pinned or a program uses it."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -178,7 +187,7 @@ class Map:
             key = following
             raw = following.raw[: self.key_size]
             value = self.get(raw)
-            if value is not None:  # else it was removed between the two calls
+            if value is not None:  # otherwise the element was removed between the two calls
                 yield raw, value
 
     def _check(self, key: bytes, value: bytes | None) -> None:

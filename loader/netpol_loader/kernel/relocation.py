@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Relocation: replaces the numbers that the compiler left in the instructions by maps, masks and facts of the kernel.
+"""Relocation: replace the numbers that the compiler left in the instructions by maps, masks and facts of the kernel.
 
-Everything in a program that depends on the node is filled in here: which maps, their sizes, the number of CPUs, offsets
-in the kernel's structures.  So one compiled file serves every node, and there is one way to load it.
+Everything in a program that depends on the node is filled in here: the maps, their sizes, the number of CPUs, and
+offsets in the kernel's structures. So one compiled file serves every node, and there is only one way to load it.
 
-Invariant: an instruction with an unknown number is an error; such a program is never loaded.
+Invariant: an instruction with an unknown number is an error, and such a program is never loaded.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from netpol_loader.kernel.maps import possible_cpus
 
 INSTRUCTION = struct.Struct("=BBhI")
 LOAD_IMMEDIATE_64 = 0x18
-"""BPF_LD | BPF_DW | BPF_IMM, the only instruction of 16 bytes."""
+"""Opcode BPF_LD | BPF_DW | BPF_IMM, of the only instruction that has 16 bytes."""
 LOADS_MAP = 1
-"""Source register of a load of a map: BPF_PSEUDO_MAP_FD."""
+"""Source register of an instruction that loads a map: BPF_PSEUDO_MAP_FD."""
 CALL = 0x85
-"""BPF_JMP | BPF_CALL."""
+"""Opcode BPF_JMP | BPF_CALL."""
 CALLS_KERNEL = 2
-"""Source register of a call of a kernel function by its number in the type information: BPF_PSEUDO_KFUNC_CALL."""
+"""Source register of an instruction that calls a kernel function by its BTF id: BPF_PSEUDO_KFUNC_CALL."""
 
 PER_CPU_RANGES = frozenset(abi.maps_with(abi.MapTrait.RANGED))
-"""Array types that all CPUs share.
+"""Names of the maps with the trait "ranged".
 
-In maps of these types with the trait "ranged", each CPU has its own range of slots.
+Such a map is an array that all CPUs share, and in which each CPU uses only its own range of slots.
 """
 
 LOAD_TRIES = 5
 ERROR_LINES = 25
-"""Last characters of the verifier's log that an error includes; the end of the log has the cause."""
+"""Number of last lines of the verifier's log that an error includes. The end of the log has the cause."""
 
 
 def link(instructions: bytes, names: Sequence[str], maps: Mapping[str, int], facts: KernelFacts) -> bytes:
-    """Relocate the instructions of a program; returns them with map descriptors, masks and facts filled in.
+    """Relocate the instructions of a program. Returns them with map descriptors, masks and facts filled in.
 
-    ``names``: map names by the number that instructions have in place of a map.  ``maps``: descriptors by name.  Raises
-    LoadError.
+    ``names``: map names; an instruction has the index of a name in place of a map. ``maps``: descriptors by map name.
+    Raises LoadError.
     """
     code = bytearray(instructions)
     at = 0
@@ -77,9 +77,9 @@ def link(instructions: bytes, names: Sequence[str], maps: Mapping[str, int], fac
 
 
 def mask_of(one: syscall.MapInfo) -> int:
-    """Number of slots that a hash chooses from, minus one.
+    """The number of slots in a map that a hash chooses from, minus one.
 
-    Raises LoadError if the number of slots is no power of two.
+    Raises LoadError if the map's number of slots must be a power of two, and is not.
     """
     slots = one.max_entries
     if one.name in PER_CPU_RANGES:
@@ -90,12 +90,12 @@ def mask_of(one: syscall.MapInfo) -> int:
 
 
 def load_program(name: str, instructions: bytes) -> int:
-    """Load a TC program; returns its descriptor. Raises LoadError with the end of the verifier's log."""
+    """Load a TC program. Returns its descriptor. Raises LoadError with the end of the verifier's log."""
     try:
         return _load(name, instructions)
     except OSError as error:
         failed = error
-    try:  # again, with the verifier's log
+    try:  # a second load, which gives the verifier's log
         return syscall.prog_load(instructions, name=name, log=(room := syscall.empty(syscall.LOG_BYTES)))
     except OSError:
         said = room.value.decode(errors="replace").strip().splitlines()
@@ -104,7 +104,7 @@ def load_program(name: str, instructions: bytes) -> int:
 
 
 def _load(name: str, instructions: bytes) -> int:
-    """Load a program; retry on EAGAIN, which the verifier returns at a signal, as often as libbpf does.
+    """Load a program. If a signal arrives, the verifier returns EAGAIN; then retry, as often as libbpf does.
 
     Raises OSError.
     """
@@ -115,10 +115,10 @@ def _load(name: str, instructions: bytes) -> int:
 
 
 def registers(byte: int) -> tuple[int, int]:
-    """(source, destination) register in an instruction's register byte; struct bpf_insn has them as bit fields."""
+    """The register byte of an instruction as (source, destination). In struct bpf_insn, these are bit fields."""
     return (byte >> 4, byte & 15) if sys.byteorder == "little" else (byte & 15, byte >> 4)
 
 
 def packed(source: int, target: int) -> int:
-    """Encode the register byte of an instruction; the inverse of `registers`."""
+    """The register byte of an instruction with these registers; the inverse of `registers`."""
     return source << 4 | target if sys.byteorder == "little" else target << 4 | source

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """bpf(2): the commands that the loader needs, each as one function over file descriptors and bytes.
 
-It needs no library but libc, so it works on any distribution.  Invariant: a function succeeds or raises OSError with
-the kernel's errno; it retries and interprets nothing.  The module must not know which maps or programs exist.
+The module needs no library but libc, so it works on any distribution.
+
+Invariant: a function succeeds, or raises OSError with the kernel's errno. It retries nothing and interprets nothing.
+The module must not know which maps or programs exist.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ LINK_UPDATE = 29
 LINK_DETACH = 34
 
 ATTR_BYTES = 152
-"""Size of union bpf_attr, larger than in any known kernel. The kernel requires zeros in bytes beyond its own union."""
+"""Size of our union bpf_attr: larger than in any known kernel. The bytes beyond the kernel's own union must be zero."""
 
 MAP_KINDS = {
     1: "hash", 2: "array", 3: "prog_array", 5: "percpu_hash", 6: "percpu_array", 9: "lru_hash", 11: "lpm_trie",
@@ -53,21 +55,21 @@ MAP_FLAGS = {"BPF_F_NO_PREALLOC": 1 << 0, "BPF_F_MMAPABLE": 1 << 10}
 BPF_F_RDONLY = 1 << 3
 BPF_F_BEFORE = 1 << 3
 MOST_PROGRAMS = 64
-"""The most programs on one hook of an interface (BPF_MPROG_MAX)."""
+"""Most programs on one hook of an interface (BPF_MPROG_MAX)."""
 PROG_TYPE_SCHED_CLS = 3
 PROG_TYPE_XDP = 6
 NAME_BYTES = 15
-"""The longest name of a map or program, without the terminating zero."""
+"""Longest name of a map or program in bytes, without the terminating zero."""
 LOG_BYTES = (1 << 24) - 1
-"""The largest verifier log that kernels before 6.4 accept."""
+"""Largest size of a verifier log that kernels before 6.4 accept."""
 LOG_PATHS, LOG_COUNTS = 1, 4
-"""Log levels of the verifier: all paths, or only statistics (BPF_LOG_LEVEL1, BPF_LOG_STATS)."""
+"""Log levels of the verifier: all paths (BPF_LOG_LEVEL1), or only statistics (BPF_LOG_STATS)."""
 TCX_INGRESS = 46
 TCX_EGRESS = 47
 
 
 class _Attr(ctypes.Structure):
-    """Base of the command attributes; each is copied into ATTR_BYTES of zeros."""
+    """Base class of the commands' attributes."""
 
 
 class _ElementAttr(_Attr):
@@ -276,7 +278,7 @@ class _RawLinkInfo(ctypes.Structure):
 class MapInfo:
     """The kernel's description of a map.
 
-    Sizes in bytes; ``kind`` as in MAP_KINDS, for other types the number as text.
+    Sizes are in bytes. ``kind``: the type as in MAP_KINDS; for a type that MAP_KINDS lacks, the number as text.
     """
 
     id: int
@@ -293,9 +295,10 @@ class MapInfo:
 
 @dataclass(frozen=True, slots=True)
 class ProgInfo:
-    """The kernel's description of a program. ``tag``: hex digest of its instructions. Sizes in bytes.
+    """The kernel's description of a program. Sizes are in bytes.
 
-    ``verified``: instructions that the verifier processed; 0 before 5.16, which does not report it.
+    ``tag``: digest of the instructions, in hexadecimal. ``verified``: number of instructions that the verifier
+    processed; 0 before Linux 5.16, which does not report the number.
     """
 
     id: int
@@ -330,7 +333,7 @@ def _syscall_number() -> int:
 
 
 def _bpf(command: int, attr: _Attr) -> int:
-    """Call bpf(2); afterwards ``attr`` has the kernel's output. Raises OSError."""
+    """Call bpf(2). At the return, ``attr`` has the kernel's output. Raises OSError."""
     room = ctypes.create_string_buffer(ATTR_BYTES)
     size = ctypes.sizeof(attr)
     ctypes.memmove(room, ctypes.byref(attr), size)
@@ -380,7 +383,10 @@ def map_delete(map_fd: int, key: Buffer) -> None:
 
 
 def map_next_key(map_fd: int, key: Buffer | None, following: Buffer) -> None:
-    """Write the key after ``key`` (None: the first) into ``following``. ENOENT at the end."""
+    """Write the key that follows ``key`` into ``following``. ``key`` None: write the first key.
+
+    ENOENT after the last key.
+    """
     _bpf(MAP_GET_NEXT_KEY, _element(map_fd, key, following))
 
 
@@ -388,7 +394,7 @@ def map_batch(
     command: int, map_fd: int, keys: Buffer, values: Buffer | None, count: int,
     *, start: Buffer | None = None, position: Buffer | None = None,
 ) -> tuple[int, int]:  # fmt: skip
-    """One batch command. Returns (elements done, errno or 0): a partial result is not an exception."""
+    """Run one batch command. Returns (elements done, errno or 0). A partial result does not raise an exception."""
     attr = _BatchAttr(
         in_batch=ctypes.addressof(start) if start is not None else 0,
         out_batch=ctypes.addressof(position) if position is not None else 0,
@@ -411,7 +417,7 @@ def obj_pin(fd: int, path: Path) -> None:
 
 
 def obj_get(path: Path, flags: int = 0) -> int:
-    """A new file descriptor of a pinned object. ``flags``: BPF_F_RDONLY for a process that may only read a map."""
+    """Open a pinned object. Returns a new descriptor. ``flags``: BPF_F_RDONLY if the process may only read the map."""
     name = buffer(bytes(path) + b"\0")
     return _bpf(OBJ_GET, _ObjAttr(pathname=ctypes.addressof(name), file_flags=flags))
 
@@ -433,7 +439,7 @@ def map_info(fd: int) -> MapInfo:
 
 
 def btf(number: int) -> bytes:
-    """The BTF blob with the kernel's id ``number``."""
+    """The BTF blob whose id in the kernel is ``number``."""
     fd = _bpf(BTF_GET_FD_BY_ID, _IdAttr(id=number))
     try:
         info = _BtfInfo()
@@ -456,17 +462,17 @@ def prog_info(fd: int) -> ProgInfo:
 
 
 def prog_fd(number: int) -> int:
-    """A descriptor of the program with the kernel's id ``number``. EPERM without CAP_SYS_ADMIN."""
+    """Open the program whose id in the kernel is ``number``. Returns a descriptor. EPERM without CAP_SYS_ADMIN."""
     return _bpf(PROG_GET_FD_BY_ID, _IdAttr(id=number))
 
 
 def map_fd(number: int) -> int:
-    """A descriptor of the map with the kernel's id ``number``. EPERM without CAP_SYS_ADMIN."""
+    """Open the map whose id in the kernel is ``number``. Returns a descriptor. EPERM without CAP_SYS_ADMIN."""
     return _bpf(MAP_GET_FD_BY_ID, _IdAttr(id=number))
 
 
 def prog_code(fd: int) -> bytes:
-    """A program's instructions after verification; empty if the kernel hides them from this process."""
+    """The instructions of a program after verification. Empty if the kernel does not show them to this process."""
     info = _RawProgInfo()
     _info(fd, info)
     size = info.xlated_len
@@ -477,7 +483,7 @@ def prog_code(fd: int) -> bytes:
 
 
 def prog_maps(fd: int) -> list[int]:
-    """The kernel's ids of the maps that a program uses."""
+    """The ids in the kernel of the maps that a program uses."""
     info = _RawProgInfo()
     _info(fd, info)
     numbers = (ctypes.c_uint32 * max(info.nr_map_ids, 1))()
@@ -497,9 +503,10 @@ def map_create(
     kind: str, name: str, key_size: int, value_size: int, max_entries: int, flags: int = 0,
     *, btf_fd: int = 0, btf_key_type: int = 0, btf_value_type: int = 0, inner_map_fd: int = 0,
 ) -> int:  # fmt: skip
-    """Create a map; returns its descriptor. ``kind``: as in MAP_KINDS. ``btf_*_type``: BTF type ids of key and value.
+    """Create a map. Returns its descriptor.
 
-    ``inner_map_fd``: for a map of maps, a map with the properties of its elements.
+    ``kind``: as in MAP_KINDS. ``btf_*_type``: BTF type ids of key and value. ``inner_map_fd``: for a map of maps, a map
+    like those that will be its elements.
     """
     number = next(number for number, one in MAP_KINDS.items() if one == kind)
     return _bpf(
@@ -513,7 +520,7 @@ def map_create(
 
 
 def btf_load(blob: bytes) -> int:
-    """Load a BTF blob into the kernel; returns its descriptor."""
+    """Load a BTF blob into the kernel. Returns a descriptor."""
     content = buffer(blob)
     return _bpf(BTF_LOAD, _BtfLoadAttr(btf=ctypes.addressof(content), btf_size=len(blob)))
 
@@ -522,9 +529,9 @@ def prog_load(
     instructions: bytes, program_type: int = PROG_TYPE_SCHED_CLS, *, name: str = "", log: Buffer | None = None,
     log_level: int = LOG_PATHS,
 ) -> int:  # fmt: skip
-    """Load a program of raw instructions, 8 bytes each; returns its descriptor.
+    """Load a program of raw instructions, which have 8 bytes each. Returns the program's descriptor.
 
-    ``log``: buffer for the verifier's log.
+    ``log``: memory for the verifier's log.
     """
     code, license_text = buffer(instructions), buffer(b"Dual BSD/GPL\0")
     return _bpf(
@@ -545,7 +552,7 @@ def prog_load(
 def prog_test_run(prog_fd: int, frame: bytes, context: bytes | bytearray, repeat: int) -> tuple[int, int]:
     """Run a program on a frame. Returns (verdict as a signed number, mean duration in ns).
 
-    ``context``: a ``struct __sk_buff``; if it is a bytearray, it has the program's changes afterwards.
+    ``context``: a ``struct __sk_buff``. A bytearray has the program's changes afterwards.
     """
     data, ctx = buffer(frame), buffer(bytes(context))
     has_output = isinstance(context, bytearray)
@@ -566,10 +573,10 @@ def prog_test_run(prog_fd: int, frame: bytes, context: bytes | bytearray, repeat
 
 
 def link_create(prog_fd: int, ifindex: int, attach_type: int, flags: int = 0) -> int:
-    """Attach a program to an interface as a tcx link; returns the link's descriptor.
+    """Attach a program to an interface as a tcx link. Returns the link's descriptor.
 
-    The link lasts as long as the descriptor or a pin of it.  The program runs after all present programs; with
-    ``flags`` BPF_F_BEFORE, before them.
+    The link lasts as long as the descriptor or a pin of the link. The program runs after all programs that are attached
+    already; with BPF_F_BEFORE in ``flags``, before them.
     """
     return _bpf(
         LINK_CREATE, _LinkCreateAttr(prog_fd=prog_fd, target_ifindex=ifindex, attach_type=attach_type, flags=flags)
@@ -577,7 +584,7 @@ def link_create(prog_fd: int, ifindex: int, attach_type: int, flags: int = 0) ->
 
 
 def prog_query(ifindex: int, attach_type: int) -> list[int]:
-    """Ids of the tcx programs on a hook of an interface, in the order in which they run. Linux 6.6 and newer."""
+    """The ids of the tcx programs on a hook of an interface, in the order in which they run. Needs Linux 6.6."""
     numbers = (ctypes.c_uint32 * MOST_PROGRAMS)()
     attr = _ProgQueryAttr(
         target_ifindex=ifindex, attach_type=attach_type, prog_ids=ctypes.addressof(numbers), count=MOST_PROGRAMS
@@ -587,10 +594,10 @@ def prog_query(ifindex: int, attach_type: int) -> list[int]:
 
 
 def link_update(link_fd: int, prog_fd: int) -> None:
-    """Replace a link's program atomically: each packet meets the old program or the new one."""
+    """Replace a link's program atomically: each packet meets either the old program or the new one."""
     _bpf(LINK_UPDATE, _LinkUpdateAttr(link_fd=link_fd, new_prog_fd=prog_fd))
 
 
 def link_detach(link_fd: int) -> None:
-    """Detach a link from its interface at once, although descriptors or pins of it remain."""
+    """Detach a link from its interface at once, even if descriptors or pins of the link remain."""
     _bpf(LINK_DETACH, _LinkDetachAttr(link_fd=link_fd))

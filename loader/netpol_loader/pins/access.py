@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modes of the pins: root (or the agent's user) may open all of them; a group, if one is set, may read most maps.
+"""Modes of the pins. Root (or the agent's user) may open all pins; a group, if one is set, may read most maps.
 
-The group may list the directory of the pins and open maps for reading, with three exceptions.  It may not open
-programs: a process that has a program open can run it, and a run writes connections.  It may not open links.  It may
-not open private maps (`abi.MapTrait.PRIVATE`): the order of the connection tables reveals the secret of their hash, and
-with the secret one can direct flows to one bucket.  The group may pass through the parent directory but not open it: a
-process with an open directory can lock it (flock(2)) against the agent.
+The group may list the directory of the pins, and open maps for reading. There are four exceptions.
 
-Invariant: only the owner has access to what the group has not.  The module must not know what the maps mean.
+- The group may not open programs. A process that has opened a program can run it, and a run writes connections.
+- The group may not open links.
+- The group may not open private maps (`abi.MapTrait.PRIVATE`). The order of the connection tables reveals the secret of
+  their hash, and whoever knows the secret can direct flows to one bucket.
+- The group may pass through the parent directory, but not open it. A process with an open directory can lock it
+  (flock(2)) against the agent.
+
+Invariant: what the group may not access, only the owner may. The module must not know the meaning of maps.
 """
 
 from __future__ import annotations
@@ -24,23 +27,26 @@ from netpol_loader.pins.dataplane import Dataplane
 from netpol_loader.pins.programs import CURRENT
 
 PRIVATE = frozenset(abi.maps_with(abi.MapTrait.PRIVATE))
-"""Maps that the group must not read: the hash's secret, connections (their slots reveal it), working memory."""
+"""Names of the maps that the group must not read.
+
+They are the secret of the hash, the connections, whose slots reveal the secret, and the working memory.
+"""
 
 _OWNER_OF_DIRECTORY, _OWNER_OF_PIN = 0o700, 0o600
 _LIST, _PASS, _READ = 0o050, 0o010, 0o040
 
 
 def grant(dataplane: Dataplane, group: int | None) -> list[Path]:
-    """Set mode and group (by number) of all pins; returns the paths that changed.
+    """Set the mode and the group of all pins. ``group``: its number; None: no group. Returns the paths that changed.
 
-    Cost: a system call for each pin.  Raises PlatformError without the permission: only members of a group, and
-    processes with CAP_CHOWN, can give a file to it.
+    Cost: a system call for each pin. Raises PlatformError without the permission: only a member of a group, or a
+    process with CAP_CHOWN, can give a file to the group.
     """
     return [path for path, mode in _modes(dataplane) if _set(path, mode, group)]
 
 
 def closed_parent(pin_root: Path, group: int) -> Path | None:
-    """The topmost directory above the pins that the group cannot pass; None if it can pass all."""
+    """The topmost directory above the pins that the group may not pass. None if the group may pass all of them."""
     for path in reversed(pin_root.absolute().parents):
         seen = path.stat()
         if not seen.st_mode & stat.S_IXOTH and not (seen.st_gid == group and seen.st_mode & stat.S_IXGRP):
@@ -49,7 +55,7 @@ def closed_parent(pin_root: Path, group: int) -> Path | None:
 
 
 def _modes(dataplane: Dataplane) -> Iterator[tuple[Path, int]]:
-    """(path, mode) of each pin; the mode includes the group's permissions."""
+    """The path and the mode of each pin. The mode includes the permissions of the group."""
     yield dataplane.pin_root, _OWNER_OF_DIRECTORY | _PASS
     yield dataplane.pin_dir, _OWNER_OF_DIRECTORY | _LIST
     yield dataplane.pin_dir / LINKS, _OWNER_OF_DIRECTORY
@@ -59,7 +65,10 @@ def _modes(dataplane: Dataplane) -> Iterator[tuple[Path, int]]:
 
 
 def _set(path: Path, mode: int, group: int | None) -> bool:
-    """Set mode and group of a path; returns whether it changed. Skips a missing path, which `drift` restores."""
+    """Set the mode and the group of a path. Returns whether they changed.
+
+    A missing path is skipped; `drift` restores it.
+    """
     wanted = mode if group is not None else mode & ~0o070
     try:
         seen = path.stat()

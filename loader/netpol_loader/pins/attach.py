@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attach the programs to interfaces, list the attached ones, detach them.
 
-There are two mechanisms.  *tcx* (Linux 6.6 and newer): a link pinned under the dataplane's ``links``; it outlives the
-process, and its program can be replaced in one step.  *clsact*: a filter on a queueing discipline, through
-`netpol_loader.host.netlink`; the kernel keeps the filter with the interface, and its name contains the program's id.
-Invariants: attaching twice is attaching once; at no moment of an exchange is an interface without a program; only our
-own programs are ever detached.  The module must not choose interfaces.
+There are two mechanisms. *tcx* (Linux 6.6 and newer): a link that is pinned under the dataplane's ``links``. A link
+outlives the process, and its program can be replaced in one step. *clsact*: a filter on a queueing discipline, through
+`netpol_loader.host.clsact`. The kernel keeps the filter as long as the interface. The filter's name contains the
+program's id.
+
+Invariants: a second attachment of an attached program changes nothing. During an exchange, an interface has a program
+at every moment. Only our own programs are ever detached. The module must not choose interfaces.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from netpol_ebpf.errors import PlatformError
 from netpol_loader.host import clsact
@@ -34,14 +36,24 @@ SUFFIXES: Mapping[Hook, str] = {Hook.TC_INGRESS: "_in", Hook.TC_EGRESS: "_out"}
 LINKS = "links"
 CLSACT_MARK = "_clsact"
 NO_INTERFACE = 0x7FFF_FFFF
-"""An impossible interface index: with it, attaching tests whether the kernel has tcx, and never succeeds."""
+"""An interface index that cannot exist. An attachment to it never succeeds, but shows whether the kernel has tcx."""
 
 
 class Mechanism(enum.Enum):
-    """The mechanism of an attachment."""
+    """How a program is attached."""
 
     TCX = "tcx"
     CLSACT = "clsact"
+
+
+class PinnedPrograms(Protocol):
+    """Programs in force, and the directory with the pins of their links. `Dataplane` is one."""
+
+    @property
+    def pin_dir(self) -> Path: ...  # noqa: D102 - its ``links`` has the pins
+
+    def program_fd(self, hook: Hook) -> int:
+        """Descriptor of a hook's program."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -54,8 +66,8 @@ class Attachment:
     prog_id: int
 
 
-def preferred_mechanism(dataplane: Dataplane) -> Mechanism:
-    """The best mechanism of this kernel: tcx, otherwise clsact."""
+def preferred_mechanism(dataplane: PinnedPrograms) -> Mechanism:
+    """The best mechanism of this kernel: tcx if the kernel has it, otherwise clsact."""
     try:
         fd = syscall.link_create(dataplane.program_fd(Hook.TC_INGRESS), NO_INTERFACE, syscall.TCX_INGRESS)
     except OSError as error:
@@ -64,12 +76,14 @@ def preferred_mechanism(dataplane: Dataplane) -> Mechanism:
     raise AssertionError("attached to an interface that cannot exist")
 
 
-def attach(ifindex: int, dataplane: Dataplane, mechanism: Mechanism | None = None, *, is_newborn: bool = False) -> None:
-    """Attach both programs to an interface; a program that is attached already stays.
+def attach(
+    ifindex: int, dataplane: PinnedPrograms, mechanism: Mechanism | None = None, *, is_newborn: bool = False
+) -> None:
+    """Attach both programs to an interface. A program that is already attached stays.
 
-    ``mechanism`` None: that of the interface's present programs, otherwise the preferred one.  ``is_newborn``: the
-    interface has just appeared, so it has no filters of ours; a query for filters takes longer than everything else.
-    Raises PlatformError if the interface is gone, or the kernel refuses.
+    ``mechanism``: for programs that are not attached yet; None: the preferred one. ``is_newborn``: the interface has
+    just appeared, so it has no filters of ours. The call then saves the query for filters, which takes longer than
+    everything else. Raises PlatformError if the interface is gone, or the kernel refuses.
     """
     found = _tcx_attachments(dataplane, ifindex)
     if not is_newborn:
@@ -91,16 +105,16 @@ def attach(ifindex: int, dataplane: Dataplane, mechanism: Mechanism | None = Non
 
 
 def detach(ifindex: int, dataplane: Dataplane) -> bool:
-    """Detach both programs from an interface, or forget an interface that is gone; False if it had none.
+    """Detach both programs from an interface. Returns False if it had none.
 
-    Raises PlatformError.
+    If the interface is gone, only its pins and marks are removed. Raises PlatformError.
     """
     found = attached(ifindex, dataplane)
     for one in found:
         try:
             _detach(one, dataplane)
         except (OSError, PlatformError) as error:  # noqa: PERF203 - two at most
-            if find_link(ifindex) is not None:  # else the programs went with the interface
+            if find_link(ifindex) is not None:  # otherwise the programs are gone with the interface
                 what = error.message if isinstance(error, PlatformError) else error.strerror
                 raise PlatformError(
                     f"cannot detach {one.hook.value} from interface {ifindex}, where it goes on enforcing: {what}"
@@ -122,12 +136,12 @@ def _detach(one: Attachment, dataplane: Dataplane) -> None:
 
 
 def attached(ifindex: int, dataplane: Dataplane) -> tuple[Attachment, ...]:
-    """Attachments of our programs to an interface, by either mechanism."""
+    """The attachments of our programs to an interface, by either mechanism."""
     return tuple(sorted(_tcx_attachments(dataplane, ifindex) | _clsact_attachments(dataplane, ifindex), key=_order))
 
 
 def attachments(dataplane: Dataplane) -> tuple[Attachment, ...]:
-    """All attachments of ours in this network namespace."""
+    """All attachments of our programs in this network namespace."""
     found = set(_tcx_attachments(dataplane))
     for ifindex in clsact.interfaces():
         found |= _clsact_attachments(dataplane, ifindex)
@@ -135,10 +149,10 @@ def attachments(dataplane: Dataplane) -> tuple[Attachment, ...]:
 
 
 def others(ifindex: int, dataplane: Dataplane) -> list[str]:
-    """Other parties' programs on an interface's ingress hook, for messages: tcx by id, clsact filters by name."""
+    """The programs of others on an interface's ingress hook, for messages: tcx by id, clsact by name."""
     ours = syscall.prog_info(dataplane.program_fd(Hook.TC_INGRESS)).id
     found: list[str] = []
-    with contextlib.suppress(OSError):  # it is gone, or the kernel has no tcx
+    with contextlib.suppress(OSError):  # the interface is gone, or the kernel has no tcx
         numbers = syscall.prog_query(ifindex, ATTACH_TYPES[Hook.TC_INGRESS])
         found += [f"tcx program {number}" for number in numbers if number != ours]
     return found + [f"filter {name}" for name in clsact.foreign_filters(ifindex, Hook.TC_INGRESS)]
@@ -152,16 +166,19 @@ def detach_all(dataplane: Dataplane) -> None:
 
 
 def prune(dataplane: Dataplane, present: Collection[int] = ()) -> None:
-    """Remove pins, and the directories that mark clsact interfaces, of interfaces that are gone.
+    """Remove the pins and the clsact marks of interfaces that are gone.
 
-    ``present``: interfaces known to exist, which need no check.
+    ``present``: interfaces that are known to exist, and need no check.
     """
     for ifindex in {int(path.name.partition("_")[0]) for path in _listed(dataplane)} - set(present):
         _forget_dead(dataplane, ifindex)
 
 
 def replace(dataplane: Dataplane, old: Mapping[Hook, Collection[int]]) -> None:
-    """Replace our programs on every interface by the dataplane's. ``old``: ids of the programs to replace on clsact."""
+    """Replace our programs on every interface by those of this dataplane.
+
+    ``old``: ids of the programs to replace on clsact.
+    """
     for path in _link_paths(dataplane):
         _update_link(dataplane, path)
     for ifindex in clsact.interfaces():
@@ -171,7 +188,7 @@ def replace(dataplane: Dataplane, old: Mapping[Hook, Collection[int]]) -> None:
 
 
 def take_links(dataplane: Dataplane, links: Path) -> None:
-    """Take over the tcx links and marks pinned in another directory: replace their programs, move the pins.
+    """Take over the tcx links and clsact marks in another directory: replace their programs, move the pins.
 
     If the process is killed meanwhile, the next call takes over the rest, which is still in the other directory.
     """
@@ -187,7 +204,7 @@ def take_links(dataplane: Dataplane, links: Path) -> None:
 
 
 def listed_interfaces(links: Path) -> set[int]:
-    """Interfaces of the tcx links that are pinned in a directory."""
+    """The interfaces of the tcx links that are pinned in a directory."""
     found = set()
     for path in sorted(links.iterdir()) if links.is_dir() else ():
         if not path.name.endswith(CLSACT_MARK):
@@ -197,7 +214,7 @@ def listed_interfaces(links: Path) -> set[int]:
 
 
 def _update_link(dataplane: Dataplane, path: Path) -> bool:
-    """Put our program on a link; False if the link's interface is gone."""
+    """Put our program on a link. Returns False if the link's interface is gone."""
     with _opened(path) as fd:
         info = syscall.link_info(fd)
         if info.ifindex:
@@ -210,12 +227,12 @@ def _order(one: Attachment) -> tuple[int, str, str]:
     return (one.ifindex, one.hook.value, one.mechanism.value)
 
 
-def _attach_tcx(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
+def _attach_tcx(ifindex: int, dataplane: PinnedPrograms, hook: Hook) -> None:
     path = link_path(dataplane, ifindex, hook)
     path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
-    path.unlink(missing_ok=True)  # of a former interface with this number; a live one was found before
+    path.unlink(missing_ok=True)  # the pin of a former interface with this index
     try:
-        # Before all others, as with clsact: another party's program that lets a packet pass must not run before policy.
+        # First, as with clsact: another program that lets a packet pass must not run before policy.
         fd = syscall.link_create(dataplane.program_fd(hook), ifindex, ATTACH_TYPES[hook], syscall.BPF_F_BEFORE)
     except OSError as error:
         raise PlatformError(f"cannot attach {hook.value} to interface {ifindex}: {error.strerror}") from error
@@ -225,42 +242,45 @@ def _attach_tcx(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
         os.close(fd)
 
 
-def _attach_clsact(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
+def _attach_clsact(ifindex: int, dataplane: PinnedPrograms, hook: Hook) -> None:
     if clsact.add(ifindex):
         _clsact_mark(dataplane, ifindex).mkdir(parents=True, exist_ok=True)
     _put_filter(ifindex, dataplane, hook)
 
 
-def _put_filter(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
+def _put_filter(ifindex: int, dataplane: PinnedPrograms, hook: Hook) -> None:
     prog_fd = dataplane.program_fd(hook)
     clsact.put_filter(ifindex, hook, prog_fd, syscall.prog_info(prog_fd).id)
 
 
-def _clsact_mark(dataplane: Dataplane, ifindex: int) -> Path:
-    """A directory that marks an interface's clsact as ours to remove, because bpffs has no plain files."""
+def _clsact_mark(dataplane: PinnedPrograms, ifindex: int) -> Path:
+    """A directory that marks an interface's clsact as ours, so that `detach` removes it.
+
+    A file is not possible in bpffs.
+    """
     return dataplane.pin_dir / LINKS / f"{ifindex}{CLSACT_MARK}"
 
 
-def link_path(dataplane: Dataplane, ifindex: int, hook: Hook) -> Path:
+def link_path(dataplane: PinnedPrograms, ifindex: int, hook: Hook) -> Path:
     """The path of a tcx link's pin."""
     return dataplane.pin_dir / LINKS / f"{ifindex}{SUFFIXES[hook]}"
 
 
-def _link_paths(dataplane: Dataplane, ifindex: int | None = None) -> list[Path]:
+def _link_paths(dataplane: PinnedPrograms, ifindex: int | None = None) -> list[Path]:
     if ifindex is not None:
         return [path for hook in Hook if (path := link_path(dataplane, ifindex, hook)).exists()]
     return [path for path in _listed(dataplane) if not path.name.endswith(CLSACT_MARK)]
 
 
-def _listed(dataplane: Dataplane) -> list[Path]:
-    """All pins and marks of interfaces; empty if somebody removed the directory."""
+def _listed(dataplane: PinnedPrograms) -> list[Path]:
+    """The paths of all pins and marks of interfaces. Empty if somebody removed their directory."""
     try:
         return sorted((dataplane.pin_dir / LINKS).iterdir())
     except FileNotFoundError:
         return []
 
 
-def _tcx_attachments(dataplane: Dataplane, ifindex: int | None = None) -> set[Attachment]:
+def _tcx_attachments(dataplane: PinnedPrograms, ifindex: int | None = None) -> set[Attachment]:
     found = set()
     for path in _link_paths(dataplane, ifindex):
         with _opened(path) as fd:
@@ -271,7 +291,7 @@ def _tcx_attachments(dataplane: Dataplane, ifindex: int | None = None) -> set[At
     return found
 
 
-def _clsact_attachments(dataplane: Dataplane, ifindex: int) -> set[Attachment]:
+def _clsact_attachments(dataplane: PinnedPrograms, ifindex: int) -> set[Attachment]:
     ours = {syscall.prog_info(dataplane.program_fd(hook)).id for hook in Hook}
     return {
         Attachment(ifindex, one.hook, Mechanism.CLSACT, one.prog_id)
@@ -283,7 +303,8 @@ def _clsact_attachments(dataplane: Dataplane, ifindex: int) -> set[Attachment]:
 def _forget_dead(dataplane: Dataplane, ifindex: int) -> None:
     """Remove the pins and marks of an interface that is gone.
 
-    If it moved to another network namespace, its programs are detached: it has no endpoint row there.
+    If the interface has moved to another network namespace, this detaches its programs, which would find no endpoint
+    row there.
     """
     is_here = find_link(ifindex) is not None
     for path in _link_paths(dataplane, ifindex):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build the content of a pin directory: missing maps, and a program set that uses the maps.
+"""Build the content of a pin directory: the missing maps, and a program set that uses all maps.
 
-Invariants: an existing map is used, whatever its size; this process compiles nothing (`netpol_loader.pins.compilation`
-does).  The module must not know what is in the maps, nor attach anything.
+Invariants: an existing map is used, whatever its size. This process compiles nothing (`netpol_loader.pins.compilation`
+does). The module must not know what the maps contain, and must not attach anything.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from netpol_loader.tables.buckets import buckets_for
 log = logging.getLogger(__name__)
 
 DIRECTORIES = (PREPARED_DIR, CACHE_DIR)
-"""Directories that are searched for compiled files; new files are kept in the last one."""
+"""The directories that are searched for compiled files. New files are stored in the last one."""
 
 
 def compiled_program(*, keep: bool = True) -> Compiled:
-    """The product's programs: from a compiled file, otherwise compiled now and stored for the next start.
+    """The product's programs: from a compiled file, or else compiled now and stored for the next start.
 
-    ``keep`` False: not stored.  Raises LoadError, and PlatformError if there is neither a file nor a compiler.
+    ``keep`` False: do not store them. Raises LoadError if they do not compile. Raises PlatformError if there is neither
+    a file nor a compiler.
     """
     digest, machine = compilation.source_digest(compilation.source_dir()).hex(), platform.machine()
     found = find_compiled(digest, machine, compilation.compiler_name(), DIRECTORIES)
@@ -57,10 +58,10 @@ def compiled_program(*, keep: bool = True) -> Compiled:
 def make_maps(
     directory: Path, sizes: Mapping[str, int], specs: Mapping[str, abi.MapSpec] = abi.MAP_SPECS
 ) -> dict[str, Map]:
-    """Make and pin the maps of ``specs`` that are missing in a directory; returns all of them, open.
+    """Make and pin those maps of ``specs`` that a directory lacks. Returns all maps of ``specs``, open.
 
-    ``sizes``: max_entries by name for new maps; of bucketed tables in rows.  Raises LoadError if the kernel rejects a
-    map, PlatformError for an unknown name.
+    ``sizes``: max_entries of new maps, by name; of a bucketed table, its rows. Raises LoadError if the kernel rejects a
+    map. Raises PlatformError if ``sizes`` has an unknown name.
     """
     unknown = sizes.keys() - specs.keys()
     if unknown:
@@ -76,9 +77,11 @@ def make_maps(
 
 
 def try_load() -> list[syscall.ProgInfo]:
-    """Load the product's programs with minimal maps and release them; returns the kernel's description of each.
+    """Load the product's programs with minimal maps, then release them.
 
-    Nothing is pinned, attached or stored.  Raises what `compiled_program` and `ProgramSet.load` raise.
+    Returns the kernel's description of each program.
+
+    Nothing is pinned, attached or stored. Raises the errors of `compiled_program` and of `ProgramSet.load`.
     """
     compiled = compiled_program(keep=False)
     smallest = {
@@ -100,9 +103,9 @@ def try_load() -> list[syscall.ProgInfo]:
 def load_entry(
     directory: Path, entry: Path, programs: tuple[str, ...], specs: Mapping[str, abi.MapSpec]
 ) -> dict[str, int]:
-    """Compile and load another C file over the same headers, for measurements; returns descriptors by program name.
+    """Compile and load another C file over the same headers, for measurements. Returns descriptors by program name.
 
-    ``specs``: maps that the file declares besides the product's.  All maps are made and pinned in ``directory``.
+    ``specs``: the maps that the file declares besides the product's. All maps are made and pinned in ``directory``.
     """
     compiled = compilation.compile_program(entry=entry, programs=programs)
     every = {**abi.MAP_SPECS, **specs}
@@ -121,8 +124,8 @@ def load_entry(
 def kernel_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
     """Convert sizes in rows to max_entries of the kernel's maps, by name.
 
-    A bucketed table gets the buckets that its rows need, and its overflow map has room for all rows.  A map with a
-    range of slots for each CPU gets at least one slot for each.  A masked map gets the next power of two.
+    A bucketed table gets the buckets that its rows need, and its overflow map gets room for all rows. A map with the
+    trait "ranged" gets at least one slot for each CPU. A map with the trait "masked" gets the next power of two.
     """
     result = dict(sizes)
     for name in PER_CPU_RANGES & sizes.keys():
@@ -142,7 +145,7 @@ def kernel_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _create_maps(specs: Sequence[abi.MapSpec], sizes: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-    """Make maps with BTF; yields (name, descriptor), and the caller closes each. Raises LoadError."""
+    """Make maps with BTF. Yields each as (name, descriptor); the caller must close the descriptor. Raises LoadError."""
     types = Writer()
     numbers = {spec.name: _types_of(spec, types) for spec in specs}
     btf_fd = syscall.btf_load(types.blob()) if any(number for _, number in numbers.values()) else -1
@@ -166,7 +169,7 @@ def _create_maps(specs: Sequence[abi.MapSpec], sizes: Mapping[str, int]) -> Iter
 
 
 def _types_of(spec: abi.MapSpec, types: Writer) -> tuple[int, int]:
-    """BTF type ids of a map's key and value; (0, 0): the map has no BTF."""
+    """The BTF type ids of a map's key and value. (0, 0) if the map has no BTF."""
     if spec.value is None:
         return 0, 0
     return types.number_of(spec.key or ctypes.c_uint32), types.number_of(spec.value)

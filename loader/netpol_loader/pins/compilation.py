@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the C sources to a compiled file, by BCC, in a child process that exits afterwards.
 
-BCC never frees its compiler's memory, so the process that enforces policy never compiles.  BCC only compiles: the
-sources declare no map in its dialect, so it creates no map and needs no privilege.  In its instructions, maps and masks
-are numbers (bpf/np_lang.h) that `netpol_loader.kernel.relocation` replaces.  BCC gets no kernel headers, only the shim
-directory beside the sources.
+BCC never frees its compiler's memory, so the process that enforces policy never compiles. BCC only compiles. The
+sources declare no map in BCC's dialect, so BCC creates no map and needs no privilege. In the compiled instructions,
+maps and masks are numbers (bpf/np_lang.h) that `netpol_loader.kernel.relocation` replaces. BCC gets no kernel headers,
+only the shim directory beside the sources.
 
-Invariant: this is the one module that imports bcc.  The module must not know what the maps mean, nor call bpf(2).
+Invariant: only this module imports bcc. The module must not know the meaning of maps, and must not call bpf(2).
 """
 
 from __future__ import annotations
@@ -34,22 +34,28 @@ from netpol_loader.pins.compiled import Compiled, decode_compiled, encode_compil
 ENTRY = "netpol.c"
 
 COMPILE_TIMEOUT_S = 600.0
-"""A compilation takes some seconds, on an emulated CPU some minutes; the limit is arbitrary."""
+"""Most seconds of a compilation, which takes some seconds, or some minutes on an emulated CPU.
+
+The value is arbitrary.
+"""
 
 ERROR_LINES = 25
-"""Last characters of clang's output that an error includes; the end of the output has the cause."""
+"""Number of last lines of clang's output that an error includes. The end of the output has the cause."""
 
 PROGRAMS = (*(hook.value for hook in Hook), *abi.CALLS.values())
 """The functions of netpol.c that are programs."""
 
 FLAGS = ("-Wno-unknown-pragmas", "-Wno-pass-failed", "-Xclang", "-disable-llvm-passes")
-"""The last option: BCC runs LLVM's passes itself; clang would run all of them before, which doubles the time."""
+"""Options of clang.
+
+With the last one, clang does not run LLVM's passes: BCC runs them itself, and a second run would double the time.
+"""
 
 DECLARED_MAP = re.compile(r'^NP_MAP(?:_RINGBUF\(|\("\w+", )(\w+)', re.MULTILINE)
 
 
 def source_dir() -> Path:
-    """The directory of the C sources: in the installed package, otherwise in the repository."""
+    """The directory of the C sources: in the installed package, or else in the repository."""
     package = Path(netpol_loader.__file__).resolve().parent
     for candidate in (package / "bpf", package.parent.parent / "bpf"):
         if (candidate / ENTRY).is_file():
@@ -61,7 +67,7 @@ def source_dir() -> Path:
 
 
 def source_digest(directory: Path, entry: Path | None = None, machine: str | None = None) -> bytes:
-    """SHA-256 of all input of a compilation except the compiler: sources, shim, options, machine."""
+    """The SHA-256 of all input of a compilation except the compiler: sources, shim, options and machine."""
     machine = machine or platform.machine()
     digest = hashlib.sha256(repr((machine, _flags(machine), PROGRAMS)).encode())
     for path in [
@@ -74,14 +80,17 @@ def source_digest(directory: Path, entry: Path | None = None, machine: str | Non
 
 
 def declared_maps(directory: Path, entry: Path | None = None) -> tuple[str, ...]:
-    """Names of the maps in the order of declaration, which numbers them: first the headers', then the entry file's."""
+    """The names of all maps, in the order of declaration: those of the headers, then those of the entry file.
+
+    The compiled instructions have the index of a name in place of a map.
+    """
     text = (directory / "np_maps.h").read_text() + (entry.read_text() if entry else "")
     return tuple(DECLARED_MAP.findall(text))
 
 
 @functools.cache
 def compiler_name() -> str | None:
-    """The versions of BCC and LLVM, found without loading them (60 MB); None: there is no BCC."""
+    """The versions of BCC and LLVM. None if BCC is missing. The libraries are not loaded, because that takes 60 MB."""
     spec = importlib.util.find_spec("bcc")
     if spec is None or spec.submodule_search_locations is None:
         return None
@@ -105,11 +114,11 @@ def _llvm_version() -> str:
 def compile_program(
     *, entry: Path | None = None, programs: Sequence[str] = PROGRAMS, machine: str | None = None
 ) -> Compiled:
-    """Compile in a child process. Takes some seconds, and 200 MB until the child exits.
+    """Compile in a child process. This takes some seconds, and 200 MB until the child exits.
 
-    ``entry``, ``programs``: another C file over the same headers and its functions, for measurements.  ``machine``: the
-    target, in the form of platform.machine(); None: this machine.  Raises LoadError with the last lines of clang's
-    output, PlatformError if BCC is missing.
+    ``entry``: another C file over the same headers, for measurements; ``programs``: the functions in it that are
+    programs. ``machine``: the target, in the form of platform.machine(); None: this machine. Raises LoadError with the
+    last lines of clang's output. Raises PlatformError if BCC is missing.
     """
     if compiler_name() is None:
         raise PlatformError(
@@ -138,7 +147,7 @@ def _flags(machine: str) -> tuple[str, ...]:
 
 
 def _compile(directory: Path, entry: Path | None, programs: Sequence[str], machine: str) -> Compiled:
-    """Compile in this process. BCC itself prints clang's output on standard error."""
+    """Compile in this process. BCC itself prints clang's output to standard error."""
     os.environ["BCC_KERNEL_SOURCE"] = str(directory / "shim")
     from bcc import BPF
 
@@ -155,7 +164,7 @@ def _compile(directory: Path, entry: Path | None, programs: Sequence[str], machi
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry of the child process: it writes the compiled file to standard output."""
+    """The child process: write the compiled file to standard output."""
     parser = argparse.ArgumentParser(prog="netpol_loader.pins.compilation", description="Compile the packet path.")
     parser.add_argument("--sources", type=Path, required=True, help="the directory bpf/")
     parser.add_argument("--machine", required=True, help="as `uname -m` says")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled packet path as a file, and the directories of such files.
 
-The kernel runs the file's content, so a file is used only if nobody but root and this process's user can have written
-it: file and directory belong to one of them, and no other user may write there.  The file's name and content have the
-digest of the sources from which it was made; a digest of the content reveals damage. docs/compiled-program.md explains
+The kernel runs the content of such a file. So a file is used only if nobody but root and this process's user can have
+written it: the file and its directory belong to one of them, and no other user may write there. The file has the digest
+of the sources in its name and in its content. A digest of the content reveals damage. docs/compiled-program.md explains
 what is trusted and why.
 
 Invariant: a file that does not meet every condition is not used, and the reason is logged or raised.
@@ -28,18 +28,19 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 PREPARED_DIR = Path("/usr/lib/netpol-ebpf")
-"""Directory where `netpolctl compile` writes a file for an image or a package; nothing else is written there."""
+"""The directory in which `netpolctl compile` writes a file for an image or a package. Nothing else writes there."""
 CACHE_DIR = Path("/var/cache/netpol-ebpf")
-"""Directory where an agent that had to compile stores the result; `netpolctl cleanup` removes it."""
+"""The directory in which an agent that had to compile stores the result. `netpolctl cleanup` removes the directory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
     """Compiled programs that are not loaded yet.
 
-    ``digest``: hex SHA-256 of the sources and options (`netpol_loader.pins.compilation.source_digest`).  ``machine``:
-    in the form of `uname -m`.  ``maps``: names; an instruction has a map's index in place of the map.  ``programs``:
-    instructions of 8 bytes each, by program name.
+    ``digest``: SHA-256 of the sources and options, in hexadecimal (`netpol_loader.pins.compilation.source_digest`).
+    ``machine``: the architecture, as `uname -m` prints it. ``compiler``: versions of BCC and LLVM. ``maps``: their
+    names; an instruction has the index of a name in place of a map. ``programs``: by name, the instructions, which have
+    8 bytes each.
     """
 
     digest: str
@@ -50,12 +51,12 @@ class Compiled:
 
 
 def file_name(digest: str, machine: str) -> str:
-    """The file name for sources with this digest and this machine."""
+    """The file name for a digest of sources and an architecture."""
     return f"packet-path-{machine}-{digest[:16]}.json"
 
 
 def encode_compiled(compiled: Compiled) -> bytes:
-    """Encode programs as a JSON document that includes its own SHA-256."""
+    """Encode the programs as a JSON document with its own SHA-256."""
     content = {
         "format": FORMAT,
         "digest": compiled.digest,
@@ -68,7 +69,7 @@ def encode_compiled(compiled: Compiled) -> bytes:
 
 
 def decode_compiled(raw: bytes, where: str) -> Compiled:
-    """Decode a document. Raises PlatformError if it is damaged or has another format; ``where``: its name in errors."""
+    """Decode a document. Raises PlatformError if it is damaged or has another format. ``where``: its name in errors."""
     try:
         content = json.loads(raw)
         stated = content.pop("sha256")
@@ -89,10 +90,9 @@ def _digest_of(content: Mapping[str, object]) -> str:
 
 
 def find_compiled(digest: str, machine: str, compiler: str | None, directories: Sequence[Path]) -> Compiled | None:
-    """Load the compiled file for these sources; None if no directory has a usable one.
+    """Load the compiled file for these sources. None if no directory has a file that may be used.
 
-    ``compiler``: the compiler of this machine, which must have made the file; None: this machine has no compiler, so
-    the file may come from any.
+    ``compiler``: the versions that must have made the file; None: any, because this machine has no compiler.
     """
     for path in (directory / file_name(digest, machine) for directory in directories):
         try:
@@ -116,7 +116,8 @@ def find_compiled(digest: str, machine: str, compiler: str | None, directories: 
 def load_compiled(path: Path) -> Compiled:
     """Read a file.
 
-    Raises FileNotFoundError, another OSError, or PlatformError if others could write it or it is damaged.
+    Raises FileNotFoundError or another OSError. Raises PlatformError if the file is damaged, or if other users could
+    write it.
     """
     _require_ours(path.parent, path.parent.stat())
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # O_NONBLOCK: a pipe would block
@@ -129,7 +130,10 @@ def load_compiled(path: Path) -> Compiled:
 
 
 def save_compiled(compiled: Compiled, directory: Path) -> Path:
-    """Write a file, whole or not at all. Raises OSError, or PlatformError if others can write into the directory."""
+    """Write a file, whole or not at all. Raises OSError.
+
+    Raises PlatformError if other users can write into the directory.
+    """
     directory.mkdir(mode=0o755, parents=True, exist_ok=True)
     _require_ours(directory, directory.stat())
     path = directory / file_name(compiled.digest, compiled.machine)
@@ -146,7 +150,7 @@ def save_compiled(compiled: Compiled, directory: Path) -> Path:
 
 
 def kept_files() -> list[Path]:
-    """The files that agents stored in CACHE_DIR, then the directory, if it has no other files."""
+    """The files that agents stored in CACHE_DIR; then CACHE_DIR itself, if it has no other files."""
     if not CACHE_DIR.is_dir():
         return []
     ours = sorted(CACHE_DIR.glob(file_name("*", "*")))
@@ -154,7 +158,7 @@ def kept_files() -> list[Path]:
 
 
 def _require_ours(path: Path, seen: os.stat_result) -> None:
-    """Raise PlatformError if a user other than root and this process's can have written there."""
+    """Raise PlatformError if a user other than root and this process's user can have written to the path."""
     if seen.st_uid not in {0, os.geteuid()}:
         raise PlatformError(f"{path} belongs to user {seen.st_uid}, neither to root nor to the user of this process")
     if seen.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

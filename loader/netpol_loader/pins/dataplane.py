@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pinned maps and programs of one node as a whole: creation, adoption, replacement, removal.
 
-All state lives in bpffs (where names may have no dots); a process that holds a `Dataplane` is disposable.  Invariants:
-the pin directory appears whole, by one rename; what is pinned is never replaced by something that did not load; maps
-are kept when the program changes; a directory of another schema is never touched (`netpol_loader.pins.upgrade` takes
-over an older one).  The module must not know what the maps mean, apart from configuration and schema.
+All state is in bpffs (where names may have no dots). A process that holds a `Dataplane` is disposable.
+
+Invariants: the pin directory appears as a whole, by one rename. A pinned program is replaced only by one that the
+kernel has loaded. Maps are kept when the program changes. A directory of another schema is never touched
+(`netpol_loader.pins.upgrade` takes over an older one). The module must not know the meaning of maps, apart from
+configuration and schema.
 
     PIN_ROOT/v1/np_<map>             maps
+    PIN_ROOT/v1/np_layout            their layouts (netpol_loader.pins.layouts)
     PIN_ROOT/v1/programs/            the program set (netpol_loader.pins.programs)
     PIN_ROOT/v1/links/<ifindex>_in   tcx links (netpol_loader.pins.attach)
 """
@@ -31,6 +34,7 @@ from netpol_loader.kernel.hook import Hook
 from netpol_loader.kernel.maps import Map
 from netpol_loader.pins import attach, build, compilation, doctor
 from netpol_loader.pins.attach import LINKS
+from netpol_loader.pins.layouts import save_layouts
 from netpol_loader.pins.lock import locked
 from netpol_loader.pins.programs import CURRENT, DAMAGED_HINT, OLD, ProgramSet, begin_exchange, finish_exchange, recover
 from netpol_loader.pins.staging import Staging, remove_unfinished
@@ -43,7 +47,7 @@ log = logging.getLogger(__name__)
 DEFAULT_PIN_ROOT = Path("/sys/fs/bpf/netpol")
 
 FIRST = 1
-"""The first generation and epoch. Rows that were never written have 0."""
+"""The first generation and the first epoch. A row that was never written has 0."""
 TIMEOUTS_S: Mapping[int, float] = types.MappingProxyType(
     {
         abi.NP_CONN_TCP_NEW: 20,
@@ -56,23 +60,24 @@ TIMEOUTS_S: Mapping[int, float] = types.MappingProxyType(
         abi.NP_CONN_FRAGMENT: 30,
     }
 )
-"""Default time-outs in seconds by enum np_conn_state. All but two are those of Calico's BPF dataplane.
+"""Default time-outs in seconds, by enum np_conn_state. All but two are those of Calico's BPF dataplane.
 
-TCP_OPEN exceeds Linux's keep-alive (7200 s and nine probes, 75 s apart); the fragments' time-out is Linux's own.
+TCP_OPEN is longer than Linux's keep-alive (7200 s, then nine probes 75 s apart). FRAGMENT is Linux's own time-out.
 """
 
 SKB_BYTES = 192
 SKB_MARK = 8
 SKB_INGRESS_IFINDEX = 36
 SKB_IFINDEX = 40
-"""Offsets in struct __sk_buff, a kernel interface that never changes."""
+"""Size of struct __sk_buff, and offsets in the struct, which is a kernel interface and never changes."""
 
 
 @dataclass(frozen=True, slots=True)
 class TestRun:
-    """The result of a program's run on a frame: verdict (NP_PASS, NP_PASS_ALONE, NP_DROP) and mean duration.
+    """The result of a program's run on a frame.
 
-    ``mark``: the packet's mark afterwards.
+    ``verdict``: NP_PASS, NP_PASS_ALONE or NP_DROP. ``duration_ns``: the mean over all runs. ``mark``: the packet's mark
+    after the run.
     """
 
     __test__ = False
@@ -88,12 +93,15 @@ class TestRun:
 
 
 class Dataplane:
-    """Open descriptors of everything pinned in one directory. `open` returns one; a context manager."""
+    """The open descriptors of all maps and programs that are pinned in one directory. The class is a context manager.
+
+    `open` returns a dataplane.
+    """
 
     def __init__(
         self, pin_root: Path, maps: Mapping[str, Map], programs: ProgramSet, pin_dir: Path | None = None
     ) -> None:
-        """``pin_dir``: the directory of the pins, if it is not (yet) that of this schema."""
+        """``pin_dir``: the directory of the pins; None: the directory of this schema."""
         self.pin_root = pin_root
         self.pin_dir = pin_dir or schema_dir(pin_root)
         self.maps = maps
@@ -103,11 +111,13 @@ class Dataplane:
     def open(
         cls, pin_root: Path = DEFAULT_PIN_ROOT, *, sizes: Mapping[str, int] | None = None, beside_older: bool = False
     ) -> Dataplane:
-        """Open the dataplane under ``pin_root``: use existing maps and programs, and make the missing ones.
+        """Open the dataplane under ``pin_root``, with the maps and programs that exist.
 
-        ``sizes``: max_entries by map name (of the ring buffer in bytes), for new maps only; existing maps keep their
-        sizes, with a warning if ``sizes`` differs.  ``beside_older``: also where a directory of an older schema exists.
-        Raises PlatformError (no bpffs, other schema, no BCC), PrivilegeError, LoadError.
+        Make a new one if there is none.
+
+        ``sizes``: max_entries by map name, for new maps only; of the ring buffer, bytes. Existing maps keep their
+        sizes, and a warning is logged if ``sizes`` differs. ``beside_older``: do not raise if a directory of an older
+        schema exists. Raises PlatformError (no bpffs, another schema, no BCC), PrivilegeError and LoadError.
         """
         doctor.require_bpffs(pin_root)
         pin_root.mkdir(parents=True, exist_ok=True)
@@ -154,6 +164,7 @@ class Dataplane:
         schema = abi.np_schema.from_buffer_copy(maps["np_schema"].get(_index(0)) or b"")
         if schema.version != abi.SCHEMA_VERSION:
             raise PlatformError(f"{pin_dir} holds schema {schema.version}, not {abi.SCHEMA_VERSION}")
+        save_layouts(pin_dir)  # of a version that did not
         dataplane = cls(pin_root, maps, ProgramSet.open(pin_dir / CURRENT))
         if (pin_dir / OLD).exists():
             dataplane.finish_exchange()
@@ -165,7 +176,7 @@ class Dataplane:
         return dataplane
 
     def replace_programs(self, jiffies_per_second: int) -> None:
-        """Load the programs of these sources beside the pinned ones; if they differ, replace those on every interface."""
+        """Load the programs of these sources. If they differ from the pinned ones, replace those on every interface."""
         with Staging(self.pin_root) as staging:
             staging.programs = ProgramSet.load(build.compiled_program(), self.pinned)
             if staging.programs.tags() == self.programs.tags():
@@ -177,9 +188,10 @@ class Dataplane:
         _write_schema(self.maps["np_schema"], jiffies_per_second)
 
     def exchange(self, staging: Staging) -> None:
-        """Replace the program set in force, on every interface, by the staged set and the maps staged with it.
+        """Replace the program set in force by the staged one on every interface.
 
-        If the process is killed meanwhile, the next `open` finishes the exchange.  The replaced descriptors are closed.
+        The maps that are staged with the set replace those in force. If the process is killed meanwhile, the next
+        `open` finishes the exchange. The replaced descriptors are closed.
         """
         maps, programs = staging.taken()
         begin_exchange(self.pin_dir, staging.directory)
@@ -191,20 +203,20 @@ class Dataplane:
         previous.close()
 
     def finish_exchange(self) -> None:
-        """Finish an exchange that has begun; does nothing if there is none."""
+        """Finish an exchange that has begun. Does nothing if none has begun."""
         finish_exchange(self.pin_dir, lambda old: attach.replace(self, old))
 
     @property
     def pinned(self) -> dict[str, Map]:
-        """The pinned maps by name: all maps except the views of unreplied connections."""
+        """The pinned maps by name. These are all maps except the views of unreplied connections."""
         return {name: self.maps[name] for name in abi.MAP_SPECS}
 
     def program_fd(self, hook: Hook) -> int:
-        """Descriptor of a hook's program; this object owns the descriptor."""
+        """The descriptor of a hook's program. The dataplane continues to own the descriptor."""
         return self.programs.hooks[hook]
 
     def program_tag(self, hook: Hook) -> str:
-        """Digest of the program's instructions, as bpftool prints it."""
+        """The digest of the instructions of a hook's program, as bpftool prints it."""
         return syscall.prog_info(self.programs.hooks[hook]).tag
 
     def test_run(
@@ -219,9 +231,10 @@ class Dataplane:
     ) -> TestRun:
         """Run a hook's program on a frame that starts with its Ethernet header.
 
-        ``ifindex``: the interface whose hook the packet passes, which must exist (1: lo).  ``ingress_ifindex``: the
-        interface where the packet entered the node; 0 at TC_EGRESS: the node itself sent it.  ``repeat``: number of
-        runs.  ``mark``: the packet's mark before the run.  Maps change as they do for a real packet.
+        ``ifindex``: the interface whose hook the packet passes. It must exist (1: lo). ``ingress_ifindex``: the
+        interface by which the packet entered the node; at TC_EGRESS, 0 means that the node itself sent the packet.
+        ``repeat``: number of runs. ``mark``: the packet's mark before the run. The maps change as they do for a real
+        packet.
         """
         context = bytearray(SKB_BYTES)
         struct.pack_into("=I", context, SKB_MARK, mark)
@@ -236,7 +249,7 @@ class Dataplane:
         return TestRun(verdict, duration_ns, struct.unpack_from("=I", context, SKB_MARK)[0])
 
     def events(self, callback: Callable[[EventRecord], None]) -> EventReader:
-        """A reader of the event ring. Only one may exist at a time."""
+        """A reader of the event ring. Only one reader may exist at a time."""
         return EventReader(self.maps["np_event"].fd, callback)
 
     def config(self) -> abi.np_config:
@@ -244,24 +257,27 @@ class Dataplane:
         return abi.np_config.from_buffer_copy(self.maps["np_config"].get(_index(0)) or b"")
 
     def set_config(self, config: abi.np_config) -> None:
-        """Write the configuration. Each word changes atomically; the row as a whole may not."""
+        """Write the configuration. Each word changes atomically, but the row as a whole may not."""
         order_stores()
         self.maps["np_config"].put(_index(0), bytes(config))
 
     def bump_generation(self) -> int:
-        """Raise the generation, so that policy evaluates every open connection again; returns the new generation.
+        """Raise the generation, so that policy evaluates every open connection again. Returns the new generation.
 
         This also raises the epoch, because the endpoint cache has copies of rows and addresses that may have changed.
         """
         config = self.config()
         config.epoch = following(config.epoch)
-        self.set_config(config)  # in an update of its own: see Applier.bump_generation
+        self.set_config(config)  # a separate update, for the reason in Applier.bump_generation
         config.generation = following(config.generation)
         self.set_config(config)
         return int(config.generation)
 
     def remove(self) -> None:
-        """Detach from every interface and remove this directory with its pins, and the parent if that is then empty."""
+        """Detach our programs from every interface, and remove the directory with the pins.
+
+        The parent directory is also removed, if it is then empty.
+        """
         attach.detach_all(self)
         self.close()
         shutil.rmtree(self.pin_dir)
@@ -269,7 +285,7 @@ class Dataplane:
             self.pin_root.rmdir()
 
     def close(self) -> None:
-        """Close all descriptors. Enforcement goes on."""
+        """Close all descriptors. The programs continue to enforce policy."""
         for one in self.maps.values():
             one.close()
         self.programs.close()
@@ -282,12 +298,12 @@ class Dataplane:
 
 
 def schema_dir(pin_root: Path) -> Path:
-    """The directory of this schema."""
+    """The directory of this schema's pins."""
     return pin_root / f"v{abi.SCHEMA_VERSION}"
 
 
 def default_config(jiffies_per_second: int) -> abi.np_config:
-    """The configuration of a new dataplane: first generation, no flags, TIMEOUTS_S."""
+    """The configuration of a new dataplane: the first generation and epoch, no flags, the time-outs TIMEOUTS_S."""
     config = abi.np_config(generation=FIRST, epoch=FIRST, jiffies_per_second=jiffies_per_second)
     for state, seconds in TIMEOUTS_S.items():
         config.timeout_jiffies[state] = int(seconds * jiffies_per_second)
@@ -295,7 +311,7 @@ def default_config(jiffies_per_second: int) -> abi.np_config:
 
 
 def following(number: int) -> int:
-    """The next generation or epoch; never 0."""
+    """The generation or epoch that follows ``number``; never 0."""
     return number % 0xFFFF_FFFF + 1
 
 
@@ -311,7 +327,7 @@ def _write_schema(schema_map: Map, jiffies_per_second: int) -> None:
 
 
 def open_maps(pin_dir: Path) -> dict[str, Map]:
-    """Open every map of MAP_SPECS by its pin. Raises PlatformError if a layout differs from the declared one."""
+    """Open every map of MAP_SPECS by its pin. Raises PlatformError if a map's layout is not the declared one."""
     maps = {}
     for spec in abi.MAP_SPECS.values():
         try:
@@ -330,7 +346,7 @@ def open_maps(pin_dir: Path) -> dict[str, Map]:
 
 
 def fill(staging: Staging, sizes: Mapping[str, int], config: abi.np_config) -> None:
-    """Make the missing content of a staging directory: maps, programs, the directory of links."""
+    """Fill a staging directory: make the missing maps, the programs, and the directory of links."""
     directory = staging.directory
     (directory / LINKS).mkdir()
     made = build.make_maps(directory, sizes)
@@ -338,6 +354,7 @@ def fill(staging: Staging, sizes: Mapping[str, int], config: abi.np_config) -> N
         staging.programs = ProgramSet.load(build.compiled_program(), made)
         staging.programs.pin(directory / CURRENT)
         choose_secret(directory)
+        save_layouts(directory)
     finally:
         for one in made.values():
             one.close()
@@ -347,7 +364,7 @@ def fill(staging: Staging, sizes: Mapping[str, int], config: abi.np_config) -> N
 
 
 def find_older(pin_root: Path) -> list[Path]:
-    """Directories of older schemas, the oldest first. Raises PlatformError if there is a newer one."""
+    """The directories of older schemas, the oldest first. Raises PlatformError if there is one of a newer schema."""
     found = {int(path.name[1:]): path for path in pin_root.glob("v*") if path.name[1:].isdecimal()}
     newer = [number for number in sorted(found) if number > abi.SCHEMA_VERSION]
     if newer:

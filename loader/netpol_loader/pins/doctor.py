@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks whether this machine can run the dataplane; each missing requirement is one PlatformError with one clear line.
+"""Checks whether this machine can run the dataplane. Each missing requirement is one PlatformError with one clear line.
 
-A feature of the kernel is tried, never concluded from the kernel's version.  The module must not repair anything, with
-one exception: if the pin directory is at /sys/fs/bpf and no BPF file system is mounted there, root mounts it.
+A feature of the kernel is always tried, never concluded from the kernel's version. The module must not repair anything,
+with one exception: if the pin directory is at /sys/fs/bpf and no BPF file system is mounted there, root mounts one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from netpol_loader.kernel import syscall
 from netpol_loader.tables.events import LIBRARIES
 
 FIRST_KERNEL_WITHOUT_BH_LOCK = (6, 18)
-"""The first kernel with a real-time option that lets two packets run on one CPU (CONFIG_PREEMPT_RT_NEEDS_BH_LOCK)."""
+"""The first kernel with an option that lets a real-time kernel run two packets on one CPU.
+
+A kernel does so if CONFIG_PREEMPT_RT_NEEDS_BH_LOCK is off.
+"""
 
 COMPARE_AND_SWAP = b"".join(
     struct.pack("=BBhi", opcode, registers if sys.byteorder == "little" else registers << 4 & 0xF0 | registers >> 4, at, value)
@@ -37,23 +40,26 @@ COMPARE_AND_SWAP = b"".join(
         (0x95, 0x00, 0, 0),  # exit
     )
 )  # fmt: skip
-"""A program with the atomic operation that the connection table needs (include/uapi/linux/bpf.h, BPF_CMPXCHG)."""
+"""A program with the atomic operation that the connection table needs (BPF_CMPXCHG in include/uapi/linux/bpf.h)."""
 
 BPF_FS_MAGIC = 0xCAFE4A11
 BPFFS = Path("/sys/fs/bpf")
 MOUNT_HINT = "On the node: mount -t bpf bpf /sys/fs/bpf. A container gets that directory from the node."
 PROC = Path("/proc")
 JIT_SWITCH = Path("/proc/sys/net/core/bpf_jit_enable")
-"""Absent in a kernel that always compiles BPF (CONFIG_BPF_JIT_ALWAYS_ON)."""
+"""The file is absent in a kernel that always compiles BPF (CONFIG_BPF_JIT_ALWAYS_ON)."""
 INITIAL_PID_NAMESPACE = 0xEFFF_FFFC
-"""PROC_PID_INIT_INO of include/linux/proc_ns.h: the PID namespace in which process 1 is the node's."""
+"""Inode of the PID namespace in which process 1 is the node's (PROC_PID_INIT_INO of include/linux/proc_ns.h)."""
 CAP_SYS_ADMIN = 21
-"""Capability number of CAP_SYS_ADMIN, which includes CAP_BPF and CAP_PERFMON."""
+"""Number of the capability CAP_SYS_ADMIN, which includes CAP_BPF and CAP_PERFMON."""
 
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """A capability that enforcement needs. ``number``: of linux/capability.h; ``purpose``: what fails without it."""
+    """A capability that enforcement needs.
+
+    ``number``: as in linux/capability.h. ``purpose``: what fails without the capability.
+    """
 
     name: str
     number: int
@@ -67,12 +73,15 @@ CAPABILITIES = (
     ),
     Capability("CAP_PERFMON", 38, "the verifier's leave to calculate with pointers into packets"),
 )
-"""All that the agent needs; docs/agent.md says more, and tests/netns/test_privilege.py runs it with these alone."""
+"""All capabilities that the agent needs (docs/agent.md).
+
+tests/netns/test_privilege.py runs the agent with only these.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """The result of one check. ``error`` None: passed; ``detail``: the finding, as text."""
+    """The result of one check. ``detail``: what was found, as text. ``error``: None if the check passed."""
 
     name: str
     detail: str
@@ -80,7 +89,7 @@ class Check:
 
 
 def check_all(pin_root: Path = BPFFS) -> list[Check]:
-    """Make all checks; a failed check is a result, never an exception."""
+    """Make all checks. A failed check is a result, and never an exception."""
     looks: list[tuple[str, Callable[[], str]]] = [
         ("privilege", _look_at_privilege),
         ("kernel", _look_at_kernel),
@@ -94,23 +103,23 @@ def check_all(pin_root: Path = BPFFS) -> list[Check]:
 
 
 def try_to_load() -> Check:
-    """Load the programs and release them: the proof that an agent could load them here."""
+    """Load the programs, then release them. This proves that an agent could load them on this machine."""
     return _check("load", _look_at_load)
 
 
 def require_all(pin_root: Path = BPFFS) -> None:
-    """Raise the first error of the checks. This does not load the programs, because the caller is about to."""
+    """Raise the first error of the checks. The programs are not loaded, because the caller will load them next."""
     for check in check_all(pin_root):
         if check.error is not None:
             raise check.error
 
 
 def require_bpffs(pin_root: Path) -> None:
-    """Require that ``pin_root`` is, or can be created, on a BPF file system that outlives this process.
+    """Require that ``pin_root`` is, or can be made, on a BPF file system, and that its pins outlive this process.
 
-    Mounts /sys/fs/bpf if nothing else is missing, and only in the node's own mount namespace.  Raises PrivilegeError
-    without CAPABILITIES, PlatformError if the path is not on a BPF file system, or if pins there would end with this
-    process.
+    If only the mount is missing, and this process is in the node's own mount namespace, the function mounts
+    /sys/fs/bpf. Raises PrivilegeError without CAPABILITIES. Raises PlatformError if the path is not on a BPF file
+    system, or if the pins would end with this process.
     """
     _look_at_privilege()
     existing = _nearest_existing(pin_root)
@@ -128,7 +137,7 @@ def require_bpffs(pin_root: Path) -> None:
 def _require_mountable(pin_root: Path) -> None:
     """Raise PlatformError unless this process can mount a BPF file system at /sys/fs/bpf for the node.
 
-    Also if ``pin_root`` would not be on that file system.
+    Also raises it if ``pin_root`` would not be on that file system.
     """
     if not (pin_root.is_relative_to(BPFFS) and BPFFS.is_dir()):
         raise PlatformError(f"{pin_root} is not on a BPF file system", hint="Give a directory below /sys/fs/bpf.")
@@ -141,7 +150,7 @@ def _require_mountable(pin_root: Path) -> None:
 
 
 def _require_lasting(place: Path) -> None:
-    """Raise PlatformError if the BPF file system at ``place`` is visibly not the node's."""
+    """Raise PlatformError if it is visible that the BPF file system at ``place`` is not mounted on the node."""
     ours, nodes = mounts_of("self"), mounts_of_node()
     if nodes is None or ours is None or ours.keys() & nodes.keys():
         return  # the node's mounts are invisible, or include this one
@@ -155,7 +164,7 @@ def _require_lasting(place: Path) -> None:
 
 
 def _apart_from_node() -> str:
-    """Why a mount by this process would not visibly be the node's; "": it would be."""
+    """The reason why a mount by this process may not be a mount of the node; "": it would be one."""
     ours, nodes = mounts_of("self"), mounts_of_node()
     if nodes is None or ours is None:
         return "this process may not see what the node has mounted (it has a PID namespace of its own, or /proc hides process 1)"
@@ -163,7 +172,7 @@ def _apart_from_node() -> str:
 
 
 def mounts_of_node() -> dict[int, str] | None:
-    """`mounts_of` for the node's process 1; None if that process is not visible."""
+    """The result of `mounts_of` for the node's process 1. None if that process is not visible."""
     try:
         is_seen = (PROC / "self" / "ns" / "pid").stat().st_ino == INITIAL_PID_NAMESPACE
     except OSError:
@@ -172,10 +181,10 @@ def mounts_of_node() -> dict[int, str] | None:
 
 
 def mounts_of(process: str) -> dict[int, str] | None:
-    """The mounts of a process: device by mount number; None if they are not visible.
+    """The mounts of a process, as device by mount number. None if they are not visible.
 
-    Mount numbers are unique on the machine, so two processes with a common number share a mount namespace.  (The links
-    in /proc/PID/ns say the same, but not everybody may read them.)
+    Mount numbers are unique on the machine, so two processes with a common number share a mount namespace. (The links
+    in /proc/PID/ns say the same, but not everybody may read those.)
     """
     try:
         lines = (PROC / process / "mountinfo").read_text(errors="replace").splitlines()
@@ -199,7 +208,7 @@ def _nearest_existing(path: Path) -> Path:
 
 
 def _is_visible(path: Path) -> bool:
-    """Whether the path exists, as far as this process can see."""
+    """Whether the path exists and this process can see it."""
     try:
         path.stat()
     except OSError:
@@ -208,7 +217,10 @@ def _is_visible(path: Path) -> bool:
 
 
 def _is_bpffs(path: Path) -> bool:
-    """Whether the path is on bpffs: the file system's magic number is the first word of statfs on every 64-bit machine."""
+    """Whether the path is on bpffs.
+
+    On every 64-bit machine, the first word of the result of statfs is the file system's magic number.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     room = (ctypes.c_long * 64)()
     if libc.statfs(bytes(path), ctypes.byref(room)) != 0:
@@ -230,7 +242,7 @@ def _look_at_privilege() -> str:
 
 
 def missing_capabilities(effective: int) -> list[Capability]:
-    """The capabilities that a process with these effective ones (a bit for each) lacks."""
+    """The capabilities that a process lacks. ``effective``: the process's effective capabilities, a bit for each."""
     if effective >> CAP_SYS_ADMIN & 1:
         return [one for one in CAPABILITIES if one.name == "CAP_NET_ADMIN" and not effective >> one.number & 1]
     return [one for one in CAPABILITIES if not effective >> one.number & 1]
@@ -260,10 +272,13 @@ def _look_at_kernel() -> str:
 
 
 def _require_bh_lock(release: str) -> None:
-    """Raise if a real-time kernel lets a packet interrupt another on its CPU, because both share working memory."""
+    """Raise PlatformError if one packet can interrupt another on its CPU, in a real-time kernel.
+
+    Both packets would use the same working memory.
+    """
     option, config = "CONFIG_PREEMPT_RT_NEEDS_BH_LOCK", kernel_config(release)
     if config is not None:
-        is_locked = f"{option}=y" in config or option not in config  # older kernels: always locked
+        is_locked = f"{option}=y" in config or option not in config  # a kernel without the option always locks
     else:
         match = re.match(r"(\d+)\.(\d+)", release)
         is_locked = bool(match) and (int(match[1]), int(match[2])) < FIRST_KERNEL_WITHOUT_BH_LOCK  # type: ignore[index]
@@ -277,7 +292,7 @@ def _require_bh_lock(release: str) -> None:
 
 
 def kernel_config(release: str) -> str | None:
-    """The build configuration of the running kernel, if the machine has it."""
+    """The build configuration of the running kernel. None if the machine does not have it."""
     for path in (Path("/proc/config.gz"), Path(f"/boot/config-{release}"), Path(f"/lib/modules/{release}/config")):
         try:
             raw = path.read_bytes()
@@ -332,7 +347,7 @@ def _look_at_jit() -> str:
 
 
 def _look_at_barrier() -> str:
-    """The features of the kernel for the second barrier; enforcement works without them."""
+    """The features that the kernel has for the second barrier. Enforcement works without them."""
     tables = BarrierTables("")
     try:
         tables.open()

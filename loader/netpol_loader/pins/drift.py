@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drift of the pins, links and filters: finds and restores what another process removed or changed.
+"""Drift of the pins, links and filters: find and restore what another process removed or changed.
 
-The open descriptors of this process are the desired state: they keep maps and programs alive even without pins.
-Invariants: correct pins and programs are not touched; every repair is reported; objects of other programs are not
-removed, except an object that is pinned under one of our names.  The module must not know what the maps mean, nor
-choose interfaces.
+The open descriptors of this process are the desired state. They keep maps and programs alive even without pins.
+
+Invariants: correct pins and programs are not touched. Every repair is reported. An object of another program is not
+removed, unless it is pinned under one of our names. The module must not know the meaning of maps, and must not choose
+interfaces.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from netpol_loader.pins.programs import CALL_MAP, CURRENT
 class Drift:
     """One difference from the desired state.
 
-    ``kind``: pin, program (on an interface), row, configuration or barrier; ``was``: missing, foreign or changed.
+    ``kind``: pin, program (on an interface), row, configuration or barrier. ``where``: the object. ``was``: missing,
+    foreign or changed.
     """
 
     kind: str
@@ -44,7 +46,7 @@ class Drift:
 
 
 class PartlyMendedError(PlatformError):
-    """A repair failed; ``found``: the differences that were repaired."""
+    """A repair failed. ``found``: the differences that were repaired."""
 
     def __init__(self, message: str, found: Collection[Drift]) -> None:
         super().__init__(message)
@@ -52,13 +54,13 @@ class PartlyMendedError(PlatformError):
 
 
 def mend_pins(dataplane: Dataplane) -> list[Drift]:
-    """Restore pins that are missing, or that are another object. Cost: some system calls for each map and program.
+    """Restore pins that are missing or replaced by another object. Cost: some system calls for each map and program.
 
     Raises PartlyMendedError if a pin cannot be restored.
     """
     found: list[Drift] = []
     try:
-        found.extend(_mend_pins(dataplane))  # keeps what came before an error
+        found.extend(_mend_pins(dataplane))  # keeps the repairs before an error
     except OSError as error:
         raise PartlyMendedError(
             f"cannot restore the pins in {dataplane.pin_dir}: {error.strerror}; enforcement goes on while this agent runs",
@@ -85,10 +87,10 @@ def _mend_pins(dataplane: Dataplane) -> Iterator[Drift]:
 
 
 def mend_attachments(dataplane: Dataplane, ifindexes: Iterable[int]) -> list[Drift]:
-    """Restore our programs on interfaces where they are missing or replaced. Skips interfaces that are gone.
+    """Restore our programs on interfaces where they are missing or replaced. Interfaces that are gone are skipped.
 
-    Cost: some system calls for each tcx interface, some milliseconds for one with clsact.  Raises PartlyMendedError,
-    after a pass over all interfaces, if one could not be restored.
+    Cost: some system calls for an interface with tcx, some milliseconds for one with clsact. Raises PartlyMendedError
+    if an interface could not be restored, after a pass over all interfaces.
     """
     found: list[Drift] = []
     failures: list[str] = []
@@ -97,7 +99,7 @@ def mend_attachments(dataplane: Dataplane, ifindexes: Iterable[int]) -> list[Dri
         try:
             found += _mend_interface(dataplane, ifindex, ours)
         except (OSError, PlatformError) as error:  # noqa: PERF203 - one failure must not stop the others
-            if find_link(ifindex) is not None:  # else it was removed meanwhile
+            if find_link(ifindex) is not None:  # otherwise the interface was removed meanwhile
                 failures.append(error.message if isinstance(error, PlatformError) else f"interface {ifindex}: {error}")
     if failures:
         raise PartlyMendedError("; ".join(failures), found)
@@ -105,7 +107,7 @@ def mend_attachments(dataplane: Dataplane, ifindexes: Iterable[int]) -> list[Dri
 
 
 def _mend_interface(dataplane: Dataplane, ifindex: int, ours: Mapping[Hook, int]) -> list[Drift]:
-    """Restore the programs on one interface. ``ours``: ids of our programs."""
+    """Restore the programs on one interface. ``ours``: the id of our program by hook."""
     found, absent = [], set()
     for hook in Hook:
         fd = _try_open(attach.link_path(dataplane, ifindex, hook))
@@ -129,7 +131,7 @@ def _mend_interface(dataplane: Dataplane, ifindex: int, ours: Mapping[Hook, int]
 
 
 def _pinned(dataplane: Dataplane) -> Iterator[tuple[Path, int, int]]:
-    """(path, descriptor, kernel's id) of every object that must be pinned."""
+    """Every object that must be pinned, as (path, descriptor, id in the kernel)."""
     for name, one in dataplane.pinned.items():
         yield dataplane.pin_dir / name, one.fd, syscall.map_info(one.fd).id
     for name, fd in dataplane.programs.programs():
@@ -139,7 +141,7 @@ def _pinned(dataplane: Dataplane) -> Iterator[tuple[Path, int, int]]:
 
 
 def _state_of(path: Path, number: int) -> str | None:
-    """The state of a pin: None if it is the object with this id, otherwise missing or foreign."""
+    """The state of a pin: missing or foreign. None if it is the object whose id in the kernel is ``number``."""
     fd = _try_open(path)
     if fd is None:
         return "foreign" if path.is_symlink() or path.exists() else "missing"
@@ -148,7 +150,7 @@ def _state_of(path: Path, number: int) -> str | None:
 
 
 def _number_of(fd: int) -> int:
-    """The kernel's id of a map or program; 0, which the kernel never uses, for any other object."""
+    """The id in the kernel of a map or program. 0, which the kernel never uses, for any other object."""
     kind = Path(f"/proc/self/fd/{fd}").readlink().name
     if "bpf-map" in kind:
         return syscall.map_info(fd).id
@@ -164,7 +166,7 @@ def _closing(fd: int) -> Iterator[None]:
 
 
 def _try_open(path: Path) -> int | None:
-    """A descriptor of the pinned object; None if there is no BPF object at the path."""
+    """Open a pinned object. Returns its descriptor. None if there is no BPF object at the path."""
     try:
         return syscall.obj_get(path)
     except OSError as error:

@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the programs on real frames over veth pairs, where a test run cannot say by which interface a packet entered the node.
+"""Runs the programs on real frames over veth pairs, on kernels whose test runs cannot name the ingress interface.
 
-The program at TC_EGRESS reads `ingress_ifindex`: 0 means that the node itself sent the packet.  The context of a test run
-sets that field.  Some kernels reject such a context (Linux 5.15 does, 6.1 does not).  On a veth pair the field has its true
-value:
+The program at TC_EGRESS reads `ingress_ifindex`: 0 means that the node itself sent the packet.  The context of a test
+run sets that field, but some kernels reject such a context (Linux 5.15 does, 6.1 does not).  On a veth pair the field
+has its true value:
 
     elsewhere-peer ==> elsewhere --redirect--> endpoint, TC_EGRESS     a packet from elsewhere
      endpoint-peer ==> endpoint  --redirect--> endpoint, TC_EGRESS     a packet from the endpoint to itself
                             packet socket ---> endpoint, TC_EGRESS     a packet that the node sends
      endpoint-peer ==> endpoint, TC_INGRESS                            a packet that the endpoint sends
 
-`==>` is a veth pair.  The four interfaces live in a network namespace that has no name and no process.  Only the descriptors
-of a `FrameRunner` keep the namespace, so it ends with the runner or with the process, however the process ends.
+`==>` is a veth pair.  The four interfaces are in a network namespace that has no name and no process.  Only the
+descriptors of a `FrameRunner` keep the namespace alive, so it ends with the runner or with the process, however the
+process ends.
 
-Invariants.  No verdict depends on a time-out: a packet socket or filter counts each frame that passes the hook, and a copy of
-the frame waits in the queue behind it.  When the copy arrives and the frame is not counted, the program dropped the frame.  No
-other frame is on the interfaces: they have no address, and IPv6 does not use a link with so small an MTU.
+Invariants: no verdict depends on a time-out.  A packet socket or filter counts each frame that passes the hook, and a
+copy of the frame waits in the queue behind the frame.  If the copy arrives and the frame is not counted, the program
+has dropped the frame.  No other frame is on the interfaces: they have no address, and their MTU is too small for IPv6.
 
-The module must not know what the programs do.  The programs' own counters were rejected as evidence: the programs are
-under test.
+The module must not know what the programs do.  Rejected as evidence: the counters of the programs, because the programs
+are under test.
 """
 
 from __future__ import annotations
@@ -49,44 +50,48 @@ ENDPOINT, ELSEWHERE = "endpoint", "elsewhere"
 PEERS: Mapping[str, str] = {name: f"{name}-peer" for name in (ENDPOINT, ELSEWHERE)}
 
 MTU_BYTES = 1279
-"""One less than the least MTU of IPv6 (RFC 8200, section 5), so that the kernel's IPv6 sends nothing on these interfaces."""
+"""One less than the least MTU of IPv6 (RFC 8200, section 5).
+
+The kernel's IPv6 then sends nothing on these interfaces.
+"""
 ETHERNET_BYTES = 14
 MOST_FRAME_BYTES = ETHERNET_BYTES + MTU_BYTES
 
 DEADLINE_S = 30
-"""A frame takes microseconds, milliseconds on an emulated machine."""
+"""Most seconds that a frame may take. It takes microseconds, or milliseconds on an emulated machine."""
 POLL_S = 0.001
 
 GATE, PROGRAM, BEHIND = 1, 2, 3
-"""Priorities of the filters on a hook; the kernel runs the lowest first."""
+"""Priorities of the filters on a hook. The kernel runs the filter of the lowest priority first."""
 
 CLONE_NEWNET = 0x4000_0000  # linux/sched.h; os.unshare and os.setns come with Python 3.12
 SO_ATTACH_BPF = 50  # asm-generic/socket.h
 ETH_P_802_3, ETH_P_ALL, ETH_P_802_2 = 0x0001, 0x0003, 0x0004  # linux/if_ether.h
-LEAST_ETHERTYPE = 0x0600  # below it the field is a length (IEEE 802.3)
+LEAST_ETHERTYPE = 0x0600  # a lower number is a length (IEEE 802.3)
 VLAN_ETHERTYPES = frozenset({0x8100, 0x88A8})
 
 KEY, BOARD = struct.Struct("=I"), struct.Struct("=IIII")
 AT_REDIRECTS, AT_BEHIND, AT_PASSED, AT_MARK = 0, 4, 8, 12
-"""The row of the one map. The runner writes it before each frame and reads it after.
+"""The row of the map: its format, and the offsets of its numbers. The runner writes the row before each frame.
 
-``redirects``: whether the gate sends the frame to the endpoint's TC_EGRESS.  ``behind``: how many frames the filter behind
-the program saw.  ``passed``: how many frames left the hook.  ``mark``: the mark of the last one.
+After the frame, the runner reads the row. ``redirects``: whether the gate sends the frame to the endpoint's TC_EGRESS.
+``behind``: number of frames that the filter after the program saw. ``passed``: number of frames that left the hook.
+``mark``: the mark of the last one.
 """
 
 
 class FrameRunner:
-    """Runs programs on frames as `Dataplane.test_run` does, but over veth pairs; a context manager.
+    """Runs programs on frames as `Dataplane.test_run` does, but over veth pairs. The class is a context manager.
 
-    ``programs``: descriptors, which the caller keeps; the runner attaches these programs once, so it needs a successor when
-    they are replaced.  Raises PrivilegeError without CAP_SYS_ADMIN, CAP_NET_ADMIN or CAP_NET_RAW, PlatformError where the
-    kernel has no veth, clsact or packet sockets.
+    ``programs``: descriptors by hook, which the caller continues to own. The runner attaches these programs once. If
+    they are replaced, a new runner is needed. Raises PrivilegeError without CAP_SYS_ADMIN, CAP_NET_ADMIN or
+    CAP_NET_RAW. Raises PlatformError if the kernel has no veth, no clsact or no packet sockets.
     """
 
     ifindex: int
-    """The interface on which the programs are."""
+    """The interface to which the programs are attached."""
     elsewhere: int
-    """The interface by which packets from elsewhere enter the node."""
+    """The interface by which a packet from elsewhere enters the node."""
 
     def __init__(self, programs: Mapping[Hook, int]) -> None:
         with contextlib.ExitStack() as stack:
@@ -108,13 +113,14 @@ class FrameRunner:
             self._stack = stack.pop_all()
 
     def run(self, hook: Hook, frame: bytes, *, ingress_ifindex: int = 0, ifindex: int, mark: int = 0) -> TestRun:
-        """Run a hook's program on a frame that starts with its Ethernet header; maps change as they do for any packet.
+        """Run a hook's program on a frame that starts with its Ethernet header.
 
-        ``ifindex``: the runner's `ifindex`.  ``ingress_ifindex`` at TC_EGRESS: 0 for a packet that the node sends,
-        `elsewhere`, or ``ifindex``; at TC_INGRESS 0.  ``mark``: the packet's mark before the program runs.  The result has
-        no duration, and no mark when the program drops the frame.  Unlike a test run, the kernel takes one VLAN tag off a
-        frame that arrives.  Raises ValueError for other interfaces and for frames longer than MOST_FRAME_BYTES,
-        PlatformError when the kernel loses the frame.  Takes some 50 microseconds.
+        The maps change as they do for any packet. ``ifindex``: must be the runner's `ifindex`. ``ingress_ifindex``: at
+        TC_EGRESS 0 for a packet that the node sends, or `elsewhere`, or ``ifindex``; at TC_INGRESS 0. ``mark``: the
+        packet's mark before the program runs. The result has no duration, and no mark if the program drops the frame.
+        Unlike in a test run, the kernel removes one VLAN tag from a frame that arrives. Raises ValueError for other
+        interfaces, and for frames longer than MOST_FRAME_BYTES. Raises PlatformError if the kernel loses the frame.
+        Takes some 50 microseconds.
         """
         if not ETHERNET_BYTES <= len(frame) <= MOST_FRAME_BYTES:
             raise ValueError(f"a frame has {ETHERNET_BYTES} to {MOST_FRAME_BYTES} bytes, this one {len(frame)}")
@@ -146,7 +152,7 @@ class FrameRunner:
         self.close()
 
     def _route_of(self, hook: Hook, ingress_ifindex: int, ifindex: int) -> tuple[socket.socket, bool]:
-        """The socket that sends the frame, and whether the gate redirects it."""
+        """The socket that must send the frame, and whether the gate must redirect the frame."""
         if ifindex != self.ifindex:
             raise ValueError(f"the programs are on interface {self.ifindex}, not on {ifindex}")
         routes = {
@@ -173,17 +179,24 @@ class FrameRunner:
         try:
             self._from_elsewhere.recv(MOST_FRAME_BYTES)
         except BlockingIOError as error:
-            self.close()  # a late copy would be taken for that of the next frame
+            self.close()  # otherwise a late copy would count as that of the next frame
             raise PlatformError(f"a frame of {len(frame)} bytes did not arrive within {DEADLINE_S} s") from error
 
     def _tap_arrivals(self, ethertypes: set[int]) -> None:
-        """Count frames of these ethertypes that pass TC_INGRESS. A socket for ETH_P_ALL would see the frames before the hook."""
+        """Count the frames of these ethertypes that pass TC_INGRESS.
+
+        A socket for ETH_P_ALL would count them before the hook.
+        """
         for ethertype in ethertypes - self._tapped:
             self._socket(ENDPOINT, ethertype, self._tap)
             self._tapped.add(ethertype)
 
     def _socket(self, interface: str, ethertype: int = 0, filter_fd: int | None = None) -> socket.socket:
-        """A packet socket on an interface. ``ethertype`` 0: it receives nothing. ``filter_fd``: the program that filters frames."""
+        """A packet socket on an interface.
+
+        ``ethertype``: the socket receives frames of this ethertype; 0: it receives none. ``filter_fd``: the program
+        that filters frames.
+        """
         try:
             one = self._namespace.call(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0))
             self._stack.enter_context(one)
@@ -217,9 +230,9 @@ class FrameRunner:
 
 @functools.cache
 def can_name_ingress() -> bool:
-    """Whether a test run can set the interface by which the packet entered the node; tries it once.
+    """Whether a test run can set the interface by which the packet entered the node. This is tried once.
 
-    A comparison of versions was rejected: distributions add such changes to older kernels.
+    Rejected: a comparison of kernel versions, because distributions add such changes to older kernels.
     """
     with _opened(_load(_end(abi.NP_DROP))) as fd:
         for ingress_ifindex in (0, 1):
@@ -239,13 +252,13 @@ def can_name_ingress() -> bool:
 
 
 class _FrameNamespace:
-    """A network namespace without a name. Threads of their own enter it; the calling thread stays in its namespace."""
+    """A network namespace without a name. Only threads of this class enter it; the calling thread stays outside."""
 
     def __init__(self) -> None:
         self._fd = _in_thread(self._create)
 
     def call(self, work: Callable[[], T]) -> T:
-        """Run ``work`` on a new thread that has entered the namespace; returns its result."""
+        """Run ``work`` on a new thread that has entered the namespace. Returns the result of ``work``."""
 
         def enter() -> T:
             _check(_libc().setns(self._fd, CLONE_NEWNET), "enter")
@@ -254,7 +267,7 @@ class _FrameNamespace:
         return _in_thread(enter)
 
     def close(self) -> None:
-        """Close the descriptor; sockets may still keep the namespace."""
+        """Close the descriptor. Open sockets can still keep the namespace alive."""
         os.close(self._fd)
 
     @staticmethod
@@ -280,14 +293,14 @@ def _refused(error: OSError, what: str) -> PlatformError:
 
 
 def _in_thread(work: Callable[[], T]) -> T:
-    """Run ``work`` on a new thread, wait for its end, and return its result."""
+    """Run ``work`` on a new thread, wait until it ends, and return its result."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(work).result()
 
 
 @contextlib.contextmanager
 def _route() -> Iterator[Any]:
-    """An rtnetlink socket of the calling thread's namespace; its errors become PlatformErrors."""
+    """An rtnetlink socket of the calling thread's namespace. Its errors are raised as PlatformError."""
     from pyroute2 import IPRoute
     from pyroute2.netlink.exceptions import NetlinkError
 
@@ -299,7 +312,7 @@ def _route() -> Iterator[Any]:
 
 
 def _create_interfaces() -> dict[str, int]:
-    """Make both veth pairs and set them up; returns the interface indices by name."""
+    """Make both veth pairs, and set them up. Returns the interface indices by name."""
     with _route() as route:
         for name, peer in PEERS.items():
             route.link("add", ifname=name, kind="veth", mtu=MTU_BYTES, peer={"ifname": peer, "mtu": MTU_BYTES})
@@ -316,7 +329,10 @@ def _create_interfaces() -> dict[str, int]:
 
 
 def _ethertypes(frame: bytes) -> set[int]:
-    """All ethertypes under which the kernel may deliver the frame to protocol handlers: it removes some VLAN tags."""
+    """All ethertypes under which the kernel may deliver the frame.
+
+    There are several, because VLAN tags may be removed.
+    """
     found: set[int] = set()
     at = 12
     while True:
@@ -331,26 +347,26 @@ def _ethertypes(frame: bytes) -> set[int]:
 
 PROG_TYPE_SOCKET_FILTER = 1
 MAP_VALUE = 2
-"""BPF_PSEUDO_MAP_VALUE: as source register of a load, it loads the address of a map's first row (Linux 5.2)."""
+"""Source register of a load that loads the address of a map's first row: BPF_PSEUDO_MAP_VALUE (Linux 5.2)."""
 CALL_CLONE_REDIRECT, CALL_REDIRECT = 13, 23
 TO_INGRESS = 1
-"""BPF_F_INGRESS."""
+"""Flag of bpf_redirect: send the packet to the ingress hook of the target (BPF_F_INGRESS)."""
 SKB_PACKET_TYPE = 4
-"""Offset in struct __sk_buff."""
+"""Offset of pkt_type in struct __sk_buff."""
 PACKET_OUTGOING = 4  # linux/if_packet.h
 
 LOAD_64, LOAD_32, STORE_32, ADD_32, MOVE, MOVE_REGISTER = 0x18, 0x61, 0x63, 0xC3, 0xB7, 0xBF
 JUMP_IF, JUMP_IF_NOT, CALL, EXIT = 0x15, 0x55, 0x85, 0x95
-"""Operation codes (linux/bpf.h)."""
+"""Opcodes (linux/bpf.h)."""
 
 
 def _step(code: int, to: int = 0, by: int = 0, offset: int = 0, number: int = 0) -> bytes:
-    """One instruction: operation code, registers, offset, immediate."""
+    """Encode one instruction from its opcode, its registers, its offset and its immediate."""
     return struct.pack("=BBhi", code, to | by << 4, offset, number)
 
 
 def _row_of(board: int, register: int) -> bytes:
-    """Load the address of the map's row into a register."""
+    """The instructions that load the address of the map's row into a register."""
     return _step(LOAD_64, register, MAP_VALUE, number=board) + bytes(8)
 
 
@@ -359,7 +375,10 @@ def _end(verdict: int) -> bytes:
 
 
 def _gate(board: int, endpoint: int, copies_to: int) -> bytes:
-    """The first filter that an arriving frame meets: it queues a copy behind the frame and sends the frame to its hook."""
+    """The program of the first filter for an arriving frame.
+
+    It queues a copy of the frame, then lets the frame go to its hook.
+    """
     return b"".join((
         _step(MOVE_REGISTER, 6, 1),
         _step(MOVE, 2, number=copies_to),
@@ -379,12 +398,18 @@ def _gate(board: int, endpoint: int, copies_to: int) -> bytes:
 
 
 def _behind(board: int) -> bytes:
-    """The last filter of a hook: it counts the frames that the program leaves to the filters behind it."""
+    """The program of the last filter on a hook. It counts the frames that reach this filter.
+
+    These are the frames that the program under test passes to later filters.
+    """
     return _row_of(board, 1) + _step(MOVE, 2, number=1) + _step(ADD_32, 1, 2, AT_BEHIND) + _end(abi.NP_PASS)
 
 
 def _tap(board: int, *, outgoing: bool = False) -> bytes:
-    """The filter program of a packet socket: counts frames and accepts none. ``outgoing``: count the sent frames."""
+    """The program of a packet socket's filter. It counts frames, and accepts none.
+
+    ``outgoing``: it counts only sent frames.
+    """
     steps = (
         _step(LOAD_32, 2, 1, SKB_MARK),
         _row_of(board, 3),
@@ -397,7 +422,7 @@ def _tap(board: int, *, outgoing: bool = False) -> bytes:
 
 
 def _load(instructions: bytes, program_type: int = syscall.PROG_TYPE_SCHED_CLS) -> int:
-    """Load one of this module's programs; its descriptor."""
+    """Load one of this module's programs. Returns the program's descriptor."""
     try:
         return syscall.prog_load(instructions, program_type)
     except OSError as error:
@@ -405,7 +430,7 @@ def _load(instructions: bytes, program_type: int = syscall.PROG_TYPE_SCHED_CLS) 
 
 
 def _create_board() -> int:
-    """Make the map with the single row `BOARD`; returns its descriptor."""
+    """Make the map with one row of the format `BOARD`. Returns the map's descriptor."""
     try:
         return syscall.map_create("array", "frames_board", KEY.size, BOARD.size, 1)
     except OSError as error:

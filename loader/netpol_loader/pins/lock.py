@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Locks of pin roots, against concurrent changes. A lock ends with its process, even if children of it live on.
+"""Locks of pin roots, against concurrent changes. A lock ends with its process, even if child processes live on.
 
-Invariant: a forked child has no copy of a lock's descriptor, so it holds no lock after its parent has ended.
+Invariant: a forked child has no copy of a lock's descriptor, so the child holds no lock after its parent has ended.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _descriptors: set[int] = set()
 
 @contextlib.contextmanager
 def locked_alone(descriptor: int) -> Iterator[None]:
-    """Hold the lock (flock(2)) of an open file or directory, and own its descriptor, until the block ends.
+    """Hold the lock (flock(2)) of an open file or directory until the block ends, and then close its descriptor.
 
-    Raises BlockingIOError when another process holds it; then, too, the descriptor is closed.
+    Raises BlockingIOError if another process holds the lock. The descriptor is closed in that case too.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -36,21 +36,23 @@ def locked_alone(descriptor: int) -> Iterator[None]:
     try:
         yield
     finally:
-        if descriptor in _descriptors:  # False in a forked child that leaves the block
+        if descriptor in _descriptors:  # not so in a forked child that leaves the block
             _descriptors.discard(descriptor)
             os.close(descriptor)
 
 
 _held: set[Path] = set()
-"""Pin roots that this process holds."""
+"""The pin roots whose lock this process holds by `held`."""
 
 
 @contextlib.contextmanager
 def held(pin_root: Path, *, hint: str) -> Iterator[None]:
-    """Hold the lock of an existing root until the block or the process ends: no other process works under the root.
+    """Hold the lock of an existing pin root until the block or the process ends.
 
-    `locked` in this process then does not wait.  Raises PlatformError, with the hint, if another process holds the
-    lock; FileNotFoundError if the root is removed meanwhile.
+    No other process then works under the root.
+
+    Meanwhile, `locked` does not wait in this process. Raises PlatformError, with the hint, if another process holds the
+    lock. Raises FileNotFoundError if the root is removed meanwhile.
     """
     place = pin_root.absolute()
     while True:
@@ -72,7 +74,7 @@ def held(pin_root: Path, *, hint: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(pin_root: Path) -> Iterator[None]:
-    """Hold the lock for changes of a root's pins until the block ends; waits for another process."""
+    """Hold the lock for changes of a root's pins until the block ends. Waits while another process holds the lock."""
     if pin_root.absolute() in _held:
         yield
         return

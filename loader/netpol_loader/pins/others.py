@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other parties' programs on the node's interfaces: which exist, whether they run before ours, whether they redirect.
+"""Programs of others on the node's interfaces: which exist, whether they run before ours, and whether they redirect.
 
-A packet that bpf_redirect_peer puts into a pod, or that XDP sends to another interface, passes no program at its
-destination, ours included.  (Packets that bpf_redirect, bpf_redirect_neigh and bpf_clone_redirect send from TC pass the
-hooks of the target device.)
+Some packets pass no program at their destination, ours included: those that bpf_redirect_peer puts into a pod, and
+those that XDP sends to another interface. (Packets that bpf_redirect, bpf_redirect_neigh and bpf_clone_redirect send
+from TC do pass the hooks of the target device.)
 
-The translated instructions of a program show whether it can do that.  In them, a helper call is a distance to the
-helper's code, which differs from kernel to kernel; a program of our own with the same call shows the distance on this
-kernel.  Rejected: the helpers' addresses from /proc/kallsyms, which has ten megabytes and needs the same privileges.
+The translated instructions of a program show whether it can redirect in these ways. In translated instructions, a call
+of a helper contains the distance to the helper's code, which differs from kernel to kernel. So the module loads a
+program of its own with the same call, which shows the distance on this kernel. Rejected: the addresses of helpers from
+/proc/kallsyms, which has ten megabytes and needs the same privileges.
 
-Invariant: a program that cannot be read counts as unknown, never as harmless.  The module changes nothing and must not
+Invariant: a program that cannot be read counts as unknown, never as harmless. The module changes nothing, and must not
 know policy.
 """
 
@@ -35,16 +36,18 @@ if TYPE_CHECKING:
 
 XDP = "XDP"
 CLSACT_TURN = 10
-"""Most interfaces with clsact that one `OtherPrograms.look` reads; arbitrary."""
+"""Most interfaces with clsact that one call of `OtherPrograms.look` reads. The value is arbitrary."""
 
 _TAIL_CALL = 12
 _REDIRECTS: Mapping[int, int] = {syscall.PROG_TYPE_SCHED_CLS: 155, syscall.PROG_TYPE_XDP: 23}
-"""Helper (enum bpf_func_id) that redirects past all hooks, by program type: bpf_redirect_peer, in XDP bpf_redirect."""
+"""By program type, the helper that redirects past all hooks: bpf_redirect_peer, in XDP bpf_redirect."""
 _REDIRECT_MAPS = frozenset({"devmap", "cpumap", "xskmap", "devmap_hash"})
-"""Map types for redirection by XDP (bpf_redirect_map); they have no other use."""
+"""Types of maps that serve only for redirection by XDP (bpf_redirect_map)."""
 _CALLS_FUNCTION = 1
-"""Source register of a call of a function of the program itself: BPF_PSEUDO_CALL. Another program may have taken its place
-(BPF_PROG_TYPE_EXT), as the dispatcher of libxdp is made for."""
+"""Source register of a call of a function within the program (BPF_PSEUDO_CALL).
+
+A program of type BPF_PROG_TYPE_EXT may have replaced the function; the dispatcher of libxdp is made for this.
+"""
 _MOVE, _EXIT = 0xB7, 0x95
 
 
@@ -58,8 +61,9 @@ class Reach(enum.Enum):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Other:
-    """Another party's program on an interface. ``hook``: XDP, or mechanism and direction; ``name``: "" if unknown.
+    """A program of others on an interface.
 
+    ``hook``: XDP, or mechanism and direction. ``number``: its id in the kernel. ``name``: "" if the name is unknown.
     ``is_first``: it runs before our program on the interface.
     """
 
@@ -72,9 +76,9 @@ class Other:
 
 
 class OtherPrograms:
-    """Finds other parties' programs.
+    """Finds the programs of others.
 
-    Repeated calls of `look` read each program once, and interfaces in turns (`Turns`).
+    If `look` is called repeatedly, it reads each program once, and the interfaces in turns (`Turns`).
     """
 
     def __init__(self) -> None:
@@ -86,11 +90,11 @@ class OtherPrograms:
         self._on_xdp: dict[int, tuple[int, ...]] = {}
 
     def look(self, ifindexes: Collection[int], attached: Collection[int], dataplane: Dataplane) -> list[Other]:
-        """Other parties' programs on these interfaces of this network namespace, as last read.
+        """The programs of others on these interfaces, as last read.
 
-        ``attached``: interfaces with our programs.  Cost: a microsecond or two for each hook of the interfaces whose
-        turn it is; at the first turn of a round, two dumps of all interfaces.  One call reads the filters of at most
-        CLSACT_TURN interfaces.
+        The interfaces must be in this network namespace. ``attached``: those with our programs. Cost: one or two
+        microseconds for each hook of the interfaces whose turn it is; at the first turn of a round, also two dumps of
+        all interfaces. One call reads the filters of at most CLSACT_TURN interfaces.
         """
         ours = {hook: syscall.prog_info(dataplane.program_fd(hook)).id for hook in Hook}
         turn = self._turns.next(ifindexes)
@@ -145,7 +149,7 @@ _WAYS: Mapping[Hook, str] = {Hook.TC_INGRESS: "ingress", Hook.TC_EGRESS: "egress
 
 
 def _read(number: int, program_type: int) -> tuple[str, Reach]:
-    """A program's name, and whether it redirects; ("", UNKNOWN) without CAP_SYS_ADMIN."""
+    """The name of a program, and whether the program redirects. ("", UNKNOWN) without CAP_SYS_ADMIN."""
     try:
         fd = syscall.prog_fd(number)
     except OSError:
@@ -159,7 +163,7 @@ def _read(number: int, program_type: int) -> tuple[str, Reach]:
 
 
 def reach_of(fd: int, program_type: int) -> Reach:
-    """Whether a program can send packets past other programs, by its calls and maps. Raises OSError."""
+    """Whether a program can send packets past other programs, judged by its calls and maps. Raises OSError."""
     if any(_map_kind(number) in _REDIRECT_MAPS for number in syscall.prog_maps(fd)):
         return Reach.REDIRECTS
     code = syscall.prog_code(fd)
@@ -181,7 +185,7 @@ def _map_kind(number: int) -> str:
 
 
 def _calls(code: bytes) -> Iterator[tuple[int, int]]:
-    """(source register, immediate) of all call instructions in translated instructions."""
+    """All call instructions in translated instructions, each as (source register, immediate)."""
     at = 0
     while at < len(code):
         opcode, operands, _, immediate = INSTRUCTION.unpack_from(code, at)
@@ -191,7 +195,7 @@ def _calls(code: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _helpers_called(code: bytes) -> set[int]:
-    """The immediates of helper calls, one for each helper; 0: the kernel hides the immediate from this process."""
+    """The immediates of the helper calls, one for each helper. 0: the kernel hides the immediate from this process."""
     return {immediate for source, immediate in _calls(code) if source == 0}
 
 
@@ -200,7 +204,7 @@ def _calls_functions(code: bytes) -> bool:
 
 
 def _probe(program_type: int) -> bytes:
-    """Translated instructions of a program whose only call is the redirecting helper; b"" if it cannot be loaded."""
+    """The translated instructions of a program that only calls the redirecting helper. b"" if it cannot be loaded."""
     arguments = INSTRUCTION.pack(_MOVE, packed(0, 1), 0, 1) + INSTRUCTION.pack(_MOVE, packed(0, 2), 0, 0)
     call = INSTRUCTION.pack(CALL, 0, 0, _REDIRECTS[program_type])
     try:

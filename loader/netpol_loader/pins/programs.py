@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """A program set: the hooks' programs, the programs that they tail-call, and the program array of these calls.
 
-The parts belong together.  Each set has a program array of its own, so a hook's program never calls into another set; and
-the kernel empties a program array when nothing in user space holds it any more, so the array is pinned as long as a hook
-may run its set.  A set is pinned in one directory:
+The parts belong together. Each set has a program array of its own, so that a hook's program never calls a program of
+another set. The kernel empties a program array that user space neither pins nor has open. So the array is pinned as
+long as a hook may run its set. A set is pinned in one directory:
 
     PIN_DIR/programs        the set in force, or about to be
     PIN_DIR/programs_new    a whole set that is not in force
     PIN_DIR/programs_old    the previous set, while hooks may still run it
 
-and replaced in four steps, each atomic: NEW appears by one rename, CURRENT becomes OLD, NEW becomes CURRENT (the
-exchange has begun), OLD goes when every hook runs CURRENT.  New policy maps that come with a set are pinned in its
-directory until the exchange is over.  Invariant: killed between any two steps, `recover` and `finish_exchange` of the
-next process forget or finish what was begun.  The module must not know what programs or maps mean, nor attach anything.
+A set is replaced in four steps, each of them atomic. NEW appears by one rename. CURRENT becomes OLD. NEW becomes
+CURRENT: the exchange has begun. OLD is removed when every hook runs CURRENT. New policy maps that come with a set are
+pinned in its directory until the exchange is over.
+
+Invariant: if the process is killed between two steps, `recover` and `finish_exchange` of the next process remove the
+new set or finish the exchange. The module must not know the meaning of programs or maps, and must not attach anything.
 """
 
 from __future__ import annotations
@@ -45,7 +47,10 @@ _SLOT = struct.Struct("=I")
 
 @dataclass(frozen=True, slots=True)
 class ProgramSet:
-    """Descriptors of one program set; `close` closes them. ``called``: tail-called programs by slot."""
+    """The descriptors of one program set. `close` closes them.
+
+    ``hooks``: programs by hook. ``called``: tail-called programs by slot. ``calls``: the program array.
+    """
 
     hooks: Mapping[Hook, int]
     called: Mapping[int, int]
@@ -53,7 +58,7 @@ class ProgramSet:
 
     @classmethod
     def load(cls, compiled: Compiled, maps: Mapping[str, Map]) -> ProgramSet:
-        """Load all programs with these maps and a program array of their own. Raises LoadError, OSError."""
+        """Load all programs with these maps, and with a program array of their own. Raises LoadError and OSError."""
         calls = Map(syscall.map_create("prog_array", CALL_MAP, _SLOT.size, _SLOT.size, len(abi.CALLS)))
         every = {**{name: one.fd for name, one in maps.items()}, CALL_MAP: calls.fd}
         opened = [calls.fd]
@@ -75,7 +80,7 @@ class ProgramSet:
 
     @classmethod
     def open(cls, directory: Path) -> ProgramSet:
-        """The set pinned in a directory. Raises PlatformError."""
+        """Open the set that is pinned in a directory. Raises PlatformError if a program cannot be opened."""
         opened: list[int] = []
 
         def get(name: str) -> int:
@@ -95,28 +100,28 @@ class ProgramSet:
             ) from error
 
     def pin(self, directory: Path) -> None:
-        """Pin all programs and the program array in a directory, which is created."""
+        """Pin all programs and the program array in a directory, which is made if it is missing."""
         directory.mkdir(exist_ok=True)
         for name, fd in self.named():
             syscall.obj_pin(fd, directory / name)
 
     def named(self) -> Iterator[tuple[str, int]]:
-        """(name of the pin, descriptor) of all programs and of the program array."""
+        """All programs and the program array, each as (name of the pin, descriptor)."""
         yield from ((hook.value, fd) for hook, fd in self.hooks.items())
         yield from ((abi.CALLS[slot], fd) for slot, fd in self.called.items())
         yield CALL_MAP, self.calls.fd
 
     def programs(self) -> Iterator[tuple[str, int]]:
-        """(name, descriptor) of the programs, called programs first."""
+        """All programs, each as (name, descriptor). The called programs come first."""
         yield from ((abi.CALLS[slot], fd) for slot, fd in self.called.items())
         yield from ((hook.value, fd) for hook, fd in self.hooks.items())
 
     def tags(self) -> dict[str, str]:
-        """The kernel's digests of the programs' instructions, by name."""
+        """The kernel's digest of each program's instructions, by the program's name."""
         return {name: syscall.prog_info(fd).tag for name, fd in self.programs()}
 
     def mend_calls(self) -> list[str]:
-        """Restore slots of the program array that lack their program; returns the names of the restored programs."""
+        """Restore those slots of the program array that lack their program. Returns the names of these programs."""
         mended = []
         for slot, fd in self.called.items():
             found = self.calls.get(_SLOT.pack(slot))
@@ -126,7 +131,7 @@ class ProgramSet:
         return mended
 
     def close(self) -> None:
-        """Close all descriptors; may be called twice."""
+        """Close all descriptors. A second call does nothing."""
         if self.calls.fd >= 0:
             for fd in [*self.hooks.values(), *self.called.values()]:
                 os.close(fd)
@@ -134,14 +139,17 @@ class ProgramSet:
 
 
 def begin_exchange(pin_dir: Path, staged: Path) -> None:
-    """Make a staged program set the set in force by its pins; `finish_exchange` must then update the interfaces."""
+    """Put the pins of a staged program set in place of the set in force.
+
+    Then `finish_exchange` must update the interfaces.
+    """
     staged.rename(pin_dir / NEW)
     (pin_dir / CURRENT).rename(pin_dir / OLD)
     (pin_dir / NEW).rename(pin_dir / CURRENT)
 
 
 def recover(pin_dir: Path) -> None:
-    """Repair the directories that a killed process left between two steps."""
+    """Repair the directories, if a process was killed between two steps of an exchange."""
     if (pin_dir / OLD).exists() and not (pin_dir / CURRENT).exists():
         (pin_dir / NEW).rename(pin_dir / CURRENT)
     elif (pin_dir / NEW).exists():
@@ -149,9 +157,10 @@ def recover(pin_dir: Path) -> None:
 
 
 def finish_exchange(pin_dir: Path, replace: Callable[[Mapping[Hook, set[int]]], None]) -> None:
-    """Finish an exchange that this process or a killed one has begun; does nothing if there is none.
+    """Finish an exchange that this process or a killed one has begun. Does nothing if none has begun.
 
-    ``replace``: replaces, on every interface, the programs with these ids by the current programs.
+    ``replace``: is called with ids of programs by hook. It must replace these programs by the current ones on every
+    interface.
     """
     if (pin_dir / OLD).exists():
         supersede([pin_dir / OLD], replace)
@@ -162,18 +171,18 @@ def finish_exchange(pin_dir: Path, replace: Callable[[Mapping[Hook, set[int]]], 
 
 
 def supersede(directories: Sequence[Path], replace: Callable[[Mapping[Hook, set[int]]], None]) -> None:
-    """Replace the programs pinned in these directories, and wait until no packet is in them any more.
+    """Replace the programs that are pinned in these directories, and wait until no packet runs them any more.
 
-    ``replace``: as in `finish_exchange`.  Afterwards no program calls another program of these sets, so their pins may
+    ``replace``: as in `finish_exchange`. Afterwards no program calls another program of these sets, so their pins may
     be removed.
     """
-    order_stores()  # a run of the new programs sees their maps filled
+    order_stores()  # so that a run of the new programs sees the rows of their maps
     replace(program_ids(directories))
     wait_for_readers()
 
 
 def program_ids(directories: Sequence[Path]) -> dict[Hook, set[int]]:
-    """Ids of the hooks' programs pinned in these directories, by hook."""
+    """The ids of the hooks' programs that are pinned in these directories, by hook."""
     ids: dict[Hook, set[int]] = {hook: set() for hook in Hook}
     for hook in Hook:
         for path in (path for directory in directories for path in directory.glob(hook.value + "*")):

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Removal: finds all our objects of one pin root, and removes them one by one, each reported by name.
+"""Removal: find all our objects of one pin root, and remove them one by one. Each is reported by name.
 
-It works with pins of any version and state: it builds, adopts and repairs nothing.  Invariants: only objects pinned
-below the root, filters that run programs pinned there, and tables whose comment names the root, are ours; all listed
-objects are removed in the order of the list: the tables before the programs that set the sign for them, then the rest.
-Filters of clsact and tables are found only in the caller's network namespace.
+This works with pins of any version and in any state, because it builds, adopts and repairs nothing.
+
+Invariants: only three kinds of objects are ours: those that are pinned below the root, filters that run programs pinned
+there, and tables whose comment names the root. The objects are removed in the order of the list. The tables come first:
+without the programs, which set the sign, they would drop packets. Filters of clsact and tables are found only in the
+caller's network namespace.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ PROGRAMS = "np_tc_"
 class Leftover:
     """One object of ours.
 
-    ``kind``: table, link, filter, qdisc, map, program or directory; ``name``: for administrators.
+    ``kind``: table, link, filter, qdisc, map, program or directory. ``name``: text for administrators. ``remove``:
+    removes the object.
     """
 
     kind: str
@@ -43,7 +46,7 @@ class Leftover:
 
 
 def find_leftovers(pin_root: Path) -> list[Leftover]:
-    """All objects of ours, in the order of removal."""
+    """All our objects, in the order of removal."""
     directories = [path for path in _listed(pin_root) if path.is_dir() and OUR_DIRECTORY.fullmatch(path.name)]
     names = {link.ifindex: link.name for link in list_links()}
     found: list[Leftover] = list(_tables(pin_root))

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Renewal: a second set of policy maps and programs, filled beside the present set, which it then replaces.
+"""Renewal: a second set of policy maps and programs, which is filled beside the present set and then replaces it.
 
-A new agent does not know what the numbers in the present maps mean, since the process that assigned them has ended.  So
-it fills maps of its own, and each interface changes from the old programs and maps to the new ones in one step.  No
-packet meets rows of both.  Rejected: new numbers in the maps in force; tables that all policy sets share cannot change
-meaning in one step.
+A new agent does not know the meaning of the numbers in the present maps, because the process that assigned them has
+ended. So the agent fills maps of its own. Then each interface changes from the old programs and maps to the new ones in
+one step, so that no packet meets rows of both. Rejected: new numbers in the maps in force. Tables that all policy sets
+share cannot change their meaning in one step.
 
-Old and new programs share the maps that are not renewed (connections, counters, configuration, events). Invariants:
-until `take_over` nothing in force is touched; if the process is killed at any instruction, every interface runs a whole
-old or a whole new program, and the next process finishes the exchange or removes the new set.
+Old and new programs share the maps that are not renewed (connections, counters, configuration, events).
+
+Invariants: before `take_over`, nothing in force is touched. If the process is killed at any instruction, every
+interface runs a whole old or a whole new program set, and the next process finishes the exchange or removes the new
+set.
 """
 
 from __future__ import annotations
@@ -26,10 +28,13 @@ from netpol_loader.tables.buckets import bucketed
 
 
 class Renewal:
-    """The new set. A context manager: its exit removes a set that did not take over."""
+    """The new set. The class is a context manager; its exit removes a set that did not take over."""
 
     def __init__(self, dataplane: Dataplane, fresh: Collection[str], sizes: Mapping[str, int] | None = None) -> None:
-        """``fresh``: names of the maps to make anew; ``sizes``: their max_entries by name, where not as in force."""
+        """``fresh``: names of the maps to make anew.
+
+        ``sizes``: their max_entries by name, if they differ from those in force.
+        """
         self._dataplane = dataplane
         self._fresh = frozenset(fresh) | {more for name, more in abi.OVERFLOW_MAPS.items() if name in fresh}
         self._sizes = dict(sizes or {})
@@ -52,7 +57,7 @@ class Renewal:
 
     @property
     def maps(self) -> Mapping[str, Map]:
-        """All maps of the new set by name: new, empty ones, and those shared with the set in force."""
+        """All maps of the new set by name: the new, empty ones, and those that it shares with the set in force."""
         return {**self._dataplane.maps, **(self._staging.maps if self._staging is not None else {})}
 
     def _prepare(self, staging: Staging) -> None:
@@ -67,7 +72,7 @@ class Renewal:
         staging.maps = bucketed(staging.maps)
 
     def take_over(self) -> None:
-        """Replace the old programs by the new ones on every interface; the dataplane then owns the new set."""
+        """Replace the old programs by the new ones on every interface. The dataplane then owns the new set."""
         if self._staging is None:
             raise RuntimeError("a renewal takes over once, between its beginning and its end")
         with locked(self._dataplane.pin_root):

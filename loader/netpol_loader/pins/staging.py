@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maps and programs in a directory of their own, before they are in force: taken as a whole, or removed.
+"""Maps and programs in a directory of their own, before they are in force. They are taken as a whole, or removed.
 
-Every set beside the one in force (a first start, new programs, new maps, a newer schema) is made here. Invariants:
-nothing in force refers to a staging directory; the next process that holds the lock removes the directory of a process
-that died (`remove_unfinished`).  The module must not know what the maps mean.
+Every set beside the one in force is made here: at a first start, for new programs, for new maps, and for a newer
+schema.
+
+Invariants: nothing in force refers to a staging directory. If a process dies, the next process that holds the lock
+removes its directory (`remove_unfinished`). The module must not know the meaning of maps.
 """
 
 from __future__ import annotations
@@ -20,11 +22,14 @@ from netpol_loader.pins.programs import ProgramSet
 log = logging.getLogger(__name__)
 
 PREFIX = "new-"
-"""Prefix of the directory's name; the process id follows."""
+"""The beginning of the directory's name. The process id follows it."""
 
 
 class Staging:
-    """A staging directory, with the descriptors of its pins. A context manager: at the end it calls `discard`."""
+    """A staging directory, with the descriptors of its pins.
+
+    The class is a context manager; its exit calls `discard`.
+    """
 
     def __init__(self, pin_root: Path) -> None:
         """Make the directory. Raises OSError."""
@@ -47,7 +52,7 @@ class Staging:
     def discard(self) -> None:
         """Close the maps and programs that the caller has not taken, and remove the directory.
 
-        If the directory was renamed, that is, put in force, it stays.
+        The directory stays if it was renamed, because it is then in force.
         """
         for one in self.maps.values():
             one.close()
@@ -65,7 +70,10 @@ class Staging:
 
 
 def remove_unfinished(pin_root: Path) -> None:
-    """Remove the staging directories of dead processes. The caller holds the lock, so no owner is still at work."""
+    """Remove the staging directories of dead processes.
+
+    The caller must hold the lock, so that no owner is still at work.
+    """
     for path in pin_root.glob(f"{PREFIX}*"):
         log.warning("removing %s, left by a process that died", path)
         shutil.rmtree(path)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns: which interfaces a periodic check looks at next, so that the cost of a round is spread over several checks.
+"""Turns: which interfaces a periodic check looks at next.
 
-Invariant: an interface that stays is checked once in each round, whatever interfaces come and go meanwhile.  Makes no
-system call.
+In this way the cost of a round is spread over several checks.
+
+Invariant: an interface that stays is checked once in each round, whatever interfaces come and go meanwhile. The module
+makes no system call.
 """
 
 from __future__ import annotations
@@ -11,16 +13,28 @@ from bisect import bisect_right
 from collections.abc import Collection
 
 CHECKS = 5
-"""Checks in a round over all interfaces; with one check a second, five seconds. Arbitrary."""
+"""Checks in one round over all interfaces. The value is arbitrary.
+
+With one check a second, a round takes five seconds.
+"""
 LEAST = 50
-"""Least interfaces of one check, some milliseconds; arbitrary. A node with fewer interfaces is checked as a whole."""
+"""Least number of interfaces in one check. The value is arbitrary.
+
+A check of so many takes some milliseconds. If a node has fewer interfaces, one check looks at all of them.
+"""
 
 
 class Turns:
-    """The order of checks: call `next` at each check. ``is_first``: whether the last turn began a round."""
+    """The order of checks. The caller must call `next` at each check.
+
+    ``is_first``: whether the last turn began a round.
+    """
 
     def __init__(self, most: int | None = None) -> None:
-        """``most``: interfaces in a turn, however long a round then takes; None: a round takes at most CHECKS turns."""
+        """``most``: most interfaces in a turn, however long rounds then take.
+
+        None: a round has at most CHECKS turns.
+        """
         self.is_first = False
         self._most = most
         self._last = -1

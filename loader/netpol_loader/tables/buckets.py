@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bucketed tables of policy, as maps from key to row: an array of buckets, and an overflow map.
+"""The bucketed tables of policy, as maps from key to row. A table is an array of buckets and an overflow map.
 
-The program reads them in `bpf/np_bucket.h`.  Rows with the same hash of their keys are side by side in one bucket of
-one or two cache lines.  Rows that do not fit into their bucket are in the overflow map, and a flag of the bucket
-records that.  The array is mapped into memory, so a write is a store.
+The program reads the tables with `bpf/np_bucket.h`. Rows whose keys have the same hash are side by side in one bucket,
+which has one or two cache lines. Rows that do not fit into their bucket are in the overflow map, and the bucket has a
+flag for this case. The array is mapped into memory, so that a write is a store.
 
-Invariants: a row is complete before a bit or tag publishes it (`order_stores`); a freed slot is not reused until
-`end_grace_period`, since a packet may still be reading it; a key is in its bucket or in the overflow map, never in
-both.  The module must not know what rows mean.
+Invariants: a row is complete before a bit or tag makes it valid (`order_stores`). A freed slot is not reused before
+`end_grace_period`, because a packet may still read the slot. A key is in its bucket or in the overflow map, never in
+both. The module must not know the meaning of rows.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SIZED = tuple(
     for name, spec in abi.MAP_SPECS.items()
     if abi.MapTrait.FIXED not in spec.traits and not spec.overflow_of and not spec.tags_of
 )
-"""Maps with a size that an option may set; for a bucketed table the size is the number of rows."""
+"""The maps whose size an option may set. The size of a bucketed table is its number of rows."""
 
 
 def _hash4(key: bytes) -> int:
@@ -52,25 +52,28 @@ def _hash6(key: bytes) -> int:
     return (mixed * abi.NP_HASH_MULTIPLIER & _MASK64) >> 32
 
 
-@lru_cache(maxsize=1 << 16)  # each change of the node's addresses needs all of them again
+@lru_cache(maxsize=1 << 16)  # each change of addresses asks for all of them again
 def vip_filter_bit(address: bytes) -> tuple[int, int]:
-    """(row, bit) of an address, which is packed, in np_vip_filter."""
+    """The place of an address in np_vip_filter, as (row, bit). ``address``: packed."""
     hashed = _hash4(address) if len(address) == 4 else _hash6(address)  # noqa: PLR2004 - an IPv4 address
     row, bit = divmod(hashed, 8 * ctypes.sizeof(abi.np_vip_filter))
     return row & (abi.MAP_SPECS["np_vip_filter"].max_entries - 1), bit
 
 
 def buckets_for(name: str, rows: int) -> int:
-    """Number of buckets for ``rows`` rows, a power of two.
+    """The number of buckets for ``rows`` rows, a power of two.
 
-    One bucket for each four addresses, sixteen peer classes or four connections.
+    There is at least one bucket for each four addresses, sixteen peer classes or four connections.
     """
     each = 16 if name == "np_peer_class" else 4
     return 1 << (max(-(-rows // each), 1) - 1).bit_length()
 
 
 def bucketed(maps: Mapping[str, Map]) -> dict[str, Map]:
-    """The same maps, with bucketed tables as `BucketMap`. Raises OSError if an array cannot be mapped into memory."""
+    """The same maps, with each bucketed table as a `BucketMap`.
+
+    Raises OSError if an array cannot be mapped into memory.
+    """
     result = dict(maps)
     for name, more in abi.OVERFLOW_MAPS.items():
         if name not in maps:
@@ -81,7 +84,7 @@ def bucketed(maps: Mapping[str, Map]) -> dict[str, Map]:
 
 
 def open_map(pin_dir: Path, name: str) -> Map:
-    """Open a pinned map, or a view of a connection table, by its name; opens the tables that belong to it.
+    """Open a pinned map, or a view of a connection table, by its name. Also opens the maps that the table consists of.
 
     Raises OSError.
     """
@@ -95,13 +98,13 @@ def open_map(pin_dir: Path, name: str) -> Map:
 
 
 class BucketMap(Map):
-    """A bucketed table. Owns the array's descriptor and mapping, but not the overflow map.
+    """A bucketed table. It owns the array's descriptor and memory mapping, but not the overflow map.
 
-    ``max_entries``: the number of rows that fit whatever their hashes; more may fit.
+    ``max_entries``: the number of rows that always fit, whatever their hashes. More rows may fit.
     """
 
     def __init__(self, array: Map, more: Map) -> None:
-        """Take over ``array``, the buckets; ``more``: the overflow map, which stays the caller's."""
+        """Take over ``array``, which has the buckets. ``more``: the overflow map, which the caller continues to own."""
         self.fd, self.name, self.type = array.fd, array.name, "buckets"
         self.has_btf, self.is_per_cpu = array.has_btf, False
         self.key_size, self.value_size, self.max_entries = more.key_size, more.value_size, more.max_entries
@@ -112,29 +115,29 @@ class BucketMap(Map):
         self._memory = mmap.mmap(array.fd, array.max_entries * array.value_size)
         self._words = memoryview(self._memory).cast("I")
         self._resting: set[int] = set()  # offsets of slots that became free since the last `end_grace_period`
-        self._untold: dict[int, int] = {}  # words to store next, by index
+        self._untold: dict[int, int] = {}  # words that `_tell` must store, by index
 
     @abstractmethod
     def get(self, key: bytes) -> bytes | None:
-        """The row that a packet would find, or None."""
+        """The row that a packet would find. None if there is none."""
 
     @abstractmethod
     def delete(self, key: bytes) -> bool:
-        """Remove; False if there was no such key."""
+        """Remove the row of ``key``. Returns False if there is none."""
 
     @abstractmethod
     def items(self) -> Iterator[tuple[bytes, bytes]]:
-        """All rows. Concurrent changes may be missed or included."""
+        """All keys with their rows. Concurrent changes may be missed or included."""
 
     def put(self, key: bytes, value: bytes) -> None:
-        """Insert or replace. Raises MapFullError."""
+        """Insert or replace a row. Raises MapFullError."""
         self.put_many([(key, value)])
 
     def put_many(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
-        """Insert or replace all. Raises MapFullError; the rows before are then written.
+        """Insert or replace rows. Raises MapFullError; the rows before the failed one are then written.
 
-        Rows are written first, then the bits and tags that publish them.  Between the two, a weakly ordered machine
-        needs one grace period.
+        All rows are written first, then the bits and tags that make them valid. Between the two, a weakly ordered
+        machine needs one grace period.
         """
         try:
             for key, value in pairs:
@@ -147,30 +150,36 @@ class BucketMap(Map):
 
     @abstractmethod
     def _write(self, key: bytes, value: bytes) -> None:
-        """Replace a row, or write a new one to a free slot and note in ``_untold`` the word that will publish it."""
+        """Replace a row, or write a new row to a free slot.
+
+        Note in ``_untold`` the word that will make a new row valid.
+        """
 
     @abstractmethod
     def _tell(self) -> None:
-        """Publish the written rows: store all words in ``_untold``."""
+        """Make the written rows valid: store all words in ``_untold``."""
 
     def delete_many(self, keys: Sequence[bytes]) -> None:
-        """Remove all rows with these keys; absent keys are not an error."""
+        """Remove all rows with these keys. A key without a row is not an error."""
         for key in keys:
             self.delete(key)
 
     def clear(self) -> None:
-        """Remove all present rows."""
+        """Remove all rows."""
         self.delete_many([key for key, _ in self.items()])
 
     def end_grace_period(self) -> None:
-        """Make slots of removed rows free.
+        """Allow the slots of removed rows to be reused.
 
-        The caller must have waited for a grace period: no packet reads them any more.
+        The caller must have waited for a grace period since the removal, so that no packet still reads these slots.
         """
         self._resting.clear()
 
     def close(self) -> None:
-        """Close the descriptor and the mapping; the kernel keeps the map while it is pinned or a program uses it."""
+        """Close the descriptor and the mapping.
+
+        The kernel keeps the map as long as it is pinned or a program uses it.
+        """
         if self.fd >= 0:
             self._words.release()
             self._memory.close()
@@ -180,14 +189,14 @@ class BucketMap(Map):
 _ROWS = abi.NP_BUCKET_ROWS
 _ALL_ROWS = (1 << _ROWS) - 1
 _LOWEST = tuple(next((i for i in range(_ROWS) if bits >> i & 1), _ROWS) for bits in range(_ALL_ROWS + 1))
-"""How far ``used`` must be shifted for the bit of the first row, by key size."""
+"""For each number of _ROWS bits, the index of its lowest set bit; _ROWS if no bit is set."""
 
 
 class AddressMap(BucketMap):
-    """Addresses to struct np_addr."""
+    """Maps addresses to struct np_addr."""
 
     def __init__(self, array: Map, more: Map) -> None:
-        """Take over the array."""
+        """Take over the array, as `BucketMap` does."""
         super().__init__(array, more)
         layout: Any = abi.np_addr4_bucket if self.key_size == 4 else abi.np_addr6_bucket  # noqa: PLR2004 - an IPv4 address
         self._hash = _hash4 if self.key_size == 4 else _hash6  # noqa: PLR2004
@@ -197,15 +206,15 @@ class AddressMap(BucketMap):
         )  # offset of a bucket -> its rows in the overflow map
 
     def _bucket(self, key: bytes) -> int:
-        """Offset of the bucket of a key, in bytes."""
+        """The offset of a key's bucket, in bytes."""
         if len(key) != self.key_size:
             raise ValueError(f"{self.name}: a key has {self.key_size} bytes, not {len(key)}")
         return (self._hash(key) & self._mask) * self._bytes
 
     def _seek(self, key: bytes, at: int, used: int) -> int:
-        """The slot of the bucket at offset ``at`` that has the key; -1: none.
+        """The row in the bucket at offset ``at`` that has the key; -1: there is none.
 
-        ``used``: the bucket's word of valid slots.
+        ``used``: the bucket's word with a bit for each valid row.
         """
         size, memory = self.key_size, self._memory
         first, left = at + self._key_at, used & _ALL_ROWS
@@ -256,7 +265,7 @@ class AddressMap(BucketMap):
             self._words[index] = used
 
     def _store_row(self, at: int, i: int, value: bytes) -> None:
-        """Store a row by one store of the CPU, so that no packet sees half a row."""
+        """Store a row by a single store of the CPU, so that no packet sees half a row."""
         _U64.pack_into(self._memory, at + self._row_at + i * self.value_size, _U64.unpack(value)[0])
 
     def delete(self, key: bytes) -> bool:
@@ -299,19 +308,19 @@ _NO_CLASSES = _U16.pack(abi.NP_CLASS_NONE) * _CLASSES
 
 
 class PeerClassMap(BucketMap):
-    """Maps (policy set, identity) to struct np_peer_class. A class is below NP_CLASS_NONE, a set is never 0."""
+    """Maps (policy set, identity) to struct np_peer_class. A class must be below NP_CLASS_NONE; a set is never 0."""
 
     def __init__(self, array: Map, more: Map) -> None:
-        """Take over the array."""
+        """Take over the array, as `BucketMap` does."""
         super().__init__(array, more)
         self._others: Counter[tuple[int, int]] = Counter()  # set and block -> their rows in the overflow map
-        self._buckets: Counter[int] = Counter()  # offset of a bucket -> the same
+        self._buckets: Counter[int] = Counter()  # offset of a bucket -> its rows in the overflow map
         for key, _ in more.items():  # noqa: PERF102 - a map, no dict
             self._count(*self._place(key)[:2], 1)
-        self._untold.clear()  # the rows are published already
+        self._untold.clear()  # the bits of these rows are set already
 
     def _place(self, key: bytes) -> tuple[tuple[int, int], int, int]:
-        """Set and block of a key, the offset of its bucket, and the index of its class in a line."""
+        """Where a key's class is, as ((set, block), offset of the bucket in bytes, index in the line)."""
         if len(key) != self.key_size:
             raise ValueError(f"{self.name}: a key has {self.key_size} bytes, not {len(key)}")
         policy_set, identity = _WORDS2.unpack(key)
@@ -320,7 +329,7 @@ class PeerClassMap(BucketMap):
         return (policy_set, block), (hashed & self._mask) * self._bytes, index
 
     def _line(self, tag: tuple[int, int], at: int) -> int:
-        """Offset of a set's and block's line in the bucket at offset ``at``; -1: none."""
+        """The offset of the line of a set and block in the bucket at offset ``at``; -1: there is none."""
         words = self._words
         for line in range(at, at + self._bytes, _LINE_BYTES):
             index = line // _WORD
@@ -334,7 +343,7 @@ class PeerClassMap(BucketMap):
             self._words[index] = policy_set
 
     def _count(self, tag: tuple[int, int], at: int, step: int) -> None:
-        """Update the number of the bucket's rows in the overflow map, and the bucket's flag for them."""
+        """Update the number of rows that the bucket has in the overflow map, and the bucket's flag for them."""
         self._others[tag] += step
         self._buckets[at] += step
         if not self._others[tag]:
@@ -373,7 +382,7 @@ class PeerClassMap(BucketMap):
             self._count(tag, at, 1)
 
     def _claim(self, tag: tuple[int, int], at: int) -> int:
-        """Assign an unused line of the bucket to a set and block; returns its offset, or -1 if none is unused."""
+        """Assign an unused line of the bucket to a set and block. Returns the line's offset; -1: no line is unused."""
         for line in range(at, at + self._bytes, _LINE_BYTES):
             owner = line // _WORD + _SET_WORD
             if not self._words[owner] and owner not in self._untold and line not in self._resting:

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The connection tables as maps from key to row: the established connections of a table, or the unreplied ones.
+"""The connection tables as maps from key to row: the established connections of a table, or its unreplied ones.
 
-The program has them in buckets with tags (`bpf/np_table.h`); a tag identifies the connection in a slot.  This module
-computes the same hash and tags.
+A table is in buckets with tags (`bpf/np_table.h`). A tag identifies the connection in a slot. This module computes the
+same hashes and tags as the program.
 
-Programs write at the same time, by compare-and-swap, which Python does not have.  So this module first reserves a slot
-by a tag of its own.  After a grace period every program that is still writing to the slot began after the reservation
-and saw the tag; a program that began earlier has replaced the tag, and then this module gives the slot up.  Removal is
-one store: it also removes what a program writes into the slot at that moment.
+The program writes at the same time. It uses compare-and-swap, which Python does not have. So this module first reserves
+a slot: it stores a tag of its own, and waits for a grace period. After that, a program that writes to the slot began
+after the reservation, and so it saw the tag. A program that began earlier has replaced the tag; in that case this
+module gives the slot up. A removal is one store, which also removes what the program writes into the slot at that
+moment.
 """
 
 from __future__ import annotations
@@ -28,36 +29,40 @@ from netpol_loader.kernel.grace import order_stores, wait_for_readers
 from netpol_loader.kernel.maps import Map
 
 ROWS_PER_BUCKET = 4
-"""Connections for each bucket that a table is sized for: half of a bucket's slots, because buckets fill unevenly."""
+"""Connections for each bucket when a table is sized: half of the bucket's slots, because buckets fill unevenly."""
 
 _WAYS = abi.NP_CONN_WAYS
 _STEP_SHIFTS = (0, 8, 16, 24)
-"""Possible lowest bits of a sequence in a word of the key: ports are halves of one, addresses in network order."""
+"""Possible lowest bits of a value that counts up within a 32-bit word of the key.
+
+Ports are half words. Addresses are in network order, so their last byte may be the highest byte of a word.
+"""
 _TIME_SHIFT, _TIME_BITS = abi.NP_TAG_TIME_SHIFT, abi.NP_TAG_TIME_BITS
 _TIME_MASK = (1 << _TIME_BITS) - 1
 _SUM_SHIFT = 32
-"""The hash is the upper half of a sum of products, whose bits are as good as random."""
+"""The hash is the upper half of a sum of products. The bits of this half are as good as random."""
 _ASSUMED_JIFFIES = 360_000
-"""How long, for eviction, a connection counts as alive before its first packet.
+"""How long a connection of which no packet was seen yet counts as alive for eviction.
 
-An hour at the lowest rate of jiffies, less at higher ones, so it never counts for more than one that had packets.
+This is an hour at the lowest rate of jiffies, and less at higher ones. So such a connection is never preferred to one
+of which packets were seen.
 """
 _MASK64 = (1 << 64) - 1
 _INDEX = struct.Struct("=I")
 
 
 class Tags:
-    """The tags of a table, by slot number. They are mapped into memory at the first use, which may never come."""
+    """The tags of a table, by slot number. They are mapped into memory at the first use."""
 
     def __init__(self, tags: Map) -> None:
-        """``tags``: the map of tags, which stays the caller's."""
+        """``tags``: the map of tags, which the caller continues to own."""
         self.buckets = tags.max_entries
         self._map = tags
         self._words: memoryview | None = None
 
     @property
     def words(self) -> memoryview:
-        """The mapped tags: one load or store of a word reads or writes a tag.
+        """The tags in memory. A load or store of one word reads or writes one tag.
 
         Raises OSError if the map cannot be mapped.
         """
@@ -67,10 +72,13 @@ class Tags:
 
 
 class ConnectionMap(Map):
-    """Maps keys to struct np_conn. Owns the array of entries. ``max_entries``: see ROWS_PER_BUCKET."""
+    """Maps keys to struct np_conn. It owns the array of entries. ``max_entries``: ROWS_PER_BUCKET for each bucket."""
 
     def __init__(self, array: Map, tags: Tags, secret: Map, *, is_unreplied: bool = False) -> None:
-        """Take over the array; ``tags``: of the same table; ``secret``: map with the numbers of the hash, read once."""
+        """Take over ``array``. ``tags``: those of the same table.
+
+        ``secret``: the map of the hash's random numbers, read once.
+        """
         layout: Any = abi.np_conn4_entry if array.name == "np_conn4" else abi.np_conn6_entry
         self.fd, self.type = array.fd, "buckets"
         self.name = abi.UNREPLIED_VIEWS[array.name] if is_unreplied else array.name
@@ -86,19 +94,19 @@ class ConnectionMap(Map):
         self._words = struct.Struct(f"={self.key_size // 4}I")
 
     def get(self, key: bytes) -> bytes | None:
-        """The row that a packet would find, or None."""
+        """The row that a packet would find. None if there is none."""
         bucket, who = self._hash(key)
         number = self._seek(bucket, who, key)
         return None if number is None else self._entry(number)[1]
 
     def put(self, key: bytes, value: bytes) -> None:
-        """Insert or replace. Takes a grace period. Raises MapFullError."""
+        """Insert or replace a connection. This takes a grace period. Raises MapFullError."""
         self.put_many([(key, value)])
 
     def put_many(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
-        """Insert or replace all, in one grace period.
+        """Insert or replace connections, in one grace period.
 
-        Raises MapFullError if buckets were full of rows of this call; all others are written.
+        Raises MapFullError if rows of this call did not fit into their buckets. All other rows are written.
         """
         for key, value in pairs:
             self._check(key, value)
@@ -118,7 +126,7 @@ class ConnectionMap(Map):
         ours = [number for number in taken if tags[number] == owned]
         self._array.put_many([(_INDEX.pack(number), self._packed(*taken[number][1:])) for number in ours])
         order_stores()
-        ours = [number for number in ours if tags[number] == owned]  # a reservation expires
+        ours = [number for number in ours if tags[number] == owned]  # a reservation may have expired
         for number in ours:
             tags[number] = self._tag(*taken[number])
         if len(ours) < len(pairs):
@@ -128,7 +136,7 @@ class ConnectionMap(Map):
             )
 
     def delete(self, key: bytes) -> bool:
-        """Remove; False if there was no such key."""
+        """Remove the connection of ``key``. Returns False if there is none."""
         bucket, who = self._hash(key)
         number = self._seek(bucket, who, key)
         if number is not None:
@@ -136,29 +144,32 @@ class ConnectionMap(Map):
         return number is not None
 
     def delete_many(self, keys: Sequence[bytes]) -> None:
-        """Remove all connections with these keys; absent keys are not an error."""
+        """Remove all connections with these keys. A key without a connection is not an error."""
         for key in keys:
             self.delete(key)
 
     def clear(self) -> None:
-        """Remove all present connections."""
+        """Remove all connections of this map."""
         for number in self._used():
             self._tags.words[number] = 0
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
-        """All connections, expired ones too. Concurrent changes may be missed or included."""
+        """All keys with their rows, also those of expired connections. Concurrent changes may be missed or included."""
         for number in self._used():
             yield self._entry(number)
 
     def close(self) -> None:
-        """Close the descriptor; the kernel keeps the map while it is pinned or a program uses it."""
+        """Close the descriptor. The kernel keeps the map as long as it is pinned or a program uses it."""
         self._array.close()
         self.fd = -1
 
     # --- slots, by their number in the whole table ---------------------------------------------------------------------
 
     def _hash(self, key: bytes) -> tuple[int, int]:
-        """The bucket of a key, and the fixed part of its tag: hash, and whether the connection is unreplied."""
+        """The bucket of a key, and the bits of a tag that identify the key.
+
+        These bits are the hash, and whether the connection is unreplied.
+        """
         self._check(key, None)
         words = self._words.unpack(key)
         total = self._numbers[-1] + sum(number * word for number, word in zip(self._numbers, words, strict=False))
@@ -166,25 +177,25 @@ class ConnectionMap(Map):
         return hashed & self._tags.buckets - 1, hashed << abi.NP_TAG_HASH_SHIFT | self._who
 
     def _entry(self, number: int) -> tuple[bytes, bytes]:
-        """Decode the key and row in a slot."""
+        """The key and the row in a slot."""
         raw = self._array.get(_INDEX.pack(number)) or b""
         row = self._layout.conn.offset
         return raw[: self.key_size], raw[row : row + self.value_size]
 
     def _packed(self, key: bytes, value: bytes) -> bytes:
-        """Encode a slot's entry."""
+        """Encode a key and a row as the entry of a slot."""
         row = self._layout.conn.offset
         return (key.ljust(row, b"\0") + value).ljust(self._array.value_size, b"\0")
 
     def _seek(self, bucket: int, who: int, key: bytes) -> int | None:
-        """The slot that has a key; None: no slot. ``who``: the fixed part of the key's tag."""
+        """The slot that has a key; None: no slot has it. ``who``: the bits of a tag that identify the key."""
         for number in range(bucket * _WAYS, (bucket + 1) * _WAYS):
             if (self._tags.words[number] ^ who) >> (_TIME_SHIFT + _TIME_BITS) == 0:
                 return number if self._entry(number)[0] == key else None
         return None
 
     def _least(self, bucket: int, now: int) -> int | None:
-        """The slot with the connection of the lowest worth (np_tag_worth); None: CPUs are writing to all slots."""
+        """The slot whose connection has the lowest worth (np_tag_worth). None: CPUs are writing to all slots."""
         numbers = range(bucket * _WAYS, (bucket + 1) * _WAYS)
         worths = [(self._worth(self._tags.words[number], now), number) for number in numbers]
         return min(((worth, number) for worth, number in worths if worth is not None), default=(0, None))[1]
@@ -199,23 +210,22 @@ class ConnectionMap(Map):
         return None if rank == abi.NP_RANK_NONE else rank << _TIME_BITS | left
 
     def _tag(self, who: int, _key: bytes, value: bytes) -> int:
-        """The tag of a connection of which no packet was seen yet."""
+        """The tag for a connection of which no packet was seen yet."""
         expires = (abi.np_conn.from_buffer_copy(value).seen_jiffies + _ASSUMED_JIFFIES) // abi.NP_TAG_JIFFIES
         rank = abi.NP_RANK_UNREPLIED if self._who else abi.NP_RANK_ESTABLISHED
         return who | (expires & _TIME_MASK) << _TIME_SHIFT | rank
 
     def _used(self) -> Iterator[int]:
-        """The slots with connections of this form, unreplied or established."""
+        """The slots with connections of this map: unreplied ones, or established ones."""
         for number, tag in enumerate(self._tags.words.tolist()):
             if tag & abi.NP_TAG_RANK_MASK and tag & abi.NP_TAG_UNREPLIED == self._who:
                 yield number
 
 
 def viewed(maps: Mapping[str, Map]) -> dict[str, Map]:
-    """The same maps, with each connection table as two maps: its established and its unreplied connections.
+    """The same maps, with each connection table as two: its established connections and its unreplied ones.
 
-    The map of unreplied connections has the name that the role of the table gives to it ("views NAME" in
-    bpf/np_maps.h).
+    The map of the unreplied connections has the name that bpf/np_maps.h gives to it ("views NAME").
     """
     result = dict(maps)
     for name, unreplied in abi.UNREPLIED_VIEWS.items():
@@ -227,7 +237,7 @@ def viewed(maps: Mapping[str, Map]) -> dict[str, Map]:
 
 
 def choose_secret(pin_dir: Path) -> None:
-    """Draw the random numbers of the hash, if they are not set. Call it before `viewed`. Raises OSError."""
+    """Draw the random numbers of the hash, if they are not set yet. Must be called before `viewed`. Raises OSError."""
     secret = Map(syscall.obj_get(pin_dir / "np_secret"))
     try:
         if not any(secret.get(bytes(4)) or b""):
@@ -239,12 +249,12 @@ def choose_secret(pin_dir: Path) -> None:
 
 
 def spreads(number: int, buckets: int) -> bool:
-    """Whether consecutive ports or addresses fill the buckets evenly, if a word of the key has this number.
+    """Whether consecutive ports or addresses fill the buckets evenly, if the hash multiplies them by ``number``.
 
-    The hashes of a sequence are an arithmetic progression.  Among as many keys as the table is sized for, no nine at
-    one distance may be within the width of one bucket, which has eight slots.  The best approximations of the step are
-    the convergents of its continued fraction, so their denominators are the distances to try.  ``number``: of 64 bits.
-    ``buckets``: a power of two.
+    The hashes of consecutive values are an arithmetic progression. A bucket has eight slots. So among as many keys as
+    the table is sized for, no nine keys at one distance may have hashes within the width of one bucket. The best
+    approximations of the progression's step are the convergents of its continued fraction, so their denominators are
+    the distances to try. ``number``: 64 bits. ``buckets``: a power of two.
     """
     distances = ROWS_PER_BUCKET * buckets // _WAYS
     for shift in _STEP_SHIFTS:
@@ -260,7 +270,10 @@ def spreads(number: int, buckets: int) -> bool:
 
 
 def draw_number(buckets: Iterable[int]) -> int:
-    """Draw a random number that spreads sequences over all of these tables; two in three do so for two tables."""
+    """Draw a random number that spreads consecutive values well in all tables with these numbers of buckets.
+
+    For two tables, two of three numbers do.
+    """
     while True:
         number = int.from_bytes(os.urandom(8), sys.byteorder)
         if all(spreads(number, one) for one in buckets):

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading the event ring by libbpf, which is used for nothing else: its reader keeps the memory order right.
+"""Reads the event ring by libbpf. Nothing else uses libbpf; its reader has the right memory order.
 
-Invariant: the callback gets every record of a known type once, in order.  Records of unknown types, which another
-version of the program may have written, are counted and logged.  The program wakes no reader: `poll` waits for at most
-the given time and then consumes all records.
+Invariant: the callback gets every record of a known type once, in order. Records of unknown types, which another
+version of the program may have written, are counted and logged. The program does not wake the reader: `poll` waits for
+at most the given time, and then consumes all records.
 
 A new type of event needs a number in ``enum np_event_kind``, a structure with that number at KIND_OFFSET, a line in
-RECORDS, and one in `netpol_ebpf.apply.events.DECODERS`.
+RECORDS, and a line in `netpol_ebpf.apply.events.DECODERS`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from netpol_loader import abi
 log = logging.getLogger(__name__)
 
 EventRecord = abi.np_event
-"""The structures of all records; a union as soon as there is a second one."""
+"""The type of all records. It becomes a union if there is a second structure."""
 RECORDS: Mapping[int, type[EventRecord]] = dict.fromkeys(
     (abi.NP_EVENT_DENY, abi.NP_EVENT_ALLOW, abi.NP_EVENT_LOG), abi.np_event
 )
-"""By type number (``enum np_event_kind``): the structure of a record."""
+"""The structure of a record, by type number (``enum np_event_kind``)."""
 KIND_OFFSET: int = vars(abi.np_event)["kind"].offset
-"""Offset of a record's type number, one byte."""
+"""Offset of the type number in a record. The number has one byte."""
 
 LIBRARIES = ("libbpf.so.1", "libbpf.so.0")
 
@@ -56,7 +56,7 @@ def _libbpf() -> ctypes.CDLL:
 
 
 def parse_record(data: bytes) -> EventRecord | None:
-    """The structure of a record; None if the type is unknown or the record is shorter than its type."""
+    """Decode a record. Returns None if the type is unknown, or if the record is shorter than its structure."""
     if len(data) <= KIND_OFFSET:
         return None
     kind = RECORDS.get(data[KIND_OFFSET])
@@ -64,9 +64,9 @@ def parse_record(data: bytes) -> EventRecord | None:
 
 
 class EventReader:
-    """A consumer of the ring buffer ``map_fd``; only one may exist at a time.
+    """A consumer of the ring buffer ``map_fd``. Only one consumer may exist at a time.
 
-    ``unknown``: records of unknown types so far.
+    ``unknown``: number of records of unknown types so far.
     """
 
     def __init__(self, map_fd: int, callback: Callable[[EventRecord], None]) -> None:
@@ -81,14 +81,16 @@ class EventReader:
             raise PlatformError(f"cannot open the event ring: {os.strerror(ctypes.get_errno())}")
 
     def poll(self, timeout_ms: int) -> int:
-        """Wait for events, at most ``timeout_ms``; returns how many the callback got."""
+        """Wait for events, at most ``timeout_ms``. Returns the number of records that the callback got."""
         waited = self._check(_libbpf().ring_buffer__poll(self._ring, timeout_ms))
         return waited + self.consume()
 
     def consume(self, most: int | None = None) -> int:
-        """Pass waiting events to the callback, at most ``most``; returns how many. Reraises an error of the callback.
+        """Pass waiting records to the callback, at most ``most``. Returns their number.
 
-        Without ``most`` it does not return while the program writes faster than the callback reads.
+        Reraises an error of the callback.
+
+        Without ``most``, the call does not return while the program writes faster than the callback reads.
         """
         self._most, self._handed_over = most, 0
         result = _libbpf().ring_buffer__consume(self._ring)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Translates the resources that users write into the internal policy model.
 
-One module translates each family of kinds; `Derivation` uses them all.
+One module translates each family of kinds; `Derivation` uses all of them.
 
 Public: `Derivation`, `derive`, `ResourceKey`, `key_of`.
 """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calico policies, tiers and profiles: composition of effective selectors exactly as SEMANTICS 2.6, quirks included.
+"""Translates Calico policies, tiers and profiles. Effective selectors are composed exactly as in SEMANTICS 2.6.
 
 Invariant: each user rule becomes one internal rule, in the user's order.  A rule with ``http`` or ``domains`` is marked
-unsupported and so matches nothing; only Allow rules can have these fields, so the mark never widens access.
+unsupported, so it matches nothing.  Only Allow rules can have these fields, so the mark never widens access.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from netpol_ebpf.resources.types import CalicoPolicySpec, CalicoRule, EntityRule
 from netpol_ebpf.selector import EVERYTHING, Selector, all_of, is_in, negate
 
 UNORDERED_TIER = 1_000_000.0
-"""The order of a user's tier that gives no order: the value that Calico stores.
+"""The order of a user's tier that gives no order. Calico stores this value.
 
 Calico's documentation says that such a tier is last, which differs (SEMANTICS 1.8).
 """
@@ -64,7 +64,7 @@ def translate_policy(key: PolicyKey, policy: EnforcedPolicy) -> Policy:
 def translate_staged_policy(key: PolicyKey, policy: StagedPolicy) -> Policy | None:
     """Translate a StagedNetworkPolicy or StagedGlobalNetworkPolicy.
 
-    None if its stagedAction is Learn or Ignore: the policy then takes part in no evaluation.
+    None if its stagedAction is Learn or Ignore: then the policy takes part in no evaluation.
     """
     replaces = enforced_key(key)
     if policy.staged_action == "Delete":
@@ -115,9 +115,9 @@ def _policy(
 def _subject(spec: CalicoPolicySpec, namespace: str) -> Selector:
     """The effective subject selector (SEMANTICS 2.6 a).
 
-    Calico joins the selectors of a global policy to one text and rewrites each all() in the text.  So an all() in
-    ``selector`` is rewritten as well.  An absent selector is not part of the text: then a negative namespaceSelector or
-    serviceAccountSelector also selects endpoints without a namespace or without a service account.
+    Calico joins the selectors of a global policy to one text and rewrites each all() in that text.  So an all() in
+    ``selector`` is rewritten as well.  An absent selector is not part of the text.  Then a negative namespaceSelector
+    or serviceAccountSelector also selects endpoints without a namespace or without a service account.
     """
     if namespace:
         accounts = () if spec.service_account_selector is None else (spec.service_account_selector,)
@@ -155,8 +155,8 @@ def _rules(rules: tuple[CalicoRule, ...], namespace: str, direction: Direction) 
 def _unsupported(rule: CalicoRule) -> str:
     """The names of the rule's fields that no engine supports, comma-separated; "" if there are none.
 
-    Must be called for Allow rules only: a rule with unsupported fields matches nothing, which would widen access if the
-    rule denied or passed.
+    Must be called for Allow rules only.  A rule with unsupported fields matches nothing, which would widen access if
+    the rule denied or passed.
     """
     needs = []
     if rule.http is not None:
@@ -167,9 +167,9 @@ def _unsupported(rule: CalicoRule) -> str:
 
 
 def _ip_version(rule: CalicoRule) -> int | None:
-    """The only IP version that the rule matches (SEMANTICS 1.4); None: both versions.
+    """The only IP version that the rule matches (SEMANTICS 1.4); None if the rule matches both versions.
 
-    It is the rule's ipVersion, else the version of its nets and notNets if all have the same version.
+    The rule's ipVersion decides.  Without ipVersion, the nets and notNets decide if all of them have the same version.
     """
     if rule.ip_version is not None:
         return rule.ip_version
@@ -181,7 +181,8 @@ def _ip_version(rule: CalicoRule) -> int | None:
 def _entity(entity: EntityRule, namespace: str, *, service_ports: bool) -> Entity:
     """Translate one side (source or destination) of a rule.
 
-    ``namespace``: the policy's namespace, "" for a global policy.  ``service_ports``: see `BackendMatch`.
+    ``namespace``: the policy's namespace; "" for a global policy.
+    ``service_ports``: whether a service on this side also restricts protocol and port (`BackendMatch.match_ports`).
     """
     service = None
     if entity.services is not None:
@@ -202,10 +203,10 @@ def _entity(entity: EntityRule, namespace: str, *, service_ports: bool) -> Entit
 
 
 def _positive_selector(entity: EntityRule, namespace: str) -> Selector | None:
-    """The effective positive selector (SEMANTICS 2.6 b).
+    """The effective positive selector (SEMANTICS 2.6 b); None if the side has no such condition.
 
-    ``notSelector`` gets no prefix (2.6 c), but its presence confines the positive selector of a namespaced policy to
-    the policy's namespace.
+    ``notSelector`` gets no prefix (2.6 c).  But if it is present, the positive selector of a namespaced policy is
+    confined to the policy's namespace.
     """
     parts: list[Selector] = []
     if entity.service_accounts is not None:

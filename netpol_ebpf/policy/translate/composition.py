@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The building blocks of effective selectors for all kinds: well-known labels, prefixes, selector and port forms.
+"""The parts from which all policy kinds' effective selectors are built: labels, prefixes, selectors and ports.
 
 Invariant: an effective selector is evaluated on an owner's labels alone, without the policy's namespace or kind
-(SEMANTICS 2.5, 2.6).  The modules of the kinds decide which building blocks they combine.
+(SEMANTICS 2.5, 2.6).  The module of a policy kind decides which parts it combines.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NAMESPACE = "projectcalico.org/namespace"
 ORCHESTRATOR = "projectcalico.org/orchestrator"
 SERVICE_ACCOUNT = "projectcalico.org/serviceaccount"
 NAME = "projectcalico.org/name"
-"""Label of a namespace or service account with its name; endpoints inherit the label with a prefix."""
+"""The label that has the name of a namespace or service account. Endpoints inherit the label with a prefix."""
 
 MAX_PORT = 65535
 
@@ -43,7 +43,7 @@ def in_namespace(namespace: str) -> Selector:
 
 
 def from_label_selector(selector: LabelSelector) -> Selector:
-    """The selector equivalent to a Kubernetes label selector; an empty label selector is ``all()``."""
+    """The selector that means the same as a Kubernetes label selector. An empty label selector becomes ``all()``."""
     terms = [equals(key, selector.match_labels[key]) for key in sorted(selector.match_labels)]
     terms += [_from_requirement(requirement) for requirement in selector.match_expressions]
     return all_of(*terms) if terms else EVERYTHING
@@ -60,7 +60,7 @@ def _from_requirement(requirement: Requirement) -> Selector:
 
 
 def namespace_selector(selector: Selector) -> Selector:
-    """A selector of namespace labels, rewritten for the inherited labels of endpoints.
+    """A selector of namespace labels, rewritten for the labels that endpoints inherit from namespaces.
 
     Each ``all()`` becomes "has a namespace".
     """
@@ -68,7 +68,7 @@ def namespace_selector(selector: Selector) -> Selector:
 
 
 def service_account_selector(selector: Selector) -> Selector:
-    """A selector of service-account labels, rewritten for the inherited labels of endpoints.
+    """A selector of service-account labels, rewritten for the labels that endpoints inherit from service accounts.
 
     Each ``all()`` becomes "has a service account".
     """
@@ -78,7 +78,8 @@ def service_account_selector(selector: Selector) -> Selector:
 def pods(namespaces: Selector, pod_selector: LabelSelector | None) -> Selector:
     """Selects Kubernetes pods that ``pod_selector`` matches, in the namespaces that ``namespaces`` matches.
 
-    ``namespaces``: an effective selector.  ``pod_selector`` None or empty: all pods of these namespaces.
+    ``namespaces``: an effective selector.
+    ``pod_selector``: if None or empty, all pods of these namespaces are selected.
     """
     if pod_selector is None or pod_selector == LabelSelector():
         return all_of(IS_POD, namespaces)
@@ -86,7 +87,7 @@ def pods(namespaces: Selector, pod_selector: LabelSelector | None) -> Selector:
 
 
 def merged_ranges(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """The ranges in ascending order, overlapping and adjacent ranges merged."""
+    """The ranges in ascending order. Overlapping and adjacent ranges are merged."""
     merged: list[tuple[int, int]] = []
     for first, last in sorted(ranges):
         if merged and first <= merged[-1][1] + 1:
@@ -97,6 +98,6 @@ def merged_ranges(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], .
 
 
 def make_ports(ranges: Iterable[tuple[int, int]], names: Iterable[str]) -> Ports:
-    """Ports in canonical form: sets of equal ports are equal values. A range beyond port 65535 ends at 65535."""
+    """Ports in canonical form: equal sets of ports are equal values. A range beyond port 65535 ends at 65535."""
     clipped = ((first, min(last, MAX_PORT)) for first, last in ranges)
     return Ports(ranges=merged_ranges(clipped), names=tuple(sorted(set(names))))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The incremental translation of a cluster's resources into a `World`.
 
-Invariants: the world depends on the present resources alone, not on the order in which they came and went.  A call
-costs as much as it changes (the object, the heirs of a profile with changed labels, the slices of one service),
-whatever the size of the cluster.  An internal object that is equal to the previous one is not a change.
+Invariants: the world depends on the present resources alone, not on the order in which they were added and removed.
+The cost of a call depends on what changes (the object, the objects that inherit a profile's changed labels, the slices
+of one service), not on the size of the cluster.  An internal object that is equal to the previous one is not a change.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from netpol_ebpf.policy.types import (
 )
 from netpol_ebpf.resources import types as api
 from netpol_ebpf.resources.calico_configuration import DEFAULT
+from netpol_ebpf.resources.calico_storage import unprefixed
 from netpol_ebpf.resources.types import Resource
 
 K = TypeVar("K")
@@ -48,11 +49,13 @@ class TranslatedKind:
 
     ``resource``: the type of the parsed resource (`netpol_ebpf.resources.load.KINDS` has the API names and parsers).
     ``name``: the kind in the `ResourceKey` of a resource.
-    ``cluster_name``: the kind for resources without a namespace, if it differs.
-    ``derive``: updates the world for one changed resource: (derivation, key, old resource, new resource), None: absent.
+    ``cluster_name``: the kind in the `ResourceKey` of a resource without a namespace; "" if it is the same as ``name``.
+    ``derive``: called with (derivation, key, old resource, new resource) to update the world for one changed resource.
+    A resource is None if it does not exist at that time.
     ``policy``, ``endpoint``: translate a resource that is a policy or an endpoint.
-    ``profiles``: the profiles from which a resource inherits labels.
-    ``related_keys``: the namespace label keys with values on which a policy's translation depends.
+    ``profiles``: returns the names of the profiles from which a resource inherits labels.
+    ``related_keys``: returns tuples of namespace label keys.  The translation of a policy depends on the values of
+    these labels.
     """
 
     resource: type[Resource]
@@ -85,11 +88,11 @@ BUILT_IN_TIERS: Mapping[str, PolicyTier] = {
         signetwork.OLD_BASELINE,
     )
 }
-"""Tiers that always exist; no Tier object changes them."""
+"""Tiers that always exist. Tier objects of these names are ignored."""
 
 
 def key_of(resource: Resource) -> ResourceKey:
-    """The key under which `Derivation` stores a resource; for a resource of an endpoint, the key of the endpoint."""
+    """The key under which `Derivation` stores a resource. The key of an endpoint's resource is an `EndpointKey`."""
     kind, meta = Derivation.kinds[type(resource)], resource.meta
     name = kind.name if meta.namespace or not kind.cluster_name else kind.cluster_name
     return (ResourceKey if kind.endpoint is None else EndpointKey)(name, meta.namespace, meta.name)
@@ -104,7 +107,7 @@ def derive(objects: Iterable[Resource], settings: PolicySettings | None = None) 
 
 
 class Derivation:
-    """Stores resources, and translates each change of them into a change of ``world``.
+    """Stores resources, and translates each change of a resource into a change of ``world``.
 
     ``world`` is read-only for callers.  `upsert`, `remove` and `set_tunnels` change it.
     """
@@ -119,18 +122,21 @@ class Derivation:
         self._profile_labels: dict[str, Mapping[str, str]] = {}
         self._heirs: defaultdict[str, set[ResourceKey]] = defaultdict(set)
         self._slices: defaultdict[tuple[str, str], dict[ResourceKey, frozenset[Backend]]] = defaultdict(dict)
-        self._vips: defaultdict[VipKey, dict[ResourceKey, Vip]] = defaultdict(dict)  # by the resource that has them
+        # Destination -> key of each resource with this destination -> destination with the backends from this
+        # resource.
+        self._vips: defaultdict[VipKey, dict[ResourceKey, Vip]] = defaultdict(dict)
         self._namespace_values: dict[tuple[str, ...], Counter[signetwork.LabelValues]] = {}
         self._related: defaultdict[tuple[str, ...], set[ResourceKey]] = defaultdict(set)
         self._configurations: dict[str, api.FelixConfiguration] = {}
-        self._automatic: defaultdict[EndpointKey, dict[str, Endpoint]] = defaultdict(dict)  # by the name of their node
+        # Key of the endpoint -> name of the node -> endpoint.
+        self._automatic: defaultdict[EndpointKey, dict[str, Endpoint]] = defaultdict(dict)
         self._automatic_of: dict[str, tuple[EndpointKey, ...]] = {}
         self._derive_profile(endpoints.DEFAULT_ALLOW)
 
     def upsert(self, resource: Resource, key: ResourceKey | None = None) -> None:
         """Add a resource, or replace the resource with the same key.
 
-        ``key``: the resource's key, if the caller has it already; sharing the key object saves memory.
+        ``key``: the resource's key, if the caller has it already.  Sharing the key object saves memory.
         """
         key = key_of(resource) if key is None else key
         old = self._resources.get(key)
@@ -138,7 +144,7 @@ class Derivation:
         self._derive(key, old, resource)
 
     def remove(self, kind: str, namespace: str, name: str) -> None:
-        """Remove a resource. Without such a resource, nothing changes. ``kind``: as in `ResourceKey`."""
+        """Remove a resource. If there is no such resource, nothing changes. ``kind``: as in `ResourceKey`."""
         old = self._resources.pop(ResourceKey(kind, namespace, name), None)
         if old is not None:
             self._derive(key_of(old), old, None)
@@ -162,14 +168,20 @@ class Derivation:
         self._derive_settings()
 
     def take_changes(self) -> Changes:
-        """Return the changes of ``world`` since the last call; on the first call all objects, also built-in ones."""
+        """Return the changes of ``world`` since the last call.
+
+        The first call returns all objects, also built-in ones.
+        """
         changes, self._changes = self._changes, Changes()
         return changes
 
     # --- one resource ---------------------------------------------------------------------------------------------------
 
     def _derive(self, key: ResourceKey, old: Resource | None, new: Resource | None) -> None:
-        """Update the world for one resource that changed from ``old`` to ``new`` (None: absent)."""
+        """Update the world for one changed resource.
+
+        ``old``, ``new``: the resource before and after the change; None if it does not exist at that time.
+        """
         resource = new if new is not None else old
         self.kinds[type(resource)].derive(self, key, old, new)
 
@@ -220,7 +232,6 @@ class Derivation:
             self.world.settings = self._changes.settings = settings
 
     def _derive_automatic_hosts(self, node: str) -> None:
-        """Update the automatic host endpoints of a node."""
         configuration, resource = self._resources.get(_CONTROLLERS), self._resources.get(ResourceKey("Node", "", node))
         wanted: Mapping[EndpointKey, Endpoint] = {}
         if isinstance(configuration, api.KubeControllersConfiguration) and isinstance(resource, api.Node):
@@ -238,9 +249,22 @@ class Derivation:
     def _derive_changed_policy(self, key: ResourceKey, old: Resource | None, new: Resource | None) -> None:
         self._relate(key, old, new)
         self._derive_policy(key)
+        changed = new if new is not None else old
+        name = "" if changed is None or changed.meta.is_stored else unprefixed(changed.meta.name)
+        if name:
+            self._derive_policy(key._replace(name=name))  # perhaps the stored form of the same policy
+
+    def _is_stored_copy(self, key: ResourceKey, resource: Resource) -> bool:
+        """Whether a stored policy is also there as projectcalico.org/v3, under the name with which it is stored."""
+        if not resource.meta.stored_name:
+            return False
+        current = self._resources.get(key._replace(name=resource.meta.stored_name))
+        return current is not None and not current.meta.is_stored
 
     def _derive_policy(self, key: ResourceKey) -> None:
         resource, policy_key, policy = self._resources.get(key), PolicyKey(*key), None
+        if resource is not None and self._is_stored_copy(key, resource):
+            resource = None
         translate = None if resource is None else self.kinds[type(resource)].policy
         if translate is not None:
             policy = translate(policy_key, resource, lambda keys: self._namespace_values[keys])
@@ -263,16 +287,21 @@ class Derivation:
             self._derive_vips(name, self._resources.get(ResourceKey("Service", *name)))
 
     def _derive_vips(self, name: tuple[str, str], old: Resource | None) -> None:
-        """Update the addresses of one service, which other services may share.
+        """Update the destinations that nodes translate for one service.
 
-        ``name``: namespace and name of the service.  ``old``: the Service before the change, None: absent.
+        Other services may have the same destinations.
+        ``name``: namespace and name of the service.
+        ``old``: the Service before the change; None if it did not exist.
         """
         owner = ResourceKey("Service", *name)
         slices = [self._resources[key] for key in self._slices.get(name, ())]
         self._share_vips(owner, endpoints.vips(old, ()), endpoints.vips(self._resources.get(owner), slices))
 
     def _share_vips(self, owner: ResourceKey, old: Iterable[Vip], new: Iterable[Vip]) -> None:
-        """Replace the service addresses of ``owner``: ``old`` by ``new``. Other owners may share an address."""
+        """Replace the destinations ``old`` of the object ``owner`` by ``new``.
+
+        Other objects may have the same destinations.
+        """
         wanted = {vip.key: vip for vip in new}
         for key in {vip.key for vip in old} | wanted.keys():
             if key in wanted:
@@ -297,7 +326,6 @@ class Derivation:
             self._heirs[profile].add(key)
 
     def _profiles_of(self, resource: Resource | None) -> tuple[str, ...]:
-        """The profiles from which a resource inherits labels."""
         return () if resource is None else self.kinds[type(resource)].profiles(resource)
 
     def _derive_heir(self, key: ResourceKey) -> None:
@@ -312,7 +340,7 @@ class Derivation:
         translate = None if resource is None else self.kinds[type(resource)].endpoint
         if translate is not None:
             endpoint = translate(key, resource, self._labels_of)
-        elif key in self._automatic:  # unless a user's resource has the key; of several nodes, the first by name
+        elif key in self._automatic:  # no resource of a user has the key; of several nodes, the first by name counts
             endpoint = min(self._automatic[key].items())[1]
         _put(self.world.endpoints, self._changes.endpoints, key, endpoint)
 
@@ -320,7 +348,7 @@ class Derivation:
         return self._profile_labels.get(profile, {})
 
     def _derive_profile(self, name: str) -> None:
-        """Update a profile and, when its labels changed, all its heirs."""
+        """Update a profile. If its labels changed, update all objects that inherit them."""
         profile, labels = self._profile(name)
         _put(self.world.profiles, self._changes.profiles, name, profile)
         if labels == self._labels_of(name):
@@ -350,7 +378,7 @@ class Derivation:
         return None, {}
 
     def _profile_source(self, name: str) -> Resource | None:
-        """The Namespace or ServiceAccount that a profile's name refers to."""
+        """The Namespace or ServiceAccount to which a profile's name refers."""
         family, _, rest = name.partition(".")
         if family == "kns":
             return self._resources.get(ResourceKey("Namespace", "", rest))
@@ -362,7 +390,7 @@ class Derivation:
     # --- policies that compare namespaces -------------------------------------------------------------------------------
 
     def _relate(self, key: ResourceKey, old: Resource | None, new: Resource | None) -> None:
-        """Record the namespace label keys on which a policy depends, and count their values from then on."""
+        """Record the namespace label keys on which a policy depends. From then on their values are counted."""
         for keys in self._related_keys(old):
             self._related[keys].discard(key)
         for keys in self._related_keys(new):
@@ -380,7 +408,7 @@ class Derivation:
     def _count_values(self, old: api.Namespace | None, new: api.Namespace | None) -> None:
         """Update the counts of label values for one changed namespace.
 
-        If the set of values changed, translate the policies that depend on it again.
+        If the set of values changed, the policies that depend on it are translated again.
         """
         for keys, counts in self._namespace_values.items():
             before = set(counts)
@@ -469,7 +497,7 @@ def _values(namespace: api.Namespace, keys: tuple[str, ...]) -> signetwork.Label
 
 
 def _put(table: dict[K, V], changes: dict[K, V | None], key: K, value: V | None) -> None:
-    """Write one object of the world, or remove it (``value`` None), and record the change if there is one."""
+    """Write one object of the world. ``value`` None removes it. A difference is recorded in ``changes``."""
     if table.get(key) != value:
         changes[key] = value
     if value is None:

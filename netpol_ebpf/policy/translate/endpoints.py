@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Endpoints, network sets, nodes, services, and the profiles of namespaces and service accounts (SEMANTICS 1.3).
 
-Invariants: labels are effective: the object's own labels, then labels inherited from its profiles, earlier profiles
-first.  An own label cannot replace the inherited labels of a namespace or service account: their prefixes are reserved.
-A pod in the host's network, or a finished pod, is no endpoint.
+Invariants: labels are effective: they are the object's own labels, and labels inherited from its profiles.  If a key
+occurs several times, the own label counts, else the label of the first profile that has the key.  An own label cannot
+replace the inherited labels of a namespace or service account, because the prefixes of these labels are reserved.  A
+pod in the host's network, or a finished pod, is no endpoint.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from netpol_ebpf.resources.sharing import REMEMBERED, share_texts
 HOST_ENDPOINT = "HostEndpoint"
 
 ProfileLabels = Callable[[str], Mapping[str, str]]
-"""From the name of a profile to the labels that endpoints inherit from it; no labels for a missing profile."""
+"""Maps the name of a profile to the labels that endpoints inherit from it. A missing profile has no labels."""
 
 _ALLOW = (Rule(Action.ALLOW, 0),)
 
@@ -50,17 +51,17 @@ DEFAULT_ALLOW = "projectcalico-default-allow"
 
 
 def allow_all(name: str) -> ProfileRules:
-    """A profile with this name that allows everything, as the profile of a namespace does."""
+    """A profile with this name that allows everything. The profile of a namespace is such a profile."""
     return ProfileRules(name, _ALLOW, _ALLOW)
 
 
 def namespace_profile(namespace: str) -> str:
-    """Name of the profile of a namespace."""
+    """The name of the profile of a namespace."""
     return f"kns.{namespace}"
 
 
 def service_account_profile(namespace: str, name: str) -> str:
-    """Name of the profile of a service account; it has labels and no rules."""
+    """The name of the profile of a service account. This profile has labels and no rules."""
     return f"ksa.{namespace}.{name}"
 
 
@@ -91,7 +92,7 @@ def _profiles(namespace: str, service_account: str) -> tuple[str, ...]:
 
 
 def pod_endpoint(key: EndpointKey, pod: resources.Pod, labels_of: ProfileLabels) -> Endpoint | None:
-    """The workload endpoint of a pod; None for a pod in the host's network and for a finished pod."""
+    """The workload endpoint of a pod. None for a pod in the host's network and for a finished pod."""
     if pod.host_network or pod.finished:
         return None
     profiles = pod_profiles(pod)
@@ -166,7 +167,7 @@ def network_set(resource: resources.NetworkSet, labels_of: ProfileLabels) -> Lab
 
 
 def network_set_key(namespace: str, name: str) -> str:
-    """The key of a network set: see `LabelledNets.key`."""
+    """The key of a network set (see `LabelledNets.key`)."""
     return f"{namespace}/{name}" if namespace else name
 
 
@@ -187,7 +188,10 @@ def backends(endpoint_slice: resources.EndpointSlice) -> frozenset[Backend]:
 
 
 def vips(service: resources.Resource | None, slices: Iterable[resources.Resource]) -> Iterator[Vip]:
-    """The addresses and node ports of a Service, once each, with the backends of ``slices``; none for other objects."""
+    """The addresses and node ports of a Service, each once, with the backends of ``slices``.
+
+    Empty if ``service`` is not a Service.
+    """
     if not isinstance(service, resources.Service):
         return
     found: dict[VipKey, set[tuple[IPAddress, int]]] = {}
@@ -209,9 +213,9 @@ def vips(service: resources.Resource | None, slices: Iterable[resources.Resource
 
 
 def host_ports(pod: resources.Resource | None) -> Iterator[Vip]:
-    """The node's ports that are translated to ports of a pod (hostPort).
+    """The ports of the node that are translated to ports of a pod (hostPort).
 
-    Nothing for other objects, and for pods in the host's network.
+    Empty if ``pod`` is not a Pod, or is in the host's network.
     """
     if not isinstance(pod, resources.Pod) or pod.host_network:
         return
@@ -225,7 +229,7 @@ def host_ports(pod: resources.Resource | None) -> Iterator[Vip]:
 
 
 def _without_inherited(labels: Mapping[str, str]) -> dict[str, str]:
-    """The endpoint's own labels, minus labels with the prefix of an inherited label.
+    """The labels without those that have the prefix of an inherited label.
 
     Labels with such a prefix must come from namespaces and service accounts only.
     """
@@ -233,14 +237,14 @@ def _without_inherited(labels: Mapping[str, str]) -> dict[str, str]:
 
 
 def _without_reserved(labels: Mapping[str, str]) -> dict[str, str]:
-    """Labels of a host or a network set, minus labels that would make it look like a pod to selectors."""
+    """Labels of a host or a network set, without labels that would make the object look like a pod to selectors."""
     return {key: value for key, value in labels.items() if key not in (NAMESPACE, ORCHESTRATOR, SERVICE_ACCOUNT)}
 
 
 def _effective(own: Mapping[str, str], profiles: Iterable[str], labels_of: ProfileLabels) -> Mapping[str, str]:
     """Own labels and labels inherited from ``profiles``.
 
-    For a key that several have, own labels win over profiles, and earlier profiles over later ones.
+    If a key occurs several times, the own label counts, else the label of the first profile that has the key.
     """
     effective: dict[str, str] = {}
     for profile in reversed(tuple(profiles)):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of host endpoints from Calico's configuration objects: failsafe ports, automatic host endpoints.
 
-Sources: SEMANTICS 4.6, 1.3 and 1.10; names, addresses and labels as Calico's controller makes them.
+SEMANTICS 4.6, 1.3 and 1.10 specify them.  Automatic host endpoints get the names, addresses and labels that Calico's
+controller gives them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from netpol_ebpf.resources.syntax import MAX_NAME
 
 CREATED_BY = "projectcalico.org/created-by"
 CONTROLLER = "calico-kube-controllers"
-"""Label and value that distinguish an automatic host endpoint from a user's."""
+"""Value of the label CREATED_BY. It distinguishes an automatic host endpoint from a user's host endpoint."""
 
 _SUFFIX = "auto-hep"
 
@@ -55,7 +56,7 @@ def automatic_hosts(
     found: dict[EndpointKey, Endpoint] = {}
     for host in _automatic(configuration, node):
         key = EndpointKey(HOST_ENDPOINT, "", host.meta.name)
-        found.setdefault(key, host_endpoint(key, host, lambda _: {}))  # no labels are inherited from their profile
+        found.setdefault(key, host_endpoint(key, host, lambda _: {}))  # their profile has no labels
     return found
 
 
@@ -83,7 +84,10 @@ def _automatic(
 
 
 def _expected_addresses(node: resources.Node) -> list[IPAddress]:
-    """A node's addresses, those of its interfaces included. External addresses count only if an interface has them."""
+    """A node's addresses, and the addresses of its interfaces.
+
+    External addresses of the Node object count only if an interface has them.
+    """
     own = [address for address in node.addresses if address not in node.external]
     return list(dict.fromkeys((*own, *(address for one in node.interfaces for address in one.addresses))))
 
@@ -92,7 +96,7 @@ def _host(
     node: resources.Node, parts: tuple[str, ...], labels: Mapping[str, str],
     interface: str | None, addresses: Iterable[IPAddress],
 ) -> resources.HostEndpoint:  # fmt: skip
-    """An automatic host endpoint. ``parts``: what its name has between the node's name and the suffix."""
+    """An automatic host endpoint. ``parts``: the parts of its name between the node's name and the suffix."""
     meta = resources.Meta(
         _name("-".join((node.meta.name, *parts, _SUFFIX))),
         "",
@@ -103,7 +107,10 @@ def _host(
 
 
 def _name(name: str) -> str:
-    """``name``, or its hash with the suffix if the name is too long, as in Calico's controller."""
+    """The name of an automatic host endpoint: ``name``, or its hash with the suffix if ``name`` is too long.
+
+    Calico's controller makes the same names.
+    """
     if len(name) <= MAX_NAME:
         return name
     digest = base64.urlsafe_b64encode(hashlib.sha256(name.encode()).digest()).decode().rstrip("=")

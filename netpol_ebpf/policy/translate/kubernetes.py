@@ -2,8 +2,8 @@
 """Kubernetes NetworkPolicy and its staged form, as policies of tier ``default`` with order 1000 (SEMANTICS 1.1, 1.2).
 
 Invariant: every rule is an Allow and every selector is confined to pods of Kubernetes, so these policies never match a
-host endpoint, a network set or a foreign workload.  A user rule becomes one internal rule for each protocol and peer,
-all with the user rule's index.
+host endpoint, a network set or a foreign workload.  A user rule becomes one internal rule for each combination of
+protocol and peer, all with the user rule's index.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def translate_network_policy(key: PolicyKey, policy: KubernetesNetworkPolicy) ->
 def translate_staged_network_policy(key: PolicyKey, policy: StagedKubernetesNetworkPolicy) -> Policy | None:
     """Translate a StagedKubernetesNetworkPolicy.
 
-    None if its stagedAction is Learn or Ignore: the policy then takes part in no evaluation.
+    None if its stagedAction is Learn or Ignore: then the policy takes part in no evaluation.
     """
     if policy.staged_action == "Delete" or policy.spec is None:
         spec = KubernetesPolicySpec(LabelSelector(), (), (), ())
@@ -117,7 +117,10 @@ def _peer(peer: KubernetesPeer, own: Selector) -> Entity:
 
 
 def _protocols(ports: tuple[KubernetesPort, ...]) -> list[tuple[int | None, Ports | None]]:
-    """Each protocol of ``ports`` with its ports, None: all ports. If ``ports`` is empty, (None, None): all packets."""
+    """Each protocol of ``ports`` with its ports; None stands for all ports.
+
+    If ``ports`` is empty, the result is (None, None), which stands for all packets.
+    """
     if not ports:
         return [(None, None)]
     ranges: dict[int, list[tuple[int, int]]] = {}

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ClusterNetworkPolicy, AdminNetworkPolicy and BaselineAdminNetworkPolicy as policies of tiers that end in Pass.
+"""Translates the policies of policy.networking.k8s.io into policies of tiers that end in Pass.
 
-ClusterNetworkPolicy, the newer kind, has the tiers kube-admin and kube-baseline.  The two older kinds have tiers of
-their own directly after these.  Upstream does not define the order of new and old kinds (SEMANTICS 3.5).
+ClusterNetworkPolicy, the newer kind, has the tiers kube-admin and kube-baseline.  AdminNetworkPolicy has its own tier
+directly after kube-admin, BaselineAdminNetworkPolicy directly after kube-baseline.  Upstream does not define the order
+of new and old kinds (SEMANTICS 3.5).
 
 Invariants: a direction without rules has no effect.  Subjects, and peers selected by namespaces or pods, are Kubernetes
-pods only.  Unknown peers and ports fail closed (SEMANTICS 1.14): an Accept rule with an unknown peer or port matches
-nothing, not even its known peers and ports; a Deny or Pass rule with one becomes a Deny of everything.
+pods only.  A peer or port of a type that is not known fails closed (SEMANTICS 1.14): an Accept rule with an unknown
+peer or port matches nothing, not even its known peers and ports; a Deny or Pass rule with an unknown peer or port
+denies everything.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ LabelValues = tuple[Union[str, None], ...]
 """The values of some label keys on one namespace; None for a label that the namespace lacks."""
 
 DistinctValues = Callable[[tuple[str, ...]], Iterable[LabelValues]]
-"""From label keys to the distinct combinations of their values on existing namespaces."""
+"""Maps label keys to the distinct combinations of their values on existing namespaces."""
 
 
 def translate_cluster_policy(key: PolicyKey, policy: ClusterNetworkPolicy, distinct_values: DistinctValues) -> Policy:
@@ -63,14 +65,17 @@ def translate_cluster_policy(key: PolicyKey, policy: ClusterNetworkPolicy, disti
 
 
 def translate_admin_policy(key: PolicyKey, policy: AdminNetworkPolicy, distinct_values: DistinctValues) -> Policy:
-    """The translation of an AdminNetworkPolicy, evaluated before the user's tiers. ``distinct_values``: see `_policy`."""
+    """The translation of an AdminNetworkPolicy, which is evaluated before the user's tiers.
+
+    ``distinct_values``: see `_policy`.
+    """
     return _policy(key, policy, OLD_ADMIN, float(policy.priority), distinct_values)
 
 
 def translate_baseline_policy(
     key: PolicyKey, policy: BaselineAdminNetworkPolicy, distinct_values: DistinctValues
 ) -> Policy:
-    """The translation of a BaselineAdminNetworkPolicy, evaluated after the user's tiers.
+    """The translation of a BaselineAdminNetworkPolicy, which is evaluated after the user's tiers.
 
     ``distinct_values``: see `_policy`.
     """
@@ -80,9 +85,10 @@ def translate_baseline_policy(
 def _policy(
     key: PolicyKey, policy: SigPolicy, tier: PolicyTier, order: float, distinct_values: DistinctValues
 ) -> Policy:
-    """Translate a policy of any of the three kinds into a policy of ``tier`` with ``order``.
+    """Translate a ClusterNetworkPolicy, AdminNetworkPolicy or BaselineAdminNetworkPolicy.
 
-    ``distinct_values`` is called only with keys that `related_keys` returns for the policy.
+    ``tier``, ``order``: tier and order of the result.
+    ``distinct_values``: called only with keys that `related_keys` returned for the policy.
     """
     types = {Direction.INGRESS: policy.ingress, Direction.EGRESS: policy.egress}
     return Policy(
@@ -98,9 +104,10 @@ def _policy(
 
 
 def related_keys(policy: SigPolicy) -> frozenset[tuple[str, ...]]:
-    """The namespace label keys of sameLabels and notSameLabels peers, which compare a namespace with the subject's.
+    """The namespace label keys of the policy's sameLabels and notSameLabels peers, one tuple for each peer.
 
-    The policy's translation depends on the values that namespaces have for them.
+    Such a peer compares the labels of a namespace with those of the subject's namespace, so the policy's translation
+    depends on the values that namespaces have for these keys.
     """
     peers = [peer for rule in (*policy.ingress, *policy.egress) for peer in rule.peers]
     return frozenset(peer.same_labels or peer.not_same_labels for peer in peers if _is_related(peer))
@@ -110,7 +117,7 @@ def _subject(subject: SigSubject) -> Selector:
     if subject.pods is not None:
         return pods(_namespaces(subject.pods.namespace_selector), subject.pods.pod_selector)
     if subject.namespaces is None:
-        raise AssertionError("a subject has one of its two fields")  # the parser sees to it
+        raise AssertionError("a subject has one of its two fields")  # the parser checks this
     return pods(_namespaces(subject.namespaces), None)
 
 
@@ -139,9 +146,9 @@ def _rules(rules: tuple[SigRule, ...], direction: Direction, distinct_values: Di
 
 
 def _sides(peers: Sequence[SigPeer], distinct_values: DistinctValues) -> Iterator[tuple[Entity, Entity, str]]:
-    """For each peer: the subject's side, the peer's side, the names of unsupported fields ("" for none).
+    """For each peer: the subject's side, the peer's side, and the names of unsupported fields ("" if there are none).
 
-    A peer that compares namespaces gives one triple for each combination of label values.
+    A sameLabels or notSameLabels peer gives one triple for each combination of label values on a namespace.
     """
     for peer in peers:
         if peer.domain_names:
@@ -166,10 +173,12 @@ def _is_related(peer: SigPeer) -> bool:
 
 
 def _related_sides(peer: SigPeer, distinct_values: DistinctValues) -> Iterator[tuple[Entity, Entity, str]]:
-    """A sameLabels or notSameLabels peer: one triple as in `_sides` for each combination of values on a namespace.
+    """The triples of `_sides` for a sameLabels or notSameLabels peer.
 
-    sameLabels: the peer's namespace has all the labels, with the subject's values.  notSameLabels: it has all of them,
-    and at least one differs from the subject's (a label that the subject lacks differs).
+    There is one triple for each combination of values that the label keys have on a namespace.  With sameLabels, the
+    peer's namespace must have all the labels, with the values of the subject's namespace.  With notSameLabels, it must
+    have all of them, and at least one must differ from the subject's.  A label that the subject's namespace lacks
+    counts as different.
     """
     keys = peer.same_labels or peer.not_same_labels
     pod_selector = peer.pods.pod_selector if peer.pods is not None else None
@@ -194,7 +203,10 @@ def _has_value(label: str, value: str | None) -> Selector:
 
 
 def _protocols(ports: tuple[SigPort, ...] | None) -> list[tuple[int | None, Ports | None]]:
-    """Each protocol of ``ports`` with its ports, None: all ports. A named port has no protocol: it is of any."""
+    """Each protocol of ``ports`` with its ports; None as ports stands for all ports.
+
+    A named port has no protocol, so it is returned with None as protocol, which stands for any protocol.
+    """
     if ports is None:
         return [(None, None)]
     ranges: dict[int, list[tuple[int, int]]] = {}

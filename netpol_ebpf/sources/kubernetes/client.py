@@ -167,15 +167,21 @@ class Client:
         ``target``: path and query; ``head_s``: time limit for the head; ``idle_s``: longest silence in the body.
         Raises UnreachableError, also when credentials or certificates cannot be read now.
         """
+        return self._begin("GET", target, head_s, idle_s, _METADATA if metadata_only else _JSON)
+
+    def delete(self, target: str, *, head_s: float, idle_s: float) -> HttpAnswer:
+        """Begin a DELETE; as `get`."""
+        return self._begin("DELETE", target, head_s, idle_s, _JSON)
+
+    def _begin(self, method: str, target: str, head_s: float, idle_s: float, accept: str) -> HttpAnswer:
         connection = self._connection()
         try:
             credentials = self._credentials()
             self._connect(connection, credentials)
-            accept = _METADATA if metadata_only else _JSON
             headers = {**credentials.headers, "Accept": accept, "Accept-Encoding": "gzip", "User-Agent": USER_AGENT}
             sock: socket.socket = connection.sock
             sock.settimeout(head_s)
-            connection.request("GET", self._prefix + target, headers=headers)
+            connection.request(method, self._prefix + target, headers=headers)
             response = connection.getresponse()
             sock.settimeout(idle_s)
         except (OSError, http.client.HTTPException, ValueError) as error:

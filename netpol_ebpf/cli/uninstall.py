@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`netpolctl uninstall`: the two steps of an uninstallation from a cluster that need its API server.
+
+The chart's pre-delete hooks run them.  ``agents-gone`` deletes the agents' DaemonSet and waits for the end of its pods.
+``nodes-clean`` waits until the cleanup DaemonSet is ready on every node, that is, until every node is clean.
+
+Exit codes: 0 done, 4 the API server cannot be reached or refuses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from netpol_ebpf.errors import UnreachableError
+from netpol_ebpf.sources.kubernetes.client import Client, Cluster, HttpAnswer, in_cluster
+from netpol_ebpf.sources.kubernetes.kubeconfig import load_kubeconfig
+from netpol_ebpf.terminal import escaped, say
+
+AGENTS, CLEANUP = "netpol-agent", "netpol-cleanup"
+"""The DaemonSets of deploy/chart."""
+LOOK_S = 2.0
+"""Interval in seconds between two requests; arbitrary."""
+ANSWER_S = 30.0
+"""Time limit in seconds for an answer."""
+
+
+def register(subparsers: Any) -> None:
+    """Add the command to the parser of `netpolctl`."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "uninstall",
+        help="the steps of an uninstallation from a cluster that need its API server",
+        description="The two steps of an uninstallation that need the API server; `helm uninstall` runs them. agents-gone: "
+        f"delete the DaemonSet {AGENTS}, and wait until its pods have ended; enforcement goes on. nodes-clean: wait until the "
+        f"DaemonSet {CLEANUP} has ended enforcement on every node.",
+        epilog="exit codes: 0 done, 4 the API server cannot be reached or refuses",
+    )
+    parser.add_argument("step", choices=STEPS, help="the step")
+    parser.add_argument(
+        "--namespace", default="kube-system", metavar="NAME", help="namespace of the DaemonSets (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--kubeconfig", type=Path, metavar="FILE", help="kubeconfig of the cluster (default: that of this pod)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    kubeconfig: Path | None = arguments.kubeconfig
+    cluster = in_cluster() if kubeconfig is None else load_kubeconfig([kubeconfig.expanduser()])
+    STEPS[arguments.step](DaemonSets(cluster, arguments.namespace))
+    return 0
+
+
+class DaemonSets:
+    """The DaemonSets of a namespace."""
+
+    def __init__(self, cluster: Cluster, namespace: str) -> None:
+        self._client = Client(cluster)
+        self._path = f"/apis/apps/v1/namespaces/{namespace}/daemonsets/"
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """The object; None if there is none. Raises UnreachableError."""
+        return self._answer(name, self._client.get(self._path + name, head_s=ANSWER_S, idle_s=ANSWER_S))
+
+    def delete(self, name: str) -> bool:
+        """Begin the deletion; returns whether there was one. It ends when all its pods have. Raises UnreachableError."""
+        target = f"{self._path}{name}?propagationPolicy=Foreground"
+        return self._answer(name, self._client.delete(target, head_s=ANSWER_S, idle_s=ANSWER_S)) is not None
+
+    def _answer(self, name: str, answer: HttpAnswer) -> dict[str, Any] | None:
+        try:
+            raw = answer.body()
+        finally:
+            answer.close()
+        try:
+            body = json.loads(raw)
+        except ValueError as error:
+            raise UnreachableError(f"DaemonSet {name}: the answer is not JSON ({error})", hint="Try again.") from error
+        if answer.status == http.HTTPStatus.NOT_FOUND:
+            return None
+        if answer.status not in (http.HTTPStatus.OK, http.HTTPStatus.ACCEPTED):
+            message = body.get("message", "") if isinstance(body, dict) else ""
+            raise UnreachableError(
+                f"DaemonSet {name}: the API server answers {answer.status}: {message}", hint="Nothing was changed."
+            )
+        return dict(body)
+
+
+def end_agents(daemonsets: DaemonSets, pause: Callable[[float], None] = time.sleep) -> None:
+    """Delete the agents' DaemonSet, and wait until its pods have ended."""
+    if daemonsets.delete(AGENTS):
+        say(f"DaemonSet {AGENTS}: deleted; waiting for its pods to end")
+    while daemonsets.read(AGENTS) is not None:
+        pause(LOOK_S)
+    say(f"DaemonSet {AGENTS}: gone; what is pinned on the nodes stays in force")
+
+
+def await_clean(daemonsets: DaemonSets, pause: Callable[[float], None] = time.sleep) -> None:
+    """Wait until the cleanup DaemonSet is ready on every node, and say how many are, at each change."""
+    told = ""
+    while True:
+        found = daemonsets.read(CLEANUP)
+        if found is None:
+            raise UnreachableError(
+                f"DaemonSet {CLEANUP}: there is none", hint="Create it first (deploy/manifests/cleanup.yaml)."
+            )
+        status = found.get("status", {})
+        is_seen = status.get("observedGeneration", 0) >= found["metadata"]["generation"]
+        wanted, ready = status.get("desiredNumberScheduled", 0), status.get("numberReady", 0)
+        state = f"{ready} of {wanted} nodes are clean" if is_seen else "no node was asked yet"
+        if state != told:
+            say(escaped(f"DaemonSet {CLEANUP}: {state}"))
+            told = state
+        if is_seen and ready >= wanted:
+            return
+        pause(LOOK_S)
+
+
+STEPS = {"agents-gone": end_agents, "nodes-clean": await_clean}

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The document of layouts: what is encoded comes out again, and another format is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from netpol_ebpf.errors import PlatformError
+from netpol_loader import abi
+from netpol_loader.kernel.btf import declared
+from netpol_loader.pins.layouts import decode_layouts, encode_layouts
+
+
+def test_every_map_comes_out_again() -> None:
+    """Nested structures too."""
+    every = {
+        name: (declared(spec.key), declared(spec.value))
+        for name, spec in abi.MAP_SPECS.items()
+        if spec.value is not None
+    }
+    assert any(field.inner for _, value in every.values() for field in value)
+    assert decode_layouts(encode_layouts(every), "here") == every
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"[]", b"{}", b'{"format": 1, "maps": {"a": [1, 2]}}', b'{"format": 1, "maps": {"a": []}}']
+)
+def test_what_is_no_document_is_refused(raw: bytes) -> None:
+    """By name."""
+    with pytest.raises(PlatformError, match="here has no layouts of maps"):
+        decode_layouts(raw, "here")
+
+
+def test_another_format_is_refused() -> None:
+    """A later version may write one."""
+    with pytest.raises(PlatformError, match="here has format 2; this version reads format 1"):
+        decode_layouts(json.dumps({"format": 2}).encode(), "here")
