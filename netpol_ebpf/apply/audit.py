@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import islice
 
-from netpol_ebpf.apply.applier import ARRAYS, Applier, KernelMap
+from netpol_ebpf.apply.applier import ARRAYS, Applier, Binding, KernelMap
 from netpol_ebpf.apply.encode import ENCODERS, Element, decode_key, elements
 from netpol_ebpf.apply.surroundings import SurroundingsWriter
 from netpol_ebpf.compiler.tables import CompiledTables
 from netpol_ebpf.errors import MapFullError
+from netpol_ebpf.policy.types import EndpointKey
 from netpol_loader import abi
 from netpol_loader.pins.drift import Drift
 
@@ -83,10 +84,12 @@ class Audit:
         Yields for each row the difference that was restored, or None if the row was correct.
         """
         ours: set[tuple[str, bytes]] = set()
-        for key in list(self._applier.bindings):
+        encoded: dict[EndpointKey, Binding] = {}
+        for key, binding in list(self._applier.bindings.items()):
             # The elements of one endpoint are compared in one step, because between two steps its row may change.
             written = list(self._applier.endpoint_elements(key))
             ours.update((name, raw) for name, raw, _ in written)
+            encoded[key] = binding
             yield from [self._compare(element) for element in written]
         for (name, raw), value in list(self._node.rows.items()):
             if self._node.rows.get((name, raw)) == value:  # otherwise the row changed after the list was made
@@ -94,8 +97,11 @@ class Audit:
         ours |= self._node.rows.keys()
         for name in (*BY_ENDPOINT, *BY_NODE):
             for raw in self._keys(name):
+                if (name, raw) not in ours:  # it may be a newer row, most often of an endpoint with a new binding
+                    ours |= self._rows_of_endpoints(encoded)
+                    encoded = dict(self._applier.bindings)
                 if (name, raw) not in ours:
-                    ours = self._of_endpoints()  # before a removal, because the row may be newer than ``ours``
+                    ours = self._rows_of_endpoints({})
                 yield None if (name, raw) in ours else self._remove(name, raw)
         for name in BY_TABLE:
             for raw in self._keys(name):
@@ -113,11 +119,13 @@ class Audit:
         for key, _value in self._maps[name].items():  # noqa: PERF102 - a map, no dict
             yield key
 
-    def _of_endpoints(self) -> set[tuple[str, bytes]]:
+    def _rows_of_endpoints(self, encoded: Mapping[EndpointKey, Binding]) -> set[tuple[str, bytes]]:
+        """Map and key of the node's rows, and of the rows of endpoints with another binding than in ``encoded``."""
         return self._node.rows.keys() | {
-            (name, key)
-            for endpoint in self._applier.bindings
-            for name, key, _ in self._applier.endpoint_elements(endpoint)
+            (name, raw)
+            for key, binding in self._applier.bindings.items()
+            if encoded.get(key) is not binding
+            for name, raw, _ in self._applier.endpoint_elements(key)
         }
 
     def _compare(self, element: Element) -> Drift | None:

@@ -801,6 +801,26 @@ def test_row_that_something_else_changed_is_put_back(bench: Bench) -> None:
     assert agent.enforcement.applier.generation > generation
 
 
+@pytest.mark.parametrize("compared", range(1, 12))
+def test_endpoint_that_is_bound_during_a_round_keeps_its_rows(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, compared: int
+) -> None:
+    """Whenever it comes, and without another encoding of the rows of the others."""
+    agent = bench.agent()
+    audit, applier = agent.enforcement.audit, agent.enforcement.applier
+    assert audit is not None
+    encoded: list[EndpointKey] = []
+    elements = applier.endpoint_elements
+    monkeypatch.setattr(applier, "endpoint_elements", lambda key: [encoded.append(key), elements(key)][1])
+    audit.step(compared)
+    binding = replace(applier.bindings[WEB], ifindex=9)
+    applier.bind(WEB, binding)
+    while not audit.is_between_rounds:
+        assert audit.step(1) == []
+    assert bench.node.row(9) is not None
+    assert encoded.count(DB) == 1
+
+
 def test_configuration_that_something_else_changed_is_put_back(bench: Bench) -> None:
     """A generation changed by somebody is one step ahead of the former again."""
     agent = bench.agent()
