@@ -246,6 +246,8 @@ class Agent:
         elif self.rejected.retry_at_s is not None and self._clock() >= self.rejected.retry_at_s:
             self.changes_seen += 1
             self._bring_into_force(Changes())
+        if self.interfaces.audit():
+            self.binder.reconcile()
         self.enforcement.record.write_line()
         if self.repair.step():
             self._log_unenforced()
