@@ -112,9 +112,9 @@ class KernelNetwork:
             self._gone |= {one.link.ifindex for one in news if one.is_gone}
 
     def _look_at_groups(self) -> None:
-        """List the multicast groups that the node's processes have joined: the kernel sends no notification of changes.
+        """List the multicast groups that the node's processes have joined.
 
-        Takes milliseconds.
+        The kernel does not notify of changes. A list takes milliseconds, so it is made at most every GROUPS_S.
         """
         now_s = time.monotonic()
         if now_s - self._groups_s < GROUPS_S:
