@@ -113,7 +113,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="MAP=ENTRIES",
-        help="size of a map (may be repeated), such as np_addr4=1000000",
+        help="size of a map (may be repeated), such as np_addr4=1000000; a restarted agent makes the maps of policy anew in this size, "
+        "other maps keep theirs",
     )
     parser.add_argument(
         "--timeout", action="append", default=[], metavar="STATE=SECONDS",
