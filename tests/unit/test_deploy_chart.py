@@ -88,7 +88,8 @@ def test_agent_of_each_network(network: str, tmp_path: Path) -> None:
     host, port = parse_health_address(parsed.health_address) or ("", 0)
     probes = {name: one["httpGet"] for name, one in containers(f"agent-{network}")["agent"].items() if "Probe" in name}
     assert {name: one["path"] for name, one in probes.items()} == {
-        "startupProbe": "/livez", "livenessProbe": "/livez",
+        "startupProbe": "/livez",
+        "livenessProbe": "/livez",
         "readinessProbe": "/readyz",
     }
     assert {(one["host"], one["port"]) for one in probes.values()} == {(host, port)}
