@@ -15,8 +15,9 @@ import math
 import select
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,10 +48,16 @@ RESTORED, SAVED, BUG = "restored", "saved-state", "bug"
 log = logging.getLogger(__name__)
 
 
+def _iso(seconds: float) -> str | None:
+    """A time since 1970 as UTC, ISO 8601; None for 0."""
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ") if seconds else None
+
+
 class KindState(NamedTuple):
     """The state of one kind, for ``status``.
 
-    ``kept``: objects that stay in force although their definition was deleted.
+    ``kept``: objects that stay in force although their definition was deleted.  ``lists``, ``watches``: requests so
+    far.  ``last_sync``: time of the last list, event or bookmark, UTC, ISO 8601; None: never.
     """
 
     kind: str
@@ -59,6 +66,9 @@ class KindState(NamedTuple):
     objects: int
     kept: int
     resource_version: str
+    lists: int
+    watches: int
+    last_sync: str | None
 
 
 @dataclass(slots=True)
@@ -211,6 +221,9 @@ class KubernetesSource:
                 len(store.entries),
                 len(store.orphans),
                 store.resource_version,
+                self.watchers[kind].lists,
+                self.watchers[kind].watches,
+                _iso(self.watchers[kind].synced_at),
             )
             for kind, store in self.cache.stores.items()
         ]
@@ -232,6 +245,11 @@ class KubernetesSource:
             "type": "kubernetes",
             "synced": self.has_synced,
             "waiting_for": [str(kind) for kind in self.cache.unsynced],
+            "behind": [
+                *([f"the saved state of {self._saved_at} is in force"] if is_restored else ()),
+                *([f"the server has confirmed nothing since {confirmed or 'the start'}"] if is_cut_off else ()),
+                *(f"{kind}: {problem.slug}" for kind, problem in self._unwatched()),
+            ],
             "restored": is_restored,
             "confirmed": confirmed,
             "cut_off": is_cut_off,
@@ -242,6 +260,13 @@ class KubernetesSource:
             "went_back_at": self.probe.went_back_at or None,
         }
         return (state,)
+
+    def _unwatched(self) -> Iterator[tuple[WatchedKind, Problem]]:
+        """The kinds that are not watched now, with the reason."""
+        for kind, store in self.cache.stores.items():
+            problem = store.problem  # read once: a thread may replace it
+            if problem is not None:
+                yield kind, problem
 
     def save(self) -> float:
         """Write the saved state if it is out of date. Returns the seconds until the next check."""
