@@ -136,8 +136,8 @@ class Agent:
 
     @property
     def is_in_force(self) -> bool:
-        """Whether a state of the source is in force."""
-        return self.is_started and self.source.has_synced
+        """Whether a state of the source is in force, and no change of it waits because it was rejected."""
+        return self.is_started and self.source.has_synced and not self.enforcement.is_pending
 
     @property
     def keeps_enforcement(self) -> bool:
@@ -334,6 +334,7 @@ class Agent:
                 self.own_interfaces.inputs is not before
             ):  # interfaces that the change would have released need their rows again
                 self.own_interfaces.inputs = before
+                self.interfaces.locate()  # the change may have removed workloads
                 self.binder.reconcile()
             return
         self.rejected.accept()

@@ -92,10 +92,9 @@ def _source(source: dict[str, Any]) -> str:
         parts.append(f"confirmed at {source['confirmed']}")
     if source.get("went_back_at"):
         parts.append(f"WENT BACK to an older state at {source['went_back_at']}, all kinds were listed again")
-    if source.get("gaps"):
-        parts.append(
-            f"events lost and listed again: {', '.join(f'{kind} {n} times' for kind, n in source['gaps'].items())}"
-        )
+    gaps = [f"{one['kind']} {one['gaps']} times" for one in source.get("kinds", ()) if one.get("gaps")]
+    if gaps:
+        parts.append(f"events lost and listed again: {', '.join(gaps)}")
     return f"{source['type']} {source['source']}: {'; '.join(parts)}"
 
 
