@@ -241,20 +241,20 @@ def measure_size(size: Size, manifests: Path, events: int, churn_s: float) -> Fi
     with contextlib.ExitStack() as stack:
         applier = _open_maps(stack, found)
         plane = ControlPlane(applier)
-        found.memory["before the cluster"] = _resident_bytes()
+        found.memory["before the cluster"] = resident_bytes()
         found.yardsticks["cold start"] = [yardstick() for _ in range(20)]
         cold, read_s = plane.start(objects(size), source)
         found.cold = {**cold.stages, "total": cold.total, "read manifests": read_s}
         found.cold["from manifests"] = cold.total - cold.stages["parse"] + read_s
         found.rows = plane.rows
         footprint.freeze()
-        found.memory["after the start"] = _resident_bytes()
+        found.memory["after the start"] = resident_bytes()
         _single_events(plane, size, events, found)
-        found.memory["after single changes"] = _resident_bytes()
+        found.memory["after single changes"] = resident_bytes()
         if churn_s:
             _churn(plane, size, churn_s, found)
-        found.memory["at most"] = _peak_bytes()
-        found.memory["of maps, mapped"] = _mapped_bytes()
+        found.memory["at most"] = peak_bytes()
+        found.memory["of maps, mapped"] = mapped_bytes()
     return found
 
 
@@ -350,28 +350,30 @@ def _arrivals(numbers: range, size: Size, live: Sequence[int]) -> tuple[list[Obj
     return list(upserts.values()), list(removals.values())
 
 
-def _resident_bytes() -> int:
-    return _status_bytes("VmRSS:") - _mapped_bytes()
+def resident_bytes(process: int | str = "self") -> int:
+    """Memory of a process, without mapped maps."""
+    return _status_bytes("VmRSS:", process) - mapped_bytes(process)
 
 
-def _peak_bytes() -> int:
-    return _status_bytes("VmHWM:") - _mapped_bytes()
+def peak_bytes(process: int | str = "self") -> int:
+    """The most memory that a process had, without mapped maps."""
+    return _status_bytes("VmHWM:", process) - mapped_bytes(process)
 
 
-def _mapped_bytes() -> int:
+def mapped_bytes(process: int | str = "self") -> int:
     """Of maps, which are the kernel's memory wherever they are mapped, and stay when the agent goes."""
-    areas = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(encoding="utf-8"))
+    areas = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path(f"/proc/{process}/smaps").read_text(encoding="utf-8"))
     resident = (
         re.search(r"^Rss: +(\d+) kB", area, re.MULTILINE) for area in areas if "bpf-map" in area.partition("\n")[0]
     )
     return sum(int(found[1]) for found in resident if found) * 1024
 
 
-def _status_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+def _status_bytes(name: str, process: int | str) -> int:
+    for line in Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines():
         if line.startswith(name):
             return int(line.split()[1]) * 1024
-    raise PlatformError(f"/proc/self/status has no {name}")
+    raise PlatformError(f"/proc/{process}/status has no {name}")
 
 
 # --- all sizes ---------------------------------------------------------------------------------------------------------------

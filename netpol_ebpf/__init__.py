@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The control plane: resources, selectors, policy model, compiler, engines, sources, agent and command line.
 
-Importable and testable without root, BCC or a cluster.
+The package can be imported and tested without root, BCC or a cluster.
 """
 
 __version__ = "0.1.0"

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every child process of the agent does first: a fork that works something out and ends.
+"""The setup of a child process that the agent forks for one computation.
 
-Invariant: a child ends when its time is up, when its parent ends, and before its parent where memory runs short.
+Invariant: a child ends when its time is up and when its parent ends. If memory runs short, the kernel kills the child
+before the parent.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import signal
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
-"""linux/prctl.h"""
+"""Value from the kernel's linux/prctl.h."""
 
 
 def part_from(parent: int, work_s: int) -> None:
-    """Become a process that its parent's signals and end do not leave behind, and that leaves the parent its memory.
+    """Set up this process, a fresh child, so that it ends with its parent and does not handle the parent's signals.
 
-    ``parent``: the process that forked.  After ``work_s`` seconds, or those of a later `signal.alarm`, SIGALRM ends this process.
+    The kernel's OOM killer will prefer it to the parent. ``parent``: the id of the process that forked. ``work_s``:
+    seconds after which SIGALRM ends this process; a later `signal.alarm` replaces them.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it ended before

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that make something on the machine, and are told to end before they are done."""
+"""Signals for commands that create objects on the machine and must remove them when they end early."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end what is within as Ctrl-C does, so that everything is removed on the way out."""
+    """Within the context, SIGTERM and SIGHUP raise KeyboardInterrupt as Ctrl-C does, so that cleanup code runs."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

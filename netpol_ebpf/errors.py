@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The project's error tree: every failure a user can act on is one of these.
+"""The project's error tree: every failure on which a user can act is one of these classes.
 
-    NetpolError                     exit 70  (a bug when it is raised bare)
-    |-- UsageError                  exit 2   the command line itself is wrong
-    |-- InvalidInputError           exit 3   files, objects, selectors, cases
+    NetpolError                     exit 70  (raised itself only for a bug)
+    |-- UsageError                  exit 2   the command line is wrong
+    |-- InvalidInputError           exit 3   a file, object, selector or case is not valid
     |   |-- SelectorError                    an expression does not parse
-    |   |-- ValidationError                  all problems of all files at once
+    |   |-- ValidationError                  all problems of all files together
     |   `-- LimitError                       an object exceeds a stated limit
-    |-- UnreachableError            exit 4   no agent, no API server
-    `-- PlatformError               exit 5   kernel, permission, missing package
-        |-- PrivilegeError                   not root, capability missing
+    |-- UnreachableError            exit 4   no agent or no API server answers
+    `-- PlatformError               exit 5   the kernel, a permission or a package is missing
+        |-- PrivilegeError                   the process lacks root or a capability
         |-- LoadError                        the program does not compile or verify
-        `-- MapFullError                     a map has no room for the change
+        `-- MapFullError                     a map has no room for a change
 
-Invariant: each class carries an exit code, a stable slug (machine readable) and a hint (what to do).
-Messages say what failed, on which object, what was seen.  Nothing here imports from the rest of the project.
+Invariant: each class has an exit code, a stable machine-readable slug, and a hint that says what to do. A message says
+what failed, on which object, and what was seen. This module imports nothing from the rest of the project.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import ClassVar
 
 
 class NetpolError(Exception):
-    """Base of all errors; raised bare only for a bug."""
+    """Base class of all errors. An error of exactly this class is a bug."""
 
     exit_code: ClassVar[int] = 70
     slug: ClassVar[str] = "bug"
@@ -55,7 +55,7 @@ class InvalidInputError(NetpolError):
 class SelectorError(InvalidInputError):
     """A selector expression does not parse.
 
-    ``offset`` is the zero-based index, in characters of ``text``, of the offending character.
+    ``offset``: the zero-based index in ``text`` of the first wrong character.
     """
 
     slug = "selector"
@@ -71,7 +71,7 @@ class SelectorError(InvalidInputError):
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where something was written: file name as the user gave it, 1-based line and column (0: unknown)."""
+    """A position in an input: the file name as the user gave it, line and column from 1 on; 0 means unknown."""
 
     file: str
     line: int = 0
@@ -83,11 +83,11 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing wrong (or suspicious) with one field of one object.
+    """One error or warning about one field of one object.
 
-    ``path`` is the field path inside the object, such as ``spec.ingress[0].ports[1].port``; ``obj`` names the object as
-    ``kind/namespace/name`` as far as it is known; ``message`` says what is wrong and what to write instead.
-    ``severity`` is ``error`` or ``warning``; ``slug`` is a stable identifier of the kind of problem.
+    ``path``: the field's path in the object, such as ``spec.ingress[0].ports[1].port``. ``obj``: the object as
+    ``kind/namespace/name``, without the parts that are unknown. ``message``: what is wrong and what to write instead.
+    ``severity``: ``error`` or ``warning``. ``slug``: a stable identifier of the kind of problem.
     """
 
     location: Location
@@ -104,7 +104,7 @@ class Problem:
 
 
 class ValidationError(InvalidInputError):
-    """One or more problems; always all that were found, in file and line order."""
+    """The input has problems. ``problems``: all that were found, in order of file and line."""
 
     slug = "validation"
 
@@ -114,7 +114,10 @@ class ValidationError(InvalidInputError):
 
 
 class LimitError(InvalidInputError):
-    """An object exceeds a stated limit; names the object, the limit and the figure seen. ``limit``: its name, or ""."""
+    """An object exceeds a stated limit. The message names the object, the limit and the actual number.
+
+    ``limit``: the name of the limit, "" if it has none.
+    """
 
     slug = "limit"
     default_hint = "Split the object or raise the limit in the agent's configuration."
@@ -133,7 +136,7 @@ class UnreachableError(NetpolError):
 
 
 class PlatformError(NetpolError):
-    """The kernel, a package or a permission that is needed is missing."""
+    """Enforcement needs something of the machine that is missing: a kernel feature, a package or a permission."""
 
     exit_code = 5
     slug = "platform"
@@ -141,20 +144,23 @@ class PlatformError(NetpolError):
 
 
 class PrivilegeError(PlatformError):
-    """The process lacks a capability."""
+    """The process lacks a capability that it needs."""
 
     slug = "privilege"
     default_hint = "Run as root."
 
 
 class LoadError(PlatformError):
-    """The program does not compile, load or verify."""
+    """The program does not compile, or the kernel does not load or verify it."""
 
     slug = "load"
 
 
 class MapFullError(PlatformError):
-    """A map has no room for a change; names the map, its size and the figure needed. ``map_name``: the map's."""
+    """A map has no room for a change. The message names the map, its size and the needed size.
+
+    ``map_name``: the name of the map.
+    """
 
     slug = "map-full"
     default_hint = "The change was rejected; the previous policy stays in force."

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Text for people, on a terminal and in the log.
+r"""Output of text for people, on the terminal and in the log.
 
-Names of objects, files and interfaces come from others, and may contain characters that move the cursor, change colours, reorder the
-line or end it.  This module prints all text for people and shows such characters as escapes (``\x1b``, ``\u202e``).
+Names of objects, files and interfaces come from other people. They may contain characters that move the cursor, change
+colours, reorder the line or end it. This module prints all text for people and shows such characters as escapes
+(``\x1b``, ``\u202e``).
 
-Invariant: the output contains nothing unprintable but our own line breaks.  JSON and YAML have escapes of their own
-(`netpol_ebpf.cli.output`).
+Invariant: the only unprintable characters in the output are this program's own line breaks. JSON and YAML have their
+own escapes (`netpol_ebpf.cli.output`).
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from typing import Any, TextIO
 
 
 def escaped(text: str, keep: str = "") -> str:
-    """Replace every unprintable character (control, bidirectional and other format characters, lone surrogates) by an escape.
+    """Replace every unprintable character with an escape.
 
-    ``keep``: characters that stay.
+    Unprintable are control characters, bidirectional and other format characters, and lone surrogates. ``keep``:
+    unprintable characters that are not replaced.
     """
     if text.isprintable():
         return text
@@ -31,17 +33,20 @@ def escaped(text: str, keep: str = "") -> str:
 
 
 def paragraph(text: str) -> str:
-    """Escape a text of several lines and indent all but the first, so that no line can pass for another message."""
+    """Escape a text and indent all its lines but the first, so that no line can look like a message of its own."""
     return "\n  ".join(escaped(line) for line in text.split("\n"))
 
 
 def say(text: object = "", *, file: TextIO | None = None, flush: bool = False) -> None:
-    """Print a text for people, to ``file`` or standard output; keeps the text's line breaks."""
+    """Print a text for people to ``file`` (None: standard output).
+
+    Line breaks stay; other unprintable characters are escaped.
+    """
     print(escaped(str(text), keep="\n"), file=sys.stdout if file is None else file, flush=flush)
 
 
 class LogFormatter(logging.Formatter):
-    """Formats log lines, tracebacks included, with `paragraph`; the fields of a record follow its message."""
+    """Formats log records, including tracebacks, with `paragraph`. The fields of a record follow its message."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See `logging.Formatter`."""

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The node agent: sources to compiler to kernel, for the local endpoints."""
+"""The node agent: reads objects from the sources, compiles them, and enforces policy on the endpoints of this node."""

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections that are older than enforcement: policy judges each of them in the direction in which it was opened.
+"""Adoption of connections that are older than enforcement, so that policy evaluates them in the right direction.
 
 If the connection tables have no entry for a connection, the program treats its next packet as the first packet of a new
-flow: policy would judge a reply as a request.  So before an interface gets the programs for the first time, the agent
-writes the node's connections into the tables, with a generation that is never in force.  At the next packet of such a connection, policy
-judges the connection's first packet: an allowed connection goes on, any other is cut.
+flow: policy would judge a reply as if it were a request. So before an interface gets the programs for the first time,
+the agent writes the node's connections into the tables, with a generation that is never in force. At the next packet of
+such a connection, policy judges the connection's first packet: an allowed connection goes on, any other is cut.
 
-The agent reads the kernel's connection tracking and, for untracked TCP, sockets; a workload's sockets are evidence of
-its own connections only.  Invariants: only connections that policy allows to be opened continue, except if a workload's
-own sockets misrepresent who opened a connection; an entry that a program made is not replaced, unless the program
-mistook a reply for a request.  A failure to read is a warning and stops nothing.
+The agent reads the kernel's connection tracking and, for TCP without connection tracking, sockets. A workload's sockets
+are evidence only of that workload's own connections.
 
-ICMP is left out: a query ends within seconds.
+Invariants: only connections whose opening policy allows continue, except if a workload's own sockets misrepresent who
+opened a connection. An entry that a program made is replaced only if the program mistook a reply for a request. A
+failure to read is reported as a warning, and everything else goes on. ICMP is left out, because a query ends within
+seconds.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ from netpol_loader.kernel.clock import read_jiffies
 log = logging.getLogger(__name__)
 
 NO_GENERATION = 0
-"""Generation of old connections that the agent writes.
+"""The generation of the connections that the agent writes.
 
-The configuration never has this generation, so policy judges the connection at its next packet.
-"""
+It is never the generation in force, so policy judges such a connection at its next packet."""
 SHARE = 2
-"""Old connections fill at most 1/SHARE of a connection table; arbitrary."""
+"""Adopted connections fill at most one part in SHARE of a connection table. The number is arbitrary."""
 
 
 @dataclass(frozen=True, slots=True)
 class LiveConnections:
     """The connections that the node's kernel reports.
 
-    ``now_jiffies``: the time of the reading; ``unknown``: reasons why some could not be read, as text.
+    ``tracked``: from connection tracking. ``opened``: from sockets. ``now_jiffies``: when they were read. ``unknown``:
+    why some could not be read, as texts.
     """
 
     tracked: Collection[Tracked] = ()
@@ -54,18 +55,21 @@ class LiveConnections:
 
 
 class ConnectionAccess(Protocol):
-    """Access to the node's connections and to the connection tables of the program."""
+    """Access to the node's connections and to the program's connection tables."""
 
     @property
     def maps(self) -> Mapping[str, KernelMap]: ...  # noqa: D102 - see `KernelNode`
 
     def live_connections(self, namespaces: Collection[int]) -> LiveConnections:
-        """Read the connections of this node, and those of sockets in the network namespaces with these ids."""
+        """Read the connections of this node from connection tracking, and those of sockets in ``namespaces`` (ids)."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeAddresses:
-    """The node's own addresses, and the services for which policy evaluates the backend where packets leave."""
+    """The node's own addresses, and its services.
+
+    Policy evaluates the backend of a service where the packet leaves the node.
+    """
 
     addresses: Collection[IPAddress]
     services: Collection[VipKey] = ()
@@ -75,7 +79,8 @@ class NodeAddresses:
 class Workload:
     """A workload that may have old connections.
 
-    ``namespace``: number of the network namespace at the other end of its interface, None: unknown.
+    ``number``: the number of its endpoint. ``namespace``: the id of the network namespace at the other end of its
+    interface; None: unknown.
     """
 
     number: int
@@ -85,9 +90,10 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class OldConnection:
-    """An old connection, as one workload sees it.
+    """An old connection, as one of its workloads sees it.
 
-    ``ends``: source and destination of its first packet; ``direction``: the direction of that packet.
+    ``number``: the number of the workload's endpoint. ``ends``: source and destination of the connection's first
+    packet. ``direction``: the direction of that packet. ``flags``: enum np_conn_flag.
     """
 
     number: int
@@ -103,7 +109,7 @@ class OldConnection:
         return self.ends.source.version
 
     def key(self) -> bytes:
-        """Key of the connection in the connection tables."""
+        """The connection's key in the connection tables."""
         seen = self.ends if self.direction == abi.NP_DIRECTION_EGRESS else self.ends.reversed()
         kind = abi.np_conn4_key if self.version == 4 else abi.np_conn6_key  # noqa: PLR2004 - the IP version
         key = kind(
@@ -114,7 +120,7 @@ class OldConnection:
         return bytes(key)
 
     def row(self, now_jiffies: int) -> bytes:
-        """Row of the connection in the connection tables."""
+        """The connection's row in the connection tables. ``now_jiffies``: when the connection was read."""
         if self.protocol == TCP:
             state = abi.NP_CONN_TCP_OPEN if self.is_replied else abi.NP_CONN_TCP_NEW
         else:
@@ -134,9 +140,9 @@ class OldConnection:
 class Adoption:
     """Writes old connections for interfaces that had no programs when the agent started.
 
-    It writes twice.  The first time is before the programs are attached, so that no packet of an old connection meets
-    an empty table.  The second time is when rows and programs are in force: for connections opened in between, and for
-    connections to services, which are written only then.
+    They are written twice. The first time is before the programs are attached, so that no packet of an old connection
+    finds an empty table. The second time is when rows and programs are in force. It adds connections that were opened
+    in between, and connections to services.
     """
 
     interfaces: set[int] = field(default_factory=set)
@@ -145,22 +151,23 @@ class Adoption:
 
     @property
     def concerned(self) -> set[int]:
-        """Interfaces whose old connections are not all written yet."""
+        """The interfaces whose old connections are not yet written for the second time."""
         return self.interfaces | self._begun
 
     def expect(self, interfaces: Iterable[int]) -> None:
-        """Add interfaces that may have connections from before the agent's start; the agent then searches for them."""
+        """Add interfaces with possible connections from before the agent's start, which are then adopted."""
         self.interfaces |= set(interfaces)
 
     def forget(self, interfaces: Iterable[int]) -> None:
-        """Forget interfaces that are gone."""
+        """Remove interfaces that no longer exist."""
         self.interfaces -= set(interfaces)
         self._begun -= set(interfaces)
 
     def go_ahead(self, node: ConnectionAccess, workloads: Mapping[int, Workload], place: NodeAddresses) -> None:
-        """Write old connections before the workloads have both their rows and the programs.
+        """Write old connections for the first time, before the workloads have both their rows and the programs.
 
-        ``workloads``: by interface; only those in `concerned` count.
+        ``workloads``: by interface index; only those in `concerned` count. ``place``: the node's addresses and
+        services.
         """
         begun = {ifindex: one for ifindex, one in workloads.items() if ifindex in self.interfaces}
         if begun:
@@ -169,7 +176,7 @@ class Adoption:
             self._adopt(node, begun, place, with_services=False)
 
     def go_behind(self, node: ConnectionAccess, workloads: Mapping[int, Workload], place: NodeAddresses) -> None:
-        """Write old connections again when rows and programs are in force."""
+        """Write old connections for the second time, when rows and programs are in force."""
         begun = {ifindex: one for ifindex, one in workloads.items() if ifindex in self._begun}
         if begun:
             self._begun -= begun.keys()
@@ -192,7 +199,10 @@ class Adoption:
             )
 
     def _write(self, maps: Mapping[str, KernelMap], wanted: Mapping[bytes, OldConnection], now_jiffies: int) -> int:
-        """Write rows that the tables lack or have wrong; returns the number of rows written. ``wanted``: by key."""
+        """Write the rows that the tables lack or that have a wrong direction; returns the number of written rows.
+
+        ``wanted``: the old connections by their keys.
+        """
         rows: dict[str, list[tuple[bytes, bytes]]] = {}
         for key, one in wanted.items():
             place = _place_of(maps, key, one)
@@ -221,9 +231,11 @@ class Adoption:
 def old_connections(
     live: LiveConnections, workloads: Iterable[Workload], place: NodeAddresses
 ) -> Iterator[OldConnection]:
-    """The connections as these workloads see them, most certain evidence first.
+    """The connections of these workloads, as each workload sees them.
 
-    An end is omitted if the only evidence is a socket of another workload.
+    Connection tracking's come before those of sockets.
+
+    A workload's side of a connection is left out if the only evidence is a socket of another workload.
     """
     owners = {address: one for one in workloads for address in one.addresses}
     for one in live.tracked:
@@ -251,9 +263,9 @@ def old_connections(
 
 
 def _deferred(protocol: int, ends: Ends, place: NodeAddresses) -> int:
-    """Flags (enum np_conn_flag) of a workload's connection.
+    """The flags (enum np_conn_flag) of a connection that a workload opened.
 
-    NP_CONN_DEFERRED and NP_CONN_TAGGED if the destination is a service; otherwise 0.
+    They are NP_CONN_DEFERRED and NP_CONN_TAGGED if the destination is a service; otherwise 0.
     """
     keys = [VipKey(ends.destination, protocol, ends.destination_port)]
     if ends.destination in place.addresses:
@@ -263,7 +275,7 @@ def _deferred(protocol: int, ends: Ends, place: NodeAddresses) -> int:
 
 
 def _place_of(maps: Mapping[str, KernelMap], key: bytes, one: OldConnection) -> str | None:
-    """Name of the table in which a connection's row must be written; None: the row exists already."""
+    """The name of the table in which a connection's row must be written; None if a right row exists already."""
     for table in (f"np_conn{one.version}", f"np_unreplied{one.version}"):  # the order in which the program asks
         value = maps[table].get(key)
         if value is not None:
@@ -276,7 +288,7 @@ def _place_of(maps: Mapping[str, KernelMap], key: bytes, one: OldConnection) -> 
 def look_at_connections(namespaces: Collection[int]) -> LiveConnections:
     """Read the connections that the kernel reports.
 
-    Unreadable sockets are not reported if the kernel tracks connections.
+    Sockets that cannot be read are mentioned only if connection tracking has no connections.
     """
     unknown = []
     found: list[Tracked] = []

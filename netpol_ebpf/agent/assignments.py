@@ -1,75 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interface assignments: whether an interface is the node's own or a workload's, and which workload it belongs to.
+"""Interface assignments: whether an interface is the node's own or a workload's, and to which workload it belongs.
 
-An interface is assigned once, to one endpoint for as long as the interface exists, by the strongest `Evidence`.  A
-workload can forge only one kind of evidence: an address at the other end of a veth pair, where a workload with
-CAP_NET_ADMIN can add any.  So only the first addresses that were seen at an interface's other end count, and only for
-an interface without an assignment.
+An interface is assigned once, to one endpoint for as long as the interface exists, by the strongest `Evidence`. A
+workload can forge only one kind of evidence: an address at the far end of a veth pair, because a workload with
+CAP_NET_ADMIN can add addresses there. So only the addresses count that were first seen there, and only for an interface
+without an assignment.
 
-Invariants: nothing inside a workload's namespace changes an assignment; in a conflict the older assignment stays; an
-assigned interface never counts as the node's own; an interface in doubt stays as it is and is reported.  A file in the
-state directory keeps assignments across restarts; an entry of the file counts only if it has the form that an agent
-writes.  Makes no system call except for that file; must not know of programs.
+Invariants: nothing inside a workload's namespace changes an assignment. In a conflict the older assignment stays. An
+assigned interface never counts as the node's own. An interface that may be the node's own or a workload's keeps its
+present role and is reported. A file in the state directory keeps assignments across restarts; an entry of the file
+counts only if it has the form that an agent writes. This module makes no system call except for that file, and does not
+know of programs.
 """
 
 from __future__ import annotations
 
 import enum
-import hashlib
 import json
 import logging
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from netpol_ebpf.agent.derived_names import derived_hash, hash_in
+from netpol_ebpf.agent.settled import LookInputs, Settled, can_settle, still_settled
 from netpol_ebpf.agent.wiring import ETHERNET, NOWHERE, TAP_KINDS, Interface, Wiring
-from netpol_ebpf.apply.records import (
-    checked,
-    checked_list,
-    load_regular,
-    open_draft,
-    parse_json,
-    reason_of,
-    set_aside,
-    told,
-)
+from netpol_ebpf.apply.records import EntryFile, checked, checked_list
 from netpol_ebpf.errors import Location, Problem
-from netpol_ebpf.policy.types import Endpoint, EndpointKey, IPAddress
+from netpol_ebpf.policy.types import Endpoint, EndpointKey, IPAddress, IPNetwork
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 MOST_BYTES = 1 << 26
-"""Largest file that is read; arbitrary, a hundred times what a full node needs."""
+"""Largest file that is read, in bytes. The number is arbitrary: a hundred times what a full node needs."""
 POD = "Pod"
 IPV4, IPV6 = 4, 6
 MOST_IFINDEX = (1 << 31) - 1
-DERIVED_NAME = re.compile(r"(?:cali|eni|vlan|gke|azv)([0-9a-f]{11})")
-"""Names that container networks give to a pod's interface on the node, made of the first 11 digits of the SHA-1 of
-``namespace.name`` (Calico; AWS VPC CNI, with ``vlan`` for pods that have security groups; GKE; Azure CNI).
-"""
 
 
 class Evidence(enum.IntEnum):
-    """Evidence that an interface belongs to an endpoint, strongest first."""
+    """Kinds of evidence that an interface belongs to an endpoint, strongest first."""
 
     NAMED = 1
     """The endpoint's own object names the interface."""
     CNI = 2
-    """The result that the network's CNI plugin left on the node."""
+    """The cached result of the CNI plugin, or a handover, names the interface."""
     NAME = 3
     """The interface's name is derived from the pod's name."""
     ROUTE = 4
-    """The node has a route to an address of the endpoint.
+    """The node has a route to an address of the endpoint by the interface.
 
-    A route to a prefix counts only where the agent cannot read the addresses at the other end.
-    """
+    A route to a prefix counts only if the agent cannot read the addresses at the interface's other end."""
     ADDRESS = 5
-    """The first addresses seen at the interface's other end. Weak: the workload could have chosen them."""
+    """The first addresses seen at the interface's other end are the endpoint's. The workload could have forged them."""
 
 
 class InterfaceRole(enum.Enum):
@@ -79,8 +66,7 @@ class InterfaceRole(enum.Enum):
     WORKLOAD = "workload"
 
 
-@dataclass(frozen=True, slots=True)
-class Assignment:
+class Assignment(NamedTuple):
     """The endpoint of an interface.
 
     ``addresses``: the endpoint's addresses when it was last located at this interface; None: not known.
@@ -93,9 +79,10 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class InterfaceRecord:
-    """The stored facts about an interface.
+    """The stored facts about one interface.
 
-    ``first``: the oldest address of each family at its other end, when addresses were first seen there.
+    ``side``: its role; None: in doubt. ``first``: the oldest address of each family at its other end, when addresses
+    were first seen there.
     """
 
     name: str
@@ -108,8 +95,8 @@ class InterfaceRecord:
 class LocatedEndpoints:
     """The result of a search for interfaces.
 
-    ``problems``: endpoints that get no interface although there is evidence of one, with the reasons. An endpoint
-    without interface and without problem is not on this node yet.
+    ``interfaces``, ``evidence``: by endpoint. ``problems``: why endpoints get no interface although there is evidence
+    of one. An endpoint that is in none of the three is not on this node yet.
     """
 
     interfaces: Mapping[EndpointKey, int] = field(default_factory=dict)
@@ -117,13 +104,27 @@ class LocatedEndpoints:
     problems: Mapping[EndpointKey, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
+class _Candidate(NamedTuple):
     """The interface that one endpoint would be assigned."""
 
     endpoint: Endpoint
     evidence: Evidence
     ifindex: int
+
+
+class _Traits(NamedTuple):
+    """The properties of an interface that follow from its kind, its name and the agent's options.
+
+    ``is_judged``: whether the agent decides its role.  ``is_possible``: whether it can be a workload's.
+    ``is_bindable``: whether it can be assigned to an endpoint that does not name it in its object.  ``name_hash``: the
+    hash in its name, if that is a derived name.
+    """
+
+    link: Interface
+    is_judged: bool
+    is_possible: bool
+    is_bindable: bool
+    name_hash: str | None
 
 
 def may_be_workloads(link: Interface) -> bool:
@@ -132,16 +133,11 @@ def may_be_workloads(link: Interface) -> bool:
     return link.peer is not None or is_tap
 
 
-def derived_hash(key: EndpointKey) -> str:
-    """The hash at the end of the derived name (`DERIVED_NAME`) of a pod's interface."""
-    return hashlib.sha1(f"{key.namespace}.{key.name}".encode(), usedforsecurity=False).hexdigest()[:11]
-
-
 class InterfaceAssignments:
     """Assigns interfaces to endpoints.
 
-    Call `look` at each new wiring or when endpoints changed, and `save` when ``is_dirty``. ``doubts``: interfaces that
-    may be the node's own or a workload's, and how they are treated.
+    Callers call `look` with each new wiring and when endpoints changed, and `save` when ``is_dirty``. ``doubts``:
+    interfaces that may be the node's own or a workload's, each with a message that says how the interface is treated.
     """
 
     def __init__(self, workloads: Sequence[str] = (), own: Sequence[str] = ()) -> None:
@@ -152,6 +148,9 @@ class InterfaceAssignments:
         self._workload_patterns, self._own_patterns = tuple(workloads), tuple(own)
         self._seen: dict[int, InterfaceRecord] = {}
         self._lost: set[EndpointKey] = set()  # endpoints with an assignment to an interface that is gone
+        self._traits: dict[int, _Traits] = {}  # of the interfaces of the last wiring
+        self._settled: dict[int, Settled] = {}
+        self._last = LookInputs(Wiring(), {}, frozenset(), {})  # the inputs of the look that left them settled
         self.doubts: dict[int, str] = {}
         self.is_dirty = False
         self._is_recalled = False
@@ -168,28 +167,69 @@ class InterfaceAssignments:
         results: Mapping[EndpointKey, Collection[str]] | None = None,
         is_contested: Callable[[EndpointKey], bool] = lambda _key: False,
     ) -> LocatedEndpoints:
-        """Decide the role of each interface and find the interface of each endpoint; earlier assignments stay.
+        """Decide the role of each interface, and find the interface of each endpoint. Earlier assignments stay.
 
-        ``node_addresses``: addresses that this node's Node object states.  ``results``: by pod, names of interfaces
-        that CNI plugins made; none if the plugin left no interface on the node.  ``is_contested``: whether other
-        workloads claim an address of an endpoint; such an endpoint gets no other interface than its present one.  Cost:
-        linear in endpoints, links and addresses.
+        ``node_addresses``: the addresses in this node's Node object. ``results``: names of the interfaces that CNI
+        plugins made for each pod; no name if the plugin left no interface on the node. ``is_contested``: whether other
+        workloads claim an address of an endpoint; such an endpoint keeps its present interface and gets no other one.
+        Cost: linear in the numbers of endpoints, links and addresses.
         """
+        before = dict(self._seen)
         self.forget([ifindex for ifindex, one in self._seen.items() if not self._is_there(ifindex, one, wiring)])
-        bindable = {ifindex for ifindex, link in wiring.links.items() if self._may_be_bound(link)}
+        self._traits = self._traits_in(wiring)
         if self._is_recalled:
-            self._release_unbindable(bindable)
+            self._settled = {}
+            self._release_unbindable()
         self._is_recalled = False
         self._release_named(wiring, endpoints)
-        stated = {wiring.addresses[one] for one in node_addresses if one in wiring.addresses}
-        places = _TrustedEvidence(wiring, results or {}, bindable, closed_to_routes=wiring.uplinks | stated)
-        traces = {endpoint.key: places.beyond_reach(endpoint) for endpoint in endpoints}
+        stated = frozenset(wiring.addresses[one] for one in node_addresses if one in wiring.addresses)
+        now = LookInputs(wiring, {one.key: one for one in endpoints}, stated, results or {})
+        settled = still_settled(self._settled, self._last, now, self._seen)
+        located = {one.endpoint.key for one in settled.values()}
+        others = [one for one in endpoints if one.key not in located]
+        trusted = _TrustedEvidence(now, self._traits.values())
+        traces = {endpoint.key: trusted.beyond_reach(endpoint) for endpoint in others}
         self.doubts = {}
-        self._decide_all(wiring, stated, {ifindex for _, found in traces.values() for ifindex in found})
-        first: _FirstAddresses | None = None  # made only if an endpoint needs it
-        problems: dict[EndpointKey, str] = {}
-        wanted: dict[int, list[_Candidate]] = {}
+        self._decide_roles(now, {ifindex for _, found in traces.values() for ifindex in found}, settled)
         held = {one.assignment.key: ifindex for ifindex, one in self._seen.items() if one.assignment is not None}
+        problems: dict[EndpointKey, str] = {}
+        wanted = self._wanted(others, traces, held, wiring, is_contested, problems)
+        for ifindex in wanted.keys() & settled.keys():  # others want it as well: it is decided again
+            endpoint, assignment = settled.pop(ifindex)[:2]
+            wanted[ifindex].append(_Candidate(endpoint, assignment.evidence, ifindex))
+        interfaces = {one.endpoint.key: ifindex for ifindex, one in settled.items()}
+        by = {one.endpoint.key: one.assignment.evidence for one in settled.values()}
+        self._lost.difference_update(interfaces)
+        for ifindex, claims in wanted.items():
+            winner = self._choose(ifindex, claims, wiring, problems)
+            if winner is None:
+                continue
+            key = winner.endpoint.key
+            interfaces[key] = ifindex
+            by[key] = self._bind(ifindex, winner, wiring)
+            record = self._seen[ifindex]
+            is_kept = before.get(ifindex) is record and held.get(key) == ifindex
+            is_alone = len(claims) == 1 and key not in problems and traces[key][1] <= {ifindex}
+            if is_kept and is_alone and record.assignment is not None and can_settle(winner.endpoint, ifindex, now):
+                settled[ifindex] = Settled(winner.endpoint, record.assignment, record)
+        self._settled, self._last = settled, now
+        return LocatedEndpoints(interfaces, by, problems)
+
+    def _wanted(
+        self,
+        endpoints: Iterable[Endpoint],
+        traces: Mapping[EndpointKey, tuple[Evidence, set[int]]],
+        held: Mapping[EndpointKey, int],
+        wiring: Wiring,
+        is_contested: Callable[[EndpointKey], bool],
+        problems: dict[EndpointKey, str],
+    ) -> dict[int, list[_Candidate]]:
+        """By interface, the endpoints that would be assigned it.
+
+        ``traces``: the trusted evidence of each endpoint; ``held``: their present interfaces.  Adds to ``problems``.
+        """
+        wanted: dict[int, list[_Candidate]] = {}
+        first: _FirstAddresses | None = None  # made only if an endpoint needs it
         for endpoint in endpoints:
             evidence, found = traces[endpoint.key]
             if evidence is Evidence.ADDRESS:
@@ -200,21 +240,32 @@ class InterfaceAssignments:
                 problems[endpoint.key] = problem
             if trace is not None:
                 wanted.setdefault(trace.ifindex, []).append(trace)
-        interfaces: dict[EndpointKey, int] = {}
-        by: dict[EndpointKey, Evidence] = {}
-        for ifindex, claims in wanted.items():
-            winner = self._choose(ifindex, claims, wiring, problems)
-            if winner is not None:
-                interfaces[winner.endpoint.key] = ifindex
-                by[winner.endpoint.key] = self._bind(ifindex, winner, wiring)
-        return LocatedEndpoints(interfaces, by, problems)
+        return wanted
+
+    def decide_roles(self, wiring: Wiring) -> None:
+        """Decide the role of each interface while no endpoint is known; assignments stay."""
+        self.forget([ifindex for ifindex, one in self._seen.items() if not self._is_there(ifindex, one, wiring)])
+        self._traits = self._traits_in(wiring)
+        self._settled = {}
+        self.doubts = {}
+        self._decide_roles(LookInputs(wiring, {}, frozenset(), {}), (), ())
+
+    @property
+    def assigned(self) -> set[int]:
+        """The interfaces that have an endpoint."""
+        return {ifindex for ifindex, one in self._seen.items() if one.assignment is not None}
+
+    def first_addresses(self, ifindex: int) -> tuple[IPAddress, ...]:
+        """The oldest address of each family at an interface's other end, when addresses were first seen there."""
+        seen = self._seen.get(ifindex)
+        return () if seen is None else seen.first
 
     def _release_named(self, wiring: Wiring, endpoints: Iterable[Endpoint]) -> None:
-        """Release interfaces that were assigned because an object named them, if no object does so any more.
+        """Release interfaces that were assigned because an object named them, if no object names them any more.
 
-        The workload cannot have caused that, since it does not write the objects.
+        The workload cannot have caused this, because it does not write the objects.
         """
-        named = {(one.key, one.interface) for one in endpoints}
+        named = {(one.key, one.interface) for one in endpoints if one.interface is not None}
         for ifindex, seen in self._seen.items():
             assignment = seen.assignment
             if assignment is None or assignment.evidence is not Evidence.NAMED:
@@ -222,27 +273,26 @@ class InterfaceAssignments:
             if (assignment.key, wiring.name_of(ifindex)) not in named:
                 self._keep(ifindex, replace(seen, side=None, assignment=None))
 
-    def _release_unbindable(self, bindable: Collection[int]) -> None:
+    def _release_unbindable(self) -> None:
         """Release interfaces that an earlier agent assigned and that this agent's options exclude."""
         for ifindex, seen in self._seen.items():
             if (
                 seen.assignment is not None
                 and seen.assignment.evidence is not Evidence.NAMED
-                and ifindex not in bindable
+                and not self._traits[ifindex].is_bindable
             ):
                 self._keep(ifindex, replace(seen, side=None, assignment=None))
 
     def _is_there(self, ifindex: int, seen: InterfaceRecord, wiring: Wiring) -> bool:
         """Whether an interface still exists and is the same one.
 
-        For an interface that an earlier agent saw, the name decides; an interface known only from rows has no recorded
-        name.
+        If an earlier agent stored the record, the interface must still have the recorded name, "" if none was recorded.
         """
         link = wiring.links.get(ifindex)
         return link is not None and (not self._is_recalled or seen.name in (link.name, ""))
 
     def is_curious(self, wiring: Wiring) -> bool:
-        """Whether an interface without a known address at its other end may still get its first one."""
+        """Whether addresses may still appear for the first time at the other end of some interface."""
         peers = {ifindex for ifindex, link in wiring.links.items() if link.peer is not None}
         return any(
             seen.side is not InterfaceRole.OWN and seen.assignment is None and not seen.first and ifindex in peers
@@ -253,7 +303,7 @@ class InterfaceAssignments:
 
     def close_newborn(self, link: Interface) -> bool:
         """Whether an interface that just appeared must be closed; if its role is in doubt, it must."""
-        if link.ifindex in self._seen or not self._is_possible(link):
+        if link.ifindex in self._seen or not self._traits_of(link).is_possible:
             return False
         self._keep(link.ifindex, InterfaceRecord(link.name, InterfaceRole.WORKLOAD))
         return True
@@ -263,28 +313,40 @@ class InterfaceAssignments:
         seen = self._seen.get(ifindex)
         return seen is not None and seen.side is InterfaceRole.WORKLOAD
 
-    def _is_possible(self, link: Interface) -> bool:
-        if self._workload_patterns:
-            return any(fnmatchcase(link.name, pattern) for pattern in self._workload_patterns)
-        return may_be_workloads(link) and not any(fnmatchcase(link.name, pattern) for pattern in self._own_patterns)
+    def _traits_in(self, wiring: Wiring) -> dict[int, _Traits]:
+        """The traits of all interfaces. Cost: little for an interface that is as it was at the last look."""
+        before, found = self._traits, {}
+        for ifindex, link in wiring.links.items():
+            known = before.get(ifindex)
+            found[ifindex] = known if known is not None and known.link is link else self._traits_of(link)
+        return found
 
-    def _may_be_bound(self, link: Interface) -> bool:
-        """Whether an interface can be assigned to an endpoint that does not name it in its object."""
+    def _traits_of(self, link: Interface) -> _Traits:
         is_named = any(fnmatchcase(link.name, pattern) for pattern in self._workload_patterns)
         is_own = any(fnmatchcase(link.name, pattern) for pattern in self._own_patterns)
-        return (is_named or may_be_workloads(link)) and not is_own
+        is_kind = may_be_workloads(link)
+        is_possible = is_named if self._workload_patterns else is_kind and not is_own
+        return _Traits(
+            link,
+            is_judged=is_kind or bool(self._workload_patterns),
+            is_possible=is_possible,
+            is_bindable=(is_named or is_kind) and not is_own,
+            name_hash=hash_in(link.name),
+        )
 
-    def _decide_all(self, wiring: Wiring, stated: Collection[int], claimed: Collection[int]) -> None:
+    def _decide_roles(self, now: LookInputs, claimed: Collection[int], settled: Collection[int]) -> None:
         """Decide the role of every interface.
 
-        ``stated``: interfaces with an address that the Node object states; ``claimed``: interfaces of endpoints, by
-        evidence that a workload cannot forge.
+        ``claimed``: interfaces of endpoints, by evidence that a workload cannot forge; ``settled``: interfaces with a
+        settled assignment, which are workloads' and stay as they are.
         """
-        for link in wiring.links.values():
-            if not may_be_workloads(link) and not self._workload_patterns:
+        wiring = now.wiring
+        for ifindex, traits in self._traits.items():
+            if not traits.is_judged or ifindex in settled:
                 continue
-            seen = self._seen.get(link.ifindex) or InterfaceRecord(link.name)
-            side = self._side(link, wiring, seen, is_stated=link.ifindex in stated, is_claimed=link.ifindex in claimed)
+            link = traits.link
+            seen = self._seen.get(ifindex) or InterfaceRecord(link.name)
+            side = self._side(traits, wiring, seen, is_stated=ifindex in now.stated, is_claimed=ifindex in claimed)
             if seen.side not in (None, side):
                 log.warning("interface %s is %s", link.name, _SAID[side])
             first = seen.first
@@ -292,18 +354,19 @@ class InterfaceAssignments:
                 first = _oldest(wiring.peer_addresses.get(link.peer, ()))
             if (seen.name, seen.side, seen.first) != (link.name, side, first):
                 seen = replace(seen, name=link.name, side=side, first=first)
-            self._keep(link.ifindex, seen)
+            self._keep(ifindex, seen)
 
     def _side(
-        self, link: Interface, wiring: Wiring, seen: InterfaceRecord, *, is_stated: bool, is_claimed: bool
+        self, traits: _Traits, wiring: Wiring, seen: InterfaceRecord, *, is_stated: bool, is_claimed: bool
     ) -> InterfaceRole | None:
         """The role of an interface; None: in doubt, so it is treated as the node's own until there is evidence."""
+        link = traits.link
         if self._workload_patterns:
-            return InterfaceRole.WORKLOAD if self._is_possible(link) else InterfaceRole.OWN
+            return InterfaceRole.WORKLOAD if traits.is_possible else InterfaceRole.OWN
         if seen.assignment is not None or is_claimed:
             return InterfaceRole.WORKLOAD
         is_routed = link.ifindex in wiring.uplinks or link.ifindex in wiring.next_hops
-        if not self._is_possible(link) or is_stated or is_routed or seen.side is InterfaceRole.OWN:
+        if not traits.is_possible or is_stated or is_routed or seen.side is InterfaceRole.OWN:
             return InterfaceRole.OWN
         if link.ifindex in wiring.shared:
             is_closed = seen.side is InterfaceRole.WORKLOAD
@@ -321,9 +384,9 @@ class InterfaceAssignments:
         self, endpoint: Endpoint, evidence: Evidence, found: set[int], old: int | None, wiring: Wiring,
         is_contested: Callable[[EndpointKey], bool],
     ) -> tuple[_Candidate | None, str]:  # fmt: skip
-        """The interface that an endpoint would get, and the problem with that, if any.
+        """The interface that an endpoint would get, and a text with the problem, "" if there is none.
 
-        ``old``: its present interface.
+        ``old``: the endpoint's present interface. ``found``: the interfaces that ``evidence`` gives.
         """
         assignment = self._seen[old].assignment if old is not None else None
         kept = None
@@ -346,9 +409,9 @@ class InterfaceAssignments:
     def _choose(
         self, ifindex: int, traces: Sequence[_Candidate], wiring: Wiring, problems: dict[EndpointKey, str]
     ) -> _Candidate | None:
-        """Choose the endpoint of an interface for which several endpoints have evidence.
+        """Choose one endpoint for an interface for which endpoints have evidence; None if none can be chosen.
 
-        The other endpoints get a problem with the reason.
+        Each endpoint that is not chosen gets an entry in ``problems`` with the reason.
         """
         assignment = self._seen[ifindex].assignment if ifindex in self._seen else None
         if len(traces) == 1 and assignment is not None and traces[0].endpoint.key == assignment.key:
@@ -398,7 +461,7 @@ class InterfaceAssignments:
         return evidence
 
     def forget(self, gone: Iterable[int]) -> None:
-        """Forget interfaces that are gone."""
+        """Remove interfaces that no longer exist."""
         for ifindex in gone:
             seen = self._seen.pop(ifindex, None)
             if seen is not None:
@@ -415,39 +478,34 @@ class InterfaceAssignments:
     # --- beyond the process -----------------------------------------------------------------------------------------
 
     def load(self, path: Path) -> Problem | None:
-        """Load the assignments of an earlier agent.
+        """Load the assignments that an earlier agent stored.
 
-        A damaged file is kept aside and reported; interfaces with an invalid entry are assigned anew.
+        If entries are invalid, they are reported, the file is renamed so that nothing overwrites it, and their
+        interfaces are assigned anew.
         """
-        self._seen, wrong = {}, []
-        try:
-            document = checked(parse_json(load_regular(path, MOST_BYTES)), dict, "it")
-            if checked(document.get("format"), int, "the format") != FORMAT:
-                raise ValueError(f"format {document['format']} is not {FORMAT}")  # noqa: TRY301 - reported like all others
-            interfaces = checked(document.get("interfaces"), dict, "interfaces")
-            self._is_recalled = True
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            interfaces, wrong = {}, [reason_of(error)]
-        for ifindex, written in interfaces.items():
+        self._seen = {}
+
+        def take(entry: tuple[str, Any]) -> None:
+            ifindex, written = entry
             try:
                 self._seen[_read_ifindex(ifindex)] = _read_seen(written)
-            except ValueError as error:  # noqa: PERF203 - a faulty entry must not stop the others
-                wrong.append(f"interface {ifindex!r}: {error}")
-        if not wrong:
+            except ValueError as error:
+                raise ValueError(f"interface {ifindex!r}: {error}") from error
+            self._is_recalled = True
+
+        damage = _file_at(path).load(take)
+        if not damage:
             return None
         self.is_dirty = True
         message = (
-            f"the assignments of interfaces are damaged ({told(wrong)}); {set_aside(path)}: the agent keeps the valid ones "
-            "and decides the others anew"
+            f"the assignments of interfaces are {damage}: the agent keeps the valid ones and decides the others anew"
         )
         return Problem(Location(str(path)), "", message, severity="warning", slug="interfaces-file")
 
     def expect(self, key: EndpointKey, ifindex: int) -> None:
-        """Restore an earlier agent's assignment from a row in the kernel, if the file had none.
+        """Restore an earlier agent's assignment from a row in the kernel, if the file does not have it.
 
-        ``ifindex``: NOWHERE if the interface is gone.
+        ``ifindex``: NOWHERE if the interface no longer exists.
         """
         seen = self._seen.get(ifindex)
         if ifindex == NOWHERE:
@@ -460,18 +518,14 @@ class InterfaceAssignments:
             )
 
     def save(self, path: Path) -> None:
-        """Write the assignments to the file, atomically. Raises OSError."""
+        """Write the assignments to the file atomically. Raises OSError."""
         before, self._written = self._written, {}
         for ifindex, seen in self._seen.items():
             known = before.get(ifindex)
             if known is None or known[0] is not seen:
                 known = seen, json.dumps(_write_seen(seen))
             self._written[ifindex] = known
-        interfaces = ", ".join(f'"{ifindex}": {text}' for ifindex, (_, text) in self._written.items())
-        draft = path.with_suffix(".draft")
-        with open_draft(draft) as file:
-            file.write(f'{{"format": {FORMAT}, "interfaces": {{{interfaces}}}}}\n')
-        draft.replace(path)
+        _file_at(path).save(f'"{ifindex}": {text}' for ifindex, (_, text) in self._written.items())
         self.is_dirty = False
 
 
@@ -485,37 +539,28 @@ _SAID = {
 class _TrustedEvidence:
     """Finds the interfaces of endpoints by evidence that a workload cannot forge."""
 
-    def __init__(
-        self,
-        wiring: Wiring,
-        results: Mapping[EndpointKey, Collection[str]],
-        bindable: Collection[int],
-        *,
-        closed_to_routes: Collection[int],
-    ) -> None:
-        """``bindable``: interfaces that can be assigned to an endpoint.
-
-        ``closed_to_routes``: interfaces that are certainly the node's own, although a route to an endpoint leads there.
-        A route alone proves nothing: the node's route to a macvlan pod may use a macvlan device of its own, which the
-        pod's other packets do not pass.
-        """
-        self._wiring, self._results, self._bindable, self._closed = wiring, results, bindable, closed_to_routes
-        self._by_name = {link.name: link.ifindex for link in wiring.links.values()}
-        self._by_hash = {
-            match[1]: link.ifindex
-            for link in wiring.links.values()
-            if link.ifindex in bindable and (match := DERIVED_NAME.fullmatch(link.name))
-        }
+    def __init__(self, now: LookInputs, traits: Collection[_Traits]) -> None:
+        """``traits``: of all interfaces."""
+        self._wiring, self._results = now.wiring, now.results
+        # These are certainly the node's own, although a route to an endpoint leads there.  A route alone proves
+        # nothing: the node's route to a macvlan pod may use a macvlan device of its own, which the pod's other packets
+        # do not pass.
+        self._closed_to_routes = now.wiring.uplinks | now.stated
+        self._by_name = {one.link.name: one.link.ifindex for one in traits}
+        self._bindable = {one.link.ifindex for one in traits if one.is_bindable}
+        self._by_hash = {one.name_hash: one.link.ifindex for one in traits if one.name_hash and one.is_bindable}
+        self._subnets = _by_length(now.wiring.subnets)
         self._ways = [(Evidence.ROUTE, self._by_route)]  # strongest first, only kinds that can apply here
         if self._by_hash:
             self._ways.insert(0, (Evidence.NAME, self._by_derived_name))
-        if results:
+        if now.results:
             self._ways.insert(0, (Evidence.CNI, self._by_result))
 
     def beyond_reach(self, endpoint: Endpoint) -> tuple[Evidence, set[int]]:
-        """The strongest unforgeable evidence of an endpoint's interface, and the interfaces that it names.
+        """The strongest evidence that a workload cannot forge, and the interfaces that it gives for an endpoint.
 
-        If a plugin left no interface on the node, the evidence names none.
+        There are none if the CNI plugin left no interface on the node. If there is no such evidence, the kind is
+        ADDRESS.
         """
         if endpoint.interface is not None:
             named = self._by_name.get(endpoint.interface)
@@ -542,25 +587,42 @@ class _TrustedEvidence:
             ifindex = self._wiring.host_routes.get(address)
             if ifindex is None:
                 ifindex = self._by_subnet(address)
-            if ifindex is not None and ifindex in self._bindable and ifindex not in self._closed:
+            if ifindex is not None and ifindex in self._bindable and ifindex not in self._closed_to_routes:
                 found.add(ifindex)
         return found
 
     def _by_subnet(self, address: IPAddress) -> int | None:
-        """The one interface with a subnet that contains the address, unless it is one end of a veth pair.
+        """The only interface of the longest subnet that contains the address; None for one end of a veth pair.
 
-        The longest prefix decides. Behind a veth pair the prefix may hold many workloads; only the addresses there tell
-        which one, and the workload chooses these.
+        Behind a veth pair the subnet may contain many workloads. Only the addresses at the other end tell which one it
+        is, and the workload chooses these.
         """
-        nets = [net for net in self._wiring.subnets if net.version == address.version and address in net]
-        if not nets:
-            return None
-        found = self._wiring.subnets[max(nets, key=lambda net: net.prefixlen)]
+        found = self._longest_match(address)
         if len(found) != 1:
             return None
         (ifindex,) = found
         link = self._wiring.links.get(ifindex)
         return ifindex if link is None or link.peer is None else None
+
+    def _longest_match(self, address: IPAddress) -> Collection[int]:
+        """The interfaces of the longest prefix that contains an address."""
+        for version, host_bits, nets in self._subnets:
+            if version == address.version:
+                found = nets.get(int(address) >> host_bits)
+                if found is not None:
+                    return found
+        return ()
+
+
+def _by_length(
+    subnets: Mapping[IPNetwork, Collection[int]],
+) -> list[tuple[int, int, dict[int, Collection[int]]]]:
+    """The interfaces of prefixes: for each IP version and number of host bits, by the bits before those; longest prefix first."""
+    found: dict[tuple[int, int], dict[int, Collection[int]]] = {}
+    for net, interfaces in subnets.items():
+        host_bits = net.max_prefixlen - net.prefixlen
+        found.setdefault((host_bits, net.version), {})[int(net.network_address) >> host_bits] = interfaces
+    return [(version, host_bits, found[host_bits, version]) for host_bits, version in sorted(found)]
 
 
 class _FirstAddresses:
@@ -574,9 +636,9 @@ class _FirstAddresses:
                 self._by_address.setdefault(address, set()).add(ifindex)
 
     def of(self, endpoint: Endpoint) -> set[int]:
-        """Interfaces with first addresses of the endpoint.
+        """The interfaces at whose other ends the first addresses are the endpoint's.
 
-        An interface that is assigned to another endpoint counts only if there is no other.
+        Interfaces that are assigned to another endpoint are returned only if there are no others.
         """
         candidates = {ifindex for address in endpoint.addresses for ifindex in self._by_address.get(address, ())}
         found = {ifindex for ifindex in candidates if self._speaks_for(ifindex, endpoint)}
@@ -586,7 +648,7 @@ class _FirstAddresses:
     def _speaks_for(self, ifindex: int, endpoint: Endpoint) -> bool:
         """Whether the first addresses at an interface's other end fit the endpoint.
 
-        A first address of a family in which the endpoint has addresses must be one of these.
+        Of each family in which the endpoint has addresses, they must be addresses of the endpoint.
         """
         families = {address.version for address in endpoint.addresses}
         return all(one in endpoint.addresses for one in self._seen[ifindex].first if one.version in families)
@@ -598,15 +660,21 @@ class _FirstAddresses:
 
 def _oldest(addresses: Sequence[IPAddress]) -> tuple[IPAddress, ...]:
     """The oldest address of each family: the kernel lists IPv4 from the oldest on, IPv6 from the newest on."""
+    if not addresses:
+        return ()
     found = [[one for one in addresses if one.version == version and not one.is_link_local] for version in (IPV4, IPV6)]
     return (*found[0][:1], *found[1][-1:])
 
 
 def _is_same(assignment: Assignment, endpoint: Endpoint) -> bool:
-    """Whether an endpoint is still the assigned one: a new pod of that name has another address and interface."""
+    """Whether the endpoint is the one that was assigned, not a new pod of the same name with other addresses."""
     if assignment.addresses is None or assignment.addresses == endpoint.addresses:
         return True
     return bool(set(assignment.addresses) & set(endpoint.addresses))
+
+
+def _file_at(path: Path) -> EntryFile:
+    return EntryFile(path, "interfaces", FORMAT, MOST_BYTES, is_keyed=True)
 
 
 def _write_seen(seen: InterfaceRecord) -> dict[str, Any]:
@@ -632,7 +700,7 @@ def _read_ifindex(written: str) -> int:
 
 
 def _read_seen(written: Any) -> InterfaceRecord:
-    """Parse the list of addresses that the file has. Raises ValueError."""
+    """Parse the record of one interface from the file. Raises ValueError."""
     fields = checked(written, dict, "it")
     side, assignment = fields.get("side"), fields.get("bond")
     return InterfaceRecord(

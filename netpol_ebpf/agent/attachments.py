@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs on interfaces: which interfaces have them, and where attaching or detaching failed.
+"""Attachment of the programs to interfaces: which interfaces have them, and which attempts failed.
 
-Invariant: a failure on one interface is reported and tried again, and keeps no other interface from its programs.
-
-Must not decide which interfaces get programs.
+Invariant: a failure on one interface is reported and tried again, and does not affect other interfaces. This module
+does not decide which interfaces get the programs.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class Attachments:
-    """Attaches and detaches programs. ``interfaces``: indices with the programs on them; read-only for callers."""
+    """Attaches and detaches the programs. ``interfaces``: indices of attached interfaces; read-only for callers."""
 
     def __init__(self, node: ProgramAccess) -> None:
         self.interfaces: set[int] = set()
@@ -28,24 +27,27 @@ class Attachments:
 
     @property
     def problems(self) -> Collection[Problem]:
-        """Failures to attach or detach since the round began."""
+        """The failures to attach or detach since the last `begin_round`."""
         return self._stuck.values()
 
     def find(self) -> None:
-        """Read from the kernel which interfaces have the programs, also those that an earlier agent attached."""
+        """Add the interfaces to which the kernel says the programs are attached, also by an earlier agent."""
         self.interfaces |= self._node.attached()
 
     def forget(self, gone: Collection[int]) -> None:
-        """Forget interfaces that are gone, and the programs on them."""
+        """Remove interfaces that no longer exist."""
         self.interfaces.difference_update(gone)
 
     def begin_round(self, present: Collection[int]) -> None:
-        """Begin a new pass over all interfaces. ``present``: the interfaces that exist."""
+        """Begin a pass over all interfaces: drop old failures. ``present``: indices of the interfaces that exist."""
         self.interfaces.intersection_update(present)
         self._stuck_before, self._stuck = self._stuck, {}
 
     def attach(self, ifindex: int, name: str, *, is_newborn: bool = False) -> None:
-        """Attach the programs to an interface. A failure becomes a problem and is tried again in the next round."""
+        """Attach the programs to an interface. A failure is reported as a problem; the next round tries again.
+
+        ``is_newborn``: the interface just appeared.
+        """
         try:
             is_there = self._node.attach(ifindex, is_newborn=is_newborn)
         except PlatformError as error:
@@ -56,7 +58,7 @@ class Attachments:
             log.info("attached the programs to interface %s", name)
 
     def detach(self, ifindex: int, name: str) -> None:
-        """Detach the programs from an interface. A failure becomes a problem and is tried again in the next round."""
+        """Detach the programs from an interface. A failure is reported as a problem; the next round tries again."""
         log.info("detaching the programs from interface %s: no policy applies to it", name)
         try:
             self._node.detach(ifindex)

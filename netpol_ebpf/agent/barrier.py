@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent's side of the second barrier: which parts of it are in force at what time, and which part is missing.
+"""The agent's side of the second barrier: when each part of it is in force, and which parts are missing.
 
 `netpol_loader.host.barrier` defines the tables and the *sign*.
 
 Invariants: the programs set the sign before a table drops packets without it, and the tables stop dropping before the
-programs stop setting it; if the barrier cannot be installed, that is a problem that names what is open, and everything
-else goes on.  The module must not decide which interfaces are workloads'.
+programs stop setting it. If the barrier cannot be installed, a problem names what is open, and everything else goes on.
+This module does not decide which interfaces are workloads'.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from netpol_loader.pins.drift import Drift
 log = logging.getLogger(__name__)
 
 RETRY_S = 5.0
-"""Interval in seconds of attempts to install tables that the kernel rejected; arbitrary."""
+"""Seconds between two attempts to install tables that the kernel rejected. The number is arbitrary."""
 TOLD_S = 60.0
-"""How long, in seconds, packets dropped from an interface with the program remain a problem; arbitrary."""
+"""Seconds for which packets dropped from an attached interface remain a problem. The number is arbitrary."""
 ASKED_A_LOOK = 5
-"""On how many interfaces one pass searches for other parties' programs: each takes milliseconds; arbitrary."""
+"""Number of interfaces on which one pass searches for other software's programs. The search takes milliseconds for each
+interface; the number is arbitrary."""
 MARK_BITS = 32
 SIGNS = 3
 LONGEST_NAME = 15
@@ -36,9 +37,10 @@ ON, OFF = "nft", "off"
 
 @dataclass(frozen=True, slots=True)
 class BarrierSettings:
-    """Options of the barrier. ``is_on`` False: no packet is dropped for lack of the sign.
+    """Options of the barrier.
 
-    ``patterns``: names of interfaces (``cali*`` or whole) that are closed from their creation.
+    ``is_on``: if False, no packet is dropped for lack of the sign. ``patterns``: names of interfaces, whole or as
+    ``cali*``, that are closed as soon as they exist. ``marks``: the mark bits to use.
     """
 
     is_on: bool = True
@@ -47,44 +49,44 @@ class BarrierSettings:
 
     @property
     def in_force(self) -> Marks:
-        """The mark bits in use."""
+        """The mark bits that the programs must use. Without the barrier the programs set no sign."""
         return self.marks if self.is_on else replace(self.marks, seen=0)
 
 
 class BarrierAccess(Protocol):
-    """The part of `netpol_loader.host.barrier.BarrierTables` that the agent needs; tests have another implementation."""
+    """The part of `netpol_loader.host.barrier.BarrierTables` that the agent needs. Tests implement it, too."""
 
     @property
     def families(self) -> tuple[str, ...]:
-        """Families of nf_tables tables that the kernel supports."""
+        """The families of nf_tables tables that the kernel supports for the barrier."""
 
     @property
     def is_held(self) -> bool:
         """Whether the kernel prevents other processes from changing the tables."""
 
     def open(self) -> None:
-        """Detect the kernel's features for the tables."""
+        """Open the connection to nf_tables, and detect which features the kernel has."""
 
     def has_news(self) -> bool:
-        """Whether something changed any table since the last call."""
+        """Whether any nf_tables table changed since the last call."""
 
     def has_changed(self) -> bool:
-        """Whether the tables may have changed since they were last correct."""
+        """Whether the tables may differ from what was last written."""
 
     def is_there(self) -> bool:
-        """Whether one of our tables exists."""
+        """Whether one of the barrier's tables exists."""
 
     def members(self) -> tuple[frozenset[str], frozenset[int]]:
-        """Workloads' interfaces in the tables: patterns of names, and indices of known ones."""
+        """The members of the tables' sets: name patterns of workloads' interfaces, and indices of known interfaces."""
 
     def counts(self) -> Counts:
-        """Counters of packets that the barrier dropped."""
+        """The counters of packets that the barrier dropped."""
 
     def unsigned(self) -> int:
-        """Number of packets dropped for lack of the sign."""
+        """The number of packets dropped for lack of the sign."""
 
     def write(self, layout: BarrierSpec) -> list[Difference]:
-        """Write the tables; returns what differed before."""
+        """Write the tables. Returns how the tables in the kernel differed before."""
 
 
 class MarksWriter(Protocol):
@@ -95,14 +97,14 @@ class MarksWriter(Protocol):
         """The mark bits that the programs use now."""
 
     def set_marks(self, marks: Marks) -> None:
-        """Make the programs use these mark bits from now on."""
+        """Make the programs use ``marks`` from now on."""
 
 
 @dataclass(slots=True)
 class _Rise:
-    """Packets that the barrier dropped from an interface with the program.
+    """Packets that the barrier dropped from an attached interface.
 
-    ``since_s``: when the last ones were dropped; ``others``: other parties' programs on the interface, as read at
+    ``since_s``: when the last ones were dropped. ``others``: other software's programs on the interface, as read at
     ``asked_s``.
     """
 
@@ -114,10 +116,11 @@ class _Rise:
 
 @dataclass(slots=True)
 class Barrier:
-    """The barrier of a node.
+    """The second barrier of a node.
 
-    Call `sign` with each new set of maps, `reconcile` when interfaces changed, `look` at intervals. ``clock``: seconds.
-    ``others``: reads the names of other parties' programs on an interface's TC ingress hook.
+    Callers call `sign` with each new set of maps, `reconcile` when interfaces changed, and `look` at intervals.
+    ``clock``: returns the time in seconds. ``others``: reads the names of other software's programs at an interface's
+    TC ingress.
     """
 
     settings: BarrierSettings
@@ -138,7 +141,10 @@ class Barrier:
     # --- in force ---------------------------------------------------------------------------------------------------
 
     def sign(self, writer: MarksWriter) -> None:
-        """Make the programs on a new set of maps set the marks, after the existing tables have been prepared for them."""
+        """Make the programs that use a new set of maps set the marks.
+
+        The existing tables are prepared for the marks first.
+        """
         self._writer, self._is_signed, self._layout = writer, False, None
         before = writer.marks
         self._tried_s = self.clock()
@@ -152,7 +158,7 @@ class Barrier:
         writer.set_marks(self.settings.in_force)
 
     def _prepare(self, before: Marks) -> None:
-        """Make existing tables accept both the old marks and the new ones, or raise."""
+        """Make existing tables accept both the old and the new marks. Raises PlatformError."""
         marks = self.settings.in_force
         base = without_sign(BarrierSpec(marks))
         self.tables.open()
@@ -165,9 +171,9 @@ class Barrier:
             self.tables.write(older)
 
     def _may_be_there(self) -> bool:
-        """Whether a table of an earlier agent may exist, which drops packets by the present mark bits.
+        """Whether an earlier agent's table may exist that drops packets by the present mark bits.
 
-        Then the bits must not change.
+        If so, the bits must not change.
         """
         try:
             return self.tables.is_there()
@@ -175,9 +181,9 @@ class Barrier:
             return True  # the kernel does not tell
 
     def reconcile(self, wiring: Wiring, workloads: Collection[int], attached: Collection[int]) -> None:
-        """Update the interfaces in the tables.
+        """Update which interfaces the tables contain.
 
-        ``workloads``: workloads' interfaces; ``attached``: interfaces with the programs, which set the sign.
+        ``workloads``: workloads' interfaces. ``attached``: interfaces with the programs, which set the sign.
         """
         bound = {wiring.links[one].name: one for one in workloads if one in attached and one in wiring.links}
         known = {*attached, *(wiring.links.keys() - set(workloads))} & wiring.links.keys()
@@ -212,11 +218,14 @@ class Barrier:
     # --- now and then -----------------------------------------------------------------------------------------------
 
     def restore_reported(self) -> list[Drift]:
-        """Restore the tables at once if the kernel reported a change of any table; returns the restored differences."""
+        """Restore the tables if the kernel reported a change of any table since the last call.
+
+        Returns the restored differences.
+        """
         return self._mend() if self._layout is not None and self.tables.has_news() else []
 
     def look(self) -> list[Drift]:
-        """Restore changed tables, retry failed writes, and record interfaces with dropped packets.
+        """Restore changed tables, retry a failed installation, and note interfaces whose packets were dropped.
 
         Returns the restored differences.
         """
@@ -280,7 +289,10 @@ class Barrier:
 
     @property
     def problems(self) -> list[Problem]:
-        """The parts of the node that the barrier leaves open, and interfaces with the program that had packets dropped."""
+        """The problem that the barrier leaves something open, if it does.
+
+        Then a problem for each attached interface whose packets the barrier dropped.
+        """
         found = [] if self._failure is None else [self._failure]
         for name, one in sorted(self._risen.items()):
             others = f" (also there: {', '.join(one.others)})" if one.others else ""
@@ -293,13 +305,13 @@ class Barrier:
 
     @property
     def is_installed(self) -> bool:
-        """Whether the tables in the kernel are the desired ones."""
+        """Whether the tables in the kernel are as desired."""
         return self._layout is not None and self._layout == self._wanted and self._failure is None
 
     def report(self) -> dict[str, Any]:
-        """The barrier's state as plain values for `status`.
+        """The state of the barrier as plain values for `status`.
 
-        ``families``: of the tables, bridge only where the kernel supports it.
+        ``families``: the families of the barrier's tables; bridge only if the kernel supports it.
         """
         settings = self.settings
         counts = Counts()
@@ -322,7 +334,7 @@ class Barrier:
         }
 
     def _open(self) -> list[str]:
-        """The kinds of packets that the barrier does not stop on this node, as text."""
+        """The kinds of packets that the barrier does not stop on this node, as texts."""
         found = []
         if not self.is_installed:
             found.append("packets of services that the node gives to a process of its own: they bear no mark")
@@ -338,15 +350,15 @@ class Barrier:
 
 
 def parse_barrier(mode: str, patterns: Sequence[str], marks: str, mark_shift: int) -> BarrierSettings:
-    """Parse the barrier's options. ``mark_shift``: lowest of the 16 bits of `--service-mark`, 0: none.
+    """Parse the barrier's options. Raises UsageError.
 
-    Raises UsageError.
+    ``mark_shift``: the lowest of the 16 bits of `--service-mark`; 0: there is none.
     """
     return BarrierSettings(mode != OFF, tuple(_parse_pattern(one) for one in patterns), parse_marks(marks, mark_shift))
 
 
 def parse_marks(text: str, mark_shift: int) -> Marks:
-    """Parse three different single bits, outside the service mark. Raises UsageError."""
+    """Parse three different single bits, none of them in the service mark. Raises UsageError."""
     try:
         bits = [int(one, 0) for one in text.split(",")]
     except ValueError:

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The holder of an address that several workloads claim.
+"""Decides which workload holds an address that several workloads claim.
 
 The first workload to claim an address holds it. For the other claimants the address does not count: rules do not match
-them by it, they may not send from it, and a workload without any other address stays closed.  So a new pod never
-inherits what policy allowed its address's former holder, and an old pod never loses its address to a later manifest.
+them by it, they may not send from it, and a workload without any other address stays closed. So a new pod never gets
+permissions meant for the former holder of its address, and an old pod never loses its address to a later manifest. The
+container runtime may assign an address before the Pod object has it; such an address is *lent* to the pod.
 
-The container runtime may assign an address before the pod's object has it: such an address is *lent* to the pod.
-
-Invariants: at most one workload holds an address; the holder loses it only by giving it up or, while the holder has no
-interface, to the pod to which the runtime assigned it.  After a restart the workloads that an earlier agent knew count
-as older.  The module knows no interfaces.
+Invariants: at most one workload holds an address. A holder loses an address only in two cases: its object gives it up,
+or the holder has no interface and the runtime assigned the address to another pod. After a restart, workloads that an
+earlier agent knew count as older than all others. This module does not know interfaces.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from netpol_ebpf.policy.types import Changes, Endpoint, EndpointKey, EndpointKin
 
 
 class AddressClaims:
-    """The holders of the addresses of a world's workloads. `apply_changes` must follow each change of ``world``."""
+    """The holders of workloads' addresses. Each change of ``world`` must be followed by a call of `apply_changes`."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -32,13 +31,13 @@ class AddressClaims:
 
     @property
     def borrowers(self) -> Collection[EndpointKey]:
-        """Endpoints that `lend` gave addresses; read-only for callers."""
+        """The endpoints to which `lend` lent addresses; read-only for callers."""
         return self._lent.keys()
 
     def lend(self, key: EndpointKey, addresses: tuple[IPAddress, ...]) -> bool:
         """Lend addresses to an endpoint until its object has one of them; () ends the loan.
 
-        Returns whether the loan changed, so that `apply_changes` must be called.
+        Returns whether the loan changed. If it did, the caller must call `apply_changes`.
         """
         if self._lent.get(key, ()) == addresses:
             return False
@@ -54,12 +53,13 @@ class AddressClaims:
         older: Collection[EndpointKey] = (),
         is_idle: Callable[[EndpointKey], bool] = lambda _key: False,
     ) -> None:
-        """Update the claims from ``changes``, and put the endpoints with their effective addresses into ``changes``.
+        """Update the claims, and reduce the endpoints in ``changes`` to the addresses that they hold.
 
-        ``older``: new endpoints that existed before the other new ones.  ``is_idle``: whether an endpoint of this node
-        has no interface; its object's address is then out of date, and passes to the pod to which the runtime assigned
-        it.  The world must be that after the changes. Cost: linear in the changed endpoints and the claimants of their
-        addresses.
+        The world must already contain the changes. Endpoints whose addresses change as a consequence are added to
+        ``changes``. ``older``: endpoints that count as older than the other new endpoints. ``is_idle``: whether an
+        endpoint of this node has no interface; the address of its object is then out of date, so another pod gets the
+        address if the runtime assigned it to that pod. Cost: linear in the changed endpoints and in the claimants of
+        their addresses.
         """
         touched: dict[EndpointKey, None] = {}
         # Removed endpoints give up addresses before new ones claim them: an address may change hands in one change.
@@ -88,7 +88,7 @@ class AddressClaims:
             changes.endpoints.update({key: self.effective(key) for key in touched})
 
     def effective(self, key: EndpointKey) -> Endpoint | None:
-        """The endpoint with the addresses that it holds; None if there is no such endpoint."""
+        """The endpoint with only the addresses that it holds; None if the endpoint does not exist."""
         endpoint = self._world.endpoints.get(key)
         if endpoint is None or not (self.is_contested(key) or key in self._lent):
             return endpoint
@@ -96,7 +96,7 @@ class AddressClaims:
         return endpoint if own == endpoint.addresses else replace(endpoint, addresses=own)
 
     def effective_world(self) -> World:
-        """The world in which every workload has the addresses that it holds; read-only for callers."""
+        """The world in which every workload has only the addresses that it holds; read-only for callers."""
         others = {key for line in self._others.values() for key in line} | self._lent.keys()
         if not others:
             return self._world
@@ -104,15 +104,15 @@ class AddressClaims:
         return replace(self._world, endpoints={**self._world.endpoints, **changed})
 
     def holder(self, address: IPAddress) -> EndpointKey | None:
-        """The workload that holds an address; None if there is none."""
+        """The workload that holds an address; None if no workload claims the address."""
         return self._holders.get(address)
 
     def is_contested(self, key: EndpointKey) -> bool:
-        """Whether another workload claims an address of this one."""
+        """Whether another workload claims one of this workload's addresses."""
         return any(address in self._others for address in self._addresses.get(key, ()))
 
     def disputes(self) -> Iterator[tuple[IPAddress, EndpointKey, EndpointKey]]:
-        """Contested addresses in order: (address, holder, other claimant)."""
+        """Every contested address, sorted, as (address, holder, other claimant), once for each other claimant."""
         for address in sorted(self._others, key=lambda address: (address.version, address.packed)):
             for other in self._others[address]:
                 yield address, self._holders[address], other
@@ -125,7 +125,7 @@ class AddressClaims:
         return lent if lent and set(lent).isdisjoint(endpoint.addresses) else endpoint.addresses
 
     def _give_up(self, key: EndpointKey, address: IPAddress) -> list[EndpointKey]:
-        """Remove a workload's claim of an address; returns the workloads that may hold the address next."""
+        """Remove a workload's claim to an address. Returns the remaining claimants; the first of them now holds it."""
         line = [self._holders.pop(address), *self._others.pop(address, ())]
         line.remove(key)
         if line:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cache of libcni: results that CNI plugins left on the node about the interfaces that they made.
+"""Reads libcni's cache: the results in which CNI plugins report the interfaces that they made for pods.
 
-Runtimes (containerd, CRI-O, podman) keep each plugin's result in a directory, one file for each interface of each pod,
-until the pod is removed.  The file names pod and interface, and no pod can write it.
+Container runtimes (containerd, CRI-O, podman) keep one file for each interface of each pod until the pod is removed.
+The file names the pod and the interface, and no pod can write it.
 
-Invariant: a file counts only if root alone can write it; a file that cannot be read is a problem, and its content
-counts for nothing.
+Invariant: a file is used only if no user but root can write it. A file that cannot be read is a problem, and nothing of
+its content is used.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from netpol_ebpf.policy.types import EndpointKey, IPAddress
 DEFAULT_DIR = Path("/var/lib/cni/results")
 POD = "Pod"
 NAMES = ("K8S_POD_NAMESPACE", "K8S_POD_NAME")
-"""CNI arguments that runtimes pass to every plugin: they identify the pod."""
+"""The CNI arguments that identify the pod. Runtimes pass them to every plugin."""
 UNSEEN_TYPES = frozenset({"macvlan", "ipvlan", "vlan", "host-device", "sriov", "ib-sriov", "tap"})
-"""Plugin types whose interfaces have no end on the node, or none that packets pass."""
+"""Types of plugins whose interfaces have no end on the node, or an end on the node that packets do not pass."""
 MOST_BYTES = 1 << 20
-"""Largest file that is read; arbitrary, real ones have some kilobytes."""
+"""Largest file that is read, in bytes. The number is arbitrary; real files have some kilobytes."""
 
 _Signature = tuple[int, int, int]
 
@@ -38,7 +38,8 @@ _Signature = tuple[int, int, int]
 class CniResult:
     """One interface of a pod, as its CNI plugin reported it.
 
-    ``names``: names of its interfaces on the node; ``inside``: its name in the pod; ``plugin``: the plugin's type.
+    ``names``: names of the interfaces on the node that belong to it. ``inside``: the interface's name in the pod.
+    ``plugin``: the type of the plugin.
     """
 
     pod: EndpointKey
@@ -49,13 +50,13 @@ class CniResult:
 
     @property
     def is_unseen(self) -> bool:
-        """Whether the pod's packets pass no interface of the node on which a program could see them."""
+        """Whether the pod's packets pass no interface of the node at which a program could see them."""
         return self.plugin in UNSEEN_TYPES
 
 
 @dataclass(slots=True)
 class CniResultCache:
-    """Reads the cache directory at intervals. ``problems``: files that could not be read."""
+    """A reader of the cache directory. ``problems``: files that the last `look` could not read."""
 
     directory: Path
     problems: tuple[Problem, ...] = ()
@@ -63,7 +64,7 @@ class CniResultCache:
     _faulty: dict[str, Problem] = field(default_factory=dict)
 
     def look(self) -> list[CniResult]:
-        """Read the present results; empty if there is no directory. Only changed files are read again."""
+        """Read the present results; [] if the directory does not exist. Unchanged files are not read again."""
         try:
             if not _is_trusted(self.directory.stat()):
                 raise PermissionError(0, "users other than root may write it", str(self.directory))
@@ -101,9 +102,9 @@ class CniResultCache:
 
 
 def parse_result(text: bytes) -> CniResult | None:
-    """Parse one file of libcni's cache; None for a file that concerns no pod.
+    """Parse one file of libcni's cache; None if the file is not about a pod.
 
-    Raises ValueError for a form that libcni does not write.
+    Raises ValueError if libcni would not have written such a file.
     """
     document = checked(parse_json(text), dict, "the file")
     given = (
@@ -127,7 +128,7 @@ def parse_result(text: bytes) -> CniResult | None:
 
 
 def _text(document: dict[Any, Any], name: str) -> str:
-    """A string field of ``document``; absent and null count as "", as in Go."""
+    """A string field of ``document``; "" if the field is absent or null, as in Go."""
     return checked(document.get(name) or "", str, name)
 
 

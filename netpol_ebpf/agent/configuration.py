@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configuration file and environment variables of the agent and of netpolctl, derived from the agent's parser.
 
-The parser (`netpol_ebpf.agent.main.build_parser`) declares an option once.  The option ``--map-size`` is also the key
-``mapSize`` of the file and the variable ``NETPOL_EBPF_MAP_SIZE``.  The command line has precedence over the
-environment, the environment over the file, the file over the default.  A list replaces the list of a lower layer.
+The parser (`netpol_ebpf.agent.main.build_parser`) declares each option once. The option ``--map-size`` is also the key
+``mapSize`` in the file and the variable ``NETPOL_EBPF_MAP_SIZE``. The command line has precedence over the environment,
+the environment over the file, the file over the default. A list replaces the whole list of a lower layer.
 
-Invariants: an unknown key, an unknown variable and a value of the wrong type are errors, with the line or the variable.
-The file counts only if nobody but root and the user of this process can have written it.  The module must not depend
-on the meaning of an option.
+Invariants: an unknown key, an unknown variable and a value of the wrong type are errors that name the line or the
+variable. The file is used only if nobody but root and the user of this process can have written it. This module does
+not depend on the meaning of any option.
 """
 
 from __future__ import annotations
@@ -29,44 +29,45 @@ from netpol_ebpf.resources.yamltree import read_documents
 API_VERSION, KIND = "netpol-ebpf/v1alpha1", "NodeConfiguration"
 DEFAULT_FILE = Path("/etc/netpol-ebpf/config.yaml")
 NO_FILE = "none"
-"""The value of ``--config`` that means: no file, not even the default one."""
+"""The value of ``--config`` with which no file is read, not even the default one."""
 PREFIX = "NETPOL_EBPF_"
 CONFIG_VARIABLE = f"{PREFIX}CONFIG"
 COMMAND_LINE_ONLY = frozenset({"--help", "--version", "--config", "--once"})
-"""Options that say what one command does, and not how the agent of this node works."""
+"""Options that only the command line can give, because they describe one command and not the agent of this node."""
 SERVICE_VARIABLE = re.compile(r"(?:SERVICE_(?:HOST|PORT(?:_\w+)?)|PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_\w+)?)?)")
-"""Ends of variables that a kubelet sets in pods beside a Service named netpol-ebpf; they are no options."""
+"""Matches the rest, after PREFIX, of variables that a kubelet sets in pods for a Service named netpol-ebpf. These
+variables are not options."""
 MOST_BYTES = 1 << 20
-"""Largest file that is read; arbitrary, a thousand times what all options need."""
+"""Largest file that is read, in bytes. The number is arbitrary: a thousand times what all options need."""
 MOST_LINKS = 40
-"""Most symbolic links on the way to the file, as the kernel's MAXSYMLINKS."""
+"""Largest number of symbolic links that are followed on the way to the file: the kernel's MAXSYMLINKS."""
 MOST_ATTEMPTS = 10
-"""How often the file is opened if a link on the way to it is replaced meanwhile; arbitrary."""
+"""How many times the file is opened if a link on the way to it is replaced meanwhile. The number is arbitrary."""
 SWITCHES, LISTS, VALUES = ("_StoreTrueAction", "BooleanOptionalAction"), ("_AppendAction",), ("_StoreAction",)
-"""Names of argparse's classes of options, which are not public."""
+"""Names of argparse's private classes of options: switches, lists, and options with one value."""
 WORDS = {"true": True, "false": False}
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """An option of the agent that the file and the environment can give as well."""
+    """An option of the agent that can also be given by the configuration file and by the environment."""
 
     action: argparse.Action
 
     @property
     def flag(self) -> str:
-        """The long option, such as ``--map-size``."""
+        """The long name of the option, such as ``--map-size``."""
         return next(one for one in self.action.option_strings if one.startswith("--"))
 
     @property
     def key(self) -> str:
-        """The key in the file, such as ``mapSize``."""
+        """The key in the configuration file, such as ``mapSize``."""
         first, *others = self.flag[2:].split("-")
         return first + "".join(other.capitalize() for other in others)
 
     @property
     def variable(self) -> str:
-        """The environment variable, such as ``NETPOL_EBPF_MAP_SIZE``."""
+        """The name of the environment variable, such as ``NETPOL_EBPF_MAP_SIZE``."""
         return PREFIX + self.flag[2:].replace("-", "_").upper()
 
     @property
@@ -76,19 +77,19 @@ class Setting:
 
     @property
     def is_list(self) -> bool:
-        """Whether the option may be repeated."""
+        """Whether the option may be given several times, so that its value is a list."""
         return type(self.action).__name__ in LISTS
 
     @property
     def default(self) -> Any:
-        """The value without any layer, as the command line has it."""
+        """The value if neither command line, environment nor file gives one."""
         default = self.action.default
         if isinstance(default, list):
             return list(default)
         return self.parse(default) if isinstance(default, str) else default
 
     def parse(self, text: str) -> Any:
-        """Parse one value as argparse does. Raises ValueError with what is wrong."""
+        """Parse one value as argparse does. Raises ValueError with a text that says what is wrong."""
         value: Any = text
         kind = self.action.type
         if callable(kind):
@@ -105,14 +106,14 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class LayerValue:
-    """A value that the file or the environment gives. ``origin``: the variable, or file and line."""
+    """A value from the file or the environment. ``origin``: the variable, or the key with file and line, as text."""
 
     value: Any
     origin: str
 
 
 def settings_of(parser: argparse.ArgumentParser) -> dict[str, Setting]:
-    """The settings of the agent's parser, by the attribute of the parsed arguments, in the parser's order."""
+    """The settings of the agent's parser, in its order, by the name of the attribute in the parsed arguments."""
     found = {}
     for action in parser._actions:  # noqa: SLF001 - argparse has no public list of options
         flags = [one for one in action.option_strings if one.startswith("--")]
@@ -125,7 +126,7 @@ def settings_of(parser: argparse.ArgumentParser) -> dict[str, Setting]:
 
 
 def add_config_option(parser: argparse.ArgumentParser) -> None:
-    """Add ``--config``."""
+    """Add the option ``--config``."""
     parser.add_argument(
         "--config", metavar="FILE",
         help=f"configuration file; {NO_FILE}: no file (default: the environment variable {CONFIG_VARIABLE}, else {DEFAULT_FILE} "
@@ -136,7 +137,10 @@ def add_config_option(parser: argparse.ArgumentParser) -> None:
 def parse_arguments(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, environment: Mapping[str, str] = os.environ
 ) -> argparse.Namespace:
-    """Parse the agent's command line, completed from environment, file and defaults. Raises what `complete` raises."""
+    """Parse the agent's command line, and complete it from environment, file and defaults.
+
+    Raises as `complete` does.
+    """
     settings = settings_of(parser)
     arguments = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(settings)))
     complete(arguments, parser, {dest: one.default for dest, one in settings.items()}, environment)
@@ -149,10 +153,11 @@ def complete(
     defaults: Mapping[str, Any],
     environment: Mapping[str, str] = os.environ,
 ) -> None:
-    """Give each argument in ``defaults`` that the command line left at None its value from environment, file or default.
+    """Set each argument in ``defaults`` that the command line left at None.
 
-    ``parser``: the agent's.  Sets ``arguments.origins``: by option, where a value comes from that is not of the command
-    line.  Raises UsageError for the environment, InvalidInputError for the file.
+    Its value comes from the environment, otherwise the file, otherwise ``defaults``. ``parser``: the agent's parser.
+    ``arguments.origins`` is set to the origin of each value from environment or file, by option. Raises UsageError if a
+    variable is wrong, InvalidInputError if the file is.
     """
     settings = settings_of(parser)
     exclusive = [
@@ -176,7 +181,10 @@ def complete(
 
 
 def origin_hint(message: str, origins: Mapping[str, str]) -> str:
-    """Where the option at the beginning of an error's message comes from, as a sentence; "": from the command line."""
+    """A sentence that says from where the option at the beginning of an error message has its value.
+
+    "" if the value is from the command line. ``origins``: as `complete` sets it.
+    """
     flag = message.partition(" ")[0].rstrip(":")
     return f"{flag} is set by {origins[flag]}." if flag in origins else ""
 
@@ -197,7 +205,7 @@ def _require_compatible(
 
 
 def _read_environment(settings: Mapping[str, Setting], environment: Mapping[str, str]) -> dict[str, LayerValue]:
-    """The values that variables give; an empty variable gives none. Raises UsageError."""
+    """The values that environment variables give, by setting. An empty variable gives none. Raises UsageError."""
     by_variable = {one.variable: dest for dest, one in settings.items()}
     found = {}
     for variable, text in environment.items():
@@ -235,9 +243,9 @@ def _parse_variable(setting: Setting, text: str) -> Any:
 
 
 def _read_file(settings: Mapping[str, Setting], named: str | None) -> dict[str, LayerValue]:
-    """The values of the file. ``named``: its path, NO_FILE, or None for the default file, which may be absent.
+    """The values that the file gives, by setting. Raises InvalidInputError.
 
-    Raises InvalidInputError.
+    ``named``: the path of the file; NO_FILE: no file; None: the default file, which need not exist.
     """
     if named == NO_FILE:
         return {}
@@ -256,7 +264,10 @@ def _read_file(settings: Mapping[str, Setting], named: str | None) -> dict[str, 
 
 
 def parse_file(settings: Mapping[str, Setting], text: str, file: str) -> dict[str, LayerValue]:
-    """Parse the text of a file. ``file``: its name in messages. Raises ValidationError with all problems."""
+    """Parse the text of a configuration file; returns its values by setting. Raises ValidationError with all problems.
+
+    ``file``: the file's name for messages.
+    """
     problems: list[Problem] = []
     documents = [*read_documents(text, file, problems)]
     if problems:
@@ -283,7 +294,7 @@ def parse_file(settings: Mapping[str, Setting], text: str, file: str) -> dict[st
 
 
 def _read_key(setting: Setting, reader: Reader) -> Any:
-    """The value of a setting; None if the key is absent. Wrong values are recorded as problems."""
+    """The value of a setting in the file; None if its key is absent. Wrong values are recorded as problems."""
     key = setting.key
     if setting.is_switch:
         value = reader.boolean(key)
@@ -312,10 +323,10 @@ def _read_key(setting: Setting, reader: Reader) -> Any:
 
 
 def load_trusted(path: Path) -> bytes:
-    """The content of a file that nobody but root and the user of this process can have written.
+    """Read a file that only root and the user of this process can have written. Raises OSError.
 
-    Links are followed, so that a mounted ConfigMap is read; each directory and link on the way must be trusted, too.
-    Raises OSError.
+    Symbolic links are followed, so that a mounted ConfigMap can be read. Each directory and link on the way must be
+    trusted, too.
     """
     for attempt in range(1, MOST_ATTEMPTS + 1):
         try:
@@ -340,7 +351,7 @@ def _load_checked(path: Path) -> bytes:
 
 
 def _follow(path: Path) -> Path:
-    """The path without links. Every directory in which a name is looked up, and every link, must be trusted."""
+    """Resolve all symbolic links in a path. Raises OSError for an untrusted directory or link on the way."""
     here = Path("/")
     names = [*reversed(path.absolute().parts[1:])]
     links = 0
@@ -373,10 +384,10 @@ def _require_owner(path: Path, seen: os.stat_result) -> None:
 
 
 def _require_trusted(path: Path, seen: os.stat_result) -> None:
-    """Raise OSError if a user other than root and this process's can write there.
+    """Raise OSError if a user other than root and the user of this process can write there.
 
-    In a sticky directory nobody replaces what belongs to another user.  On a read-only mount nobody of this mount
-    namespace writes: a kubelet makes the directory of a ConfigMap with mode 0777 and mounts it so.
+    In a sticky directory nobody can replace what belongs to another user. On a read-only mount nobody in this mount
+    namespace can write: a kubelet makes the directory of a ConfigMap with mode 0777 and mounts it read-only.
     """
     _require_owner(path, seen)
     is_sticky = stat.S_ISDIR(seen.st_mode) and bool(seen.st_mode & stat.S_ISVTX)

@@ -1,27 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent, one step at a time: it reads objects and interfaces, and updates enforcement.
+"""The agent, step by step: each step reads changes of objects and interfaces, and updates enforcement.
 
-Each of its parts has a module: `ClusterObjects` (the source's objects), `LocalInterfaces` (the interface of each
+Each part of the agent has a module: `ClusterObjects` (the source's objects), `LocalInterfaces` (the interface of each
 workload), `Enforcement` (compiled policy in maps), `EndpointBinder` with `Attachments` and `OwnInterfaces` (programs
-and rows on interfaces), `Barrier` (the tables behind the programs) and `Repair` (restores what others changed).  The
-agent calls them in order; its only own state is the rejected changes.
+and rows of interfaces), `Barrier` (the tables behind the programs) and `Repair` (restores what other programs changed).
+The agent calls them in order; its only own state is the rejected changes.
 
-Invariants: the policy in force was compiled whole from one state of the objects; a step that fails leaves the previous
-state in force and is reported in `Agent.problems`; a workload's interface is never open without policy: until its
+Invariants: the policy in force was compiled whole from one state of the objects. A step that fails leaves the previous
+state in force and is reported in `Agent.problems`. A workload's interface is never open without policy: until its
 workload is known, the program on it denies everything.
 
-Runs no loop and opens no files or sockets: `netpol_ebpf.agent.main` does, and tests work without both.
+This module runs no loop and opens no files or sockets; `netpol_ebpf.agent.main` does. So tests can run steps without
+them.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from netpol_ebpf.agent.attachments import Attachments
 from netpol_ebpf.agent.barrier import Barrier
+from netpol_ebpf.agent.closed_workloads import ClosedWorkloads
 from netpol_ebpf.agent.endpoint_binder import EndpointBinder
 from netpol_ebpf.agent.enforcement import Enforcement
 from netpol_ebpf.agent.handover import Handover
@@ -40,13 +42,13 @@ from netpol_ebpf.sources.source import ObjectEvent, Source, SourceUpdate
 from netpol_loader.tables.events import EventRecord
 
 CLOSE_S = 15.0
-"""How long a node on which nothing is in force waits for its objects before its workloads are closed; arbitrary, more than a source
-takes to fall back to its saved state."""
+"""Seconds that a node without any policy in force waits for its objects, before its workloads' interfaces are closed.
+The number is arbitrary, but longer than a source takes before it uses its saved state."""
 SHOWN = 5
-"""Most missing parts of a source that a message names; arbitrary; `status` shows all."""
+"""Largest number of a source's missing parts that a message names; `status` shows all. The number is arbitrary."""
 NOT_SYNCED = "not-synced"
 TELL_S = 60.0
-"""Interval in seconds of log lines that name what the agent waits for; arbitrary."""
+"""Seconds between two log lines that name what the agent waits for. The number is arbitrary."""
 log = logging.getLogger(__name__)
 
 
@@ -67,9 +69,9 @@ class Agent:
         assignments_file: Path | None = None,
         handovers_file: Path | None = None,
     ) -> None:
-        """``clock``: seconds.
+        """``clock``: returns the time in seconds.
 
-        ``assignments_file``: where interface assignments are kept across restarts; None: they are not kept.
+        ``assignments_file``: the file that keeps interface assignments across restarts; None: they are not kept.
         ``handovers_file``: the same for handovers of the CNI plugin.
         """
         self.settings = settings
@@ -86,6 +88,7 @@ class Agent:
             node, self.objects, self.interfaces, self.enforcement, self.attachments, self.own_interfaces, self.barrier
         )
         self.repair = Repair(node, self.enforcement, self.attachments, self.barrier, self._name_of, clock)
+        self.closed = ClosedWorkloads(settings.node)
         self.rejected = RejectedChanges()
         self._node = node
         self._ledger = ledger
@@ -93,6 +96,7 @@ class Agent:
         self.is_started = False
         self._early: list[ObjectEvent] = []  # events of sources that synced before the others
         self._early_handovers: list[Handover] = []  # handovers from before the start
+        self._enforced: frozenset[int] = frozenset()  # interfaces with an earlier agent's programs at the start
         self._close_at_s = math.inf
         self._tell_at_s = math.inf
         self._logged: frozenset[str] = frozenset()  # unenforced workloads that the log names
@@ -100,27 +104,34 @@ class Agent:
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Wait for the source to sync, then apply its objects, in one exchange with the state of an earlier agent.
+        """Wait until the source has synced, then put its objects in force.
 
-        Raises LimitError or MapFullError if the objects do not fit, InvalidInputError or UnreachableError if a source
-        cannot be read: an unreadable source is not an empty one.  After an error the previous state is in force.
+        They replace the state of an earlier agent at once. Raises LimitError or MapFullError if the objects do not fit.
+        Raises InvalidInputError or UnreachableError if a source cannot be read, because an unreadable source is not an
+        empty one. After an error the previous state is in force.
         """
         self._open()
         self._take(self.source.sync())
         self._put_in_force()
 
     def begin(self) -> None:
-        """`start` without waiting for a server: a later `step` puts the objects in force, when the source has synced.
+        """Start without waiting for a server. A later `step` puts the objects in force when the source has synced.
 
-        Until then the state of an earlier agent stays in force; if there is none, workloads are closed after `CLOSE_S`.
+        Until then the state of an earlier agent stays in force, and workloads' interfaces that it does not cover are
+        closed.  If there is no such state, only new interfaces are closed at once; the others, which may have
+        connections, are closed after `CLOSE_S`.
         """
         self._open()
         update = self.source.begin()
+        self._enforced = frozenset(self._node.attached())
         self._tell_at_s = self._clock() + CLOSE_S
-        self._close_at_s = math.inf if self._node.attached() else self._tell_at_s
-        if update is not None:
-            self._take(update)
+        self._close_at_s = math.inf if self._enforced else self._tell_at_s
+        self._take(update)
         self._put_in_force_if_due()
+        if not self.is_started:
+            self._recall()
+            self.attachments.find()
+            self._close_uncovered()
 
     @property
     def is_in_force(self) -> bool:
@@ -130,24 +141,35 @@ class Agent:
     @property
     def keeps_enforcement(self) -> bool:
         """Whether enforcement is in place, by this agent or an earlier one."""
-        return self.is_started or bool(self._node.attached())
+        return self.is_started or bool(self._enforced)
 
     def _open(self) -> None:
         self._ledger.open()
 
-    def _take(self, update: SourceUpdate) -> bool:
-        """Apply an update to the objects; False if it was queued because the source has not synced."""
+    def _take(self, update: SourceUpdate | None) -> bool:
+        """Apply an update to the objects; the first one replaces closed workloads and includes all queued events.
+
+        Returns whether there was something to apply: no update is applied before the source has synced.
+        """
+        if update is None:
+            update = SourceUpdate((), self.objects.source_problems)
         if not self.source.has_synced:
             self._early += update.events
             self.objects.note_problems(update.problems)
             return False
+        if self.closed:
+            self.binder.expect_old_connections(self.closed.keys)
+        queued = (*self.closed.release(), *self._early)
         self.enforcement.record.begin()
-        self.objects.take(SourceUpdate((*self._early, *update.events), update.problems))
         self._early.clear()
-        return True
+        self.objects.take(SourceUpdate((*queued, *update.events), update.problems))
+        return bool(queued or update.events)
 
     def _put_in_force_if_due(self) -> None:
-        """Before the start: put the objects in force once the source has synced, or close workloads after `CLOSE_S`."""
+        """Before the start: put the objects in force if the source has synced.
+
+        Without it, close workloads after `CLOSE_S`.
+        """
         if self.source.has_synced:
             self._put_in_force()
             return
@@ -158,13 +180,32 @@ class Agent:
             self._put_in_force()
             log.error("%s", self._not_synced())
 
+    def _recall(self) -> None:
+        """Restore the assignments of an earlier agent; only the first call has an effect."""
+        if not self.interfaces.has_recalled:
+            self.interfaces.recall(self.enforcement.former_workloads(), self._node.attached())
+
+    def _close_uncovered(self) -> None:
+        """Before the start: follow interfaces, and close workloads' interfaces that no earlier agent's policy covers."""
+        self._forget_gone()
+        self.interfaces.look_for_roles()
+        if self._enforced:
+            self.binder.close_workloads()
+
+    def _forget_gone(self) -> None:
+        """Forget interfaces that are gone, before a new interface with such an index counts as the same."""
+        gone = self.binder.gone()
+        self.interfaces.forget(gone)
+        self.binder.forget(gone)
+
     def _put_in_force(self) -> None:
         self._take_changes(older=set(self._ledger.numbers.endpoints))
-        self.interfaces.recall(self.enforcement.former_workloads(), self._node.attached())
+        self._recall()
         self.interfaces.look()
         self.interfaces.recall_handovers()
         for handed in self._early_handovers:  # newer than the handovers in the file
             self.objects.handovers.add(handed)
+        self._update_closed()
         self._take_changes()  # the world has the interfaces' tunnels already
         self.interfaces.locate()  # pods whose addresses only the CNI plugin reported
         self.binder.find_attached()
@@ -173,14 +214,16 @@ class Agent:
         self.is_started = True
 
     def step(self) -> list[ProgramEvent]:
-        """Do all pending work; returns the events that the program reported since the last step.
+        """Do all work that is due. Returns the events that the program reported since the last step.
 
-        Before the start it checks whether the source has synced, and raises what `start` raises.
+        Before the start this checks whether the source has synced, and may raise the errors of `start`.
         """
         if not self.is_started:
-            update = self.source.step() if self.source.wait_s() <= 0 else None
-            if update is not None:
-                self._take(update)
+            self.close_newborn()
+            if self._node.network.has_news() or self._is_searching():
+                self._close_uncovered()
+            update = self.source.step(self.close_newborn) if self.source.wait_s() <= 0 else None
+            self._take(update)
             self._put_in_force_if_due()
             return []
         self.interfaces.has_looked = False
@@ -189,12 +232,11 @@ class Agent:
         if self.source.wait_s() <= 0:
             update = self.source.step(self.close_newborn)  # interfaces that appear meanwhile are handled below
         if self._node.network.has_news() or self._is_searching():
-            gone = self.binder.gone()
-            self.interfaces.forget(gone)  # before a new interface with that index counts as the same
+            self._forget_gone()
             self._look()
-            self.binder.forget(gone)
+            self._update_closed()
             self.binder.reconcile()
-        is_news = update is not None and self._take(update)
+        is_news = self._take(update)
         if is_news or self.objects.is_changed:
             self._bring_into_force(self._take_changes())
         elif self.rejected.retry_at_s is not None and self._clock() >= self.rejected.retry_at_s:
@@ -204,8 +246,22 @@ class Agent:
             self._log_unenforced()
         return self.read_events()
 
+    def release(self, kind: str, *, is_trial: bool = False) -> tuple[str, ...]:
+        """Put the removal of a kind's kept objects in force, see `Source.release`; returns their names.
+
+        Before the start they are removed from the objects that the start will put in force.
+        """
+        names = self.source.release(kind, is_trial=is_trial)
+        if not is_trial:
+            log.warning("an operator released %d objects of %s: %s", len(names), kind, ", ".join(names))
+        if not is_trial and self.is_started:
+            self.source.note_news()
+            self._take(self.source.step(self.close_newborn))
+            self._bring_into_force(self._take_changes())
+        return names
+
     def hand_over(self, handed: Handover) -> None:
-        """Record a handover of the CNI plugin; the next step applies it, and `missing_for` reports the progress."""
+        """Add a handover of the CNI plugin. The next step applies it; `missing_for` tells what is still missing."""
         if self.is_started:
             self.objects.handovers.add(handed)
         else:
@@ -217,7 +273,7 @@ class Agent:
         return self.objects.handovers.is_changed
 
     def missing_for(self, handed: Handover) -> str:
-        """Why policy is not in force yet on an interface that was handed over; "": it is."""
+        """Why policy is not in force yet on an interface that was handed over; "" if it is in force."""
         if not self.is_started:
             return self._not_synced().message
         if not self.interfaces.is_there(handed):
@@ -232,10 +288,10 @@ class Agent:
         return "" if is_attached else f"interface {handed.name} has no programs"
 
     def close_newborn(self) -> None:
-        """Attach programs to interfaces that just appeared, before anything else is known about them.
+        """Attach the programs to interfaces that just appeared, before anything else is known about them.
 
-        Takes little time. The programs deny everything until a step finds the workload of an interface, or detaches
-        them from an own interface.
+        This takes little time. The programs deny everything until a step finds the workload of the interface, or
+        detaches the programs because the interface is the node's own.
         """
         for link in self._node.network.take_born():
             self.binder.close_newborn(link)
@@ -252,9 +308,10 @@ class Agent:
         return changes
 
     def _bring_into_force(self, changes: Changes) -> None:
-        """Compile and apply changes.
+        """Compile changes and apply them.
 
-        A change that does not fit is reported, and tried again with the next change, or when memory may be free again.
+        A change that does not fit is reported. It is tried again with the next change, and at intervals if the kernel
+        had no memory.
         """
         if not changes and not self.enforcement.is_pending:
             self.enforcement.record.drop()
@@ -282,10 +339,21 @@ class Agent:
     def _look(self) -> None:
         self.interfaces.look(self.enforcement.bound)
 
+    def _update_closed(self) -> None:
+        """While no object is known: make an endpoint of each workload's interface, see `ClosedWorkloads`."""
+        if not self.source.has_synced:
+            events = self.closed.update(self.interfaces.with_evident_addresses())
+            self.objects.take(SourceUpdate(events, self.objects.source_problems))
+
     def _is_searching(self) -> bool:
-        """Whether a search for changes without notification is due, or a new attempt of a failed change."""
+        """Whether to search the interfaces without a notification.
+
+        The reason is an address that may appear late, a workload without an interface, or an attachment that failed.
+        """
         return self.interfaces.is_search_due() and (
-            bool(self.attachments.problems) or self.binder.is_waiting() or self.interfaces.is_curious()
+            bool(self.attachments.problems)
+            or (self.is_started and self.binder.is_waiting())
+            or self.interfaces.is_curious()
         )
 
     # --- problems ---------------------------------------------------------------------------------------------------
@@ -294,7 +362,8 @@ class Agent:
     def problems(self) -> list[Problem]:
         """All reasons why the node does not enforce exactly what the objects state."""
         if not self.is_started:
-            return [*self.objects.source_problems, self._not_synced()]
+            found = [*self.objects.source_problems, *self.attachments.problems, *self.interfaces.conflicts()]
+            return [*found, *self.interfaces.file_problems, self._not_synced()]
         own = self.own_interfaces
         found = [*self.objects.source_problems, *own.problems(self.objects.world.endpoints, self.objects.location)]
         found += [*self.objects.disputes(), *self.binder.problems, *self.attachments.problems, *self.binder.warnings]
@@ -306,20 +375,30 @@ class Agent:
         return [*found, *self.objects.handovers.problems]
 
     def _not_synced(self) -> Problem:
-        """The problem that the source has not synced: its missing parts, and the policy in force meanwhile."""
+        """The problem that the source has not synced. It names the missing parts, and the policy in force meanwhile."""
         missing = [
             f"{one['source']} ({', '.join(one['waiting_for'][:SHOWN])}{', ...' if one['waiting_for'][SHOWN:] else ''})"
             for one in self.source.report()
             if not one["synced"]
         ]
         if self.is_started:
-            stays = "nothing was in force, so the workloads of this node are closed"
+            stays = "nothing was in force, so the workloads of this node are closed, except for connections of the node"
+            unknown = self.attachments.interfaces - self.enforcement.bound - set(self.own_interfaces.interfaces)
+            if unknown:
+                stays += f", which do not reach {self._shown(unknown)} either (its address is not known)"
         elif self.keeps_enforcement:
             stays = "what an earlier agent put in force stays"
+            uncovered = self.attachments.interfaces - self._enforced
+            if uncovered:
+                stays += f", {self._shown(uncovered)} and other new interfaces of workloads are closed"
         else:
             stays = "nothing is in force yet"
         message = f"the agent waits for all objects of {' and '.join(missing)}: {stays}, and changes are not applied"
         return Problem(Location(""), "", message, slug=NOT_SYNCED)
+
+    def _shown(self, interfaces: Collection[int]) -> str:
+        names = sorted(map(self._name_of, interfaces))
+        return f"{', '.join(names[:SHOWN])}{', ...' if names[SHOWN:] else ''}"
 
     def _unenforced(self) -> list[Problem]:
         """Workloads of this node that policy does not reach as it is written."""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory and pauses of a process that has a whole cluster's objects: a call before it allocates, and one afterwards.
+"""Settings of memory allocation and garbage collection for a process that holds all objects of a cluster.
 
-Invariant: no verdict depends on this module; without it the agent does the same with more memory and longer pauses.
+Invariant: no verdict depends on this module. Without it the agent behaves the same, but needs more memory and pauses
+longer.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ import ctypes
 import gc
 
 LARGE_BLOCK_BYTES = 1 << 20
-"""Threshold in bytes; arbitrary: tables of thousands of rows are larger, allocations of a single change are smaller."""
+"""Size in bytes from which a block is large. The number is arbitrary: tables of thousands of rows are larger, and the
+allocations for a single change are smaller."""
 _M_MMAP_THRESHOLD = -3  # malloc.h of glibc
 
 
 def give_back_large_blocks() -> None:
-    """Make glibc return large freed blocks to the kernel at once. Must be called first.
+    """Make glibc return a large block to the kernel when it is freed. Must be called before any large allocation.
 
-    By default glibc raises its mmap threshold with the first large block, up to 32 MiB, and keeps later blocks as
-    holes.  Another C library may ignore the setting.
+    By default, freeing a large block raises glibc's mmap threshold, up to 32 MiB; smaller blocks then stay in the heap
+    as holes. On another C library the call may have no effect.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -28,7 +30,7 @@ def give_back_large_blocks() -> None:
 def freeze() -> None:
     """Exclude all present objects from later garbage collections.
 
-    They live on anyway, and a collection that visits them pauses the process for half a second.
+    These objects live as long as the process, and a collection that visits them would pause it for half a second.
     """
     gc.collect()
     gc.freeze()

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handovers: the CNI plugin's messages about a pod's interface and its addresses.
+"""Handovers: messages in which the CNI plugin tells the agent a pod's interface and addresses.
 
-When a runtime makes a pod's interface, the Pod object has no address yet, or addresses of an earlier sandbox, or has
-not arrived.  A handover is evidence like the results that runtimes keep (`netpol_ebpf.agent.cni`), and its addresses
-count until the object has one of them.
+When a runtime makes a pod's interface, the Pod object may have no address yet, may have addresses of an earlier
+sandbox, or may not have arrived. A handover is evidence like the results that runtimes keep (`netpol_ebpf.agent.cni`).
+Its addresses count until the Pod object has one of them.
 
-Invariant: a handover is about one pod (identified by its UID if both sides have it) and one interface, for as long as
-the interface exists; a file keeps it for the next agent.  The module knows neither the node's interfaces nor policy;
-`netpol_ebpf.agent.core` does.
+Invariant: a handover is about one pod and one interface, and is kept as long as the interface exists, in a file for the
+next agent. The pod is identified by its UID if both the handover and the Pod object have one. This module does not know
+the node's interfaces or policy.
 """
 
 from __future__ import annotations
@@ -20,16 +20,7 @@ from ipaddress import ip_interface
 from pathlib import Path
 from typing import Any
 
-from netpol_ebpf.apply.records import (
-    checked,
-    checked_list,
-    load_regular,
-    open_draft,
-    parse_json,
-    reason_of,
-    set_aside,
-    told,
-)
+from netpol_ebpf.apply.records import EntryFile, checked, checked_list
 from netpol_ebpf.errors import Location, Problem, UsageError
 from netpol_ebpf.policy.types import EndpointKey, IPAddress
 
@@ -37,20 +28,20 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 MOST_BYTES = 1 << 24
-"""Largest file that is read; arbitrary, a hundred times what a full node needs."""
+"""Largest file that is read, in bytes. The number is arbitrary: a hundred times what a full node needs."""
 POD = "Pod"
 FIRST = "eth0"
-"""The name that containerd and CRI-O give to a pod's first interface; its addresses are in the pod's status."""
+"""The name that containerd and CRI-O give to a pod's first interface, which has the addresses in the pod's status."""
 LONGEST_S = 600
-"""Longest wait in seconds, as in the plugin (cni/netpol_cni.c)."""
+"""Longest time in seconds that the plugin may wait. It must be the same as in cni/netpol_cni.c."""
 
 
 @dataclass(frozen=True, slots=True)
 class Handover:
-    """One message of the CNI plugin: a pod's interface.
+    """One message of the CNI plugin about an interface of a pod.
 
-    ``peer``: as in `wiring.Interface`.  ``inside``: the interface's name in the pod's namespace.  ``uid``: the pod's UID, "" if the
-    plugin sent none.
+    ``peer``: the other end of the pair, as in `wiring.Interface`. ``inside``: the interface's name in the pod's
+    namespace. ``uid``: the UID of the pod; "" if the plugin sent none.
     """
 
     pod: EndpointKey
@@ -67,16 +58,16 @@ class Handover:
         return self.inside == FIRST
 
     def is_of(self, uid: str) -> bool:
-        """Whether the handover concerns the pod with this UID."""
+        """Whether the handover may be about the pod with this UID. An unknown UID, "", matches all."""
         return not self.uid or not uid or self.uid == uid
 
 
 class Handovers:
-    """The handovers of existing interfaces."""
+    """The handovers of interfaces that exist."""
 
     def __init__(self, file: Path | None = None) -> None:
         """``file``: where handovers are kept across restarts; None: they are not kept."""
-        self._file = file
+        self._file = None if file is None else EntryFile(file, "handovers", FORMAT, MOST_BYTES)
         self._damage: tuple[Problem, ...] = ()
         self._unsaved: tuple[Problem, ...] = ()
         self._by_pod: dict[EndpointKey, dict[str, Handover]] = {}  # by the interface's name inside
@@ -84,17 +75,17 @@ class Handovers:
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """Failures to read or write the file."""
+        """The problems of reading and writing the file."""
         return self._damage + self._unsaved
 
     @property
     def is_changed(self) -> bool:
-        """Whether `take_changed` would return something."""
+        """Whether `take_changed` would return any pod."""
         return bool(self._changed)
 
     @property
     def pods(self) -> Iterable[EndpointKey]:
-        """The pods with a handover; read-only for callers."""
+        """The pods that have a handover; read-only for callers."""
         return self._by_pod.keys()
 
     def of(self, pod: EndpointKey) -> list[Handover]:
@@ -102,7 +93,10 @@ class Handovers:
         return [*self._by_pod.get(pod, {}).values()]
 
     def add(self, handover: Handover) -> None:
-        """Add a handover. It replaces an earlier one for the same interface of the pod, which was recreated."""
+        """Add a handover.
+
+        It replaces an earlier one for the same interface name in the pod, since that was recreated.
+        """
         if handover in self.of(handover.pod):
             return
         self.forget([handover.ifindex])
@@ -110,7 +104,7 @@ class Handovers:
         self._changed.add(handover.pod)
 
     def forget(self, gone: Collection[int]) -> None:
-        """Forget interfaces that are gone. Cost: linear in the existing handovers."""
+        """Remove the handovers of interfaces that no longer exist. Cost: linear in the number of handovers."""
         old = [one for pod in self._by_pod for one in self.of(pod) if one.ifindex in gone]
         for one in old:
             del self._by_pod[one.pod][one.inside]
@@ -119,9 +113,9 @@ class Handovers:
             self._changed.add(one.pod)
 
     def take_changed(self) -> set[EndpointKey]:
-        """The pods with a handover that was added or removed since the last call.
+        """The pods whose handovers changed since the last call.
 
-        The file is written first, so that policy never precedes it.
+        The file is written first, so that policy never uses a handover that the file lacks.
         """
         changed, self._changed = self._changed, set()
         if changed and self._file is not None:
@@ -133,44 +127,24 @@ class Handovers:
 
         If entries cannot be read, they are reported, and the file is renamed so that nothing overwrites it.
         """
-        wrong = []
-        try:
-            written = [] if self._file is None else _read_all(load_regular(self._file, MOST_BYTES))
-        except FileNotFoundError:
+        if self._file is None:
             return
-        except (OSError, ValueError) as error:
-            written, wrong = [], [reason_of(error)]
-        for one in written:
-            try:
-                self.add(_read(one))
-            except ValueError as error:  # noqa: PERF203 - a faulty entry must not stop the others
-                wrong.append(str(error))
-        if self._file is not None and wrong:
-            self._damage = (self._problem(f"is damaged ({told(wrong)}); {set_aside(self._file)}"),)
+        damage = self._file.load(lambda written: self.add(_read(checked(written, dict, "an entry"))))
+        if damage:
+            self._damage = (_problem(self._file.path, f"is {damage}"),)
             log.warning("%s", self._damage[0])
 
-    def _save(self, path: Path) -> None:
-        """Write all handovers atomically. If that fails, report it, and write again with the next change."""
-        written = [_write(one) for pod in self._by_pod for one in self.of(pod)]
-        draft = path.with_suffix(".draft")
+    def _save(self, file: EntryFile) -> None:
+        """Write all handovers. If that fails, report it, and write again with the next change."""
         self._unsaved = ()
         try:
-            with open_draft(draft) as file:
-                json.dump({"format": FORMAT, "handovers": written}, file)
-            draft.replace(path)
+            file.save(json.dumps(_write(one)) for pod in self._by_pod for one in self.of(pod))
         except OSError as error:
-            self._unsaved = (self._problem(f"cannot be kept ({error.strerror})"),)
-
-    def _problem(self, what: str) -> Problem:
-        message = (
-            f"what the CNI plugin handed over {what}: after a restart of the agent, pods that the cluster has no address of yet are "
-            "closed until it has"
-        )
-        return Problem(Location(str(self._file)), "", message, severity="warning", slug="interfaces-file")
+            self._unsaved = (_problem(file.path, f"cannot be kept ({error.strerror})"),)
 
 
 def parse_attach(request: Mapping[str, Any]) -> tuple[Handover, int]:
-    """Parse the plugin's request: the handover, and how many seconds the plugin waits. Raises UsageError."""
+    """Parse the plugin's request; returns the handover, and the seconds that the plugin waits. Raises UsageError."""
     try:
         wait_s = checked(request.get("timeout_s"), int, "timeout_s")
         if not 0 <= wait_s <= LONGEST_S:
@@ -180,16 +154,17 @@ def parse_attach(request: Mapping[str, Any]) -> tuple[Handover, int]:
         raise UsageError(f"not an interface to attach: {error}") from error
 
 
-def _read_all(text: bytes) -> list[dict[Any, Any]]:
-    """The entries of the file. Raises ValueError."""
-    document = checked(parse_json(text), dict, "it")
-    if checked(document.get("format"), int, "the format") != FORMAT:
-        raise ValueError(f"format {document['format']} is not {FORMAT}")
-    return checked_list(document.get("handovers"), dict, "handovers")
+def _problem(file: Path, what: str) -> Problem:
+    """The problem that the handovers' file has. ``what``: the end of the sentence about it."""
+    message = (
+        f"what the CNI plugin handed over {what}: after a restart of the agent, pods that the cluster has no address of yet are "
+        "closed until it has"
+    )
+    return Problem(Location(str(file)), "", message, severity="warning", slug="interfaces-file")
 
 
 def _read(written: Mapping[str, Any]) -> Handover:
-    """Parse one entry of the file. Raises ValueError."""
+    """Parse one encoded entry of the file. Raises ValueError."""
     text = {name: checked(written.get(name), str, name) for name in ("namespace", "name", "inside", "interface")}
     if not all(text.values()):
         raise ValueError("a name is empty")

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of the node's own interfaces (all but workloads') get the programs, and the host endpoint of each.
+"""Plans which of the node's own interfaces get the programs, and which host endpoint applies to each.
 
-A host endpoint applies to the interface that it names, otherwise to those that have one of its addresses; a wildcard
-host endpoint applies to all interfaces without another.  If several claim an interface, `claim_order` decides, and a
-claimant that loses is reported as a problem.
+An own interface is any interface that is not a workload's. A host endpoint applies to the interface that it names. If
+it names none, it applies to the interfaces that have one of its addresses. A wildcard host endpoint applies to all
+interfaces without another host endpoint. If several claim an interface, `claim_order` decides; a host endpoint that
+loses is reported as a problem.
 
-All own interfaces get the programs, except bridges and the loopback: a packet to a service can leave by any interface,
-and a packet with a forged source address of a local workload can arrive by any.  On an interface without a host
-endpoint the programs check only these two kinds of packets and let all others pass.  A bridge gets them only if a host
-endpoint names it or has one of its addresses, since every packet through a bridge also passes one of its ports.
+All own interfaces get the programs, except bridges and the loopback. The reason is that a packet to a service can leave
+by any interface, and a packet with a forged source address of a local workload can arrive by any. On an interface
+without a host endpoint the programs check only these two kinds of packets and let all others pass. A bridge gets the
+programs only if a host endpoint names it or has one of its addresses, because every packet through a bridge also passes
+one of its ports.
 
-A pure function of one snapshot of the node; makes no system call.
+The plan is a pure function of one snapshot of the node. This module makes no system call.
 """
 
 from __future__ import annotations
@@ -23,16 +25,16 @@ from netpol_ebpf.policy.journey import WILDCARD, claim_order
 from netpol_ebpf.policy.types import Endpoint, EndpointKey
 
 LOOPBACK = 1
-"""Interface index of the loopback in every network namespace."""
+"""The interface index of the loopback, which is the same in every network namespace."""
 
 
 @dataclass(frozen=True, slots=True)
 class HostPlan:
     """The result of `plan_hosts`.
 
-    ``interfaces``: own interfaces that must have the programs, each with its host endpoint; None: no policy applies.
-    ``wildcard``: the host endpoint for all other interfaces, if any.  ``problems``: host endpoints that are not in
-    force as written, and the reasons.
+    ``interfaces``: the host endpoint of each own interface that must have the programs, by interface index; None: no
+    policy applies there. ``wildcard``: the host endpoint of all other interfaces, None if there is none. ``problems``:
+    host endpoints that are not in force as written, each with the reason.
     """
 
     interfaces: Mapping[int, EndpointKey | None] = field(default_factory=dict)
@@ -41,20 +43,20 @@ class HostPlan:
 
     @property
     def in_force(self) -> set[EndpointKey]:
-        """Host endpoints that need rows in the kernel."""
+        """The host endpoints that need rows in the kernel's maps."""
         found = {key for key in self.interfaces.values() if key is not None}
         return found | ({self.wildcard} if self.wildcard is not None else set())
 
 
 def own_interfaces(wiring: Wiring, workloads: Collection[int]) -> set[int]:
-    """The node's own interfaces: all but the loopback and those of workloads."""
+    """Indices of the node's own interfaces: all but the loopback and workloads' interfaces."""
     return wiring.links.keys() - set(workloads) - {LOOPBACK}
 
 
 def plan_hosts(wiring: Wiring, endpoints: Iterable[Endpoint], workloads: Collection[int]) -> HostPlan:
     """Plan which host endpoint applies to each own interface.
 
-    ``endpoints``: the host endpoints of this node; ``workloads``: indices of workloads' interfaces.
+    ``endpoints``: the host endpoints of this node. ``workloads``: indices of workloads' interfaces.
     """
     own = own_interfaces(wiring, workloads)
     by_name = {wiring.links[ifindex].name: ifindex for ifindex in own}

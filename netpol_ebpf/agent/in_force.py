@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The world from which the rows in the kernel were made; it lags behind the objects while a change is rejected.
+"""The world from which the rows in the kernel were made. It lags behind the objects while a change is rejected.
 
-Invariant: `WorldInForce.world` is that of the last change that was applied whole.  Costs a reference for each object,
-not a copy.
+Invariant: `WorldInForce.world` is the world after the last change that was applied whole. The memory cost is a
+reference for each object, not a copy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from netpol_ebpf.policy.types import Changes, World
 
 @dataclass(slots=True)
 class WorldInForce:
-    """The world in force. ``world``: read-only for callers; it shares the objects of the translation."""
+    """The world in force. ``world``: read-only for callers; it shares its objects with the translated world."""
 
     world: World = field(default_factory=World)
     _awaited: Changes = field(default_factory=Changes)

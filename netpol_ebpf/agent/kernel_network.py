@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The node's network as the kernel reports it: by notifications, and on request where it sends none.
+"""The node's network as the kernel reports it.
 
-A `Follower` keeps interfaces, addresses and routes up to date by notifications.  The kernel sends none about multicast
-groups, and none about addresses in other network namespaces: both are listed at intervals.
+A `Follower` keeps interfaces, addresses and routes up to date by netlink notifications. The kernel sends no
+notifications about multicast groups, nor about addresses in other network namespaces, so both are listed at intervals.
 
-Invariant: the cost of one interface is bounded, whatever happens at its other end.  Reads only.
+Invariant: the cost of one interface is bounded, whatever happens at its other end. This module changes nothing.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
@@ -18,34 +19,38 @@ from pathlib import Path
 from netpol_ebpf.agent.cni import DEFAULT_DIR, CniResultCache
 from netpol_ebpf.agent.wiring import NOWHERE, PAIR_KINDS, Interface, Wiring
 from netpol_ebpf.apply.encode import LocalFlag, Meaning
+from netpol_ebpf.errors import PlatformError
 from netpol_ebpf.policy.types import IPAddress, IPNetwork
 from netpol_loader.host.follow import Follower
 from netpol_loader.host.links import Link, interface_towards, joined_groups
+from netpol_loader.host.netlink import NetlinkError
 from netpol_loader.host.peers import load_peer_addresses
 from netpol_loader.host.routes import LocalRoute
+from netpol_loader.host.sockets import bound_sockets
 
 STACKED_KINDS = frozenset({"vlan", "macvlan", "ipvlan"})
-"""Kinds of devices that pass packets of a lower device unchanged.
+"""Kinds of devices stacked on a lower device, whose IP packets are those of the lower device.
 
-A tunnel's underlay is no lower device in this sense.
-"""
+A tunnel is not stacked in this sense, because it encapsulates the packets."""
 GROUP = Meaning(LocalFlag.GROUP)
 IPV6 = 6
 SOLICITED = int(IPv6Address("ff02::1:ff00:0"))
 LOOPBACK_NET = ip_network("127.0.0.0/8")
 PEERS_A_LOOK = 50
-"""Most interfaces whose other ends one pass lists, so that many of them do not delay a new one; arbitrary."""
+"""Largest number of interfaces whose other ends one pass lists. The limit keeps many of them from delaying a new
+interface; the number is arbitrary."""
 GROUPS_S = 1.0
-"""Interval in seconds at which the joined multicast groups are listed; arbitrary."""
+"""Seconds between two lists of the joined multicast groups. The number is arbitrary."""
 PEERS_S = 0.25
-"""Interval in seconds of lists of an interface's other end, if it has no workload and did not change; arbitrary."""
+"""Seconds between two lists of the addresses at an interface's other end, if it has no workload and did not change. The
+number is arbitrary."""
 
 
 class KernelNetwork:
-    """`NetworkAccess` on the network namespace of this process. A context manager."""
+    """Implements `NetworkAccess` for the network namespace of this process. A context manager."""
 
     def __init__(self, plugin_results: Path | None = None) -> None:
-        """``plugin_results``: the directory of `CniResultCache`."""
+        """``plugin_results``: the directory of libcni's cache; None: the default directory."""
         self._results = CniResultCache(plugin_results or DEFAULT_DIR)
         self._gone: set[int] | None = set()
         self._born: list[Interface] = []
@@ -68,12 +73,12 @@ class KernelNetwork:
         self._follower.close()
 
     def fileno(self) -> int:
-        """A descriptor that is readable when notifications are queued."""
+        """The file descriptor of the netlink socket. It is readable when notifications are queued."""
         return self._follower.fileno()
 
     @property
     def listed_again(self) -> Mapping[str, int]:
-        """How often all interfaces and routes were listed again since the start, by reason."""
+        """How many times all interfaces and routes were listed again since the start, by reason."""
         return self._follower.listed_again
 
     @property
@@ -107,9 +112,9 @@ class KernelNetwork:
             self._gone |= {one.link.ifindex for one in news if one.is_gone}
 
     def _look_at_groups(self) -> None:
-        """List the multicast groups that the node's processes have joined: the kernel sends no notification of changes.
+        """List the multicast groups that the node's processes have joined.
 
-        Takes milliseconds.
+        The kernel does not notify of changes. A list takes milliseconds, so it is made at most every GROUPS_S.
         """
         now_s = time.monotonic()
         if now_s - self._groups_s < GROUPS_S:
@@ -120,9 +125,9 @@ class KernelNetwork:
         self._is_news = self._is_news or self._groups != before
 
     def _address_groups(self) -> set[IPAddress]:
-        """Multicast groups that interfaces join for each of their addresses, for neighbour discovery.
+        """The multicast groups that interfaces join for neighbour discovery, one for each address.
 
-        Interfaces on links without neighbour discovery join none.
+        On links without neighbour discovery, interfaces do not join them.
         """
         anycast = (one.address for one in self._follower.local_routes if one.is_single)
         return {_solicited(one) for one in (*self._follower.addresses, *anycast) if one.version == IPV6}
@@ -133,7 +138,10 @@ class KernelNetwork:
         return gone
 
     def snapshot(self, bound: Collection[int] = ()) -> Wiring:
-        """See `NodeAccess`. As of the last notifications that were read: later ones count for the next snapshot."""
+        """See `NetworkAccess`.
+
+        The snapshot has the state of the last notifications that were read, not of later ones.
+        """
         if self._version is None:
             self._read_news()
             self._look_at_groups()
@@ -156,7 +164,7 @@ class KernelNetwork:
         )
 
     def _known_links(self) -> dict[int, tuple[Link, Interface]]:
-        """All interfaces by index, each as the kernel reports it and as the agent models it."""
+        """All interfaces by index, each as (the kernel's report, the agent's model)."""
         before = self._links
         self._links = {}
         for ifindex, one in self._follower.links.items():
@@ -165,10 +173,10 @@ class KernelNetwork:
         return self._links
 
     def _look_behind(self, links: Mapping[int, tuple[Link, Interface]], bound: Collection[int]) -> None:
-        """List the addresses at the other ends of veth and netkit pairs without a workload.
+        """List the addresses at the other ends of veth and netkit pairs that have no workload.
 
-        At once for a pair that changed, otherwise every PEERS_S. Addresses behind a bound interface do not count.  The
-        cost of one interface is bounded, whatever happens at its other end.
+        A pair that changed is listed at once, any other every PEERS_S. ``bound``: interfaces with a workload, which are
+        left out. The cost of one interface is bounded, whatever happens at its other end.
         """
         now_s = time.monotonic()
         routed, uplinks = set(self._follower.host_routes.values()), self._follower.uplinks
@@ -188,6 +196,13 @@ class KernelNetwork:
         self._peer_addresses = {key: one for key, one in self._peer_addresses.items() if key in known} | found
         self._asked = {ifindex: one for ifindex, one in self._asked.items() if ifindex in peers} | asked
 
+    def bound_sockets(self) -> frozenset[tuple[int, IPAddress, int]]:
+        """See `NetworkAccess`."""
+        try:
+            return bound_sockets()
+        except NetlinkError as error:
+            raise PlatformError(f"the kernel does not list this node's sockets: {os.strerror(error.code)}") from error
+
     def interface_towards(self, address: IPAddress) -> int | None:
         """See `NetworkAccess`."""
         return interface_towards(address)
@@ -205,9 +220,9 @@ def _link(link: Link) -> Interface:
 def _meanings(
     routes: Iterable[LocalRoute], groups: Iterable[IPAddress]
 ) -> tuple[dict[IPAddress, Meaning], frozenset[IPNetwork]]:
-    """Single addresses with their roles at the node, and prefixes that are the node's own; without 127.0.0.0/8.
+    """Derive from local routes and multicast groups: the role of each single address, and prefixes of the node's own.
 
-    The program treats 127.0.0.0/8 as the node's own without a row.
+    127.0.0.0/8 is left out, because the program treats it as the node's own without a row.
     """
     found = dict.fromkeys(groups, GROUP)
     nets = set()
@@ -221,7 +236,7 @@ def _meanings(
 
 @lru_cache(maxsize=1 << 14)
 def _solicited(address: IPv6Address) -> IPv6Address:
-    """The solicited-node group of an address (RFC 4291, 2.7.1)."""
+    """The solicited-node multicast group of an address (RFC 4291, 2.7.1)."""
     return IPv6Address(SOLICITED | (int(address) & 0xFF_FFFF))
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent's loop: waits for the kernel, the source of objects and readers of the socket, and runs the agent's steps.
+"""The agent's loop: waits for the kernel, for the source of objects and for clients, and runs the agent's steps.
 
-Invariant: `AgentLoop.run_once` is bounded; `serve` is the only endless loop.
+Invariant: the time of `AgentLoop.run_once` is bounded. `serve` contains the only endless loop.
 """
 
 from __future__ import annotations
@@ -24,10 +24,16 @@ from netpol_ebpf.apply.ledger import Ledger
 
 NEWS_GAP_S = 0.05
 """Least time between two passes over all interfaces; arbitrary. New interfaces get programs without such a gap."""
+REST_FACTOR = 4
+"""After a step, changes of the source wait this many times as long as the step took, at most NEWS_GAP_S.
+
+So a busy source takes a fifth of a processor while its changes are small, and a single change waits for nothing.
+"""
 TICK_S = 0.2
-"""Longest time between two steps of the agent; arbitrary. The program wakes no process when it reports a flow."""
+"""Most seconds between two steps of the agent. Steps read flow events, which wake no process. The number is
+arbitrary."""
 RETRY_S = 5.0
-"""Interval of attempts to create the socket; arbitrary."""
+"""Seconds between two attempts to create the socket. The number is arbitrary."""
 log = logging.getLogger("netpol-agent")
 
 
@@ -50,11 +56,15 @@ class AgentLoop:
     _is_ready: bool = False
     _is_told: bool = False
     _stepped_s: float = -math.inf
+    _rested_s: float = -math.inf  # changes of the source wait until then
     _is_news: bool = False
     _opened_s: float = -math.inf
 
     def open(self) -> None:
-        """Open the control socket, or try again later if the file system has no room for it. Raises PlatformError."""
+        """Open the control socket.
+
+        If the file system has no room for it, a later pass tries again. Raises PlatformError.
+        """
         self._opened_s = self.clock()
         try:
             self.control_socket.open()
@@ -65,13 +75,12 @@ class AgentLoop:
             )  # fmt: skip
 
     def run_once(self, wake: int) -> None:
-        """Wait until there is work, or ``wake`` is readable, and do the work."""
+        """Wait until there is work or ``wake`` is readable, then do the work."""
         from netpol_ebpf.agent import report
         from netpol_ebpf.apply.events import FlowEvent
 
         readable, writable = self.control_socket.descriptors()
-        # Before the start interfaces stay as they are: the state of an earlier agent is in force.
-        network = self.node.network.fileno() if self.agent.is_started else None
+        network = self.node.network.fileno()
         barrier = self.node.barrier.fileno() if self.agent.is_started else None
         objects = self.agent.source.fileno()
         readable += [one for one in (wake, network, barrier, objects) if one is not None]
@@ -92,6 +101,8 @@ class AgentLoop:
             self.control_socket.publish(report.flow(self.agent, flow) for flow in flows)
             self.ledger.try_again()
             self.note_progress()
+            ended_s = self.clock()
+            self._rested_s = ended_s + min(NEWS_GAP_S, REST_FACTOR * (ended_s - self._stepped_s))
         if not self.control_socket.is_open and self.clock() >= self._opened_s + RETRY_S:
             self.open()
         self.control_socket.poll()
@@ -110,20 +121,16 @@ class AgentLoop:
             self.when_in_force()
 
     def _wait_s(self) -> float:
-        """Seconds until the next step; 0 if it is due.
-
-        NEWS_GAP_S applies to the source too, so that a busy source cannot starve everything else.
-        """
+        """Seconds until the next step; 0 if it is due."""
         now_s = self.clock()
-        soonest_s = self._stepped_s + NEWS_GAP_S - now_s
         if self._is_news:
-            return max(0.0, soonest_s)
+            return max(0.0, self._stepped_s + NEWS_GAP_S - now_s)
         tick_s, source_s = self._stepped_s + TICK_S - now_s, float(self.agent.source.wait_s())
-        return max(0.0, min(tick_s, max(soonest_s, source_s)))
+        return max(0.0, min(tick_s, max(self._rested_s - now_s, source_s)))
 
 
 def serve(loop: AgentLoop) -> None:
-    """Run steps and answers until a signal ends the loop: the endless loop."""
+    """Run passes of the loop until a signal ends it."""
     loop.open()
     loop.note_progress()
     try:
@@ -140,7 +147,10 @@ def serve(loop: AgentLoop) -> None:
 
 @contextlib.contextmanager
 def wakened_by(*signals: signal.Signals) -> Iterator[tuple[list[int], int]]:
-    """A list that receives signals, and a descriptor that becomes readable with each."""
+    """Receive signals within the context: (list of received signals, file descriptor).
+
+    The descriptor becomes readable with each signal.
+    """
     received: list[int] = []
     reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     before = {number: signal.signal(number, lambda number, _frame: received.append(number)) for number in signals}

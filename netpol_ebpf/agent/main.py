@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`netpol-agent`: enforces the policies of a cluster, or of a directory of manifests, on the workloads of this node.
 
-Enforcement continues when the agent ends, by whatever signal; the next agent takes it over.  `netpolctl cleanup` ends
-enforcement.
-
-Invariant: everything that can fail at start has failed, with one line, before any packet is judged differently.
+Enforcement continues when the agent ends, by whatever signal; the next agent takes over. `netpolctl cleanup` ends
+enforcement. Invariant: all that can fail at the start is tried before any verdict changes; a failure is reported in one
+line.
 """
 
 from __future__ import annotations
@@ -36,17 +35,17 @@ from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, Un
 from netpol_ebpf.terminal import LOG_FORMATS, escaped, log_to_standard_error, paragraph, say
 
 DEFAULT_STATE_DIR = Path("/run/netpol-ebpf")
-"""Default state directory. On a tmpfs, like the pins: both are gone after a reboot."""
+"""Default state directory. It is on a tmpfs, so a reboot removes it, as it removes the pins."""
 TUNNEL_PROTOCOLS = {"udp": 17, "ipip": 4, "ip6": 41, "gre": 47}
-"""IP protocols that may carry other packets, by their names in --tunnel."""
+"""IP protocols that can carry other packets, by their names in --tunnel."""
 BARRIER_MARKS = "0x20,0x40,0x10"
-"""Default mark bits of the barrier, which no other known software uses; ADR 13."""
+"""Default mark bits of the second barrier. No other known software uses them (ADR 13)."""
 WORKLOAD_TO_HOST = {"allow": "allow", "deny": "deny", "policy": "pass"}
-"""Values of --workload-to-host, as values of `netpol_ebpf.policy.types.Action`."""
+"""Maps each value of --workload-to-host to a value of `netpol_ebpf.policy.types.Action`."""
 MOST_ENTRIES = 0xFFFF_FFFF
-"""Most entries of a map: the kernel has 32 bits for the number, and would drop upper bits of a larger one."""
+"""Largest max_entries of a map. The kernel has 32 bits for it, and would drop the upper bits of a larger number."""
 PRIVATE_UMASK = 0o077
-"""Umask of everything that the agent creates: access for others is granted explicitly."""
+"""Umask for everything that the agent creates. Access for other users is granted explicitly."""
 IN_USE_HINT = "Stop it, or give this one a --state-dir and a --pin-root of its own."
 LOCK_NAME = "lock"
 LEDGER_NAME = "numbers"
@@ -59,7 +58,7 @@ log = logging.getLogger("netpol-agent")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+    """Build the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="netpol-agent",
         description="Enforce the network policies of a cluster, or of a directory of manifests, on the workloads of this node.",
@@ -291,7 +290,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def claimed(pin_root: Path) -> Iterator[None]:
-    """Create a pin root and hold its lock: only one agent or `netpolctl cleanup` can use it at a time.
+    """Create a pin root and hold its lock, so that only one agent or `netpolctl cleanup` uses it.
 
     Raises PlatformError.
     """
@@ -309,7 +308,7 @@ def claimed(pin_root: Path) -> Iterator[None]:
 
 
 def open_to_group(state_dir: Path, pin_root: Path, group: int | None) -> None:
-    """Give the group access to the socket in the state directory, and to nothing else there. Raises PlatformError."""
+    """Let members of the group enter the state directory, to connect to the socket there. Raises PlatformError."""
     from netpol_loader.pins import access
 
     try:
@@ -371,7 +370,7 @@ def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) 
 
 
 def waits_of(agent: Any, clock: Callable[[], float] = time.monotonic) -> dict[str, Callable[[Mapping[str, Any]], Wait]]:
-    """The operations of the CNI plugin, by name; the agent's own loop answers them. ``clock``: seconds."""
+    """The operations of the CNI plugin, and ``release``, by name; the agent's own loop answers them. ``clock``: seconds."""
     from netpol_ebpf.agent.handover import parse_attach
 
     def attach(request: Mapping[str, Any]) -> Wait:
@@ -394,7 +393,15 @@ def waits_of(agent: Any, clock: Callable[[], float] = time.monotonic) -> dict[st
             raise UnreachableError(agent.problems[-1].message, hint="Try again.")
         return IN_FORCE
 
-    return {"attach": attach, "ready": lambda _request: is_ready}
+    def release(request: Mapping[str, Any]) -> Wait:
+        kind, is_trial = request.get("kind"), request.get("dry_run")
+        if not isinstance(kind, str) or not isinstance(is_trial, bool):
+            raise UsageError("a release names a kind, and says whether it is a dry run")
+        names = agent.release(kind, is_trial=is_trial)
+        rejected = agent.rejected.problem if agent.is_started and not is_trial else None
+        return lambda: {"released": list(names), "rejected": None if rejected is None else rejected.message}
+
+    return {"attach": attach, "ready": lambda _request: is_ready, "release": release}
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Problems for other parties' programs on the node's interfaces that may let packets bypass policy.
+"""Problems for programs that other software attached to the node's interfaces, if packets may bypass policy by them.
 
-Invariant: a program that only counts, passes or drops packets behind ours is no problem; a program that cannot be
-examined never counts as harmless.  Reads nothing from the kernel.
+Invariant: a program that runs after ours and only counts, passes or drops packets is no problem. A program that cannot
+be examined never counts as harmless. This module reads nothing from the kernel.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ SAID: dict[tuple[bool, Reach], tuple[str, str, str]] = {
         REDIRECT, "warning", "cannot tell whether programs of others redirect packets past policy: {}; " + WHY_UNKNOWN,
     ),
 }  # fmt: skip
-"""(kind of problem, severity, message) by whether the program is an XDP program and by its `Reach`."""
+"""The problem of a program, as (slug, severity, message), by whether it is an XDP program and by its `Reach`."""
 FIRST = (OVERTAKEN, "error", "programs of others run before policy, which does not see what they let pass: {}")
 SHOWN = 10
-"""Largest number of programs named in a message; arbitrary."""
+"""Largest number of programs that a message names. The number is arbitrary."""
 
 
 def problems_of(found: Iterable[Other], name_of: Callable[[int], str]) -> list[Problem]:
-    """One problem for each kind of finding, with all its programs. ``name_of``: name of an interface by its index."""
+    """The problems for the programs ``found``. Programs with the same problem share one message.
+
+    ``name_of``: returns the name of an interface by its index.
+    """
     told: dict[tuple[str, str, str], list[str]] = {}
     for one in found:
         said = _said(one)

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows and programs of the node's own interfaces, and the node's addresses in the maps.
+"""Writes rows and attaches programs for the node's own interfaces, and writes the node's addresses into the maps.
 
-Both serve host endpoints and services.  `netpol_ebpf.agent.hosts` plans which interfaces have the programs, and which
-host endpoint applies to each; this module executes the plan.
+Host endpoints and services need both. `netpol_ebpf.agent.hosts` plans which interfaces have the programs and which host
+endpoint applies to each; this module executes the plan.
 
-Invariants: an own interface has its row before it has the programs, and keeps the row as long as the programs, since
-the programs deny everything on an interface without a row; the programs defer verdicts on packets to services only
-while every exit has them; while an exit cannot have them, packets of workloads to services are denied.
-
-Must not touch workloads' interfaces.
+Invariants: an own interface has its row before it has the programs, and keeps the row as long as the programs, because
+the programs deny everything on an interface without a row. The programs defer verdicts on packets to services only
+while every interface by which packets can leave has the programs. While the programs cannot be attached to one of them,
+packets from workloads to services are denied. This module does not touch workloads' interfaces.
 """
 
 from __future__ import annotations
@@ -31,15 +30,16 @@ from netpol_loader import abi
 log = logging.getLogger(__name__)
 
 HOST_BINDING = Binding(NOWHERE, EndpointKind.HOST)
-"""The binding of every host endpoint in force, without an interface: `HostPlan` has the interfaces."""
+"""The binding of every host endpoint in force. It names no interface, because `HostPlan` has the interfaces."""
 
 
 @dataclass(frozen=True, slots=True)
 class HostPolicyInputs:
     """The inputs of host policy that are in force on the node's own interfaces.
 
-    They are: host endpoints with their numbers; services; and the addresses of all nodes with the nodes' numbers (0:
-    none). They are kept apart from the objects and the compiler's tables, which are newer while a change is rejected.
+    ``hosts``: host endpoints; ``numbers``: their numbers; ``vips``: services; ``nodes``: addresses of all nodes, each
+    with the node's number, 0 for none. These are kept besides the objects and the compiler's tables, which are newer
+    while a change is rejected.
     """
 
     hosts: Mapping[EndpointKey, Endpoint] = field(default_factory=dict)
@@ -49,9 +49,9 @@ class HostPolicyInputs:
 
     @classmethod
     def of(cls, world: World, tables: CompiledTables, node: str | None) -> HostPolicyInputs:
-        """Derive the inputs from the objects and the tables compiled from them.
+        """Derive the inputs from the objects and from the tables compiled from them.
 
-        ``node``: this node's name; None: not known.
+        ``node``: the name of this node; None: not known.
         """
         rows = tables.endpoints
         hosts = {key: one for key, one in world.endpoints.items() if one.kind is EndpointKind.HOST and key in rows}
@@ -60,9 +60,11 @@ class HostPolicyInputs:
         return cls(hosts, {key: rows[key].number for key in hosts}, vips, nodes)
 
     def without_removed(self, after: HostPolicyInputs) -> HostPolicyInputs:
-        """These inputs without host endpoints that ``after`` lacks: interfaces lose them before their rows are removed.
+        """These inputs without host endpoints that ``after`` lacks.
 
-        Nodes have their old and new addresses, since rows of their workloads are written in between.
+        With them interfaces lose such host endpoints before the rows of the host endpoints are removed. Nodes have
+        their old and their new addresses, because rows of their workloads are written in between. Services are those of
+        ``after``.
         """
         staying = {key: after.hosts[key] for key in self.hosts if key in after.hosts}
         return HostPolicyInputs(staying, self.numbers, after.vips, {**self.nodes, **after.nodes})
@@ -70,9 +72,10 @@ class HostPolicyInputs:
 
 @dataclass(frozen=True, slots=True)
 class InitialState:
-    """The first content of a new set of maps.
+    """The initial content of a new set of maps.
 
-    ``surroundings``: the node's addresses before every exit has the programs; ``complete``: the same afterwards.
+    ``surroundings``: the addresses to write before the programs are on every interface by which packets can leave.
+    ``complete``: the addresses to write afterwards.
     """
 
     inputs: HostPolicyInputs
@@ -82,20 +85,20 @@ class InitialState:
 
     @property
     def bindings(self) -> dict[EndpointKey, Binding]:
-        """Bindings of the host endpoints in force."""
+        """The bindings of the host endpoints in force."""
         return dict.fromkeys(self.plan.in_force, HOST_BINDING)
 
 
 class OwnInterfaces:
     """The own interfaces under policy.
 
-    `initial_state` and `take_over` fill the first maps; `place` and `reconcile` change the maps in force. ``inputs``:
-    the present inputs; the caller that changes them must call `place` or `reconcile`.  ``no_room``: why the maps lack
-    desired rows; ``no_exit``: why packets to services are denied.
+    `initial_state` and `take_over` fill the first maps. `place` and `reconcile` change the maps in force. ``inputs``:
+    the present inputs; after changing them the caller must call `place` or `reconcile`. ``no_room``: the problem that
+    the maps lack room for desired rows, or None. ``no_exit``: the problem that packets to services are denied, or None.
     """
 
     def __init__(self, node: str | None, attachments: Attachments, tunnels: Collection[tuple[int, int]] = ()) -> None:
-        """``node``: the node's name; None: host endpoints are recognised as this node's by their addresses.
+        """``node``: the name of this node; None: a host endpoint is this node's if the node has one of its addresses.
 
         ``tunnels``: tunnels that nodes decapsulate from any sender, besides those of this node's devices.
         """
@@ -110,20 +113,20 @@ class OwnInterfaces:
 
     @property
     def interfaces(self) -> Collection[int]:
-        """Own interfaces that must have the programs."""
+        """Indices of the own interfaces that must have the programs."""
         return self._plan.interfaces.keys()
 
     @property
     def plan(self) -> HostPlan:
-        """The own interfaces under policy, each with its host endpoint; read-only for callers."""
+        """The plan in force: the own interfaces under policy, each with its host endpoint. Read-only for callers."""
         return self._plan
 
     def problems(
         self, endpoints: Mapping[EndpointKey, Endpoint], locate: Callable[[EndpointKey], Location]
     ) -> Iterator[Problem]:
-        """Problems of host endpoints and services that are not in force as written.
+        """The problems of host endpoints and services that are not in force as written.
 
-        ``endpoints``: by key, as in the objects.
+        ``endpoints``: all endpoints of the objects. ``locate``: returns the file and line of an endpoint.
         """
         for key, message in self._plan.problems.items():
             yield _warning(key, message, locate)
@@ -140,9 +143,9 @@ class OwnInterfaces:
     def initial_state(
         self, inputs: HostPolicyInputs, wiring: Wiring, workloads: Collection[int], bearing: Collection[int]
     ) -> InitialState:
-        """The required content of a new set of maps.
+        """Compute the initial content of a new set of maps.
 
-        ``bearing``: interfaces with programs, of this set or an older one.
+        ``bearing``: interfaces to which programs are attached, with this set of maps or an older one.
         """
         plan = self._planned(inputs, wiring, workloads)
         own = own_interfaces(wiring, workloads)
@@ -153,14 +156,17 @@ class OwnInterfaces:
     def take_over(
         self, initial: InitialState, maps: Mapping[str, KernelMap], applier: Applier, surroundings: SurroundingsWriter
     ) -> None:
-        """Use maps that were filled with ``initial`` and are in force now, and their writers, from now on."""
+        """Use a new set of maps, with its writers, from now on.
+
+        The maps were filled with ``initial`` and are in force.
+        """
         self.inputs, self._plan = initial.inputs, initial.plan
         self._in_force = maps, applier, surroundings
 
     # --- the maps in force ------------------------------------------------------------------------------------------
 
     def require_room(self, inputs: HostPolicyInputs, wiring: Wiring, workloads: Collection[int]) -> None:
-        """Raise MapFullError when the maps have no room for the inputs."""
+        """Raise MapFullError if the maps in force have no room for the inputs."""
         if inputs == self.inputs:
             return
         maps, _, surroundings = self._writers()
@@ -171,7 +177,7 @@ class OwnInterfaces:
             raise too_small("np_host", size, hosts)
 
     def reconcile(self, wiring: Wiring, workloads: Collection[int]) -> None:
-        """Bring rows, programs and addresses to the desired state; a failure becomes a problem.
+        """Bring rows, programs and addresses to the desired state. A failure is reported as a problem.
 
         ``workloads``: interfaces of workloads; all others are the node's own.
         """
@@ -189,7 +195,7 @@ class OwnInterfaces:
             self.no_room = problem
 
     def place(self, wiring: Wiring, workloads: Collection[int]) -> None:
-        """Write rows, then attach programs, on all interfaces of the plan; detaches no programs.
+        """Write the rows of all interfaces of the plan, then attach the programs to them. Detaches no programs.
 
         Raises MapFullError.
         """
@@ -223,7 +229,7 @@ class OwnInterfaces:
         return self._in_force
 
     def _planned(self, inputs: HostPolicyInputs, wiring: Wiring, workloads: Collection[int]) -> HostPlan:
-        """Plan which own interfaces are under policy."""
+        """Plan which own interfaces are under policy, and their host endpoints."""
         hosts = list(inputs.hosts.values())
         if self._node is None:
             hosts = [one for one in hosts if any(address in wiring.addresses for address in one.addresses)]
@@ -240,8 +246,8 @@ class OwnInterfaces:
     ) -> Surroundings:
         """The node's addresses and services for the maps. ``bearing``: own interfaces that must have rows.
 
-        Service addresses are included only if every exit has the programs, or is known to lack them: until then the
-        program judges packets to services like all others.
+        Service addresses are included only if every interface by which packets can leave has the programs, or is known
+        to lack them. Until then the program evaluates packets to services like all other packets.
         """
         are_exits_known |= plan.interfaces.keys() <= self._attachments.interfaces or self.no_exit is not None
         interfaces = {}
@@ -261,7 +267,7 @@ class OwnInterfaces:
         )
 
     def _write(self, wiring: Wiring, workloads: Collection[int], bearing: Collection[int]) -> None:
-        """Write rows of the own interfaces among ``bearing``, and of no other interface."""
+        """Write the rows of the own interfaces in ``bearing`` and the node's addresses; remove all other such rows."""
         _, applier, surroundings = self._writers()
         rows = (("np_endpoint", endpoint_key(one.ifindex)) for one in applier.bindings.values())
         own = own_interfaces(wiring, workloads) & set(bearing)
@@ -272,10 +278,12 @@ class OwnInterfaces:
 
 
 def _is_outside(link: Interface) -> bool:
-    """Whether packets from an own interface come from outside the node. ``link``: not stacked on another device.
+    """Whether packets that an own interface receives come from outside the node.
 
-    Not for a bridge, since its ports have judged the packet, nor for a veth pair with both ends in the node, since the
-    packet left the node's stack there.
+    ``link``: the lowest of stacked devices.
+
+    They do not for a bridge, because its ports have already evaluated the packet. They do not for a veth pair with both
+    ends in this namespace, because the node itself sent the packet into the pair.
     """
     is_inner = link.kind in PAIR_KINDS and link.peer is None
     return link.kind != BRIDGE_KIND and not is_inner

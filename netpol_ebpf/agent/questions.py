@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers `netpolctl explain` in the agent: from the objects in force on this node, with the agent's settings.
+"""Answers `netpolctl explain` in the agent, from the objects in force on this node and the agent's settings.
 
-Invariant: if this node enforces anything else than policy alone, or if its behaviour is unknown, the question is
-rejected with the reason.  Reads only; runs in a child of the agent.
+Invariant: a question is rejected with the reason if something besides policy decides on this node, or if the node's
+behaviour is unknown. This module only reads; it runs in a child process of the agent.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from netpol_ebpf.analysis.explanation import explain, parse_engine, parse_reques
 from netpol_ebpf.cases.engines import open_engine
 from netpol_ebpf.cases.runner import Cast
 from netpol_ebpf.errors import InvalidInputError
-from netpol_ebpf.policy.journey import FlowEnd, FlowEndKind, Journey, Topology
+from netpol_ebpf.policy.journey import Flow, FlowEnd, FlowEndKind, Journey, Topology
 from netpol_ebpf.policy.types import (
     ICMP,
     ICMPV6,
@@ -33,12 +33,15 @@ from netpol_ebpf.policy.types import (
 
 BROADCAST = ip_address("255.255.255.255")
 ICMP_ERRORS = frozenset({*((ICMP, kind) for kind in (3, 4, 5, 11, 12)), *((ICMPV6, kind) for kind in (1, 2, 3, 4))})
-"""ICMP types of errors, which are about another packet (bpf/np_parse.h)."""
+"""(protocol, type) of ICMP errors, which report on another packet (bpf/np_parse.h)."""
 STATUS_HINT = "`netpolctl status` says what is in the way."
 
 
 def answer_question(agent: Agent, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Answer one question of ``explain``. ``ways``: see `netpol_ebpf.analysis.explanation.explain`. Raises NetpolError."""
+    """Answer one ``explain`` request. Raises NetpolError.
+
+    The field ``ways`` of the answer is the result of `netpol_ebpf.analysis.explanation.explain`.
+    """
     probe, name = parse_request(request), parse_engine(request)
     if (probe.protocol, probe.icmp_type) in ICMP_ERRORS:
         raise InvalidInputError(
@@ -56,7 +59,7 @@ def answer_question(agent: Agent, request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class NodeTopology(Topology):
-    """Topology of this node: addresses, devices and interfaces.
+    """The topology of the policy model, with this node's addresses, devices and interfaces added.
 
     A packet passes the interface by which the node would send to the packet's other end.
     """
@@ -67,6 +70,7 @@ class NodeTopology(Topology):
         self._agent = agent
         self._takes = agent.interfaces.wiring.tunnels | agent.settings.tunnels
         self._own = frozenset(agent.interfaces.wiring.addresses)
+        self._bound: frozenset[tuple[int, IPAddress, int]] | None = None  # read if an answer depends on it
 
     def locate(self, address: IPAddress) -> FlowEnd:
         """See `Topology`."""
@@ -74,6 +78,19 @@ class NodeTopology(Topology):
         if place.kind is FlowEndKind.OUTSIDE and address in self._own and self._agent.settings.node is not None:
             return FlowEnd(FlowEndKind.HOST, node=self._agent.settings.node)
         return place
+
+    def is_bound(self, flow: Flow) -> bool:
+        """See `Topology`. A sender on another node meets that node's translation, which is not known here.
+
+        Raises PlatformError if the kernel does not list the node's sockets.
+        """
+        packet = flow.packet
+        source = flow.source or self.locate(packet.source)
+        if packet.destination not in self._own or source.node not in (None, self._agent.settings.node):
+            return False
+        if self._bound is None:
+            self._bound = self._agent.interfaces.bound_sockets()
+        return (packet.protocol, packet.destination, packet.destination_port) in self._bound
 
     def is_tunnelled(self, packet: Packet) -> bool:
         """See `Topology`."""
@@ -95,7 +112,7 @@ class NodeTopology(Topology):
 
 
 def _enforced(agent: Agent) -> World:
-    """The world in force, without this node's host endpoints that apply to no interface here."""
+    """The world in force, without host endpoints of this node that apply to none of its interfaces."""
     world, here = agent.objects.world_in_force, agent.own_interfaces.plan.in_force
 
     def is_absent(key: EndpointKey) -> bool:
@@ -106,9 +123,9 @@ def _enforced(agent: Agent) -> World:
 
 
 def _require_enforced(agent: Agent, journey: Journey) -> None:
-    """Raise an error if the answer depends on policy that this node does not enforce.
+    """Raise InvalidInputError if the answer depends on policy that this node does not enforce.
 
-    Also if the node currently denies all packets of workloads to services.
+    The same holds if the node currently denies all packets of workloads to services, and the journey is to a service.
     """
     no_exit = agent.own_interfaces.no_exit
     for key in dict.fromkeys(question.endpoint for question in journey.questions()):
@@ -120,7 +137,7 @@ def _require_enforced(agent: Agent, journey: Journey) -> None:
 
 
 def _unenforced(agent: Agent, key: EndpointKey) -> str:
-    """Why this node does not enforce the policy of an endpoint; "": it does, or the endpoint is on another node."""
+    """Why this node does not enforce an endpoint's policy; "" if it does, or if the endpoint is on another node."""
     own = agent.own_interfaces.plan.interfaces
     bearing = {ifindex for ifindex, one in own.items() if one == key}
     binding = agent.enforcement.applier.bindings.get(key)

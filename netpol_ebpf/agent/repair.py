@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Repair: restores programs, pins, rows and tables that another program changed.
+"""Restores programs, pins, rows and tables that another program changed.
 
-Other parties' programs that may let packets bypass policy are reported and stay: two programs that each insist on
-running first would replace each other for ever.
+Other software's programs that may let packets bypass policy are reported but not removed: two programs that each insist
+on running first would replace each other for ever.
 
-Invariants: counters only grow, and every count has its line in the log; rows are compared only with tables that are in
-force.
+Invariants: counters only grow, and for every count there is a line in the log. Rows are compared only with tables that
+are in force.
 """
 
 from __future__ import annotations
@@ -26,22 +26,25 @@ from netpol_loader.pins.drift import Drift, PartlyMendedError
 log = logging.getLogger(__name__)
 
 AUDIT_S = 1.0
-"""Interval in seconds of checks of programs, pins and the next part of the rows; arbitrary."""
+"""Seconds between two checks of programs, pins and the next part of the rows. The number is arbitrary."""
 ROUND_S = 5.0
-"""Least time in seconds between the starts of two rounds through all rows; arbitrary."""
+"""Least seconds between the starts of two rounds through all rows. The number is arbitrary."""
 REMEMBERED = 20
-"""Most repairs that `status` shows; arbitrary."""
+"""Largest number of repairs that `status` shows. The number is arbitrary."""
 
 
 @dataclass(slots=True)
 class DriftLog:
-    """Log of repaired drift. ``recent``: (seconds of the agent's clock, the repair), oldest first."""
+    """Log of repaired drift.
+
+    ``counts``: the number of repairs by kind. ``recent``: (time in seconds, repair), oldest first.
+    """
 
     counts: Counter[str] = field(default_factory=Counter)
     recent: deque[tuple[float, Drift]] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
 
     def note(self, found: Iterable[Drift], now_s: float) -> None:
-        """Count and log a repair."""
+        """Count and log repairs that were made."""
         for drift in found:
             self.counts[drift.kind] += 1
             self.recent.append((now_s, drift))
@@ -49,7 +52,7 @@ class DriftLog:
 
 
 class Repair:
-    """Repairs drift. Call `step` in every step of the agent. ``drift``: log of the repairs."""
+    """Finds and repairs drift. The agent's main loop calls `step` once in each pass. ``drift``: the log of repairs."""
 
     def __init__(
         self,
@@ -60,7 +63,7 @@ class Repair:
         name_of: Callable[[int], str],
         clock: Callable[[], float],
     ) -> None:
-        """``name_of``: the name of an interface.  ``clock``: seconds."""
+        """``name_of``: returns the name of an interface by its index. ``clock``: returns the time in seconds."""
         self.drift = DriftLog()
         self._node = node
         self._enforcement = enforcement
@@ -74,24 +77,26 @@ class Repair:
 
     @property
     def other_programs(self) -> Sequence[Problem]:
-        """Problems for other parties' programs that may let packets bypass policy, as last seen."""
+        """Problems for other software's programs that may let packets bypass policy, as the last check found them."""
         return self._other_programs
 
     @property
     def failure(self) -> Problem | None:
-        """The problem that the last repair failed; None: it did not."""
+        """The failure of the last repair; None if it succeeded."""
         return self._failure
 
     @property
     def rounds(self) -> int:
-        """Number of completed rounds; each compares every row in force."""
+        """The number of completed rounds. A round compares every row in force with its desired content."""
         audit = self._enforcement.audit
         return 0 if audit is None else audit.rounds
 
     def step(self) -> bool:
-        """Restore state that the kernel reported as changed and, every AUDIT_S, all other drift.
+        """Restore what the kernel reported as changed.
 
-        Each audit compares the next part of the rows. Returns whether this step made an audit.
+        Once every AUDIT_S, also check for all other drift and restore it.
+
+        Each check compares the next part of the rows. Returns whether this call made a check.
         """
         now_s = self._clock()
         self.drift.note(self._barrier.restore_reported(), now_s)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The agent's state as plain values: the data of `netpolctl status` and `netpolctl get`.
 
-Invariant: only facts that the agent holds or reads from the maps in force; nothing is computed for the reader.  Field
-names are stable: scripts read them.
+Invariant: every value is a fact that the agent knows or reads from the maps in force. Field names never change between
+versions, because scripts read them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WAITING = 100
 CAUSES = 3
 """Most causes that a failed readiness check names; arbitrary."""
 CONNECTIONS = 10_000
-"""Connections shown; arbitrary: some megabytes of answer."""
+"""Most connections that are reported. The number is arbitrary: they make an answer of some megabytes."""
 CONNECTION_TABLES = (
     *((name, "established") for name in abi.UNREPLIED_VIEWS),
     *((name, "unreplied") for name in abi.UNREPLIED_VIEWS.values()),
@@ -47,8 +47,8 @@ def status(
 ) -> dict[str, Any]:
     """The agent's whole state, for `netpolctl status`.
 
-    ``place``: facts about the agent's process, and the directories of its options, by name; ``others``: further
-    problems. ``listed_again``: see `KernelNode`.
+    ``place``: facts about the agent's process and directories, by field name, which are added to the result.
+    ``others``: further problems. ``listed_again``: see `KernelNetwork.listed_again`.
     """
     world = agent.objects.world
     endpoints = local_endpoints(agent)
@@ -63,7 +63,7 @@ def status(
         "sources": sources(agent),
         "objects": {
             "policies": len(world.policies),
-            "endpoints": len(world.endpoints),
+            "endpoints": len(world.endpoints) - len(agent.closed.keys),
             "local_endpoints": len(endpoints),
             "enforced_endpoints": sum(one["state"] == "enforced" for one in endpoints),
             "skipped": dict(agent.source.skipped),
@@ -94,7 +94,10 @@ def status(
 
 
 def waiting(agent: Agent, place: Mapping[str, Any], others: Iterable[Problem] = ()) -> dict[str, Any]:
-    """The state of an agent that has put nothing in force yet. ``waiting``: the reason. Arguments as for `status`."""
+    """The state of an agent that has put no policy in force yet. The field ``waiting`` says why.
+
+    The arguments are those of `status`.
+    """
     return {
         "version": __version__,
         "node": agent.settings.node,
@@ -107,12 +110,12 @@ def waiting(agent: Agent, place: Mapping[str, Any], others: Iterable[Problem] = 
 
 
 def sources(agent: Agent) -> list[dict[str, Any]]:
-    """See `Source.report`."""
+    """The state of each source; see `Source.report`."""
     return [dict(one) for one in agent.source.report()]
 
 
 def flow(agent: Agent, event: FlowEvent) -> dict[str, Any]:
-    """A flow event, with the endpoints at both ends, and the file and line of the rule that decided."""
+    """A flow event as plain values, with the owners of both addresses, and file and line of the rule that decided."""
     plain = event.as_dict()
     if event.packet is not None:
         plain["source_name"] = agent.objects.owner_of(event.packet.source)
@@ -123,7 +126,7 @@ def flow(agent: Agent, event: FlowEvent) -> dict[str, Any]:
 
 
 def problem(one: Problem) -> dict[str, Any]:
-    """A problem, with its file and line."""
+    """A problem as plain values, with its file and line."""
     return {
         "severity": one.severity,
         "slug": one.slug,
@@ -136,9 +139,12 @@ def problem(one: Problem) -> dict[str, Any]:
 
 
 def local_endpoints(agent: Agent) -> list[dict[str, Any]]:
-    """Local workloads and their interfaces. ``state``: enforced, or waiting for an interface."""
+    """The local workloads and their interfaces. ``state``: "enforced", or "waiting" for an interface."""
     found = []
-    for endpoint in sorted(agent.objects.local.values(), key=lambda one: one.key):
+    closed = agent.closed.keys
+    for endpoint in sorted(
+        (one for key, one in agent.objects.local.items() if key not in closed), key=lambda one: one.key
+    ):
         binding = agent.enforcement.applier.bindings.get(endpoint.key)
         row = agent.enforcement.tables.endpoints.get(endpoint.key)
         found.append({
@@ -158,7 +164,10 @@ def local_endpoints(agent: Agent) -> list[dict[str, Any]]:
 
 
 def evidence(agent: Agent, key: EndpointKey) -> str | None:
-    """The evidence for a workload's interface; "address (weak)" if the workload could have influenced the evidence."""
+    """The name of the evidence for a workload's interface; None without an interface.
+
+    "address (weak)" is evidence that the workload itself could have made.
+    """
     found = agent.interfaces.evidence.get(key)
     if found is None:
         return None
@@ -166,11 +175,14 @@ def evidence(agent: Agent, key: EndpointKey) -> str | None:
 
 
 def interfaces(agent: Agent) -> list[dict[str, Any]]:
-    """Interfaces with programs.
+    """The interfaces with the programs.
 
-    ``state``: enforced; own (the node's); or closed (a workload's, of an unknown workload).
+    ``state``: "enforced" with a workload's row, "own" for the node's own interfaces, or "closed" for a workload's
+    interface whose workload is not known.
     """
-    owners = {binding.ifindex: str(key) for key, binding in agent.enforcement.applier.bindings.items()}
+    closed = agent.closed.keys
+    bindings = agent.enforcement.applier.bindings.items()
+    owners = {binding.ifindex: str(key) for key, binding in bindings if key not in closed}
     found = []
     for ifindex in sorted(agent.attachments.interfaces):
         state = "enforced" if ifindex in owners else "own" if ifindex in agent.own_interfaces.interfaces else "closed"
@@ -181,15 +193,15 @@ def interfaces(agent: Agent) -> list[dict[str, Any]]:
 
 
 def name_of(agent: Agent, ifindex: int) -> str | None:
-    """An interface's name, None when it is gone."""
+    """The name of an interface; None if the interface no longer exists."""
     link = agent.interfaces.wiring.links.get(ifindex)
     return None if link is None else link.name
 
 
 def rules(agent: Agent, maps: Mapping[str, KernelMap]) -> list[dict[str, Any]]:
-    """Rules in force, with the packets and bytes that they decided since the counters were made.
+    """The rules in force, with the packets and bytes that they decided since their counters were made.
 
-    ``staged_packets``: packets judged by policy that the rule would decide if staged policies were enforced.
+    ``staged_packets``: the packets that the rule would decide if staged policies were enforced.
     """
     counted, staged = maps["np_rule_count"], maps["np_staged_count"]
     found = []
@@ -279,7 +291,7 @@ def connection_counts(maps: Mapping[str, Any]) -> dict[str, dict[str, int]]:
 
 
 def identities(agent: Agent) -> list[dict[str, Any]]:
-    """Identities and the addresses and prefixes that have them."""
+    """The identities in force, with the addresses and prefixes that have each identity."""
     members: dict[int, list[str]] = {}
     for address, row in agent.enforcement.tables.addresses.items():
         members.setdefault(row.identity, []).append(str(address))
@@ -292,10 +304,11 @@ def identities(agent: Agent) -> list[dict[str, Any]]:
 
 
 def connections(agent: Agent, maps: Mapping[str, KernelMap]) -> dict[str, Any]:
-    """Rows of the connection tables, at most `CONNECTIONS`.
+    """The rows of the connection tables, at most `CONNECTIONS`.
 
-    Expired rows are included until another connection needs their slot. ``more``: how many are left out.  ``form``:
-    established, or unreplied while no reply was seen.  ``rule`` None: exempt, or judged elsewhere.
+    A row whose time-out has passed is included until another connection takes its slot. ``more``: how many rows are
+    left out. ``form``: "established", or "unreplied" if no reply was seen so far. ``rule`` is None if the connection is
+    exempt or was judged elsewhere.
     """
     endpoints = {row.number: str(key) for key, row in agent.enforcement.tables.endpoints.items()}
     states = {number: state for state, number in STATES.items()}
@@ -337,7 +350,7 @@ def connections(agent: Agent, maps: Mapping[str, KernelMap]) -> dict[str, Any]:
 
 
 def reason_counts(counted: KernelMap) -> dict[str, int]:
-    """Packets by reason, without reasons that never occurred."""
+    """The number of packets for each reason, without reasons that never occurred."""
     found = {}
     for number, reason in abi.REASONS.items():
         packets, _ = _sum(counted.get(struct.pack("=I", number)))
@@ -347,6 +360,6 @@ def reason_counts(counted: KernelMap) -> dict[str, int]:
 
 
 def _sum(cells: bytes | None) -> tuple[int, int]:
-    """Packets and bytes over all CPUs."""
+    """The sums of packets and bytes over all CPUs."""
     pairs = list(_COUNT.iter_unpack(cells or b""))
     return sum(packets for packets, _ in pairs), sum(size for _, size in pairs)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages to the service manager, by the protocol of sd_notify(3): readiness, the end, and signs of life.
+"""Messages to the service manager by the protocol of sd_notify(3): the agent is ready, alive, or stopping.
 
-Invariant: a message never blocks the agent, and a service manager that does not take one does not end the agent.
+Invariant: a message never blocks the agent. The agent goes on if the service manager does not accept a message.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from dataclasses import dataclass
 log = logging.getLogger(__name__)
 
 PARTS = 4
-"""How often the agent sends a sign of life within the watchdog's time; sd_watchdog_enabled(3) recommends twice."""
+"""How many signs of life the agent sends in the watchdog's time. sd_watchdog_enabled(3) recommends two."""
 
 
 @dataclass(slots=True)
 class ServiceManager:
     """The service manager of this process.
 
-    ``address``: path of its socket, "": there is none.  ``watchdog_s``: the service manager restarts the process after
-    this time without a sign of life; 0: never.  ``clock``: seconds.
+    ``address``: the path of its socket; "": there is no service manager. ``watchdog_s``: the service manager restarts
+    the process after this time without a sign of life; 0: never. ``clock``: returns the time in seconds.
     """
 
     address: str = ""
@@ -37,19 +37,19 @@ class ServiceManager:
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str] = os.environ) -> ServiceManager:
-        """The service manager that the variables NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID name."""
+        """The service manager described by the variables NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID."""
         usec = environment.get("WATCHDOG_USEC", "")
         is_ours = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         watchdog_s = int(usec) / 1e6 if usec.isascii() and usec.isdecimal() and is_ours else 0.0
         return cls(environment.get("NOTIFY_SOCKET", ""), watchdog_s)
 
     def ready(self) -> None:
-        """Report that policy is in force, or that workloads are closed."""
+        """Report that the agent is ready: policy is in force, or workloads' interfaces are closed."""
         self._is_ready_due = True
         self.tick()
 
     def tick(self) -> None:
-        """Report a sign of life if one is due, and what the service manager did not take before."""
+        """Send a sign of life if one is due, and repeat a report of readiness that was not accepted."""
         if self._is_ready_due:
             self._is_ready_due = not self._send(b"READY=1")
         if self.watchdog_s and self.clock() >= self._lived_s + self.watchdog_s / PARTS:
@@ -61,7 +61,7 @@ class ServiceManager:
         self._send(b"STOPPING=1")
 
     def _send(self, message: bytes) -> bool:
-        """Send a message; returns whether the service manager, if there is one, took it."""
+        """Send a message. Returns False if the service manager did not accept it; without one, returns True."""
         if not self.address:
             return True
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the agent from the command line.
+"""Settings of the agent, as its options give them.
 
 Invariant: settings do not change while an agent runs.
 """
@@ -16,17 +16,18 @@ from netpol_ebpf.policy.types import Action, EndpointKey
 
 @dataclass(frozen=True, slots=True)
 class AgentSettings:
-    """The options of the agent.
+    """The agent's options, parsed.
 
-    ``node``: name of this node; None: every workload that is found here is local.  ``interfaces``: patterns of
-    workloads' interfaces; (): the built-in rule (`assignments.may_be_workloads`).  ``own_interfaces``: patterns of the
-    node's interfaces. ``borrow_sources``: honour a pod's allowed source prefixes.  ``keep_revoked``: connections that
-    policy no longer allows live until they end.  ``workload_to_host``: the action on packets from workloads to their
-    own node; PASS: a wildcard host endpoint's policy decides.  ``mark_shift``: lowest of the 16 bits of the packet mark
-    for the sender tag; 0: none.  ``tunnels``: encapsulation (IP protocol, UDP port) that nodes accept from any sender,
-    besides that of this node's devices; between known nodes it passes host endpoints.  ``routers``: patterns of
-    ``NAMESPACE/NAME`` of workloads that are routers.  ``hairpin``: a packet from outside may have the source address of
-    a local workload.  ``barrier``: options of the second barrier.
+    ``node``: the name of this node; None: every workload with an interface here is local. ``interfaces``: name patterns
+    of workloads' interfaces; (): the built-in rule (`assignments.may_be_workloads`). ``own_interfaces``: name patterns
+    of the node's own interfaces. ``borrow_sources``: a pod may send from its allowed source prefixes. ``keep_revoked``:
+    a connection that policy no longer allows continues until it ends. ``workload_to_host``: the action on packets from
+    workloads to their own node; PASS: the policy of a wildcard host endpoint decides. ``mark_shift``: the lowest of the
+    16 bits of the packet mark for the sender tag; 0: there is no sender tag. ``tunnels``: (IP protocol, UDP port) of
+    encapsulations that the nodes accept from any sender, besides those of this node's devices; host endpoints let them
+    pass between known nodes. ``routers``: patterns of ``NAMESPACE/NAME`` of workloads that forward packets for other
+    hosts. ``hairpin``: a packet from outside may have the source address of a local workload. ``barrier``: options of
+    the second barrier.
     """
 
     node: str | None = None
@@ -42,5 +43,5 @@ class AgentSettings:
     barrier: BarrierSettings = BarrierSettings()
 
     def is_router(self, key: EndpointKey) -> bool:
-        """Whether a workload is a router for other hosts."""
+        """Whether a workload forwards packets for other hosts."""
         return any(fnmatchcase(f"{key.namespace}/{key.name}", pattern) for pattern in self.routers)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time-outs of connections without packets, by state, in seconds.
+"""Time-outs of connections, in seconds for each state: how long a connection without packets is kept.
 
-Invariant: a state without an option has its default, whatever an earlier agent set in the same maps.  The kernel's
-units (jiffies) appear here and in `netpol_loader.pins.dataplane` alone.
+Invariant: a state without an option has its default time-out, even if an earlier agent set another one in the same
+maps. Only this module and `netpol_loader.pins.dataplane` use the kernel's unit (jiffies).
 """
 
 from __future__ import annotations
@@ -23,18 +23,21 @@ STATES: Mapping[str, int] = {
     "other": abi.NP_CONN_OTHER,
     "fragment": abi.NP_CONN_FRAGMENT,
 }
-"""Names of states (enum np_conn_state); the last one is for the record of a datagram's first fragment."""
+"""The number of each state (enum np_conn_state) by its name in options. "fragment": the first fragment of a
+datagram."""
 
 SHORTEST_S = 2
-"""Shortest time-out: a connection's time is updated at most once a second and read as rarely, so a busy connection
-could exceed one second.
-"""
+"""Shortest time-out in seconds. The program updates the time of a connection at most once a second, so with a time-out
+of one second a connection with traffic could expire."""
 LONGEST_S = 365 * 24 * 3600
-"""Longest time-out: arbitrary, far below overflow."""
+"""Longest time-out in seconds: a year. The number is arbitrary, far below an overflow."""
 
 
 def parse_timeouts(texts: Sequence[str]) -> dict[str, int]:
-    """Parse ``STATE=SECONDS`` pairs; for a state that is given twice, the last counts. Raises UsageError."""
+    """Parse options of the form ``STATE=SECONDS``; returns the seconds by state. Raises UsageError.
+
+    If a state is given twice, the last option counts.
+    """
     timeouts_s: dict[str, int] = {}
     for text in texts:
         state, _, number = text.partition("=")
@@ -49,12 +52,15 @@ def parse_timeouts(texts: Sequence[str]) -> dict[str, int]:
 
 
 def set_timeouts(config: abi.np_config, asked_s: Mapping[str, int]) -> None:
-    """Write all time-outs into a configuration: the given ones, and the defaults of the others."""
+    """Write the time-outs of all states into ``config``. A state that ``asked_s`` lacks gets its default."""
     for state, number in STATES.items():
         config.timeout_jiffies[number] = int(asked_s.get(state, TIMEOUTS_S[number]) * config.jiffies_per_second)
 
 
 def read_timeouts(config: abi.np_config) -> dict[str, float]:
-    """Read the time-outs of a configuration, in seconds, as they are, also if something else has overwritten them."""
+    """Read the time-outs in ``config``, in seconds by state.
+
+    They are the present values, even if another program wrote them.
+    """
     jiffies_per_second = config.jiffies_per_second or 1
     return {state: round(config.timeout_jiffies[number] / jiffies_per_second, 3) for state, number in STATES.items()}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The node's interfaces, addresses and routes: one snapshot, without conclusions.
+"""A snapshot of the node's interfaces, addresses and routes, as data.
 
-`netpol_ebpf.agent.assignments` assigns interfaces to workloads.  Makes no system call.
+`netpol_ebpf.agent.assignments` assigns interfaces to workloads by it. This module makes no system call.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from netpol_ebpf.policy.types import IPAddress, IPNetwork
 
 ETHERNET = 1
 LAYER3_HARDWARE = frozenset({519, 512, 768, 769, 776, 778, 823, 65534})
-"""ARPHRD_* of devices without a link-layer header: raw IP, PPP, IPIP, ip6tnl, sit, GRE, IPv6 GRE, none (tun, WireGuard,
-xfrm).
-"""
+"""ARPHRD_* numbers of devices without a link-layer header: raw IP, PPP, IPIP, ip6tnl, sit, GRE, IPv6 GRE, and none
+(tun, WireGuard, xfrm)."""
 BRIDGE_KIND = "bridge"
 PAIR_KINDS = frozenset({"veth", "netkit"})
-"""Kinds of devices that come in pairs, with one end in a workload's namespace."""
+"""Kinds of devices that come in pairs. A CNI plugin moves one end into the workload's namespace."""
 TAP_KINDS = frozenset({"tun"})
-"""The kernel's names for a tap or tun device; a tap is a virtual machine's interface."""
+"""The kernel's kind for tap and tun devices. A tap device is the interface of a virtual machine."""
 MOST_STACKED = 8
-"""Largest number of stacked devices: the kernel's MAX_NEST_DEV."""
+"""Largest number of devices stacked on each other: the kernel's MAX_NEST_DEV."""
 NOWHERE = 0
-"""An interface index that stands for no interface."""
+"""The value of an interface index that means: no interface."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interface:
-    """An interface.
+    """One interface.
 
-    ``peer``: (namespace id, interface index there) of the other end of a veth or netkit pair, if that is in another
-    namespace.  ``master``: index of its bridge or VRF.  ``hardware``: ARPHRD_*.  ``takes``: tunnels (protocol, port)
-    that it decapsulates from any sender; ``is_external``: tunnel device in metadata mode, with the outer addresses
-    given per packet.  ``lower``: index of the device in this namespace under a VLAN, macvlan or ipvlan device.
+    ``peer``: (namespace id, interface index there) of the other end of a veth or netkit pair; None if that end is in
+    this namespace. ``master``: index of its bridge or VRF. ``hardware``: its ARPHRD_* number. ``takes``: tunnels, as
+    (IP protocol, port), that the device decapsulates from any sender. ``is_external``: it is a tunnel device in
+    metadata mode, which gets the outer addresses with each packet. ``lower``: index of the device in this namespace
+    under a VLAN, macvlan or ipvlan device.
     """
 
     ifindex: int
@@ -53,15 +53,17 @@ class Interface:
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
-    """A snapshot of the node's network.
+    """A snapshot of the node's network. Interfaces are given by index.
 
-    ``host_routes``: interface of each directly connected single address.  ``subnets``: interfaces of each directly
-    connected prefix.  ``uplinks``: interfaces of default routes; ``next_hops``: interfaces of other routes with a next
-    hop; ``shared``: interfaces with an address of the node in a prefix.  Routes and prefixes of router advertisements
-    do not count for these. ``peer_addresses``: by (namespace id, interface index there), in the order in which they
-    were added.  ``addresses``: the node's own addresses, each with its interface; ``meanings``: roles of all single
-    addresses at the node; ``local_nets``: prefixes that are the node's own.  ``results``: interfaces that CNI plugins
-    made for pods; ``problems``: results that could not be read.
+    ``host_routes``: the interface to each directly connected single address. ``subnets``: the interfaces to each
+    directly connected prefix. ``uplinks``: interfaces of default routes. ``next_hops``: interfaces of other routes with
+    a next hop. ``shared``: interfaces on which an address of the node has a prefix. ``uplinks``, ``next_hops`` and
+    ``shared`` leave out routes and prefixes of router advertisements.
+
+    ``peer_addresses``: addresses at the other end of a pair, by (namespace id, interface index there), in the order in
+    which they were added. ``addresses``: the interface of each of the node's addresses. ``meanings``: the role of each
+    single address at the node. ``local_nets``: prefixes that are the node's own. ``results``: interfaces that CNI
+    plugins made for pods. ``problems``: results that could not be read.
     """
 
     links: Mapping[int, Interface] = field(default_factory=dict)
@@ -79,29 +81,35 @@ class Wiring:
 
     @property
     def tunnels(self) -> frozenset[tuple[int, int]]:
-        """Tunnels (protocol, port) that the node's devices decapsulate from any sender."""
+        """Tunnels, as (IP protocol, port), that the node's devices decapsulate from any sender."""
         return frozenset(one for link in self.links.values() for one in link.takes)
 
     def link_of(self, ifindex: int) -> int:
-        """The interface that has the addresses of an interface's link: its bridge, or itself."""
+        """The index of the interface that has the node's addresses on a link.
+
+        That is the bridge if the interface is a port of one, otherwise the interface itself.
+        """
         link = self.links.get(ifindex)
         master = self.links.get(link.master) if link is not None else None
         return master.ifindex if master is not None and master.kind == BRIDGE_KIND else ifindex
 
     def lowest(self, link: Interface) -> Interface:
-        """The lowest device under a stacked one, where its packets enter the node; ``link`` if it is not stacked."""
+        """The device at the bottom of a stack of devices, where packets enter the node.
+
+        ``link`` itself if it is not stacked.
+        """
         for _ in range(MOST_STACKED):
             link = self.links.get(link.lower, link)
         return link
 
     def name_of(self, ifindex: int) -> str:
-        """An interface's name; its index as text if it is gone."""
+        """The name of an interface; its index as text if the interface no longer exists."""
         link = self.links.get(ifindex)
         return str(ifindex) if link is None else link.name
 
 
 def device_flags(link: Interface | None) -> EndpointFlag:
-    """Endpoint flags of a device: the program needs them to parse the device's packets."""
+    """The endpoint flags by which the program knows how to parse the packets of a device."""
     if link is None or link.hardware == ETHERNET:
         return EndpointFlag.NONE
     return EndpointFlag.LAYER3 if link.hardware in LAYER3_HARDWARE else EndpointFlag.UNREADABLE

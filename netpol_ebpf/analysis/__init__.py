@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Analyses of policy from the objects alone, without the kernel: `explain`."""
+"""Analyses of policy that need only the objects, not the kernel: `explain`."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl explain`: whether one connection is allowed, and by which rule.
+"""The evaluation behind `netpolctl explain`: whether policy allows one connection, and which rule decides.
 
-Both the command (for files) and the agent (for the objects in force) use this module.  Invariant: for the same objects
-both give the same result.  This module needs neither root nor a kernel, and opens no file.
+The command uses this module for manifest files; the agent uses it for the objects in force. Invariant: for the same
+objects both give the same result. This module needs neither root nor a kernel, and opens no file.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from netpol_ebpf.cases.runner import Cast
 from netpol_ebpf.errors import Location, UsageError
 from netpol_ebpf.policy.journey import Finding, HopReason, Journey, walk
 from netpol_ebpf.policy.provenance import trace
-from netpol_ebpf.policy.types import PORT_PROTOCOLS, Cause, Direction, IPAddress, Outcome, Question, World
+from netpol_ebpf.policy.services import Translation
+from netpol_ebpf.policy.types import PORT_PROTOCOLS, Cause, Direction, IPAddress, Outcome, Packet, Question, World
 
 ENGINES = ("model", "tables")
-"""The engines that `explain` can use: the reference model, or the compiled tables."""
+"""The names of the engines that `explain` can use: the reference model, and the compiled tables."""
 WHERE = Location("the question")
 _NUMBERS = {"port": 65535, "source_port": 65535, "icmp_type": 255, "icmp_code": 255}
-"""The optional numeric fields of a request, with their largest values."""
+"""The optional numeric fields of a request. Each field name maps to its largest allowed value."""
 
 Ways = list[dict[str, Any]]
 
@@ -32,10 +33,11 @@ Ways = list[dict[str, Any]]
 def explain(
     cast: Cast, world: World, probe: Probe, engine: Engine, check: Callable[[Journey], None] | None = None
 ) -> Ways:
-    """Each path that the probe's packets may take, as plain values: one for each family, backend and possible sender.
+    """Evaluate every path that the probe's packets may take; returns a result of `describe` for each path.
 
-    ``engine``: has ``world`` loaded.  ``check``: raises an error for a journey that the objects do not determine.
-    Raises InvalidInputError for unknown names, and for probes whose verdict the objects do not determine.
+    There is one path for each address family, backend and possible sender. ``engine``: an engine that has loaded
+    ``world``. ``check``: a function that raises an error if the objects do not determine a journey. Raises
+    InvalidInputError for unknown names, and for probes whose verdict the objects do not determine.
     """
     journeys = list(cast.journeys(probe))
     for journey in journeys if check is not None else ():
@@ -44,14 +46,15 @@ def explain(
 
 
 def describe(cast: Cast, world: World, journey: Journey, engine: Engine) -> dict[str, Any]:
-    """One path through the cluster as plain values for JSON.
+    """Evaluate one journey with ``engine``; returns the result as plain values for JSON.
 
-    The field ``steps`` has the verdict of each endpoint, in the order in which the packet meets them.
+    The field ``steps`` has the verdict of each endpoint, in the order in which the packet meets the endpoints.
     """
     finding = walk(journey, engine.decide)
     flow, packet = journey.flow, journey.flow.packet
     decided = finding.cause
-    service = cast.service_of(replace(flow, dnat_to=None, destination=None))
+    written = replace(flow, dnat_to=None, destination=None)
+    service, bound = cast.service_of(written), cast.bound_service(written)
     return {
         "source": str(packet.source),
         "destination": str(packet.destination),
@@ -62,7 +65,7 @@ def describe(cast: Cast, world: World, journey: Journey, engine: Engine) -> dict
         "allowed": finding.allowed,
         "staged_allowed": finding.staged_allowed,
         "decided_by": trace(world, decided).as_dict() if isinstance(decided, Cause) else _reason_step(decided),
-        "note": _note(journey, finding, engine),
+        "note": _note(journey, finding, engine) if bound is None else _bound_note(packet, bound),
         "steps": list(_steps(world, journey, finding)),
     }
 
@@ -97,9 +100,9 @@ def _reason_step(reason: HopReason) -> dict[str, Any]:
 
 
 def _note(journey: Journey, finding: Finding, engine: Engine) -> str | None:
-    """A note if the sender's policy denies the backend although it allows the service's address; else None.
+    """The text of a note if the sender's policy denies the backend although it allows the service's address; else None.
 
-    Users often expect a rule on the service's address to apply, but policy evaluates the backend.
+    Users often expect a rule for the service's address to apply, but policy evaluates the backend's address.
     """
     question = finding.question
     written = journey.flow.packet
@@ -118,11 +121,18 @@ def _note(journey: Journey, finding: Finding, engine: Engine) -> str | None:
     )
 
 
+def _bound_note(packet: Packet, service: Translation) -> str:
+    return (
+        f"a process of this node has bound {packet.destination} port {packet.destination_port}, an address of "
+        f"{', '.join(service.owners)}: what is judged is that address, and no backend"
+    )
+
+
 # --- questions ----------------------------------------------------------------------------------------------------------
 
 
 def parse_end(text: str) -> IPAddress | tuple[str, str]:
-    """Parse an end of a connection: an IP address, or the ``namespace/name`` of a workload. Raises ValueError."""
+    """Parse one end of a connection: an IP address, or ``namespace/name`` of a workload. Raises ValueError."""
     namespace, slash, name = text.partition("/")
     if slash and namespace and name and "/" not in name:
         return namespace, name
@@ -130,7 +140,7 @@ def parse_end(text: str) -> IPAddress | tuple[str, str]:
 
 
 def as_request(probe: Probe) -> dict[str, Any]:
-    """Encode a probe as the request that the client sends to the agent."""
+    """Encode a probe as the ``explain`` request that netpolctl sends to the agent."""
     ends = {"source": probe.source, "destination": probe.destination}
     return {
         **{name: "/".join(end) if isinstance(end, tuple) else str(end) for name, end in ends.items()},
@@ -156,7 +166,10 @@ def parse_request(request: Mapping[str, Any]) -> Probe:
 
 
 def _number(request: Mapping[str, Any], name: str, most: int) -> int | None:
-    """The field ``name`` of a request: an integer from 0 to ``most``, None if absent. Raises UsageError for others."""
+    """The integer in the field ``name`` of a request, None if the field is absent.
+
+    Raises UsageError if the value is not an integer from 0 to ``most``.
+    """
     number = request.get(name)
     if number is not None and not (type(number) is int and 0 <= number <= most):
         raise UsageError(f"{name} must be a number of 0 to {most}")
@@ -164,7 +177,7 @@ def _number(request: Mapping[str, Any], name: str, most: int) -> int | None:
 
 
 def parse_engine(request: Mapping[str, Any]) -> str:
-    """The name of the engine in a request. Raises UsageError if it is not one of ENGINES."""
+    """The name of the engine in a request, "model" if the request names none. Raises UsageError for an unknown name."""
     engine = request.get("engine", ENGINES[0])
     if engine not in ENGINES:
         raise UsageError(f"engine must be one of {', '.join(ENGINES)}")

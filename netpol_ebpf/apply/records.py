@@ -11,7 +11,8 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -60,6 +61,59 @@ def set_aside(path: Path) -> str:
     except OSError as error:
         return f"it cannot be kept aside ({error.strerror})"
     return f"it is kept as {aside}"
+
+
+@dataclass(frozen=True, slots=True)
+class EntryFile:
+    """A state file that is one JSON object: the number of its format, and its entries under a name.
+
+    ``is_keyed``: whether the entries are an object, so that each has a key, or a list.  ``most_bytes``: the largest file
+    that is read.
+    """
+
+    path: Path
+    name: str
+    format: int
+    most_bytes: int
+    is_keyed: bool = False
+
+    def load(self, take: Callable[[Any], None]) -> str:
+        """Call ``take`` with each entry: a value of the list, or a pair of key and value of the object.
+
+        ``take`` raises ValueError for an entry that is not valid; the other entries are taken all the same.  Returns "",
+        or what is damaged and where the file was set aside, as the end of a sentence.  An absent file has no entries.
+        """
+        wrong: list[str] = []
+        entries: Iterable[Any] = ()
+        try:
+            entries = self._entries(load_regular(self.path, self.most_bytes))
+        except FileNotFoundError:
+            return ""
+        except (OSError, ValueError) as error:
+            wrong.append(reason_of(error))
+        for entry in entries:
+            try:
+                take(entry)
+            except ValueError as error:  # noqa: PERF203 - a faulty entry must not stop the others
+                wrong.append(str(error))
+        return f"damaged ({told(wrong)}); {set_aside(self.path)}" if wrong else ""
+
+    def _entries(self, text: bytes) -> Iterable[Any]:
+        document = checked(parse_json(text), dict, "it")
+        if checked(document.get("format"), int, "the format") != self.format:
+            raise ValueError(f"format {document['format']} is not {self.format}")
+        written = document.get(self.name)
+        if self.is_keyed:
+            return checked(written, dict, self.name).items()
+        return checked(written, list, self.name)
+
+    def save(self, entries: Iterable[str]) -> None:
+        """Write the file atomically. ``entries``: the JSON text of each, with its key if it has one. Raises OSError."""
+        begin, end = ("{", "}") if self.is_keyed else ("[", "]")
+        draft = self.path.with_suffix(".draft")
+        with open_draft(draft) as file:
+            file.write(f'{{"format": {self.format}, "{self.name}": {begin}{", ".join(entries)}{end}}}\n')
+        draft.replace(self.path)
 
 
 def told(wrong: Sequence[str]) -> str:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Case files: unit tests of policies, and the project's own conformance set."""
+"""Case files: test cases for policies. Users test their policies with them; the project tests its engines with them."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Case files: the manifests of a cluster, and probes with their expected verdicts, as typed values.
+"""Parser of case files: the manifests of a cluster, and test packets (probes) with their expected verdicts.
 
-Invariant: a case with any fault (in the YAML, a manifest or a probe) becomes one `InvalidCase` with all faults, and is
-not run.  `netpol_ebpf.cases.runner` resolves the names in probes, and judges them.
+Invariant: a case with any fault (in the YAML, a manifest or a probe) becomes one `InvalidCase` that lists all faults;
+no engine runs such a case. `netpol_ebpf.cases.runner` resolves the names in probes and runs the cases.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ _PROBE_REMARKS = ("notes", "confidence", "optional", "derived", "tags")
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """The first packet of a connection, and its expected verdict.
+    """A test packet, the first of a connection, and its expected verdict.
 
-    ``source``, ``destination``: an address, or the (namespace, name) of a workload.  Fields that the file does not give
-    are None.  ``written``: the probe as it is in the file.
+    ``source``, ``destination``: an address, or the (namespace, name) of a workload. ``port`` and the later fields are
+    None if the file does not give them. ``dnat_to``: the backend's address and port after destination translation; port
+    0: translation keeps the port. ``written``: the probe's mapping in the file.
     """
 
     source: IPAddress | tuple[str, str]
@@ -55,7 +56,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A valid case. ``sequence``: (group, step) if the case is one of several successive states of a scenario."""
+    """A valid case. ``sequence``: (name, step number) if the case is one of several successive states of a cluster."""
 
     name: str
     resources: tuple[Resource, ...]
@@ -66,7 +67,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class InvalidCase:
-    """A case that cannot be run. ``case``: its name, or the name of its file if it has none."""
+    """A case that cannot be run. ``case``: the name of the case, or the name of its file if the case has no name."""
 
     case: str
     error: str
@@ -74,7 +75,7 @@ class InvalidCase:
 
 @dataclass(slots=True)
 class LoadedCases:
-    """The cases of files and directories. ``skipped``: files in searched directories that contain no case."""
+    """The cases of files and directories. ``skipped``: paths of files, found in a directory, that contain no case."""
 
     cases: list[Case] = field(default_factory=list)
     invalid: list[InvalidCase] = field(default_factory=list)
@@ -82,7 +83,10 @@ class LoadedCases:
 
 
 def load_cases(paths: Iterable[Path]) -> LoadedCases:
-    """Load the cases of files, and of YAML and JSON files in directories (without hidden files), in order of names."""
+    """Load the cases of each path in the given order. Of a directory: its YAML and JSON files in order of names.
+
+    Hidden files in a directory are left out. A file that several paths lead to is loaded once.
+    """
     loaded = LoadedCases()
     seen: set[Path] = set()
     for path in paths:
@@ -116,7 +120,7 @@ def _load_file(file: Path, loaded: LoadedCases, *, must_be_case: bool) -> None:
 
 
 def parse_cases(text: str, file: str, loaded: LoadedCases, *, must_be_case: bool = True) -> None:
-    """Add the cases in ``text`` to ``loaded``. ``must_be_case``: a text without a case is an error."""
+    """Add the cases in ``text`` to ``loaded``. ``must_be_case``: a text without a case is an error, not skipped."""
     problems: list[Problem] = []
     documents = list(read_documents(text, file, problems))
     if problems:
@@ -138,7 +142,7 @@ def parse_cases(text: str, file: str, loaded: LoadedCases, *, must_be_case: bool
 
 
 def _is_case_like(value: Any) -> bool:
-    """Whether a document was probably written as a case: it has the field manifests or probes."""
+    """Whether the author probably meant a document as a case: it has a field ``manifests`` or ``probes``."""
     return isinstance(value, Mapping) and ("manifests" in value or "probes" in value)
 
 
@@ -190,7 +194,10 @@ def _parse_sequence(case: Reader) -> tuple[str, int] | None:
 
 
 def _implied_namespaces(resources: Iterable[Resource]) -> Iterator[Namespace]:
-    """The namespaces of a case's pods for which the case has no Namespace. Each has only the label with its name."""
+    """The namespaces of a case's pods and network sets for which the case has no Namespace object.
+
+    The only label of each is ``kubernetes.io/metadata.name``.
+    """
     given = {resource.meta.name for resource in resources if isinstance(resource, Namespace)}
     for resource in resources:
         namespace = resource.meta.namespace
@@ -279,7 +286,10 @@ def _parse_protocol(probe: Reader) -> int | None:
 
 
 def _parse_translation(probe: Reader) -> tuple[IPAddress, int] | None:
-    """Parse ``dnatTo: {ip, port}``. The port is 0 if it is not given: then the destination port is not translated."""
+    """Parse the field ``dnatTo``, such as ``{ip, port}``; None if it is absent or invalid.
+
+    Without ``port`` the returned port is 0: the packet keeps its destination port.
+    """
     translation = probe.mapping("dnatTo")
     if translation is None:
         return None

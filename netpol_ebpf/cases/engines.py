@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The common interface of the three engines: the reference model, the compiled tables, the program in the kernel.
+"""The common interface of the three engines: the reference model, the compiled tables, and the program in the kernel.
 
 Invariant: an engine's verdicts depend only on the world that was loaded last, not on earlier worlds.
 """
@@ -17,17 +17,17 @@ ENGINES = ("model", "tables", "kernel")
 
 
 class Engine(Protocol):
-    """Gives the verdict of a world's policy on packets."""
+    """An evaluator of policy: it decides the packets of one world."""
 
     def load(self, world: World) -> None:
-        """Replace the present world by ``world``, as an incremental change."""
+        """Replace the present world by ``world``. Engines with state apply only the difference, as the agent does."""
 
     def decide(self, question: Question) -> Verdict:
-        """The verdict on ``question``, by the world that was loaded last."""
+        """The verdict of the loaded world's policy on ``question``."""
 
 
 class ModelEngine:
-    """The reference model."""
+    """The engine ``model``: the reference model of `netpol_ebpf.model`."""
 
     def __init__(self) -> None:
         self._model = ReferenceModel(World())

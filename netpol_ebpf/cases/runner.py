@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs cases on one engine or several, and reports the probes with an unexpected verdict.
+"""Runs cases on one engine or on several, and reports the probes with an unexpected verdict.
 
-Invariants: every requested engine judges every probe of every valid case.  If engines disagree on a question of a
-probe's journey, the probe fails, whatever its expected verdict.  The steps of a sequence are loaded one after the
-other, in order.
+Invariants: every requested engine evaluates every probe of every valid case. If engines disagree on a question of a
+probe's journey, the probe fails, whatever its expected verdict. The steps of a sequence are loaded one after the other,
+in order.
 """
 
 from __future__ import annotations
@@ -45,17 +45,22 @@ from netpol_ebpf.policy.types import (
 from netpol_ebpf.resources.types import Pod, Resource, WorkloadEndpoint
 
 DEFAULT_SOURCE_PORT = 40000
-"""The source port of a probe that gives none; an arbitrary ephemeral port."""
+"""The source port of a test packet for which the case gives none; an arbitrary ephemeral port."""
 
 NOT_JUDGED = "not-judged"
-"""The slug of the kernel engine's NotJudgedError. The class is not imported, since other engines work without BCC."""
+"""The slug of the kernel engine's NotJudgedError. Importing the class would need BCC, which other engines do not
+need."""
 
 ECHO_REQUEST = {ICMP: 8, ICMPV6: 128}
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A probe with an unexpected verdict, or a probe on which engines disagree."""
+    """A probe with an unexpected verdict, or a probe on which engines disagree.
+
+    ``probe``: its mapping in the case file. ``got``: "allow", "deny", or a text that says why there is no common
+    verdict. ``rule``: the cause of the verdict as text.
+    """
 
     case: str
     probe: Mapping[str, Any]
@@ -67,7 +72,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One probe and its result."""
+    """The result of one probe. The fields are those of `Failure`."""
 
     case: str
     probe: Mapping[str, Any]
@@ -77,7 +82,7 @@ class Judged:
 
 @dataclass(slots=True)
 class CaseResults:
-    """The results of a run. ``cases``, ``probes``: how many were run."""
+    """The results of a run. ``cases``, ``probes``: the numbers of cases and probes that were run."""
 
     cases: int = 0
     probes: int = 0
@@ -86,7 +91,7 @@ class CaseResults:
     judged: list[Judged] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """The results as plain values for JSON; the fields are stable."""
+        """The results as plain values for JSON. Field names never change between versions."""
         return {
             "cases": self.cases,
             "probes": self.probes,
@@ -105,7 +110,7 @@ class CaseResults:
 
 
 def run_cases(loaded: LoadedCases, engine: str = "model", settings: PolicySettings | None = None) -> CaseResults:
-    """Run all cases on an engine of `ENGINES`, or on "all" of them."""
+    """Run all cases on one engine of `ENGINES`, or on all engines if ``engine`` is "all"."""
     report = CaseResults(invalid=list(loaded.invalid))
     names = ENGINES if engine == "all" else (engine,)
     with contextlib.ExitStack() as stack:
@@ -116,7 +121,11 @@ def run_cases(loaded: LoadedCases, engine: str = "model", settings: PolicySettin
 
 
 def in_order(cases: Sequence[Case]) -> Iterator[Case]:
-    """The cases in the given order; all steps of a sequence, by number, are where the first of its cases is."""
+    """The cases in the order in which they must run.
+
+    The given order stays, but all steps of a sequence run together, by step number, at the position of the first given
+    one.
+    """
     groups: dict[str, list[Case]] = {}
     for case in cases:
         if case.sequence is not None:
@@ -154,7 +163,7 @@ def _run_case(case: Case, engines: Mapping[str, Engine], settings: PolicySetting
 
 
 def _judge(journey: Journey, engines: Mapping[str, Engine]) -> tuple[str, str]:
-    """The verdict on a journey as text, and its cause; the verdicts of all engines if they disagree."""
+    """The verdict on a journey as text, and its cause. If engines disagree, the text has the verdict of each engine."""
     findings: dict[str, Finding] = {}
     verdicts: dict[str, list[Verdict]] = {}
     questions = list(dict.fromkeys(journey.questions()))
@@ -179,7 +188,7 @@ def _judge(journey: Journey, engines: Mapping[str, Engine]) -> tuple[str, str]:
 
 
 def _backend(journey: Journey) -> str:
-    """The backend of the journey, as the end of a sentence; "" if no node translates the destination."""
+    """The backend of the journey as a text to append to a sentence; "" if no node translates the destination."""
     if journey.flow.dnat_to is None:
         return ""
     address, port = journey.flow.dnat_to
@@ -191,7 +200,7 @@ def _word(finding: Finding) -> str:
 
 
 def _disagreement(questions: list[Question], verdicts: dict[str, list[Verdict]]) -> str:
-    """The first question on which the engines differ, as text with each engine's verdict."""
+    """Render the first question on which the engines differ, with the verdict of each engine."""
     for index, question in enumerate(questions):
         answers = {name: given[index] for name, given in verdicts.items()}
         if len({*answers.values()}) > 1:
@@ -218,7 +227,7 @@ def _in_full(verdict: Verdict) -> str:
 
 
 class Cast:
-    """Resolves the names and addresses of a case's probes."""
+    """Resolves the names and addresses of probes, and makes the journeys of their packets."""
 
     def __init__(
         self,
@@ -228,9 +237,10 @@ class Cast:
         borrow_sources: bool = False,
         topology: Topology | None = None,
     ) -> None:
-        """``borrow_sources``: workloads may send from their allowed source prefixes.
+        """Resolve by the objects ``resources`` of ``world``.
 
-        ``topology``: the topology, if the caller has more facts than the world; None: that of the world.
+        ``borrow_sources``: workloads may send from their allowed source prefixes. ``topology``: a topology with more
+        facts than the world has; None: the topology of the world.
         """
         self._topology = Topology(world) if topology is None else topology
         self._borrowers = [one for one in world.endpoints.values() if borrow_sources and one.allowed_sources]
@@ -252,17 +262,17 @@ class Cast:
 
     @staticmethod
     def _addresses_of(resource: Pod | WorkloadEndpoint, world: World) -> tuple[IPAddress, ...]:
-        """The addresses that the world gives to a workload; a contested address may belong to another workload."""
+        """The addresses that the world gives to a workload. A contested address may belong to another one."""
         if isinstance(resource, Pod) and resource.host_network:
             return resource.addresses
         endpoint = world.endpoints.get(EndpointKey(*key_of(resource)))
         return () if endpoint is None else endpoint.addresses
 
     def journeys(self, probe: Probe) -> Iterator[Journey]:
-        """The journeys of a probe: one for each common address family, possible sender and backend of a service.
+        """The journeys of a probe: one for each common address family, possible sender, and backend of the service.
 
-        Raises InvalidInputError if a name does not exist, the ends have no common family, the protocol is an IPv6
-        extension header, or the backends of a service are unknown.
+        Raises InvalidInputError if a name does not exist, the two ends have no address family in common, the protocol
+        is an IPv6 extension header, or the backends of a service are unknown.
         """
         sources, destinations = self._addresses(probe.source, probe), self._addresses(probe.destination, probe)
         versions = sorted({address.version for address in sources} & {address.version for address in destinations})
@@ -299,17 +309,31 @@ class Cast:
                 yield from [self._topology.plan(each)] if service is None else self._journeys_to(each, service)
 
     def _senders(self, end: IPAddress | tuple[str, str], address: IPAddress) -> Iterator[FlowEnd | None]:
-        """The possible senders of a packet from ``address``: its owner (None), and workloads that may send from it."""
+        """The possible senders of a packet from ``address``. None stands for the owner of the address.
+
+        The others are workloads that borrow it: it is in their allowed source prefixes. ``end``: the source of the
+        probe; a workload named there is the only sender.
+        """
         yield None
         for one in self._borrowers if not isinstance(end, tuple) else ():
             if address not in one.addresses and any(address in net for net in one.allowed_sources):
                 yield FlowEnd(FlowEndKind.WORKLOAD, one.key, one.node)
 
     def service_of(self, flow: Flow) -> Translation | None:
-        """The service that translates a flow's destination.
+        """The service that translates a flow's destination, None if no service has this destination.
 
-        None if the flow states its translation (``dnat_to``), or if no service has the destination.
+        The result is also None if the flow already states its backend in ``dnat_to``, or if a process of the node has bound
+        the destination.
         """
+        found = self._service_at(flow)
+        return None if found is None or self._topology.is_bound(flow) else found
+
+    def bound_service(self, flow: Flow) -> Translation | None:
+        """The service with a flow's destination, if a process of the node has bound that address and port; else None."""
+        found = self._service_at(flow)
+        return found if found is not None and self._topology.is_bound(flow) else None
+
+    def _service_at(self, flow: Flow) -> Translation | None:
         place = flow.destination or self._topology.locate(flow.packet.destination)
         if flow.dnat_to is not None or place.kind is FlowEndKind.WORKLOAD:
             return None
@@ -318,8 +342,8 @@ class Cast:
     def _journeys_to(self, flow: Flow, service: Translation) -> Iterator[Journey]:
         """One journey for each backend of a service.
 
-        If one backend is a process of the translating node, policy also judges the packets to other backends as packets
-        to this one.  With several such backends the result is `HopReason.LOCAL_BACKENDS`.
+        A backend can be a process of the node that translates. Then policy evaluates packets to every other backend
+        also as packets to this process. With several such backends the result is `HopReason.LOCAL_BACKENDS`.
         """
         journeys = []
         for backend in service.backends:
@@ -340,9 +364,10 @@ class Cast:
                 yield journey
 
     def _is_policed_at(self, flow: Flow, node: str | None) -> bool:
-        """Whether a flow passes a hook on the node that translates its destination, before the translation.
+        """Whether a flow passes a hook on the translating node before the translation.
 
-        That is so if a workload of the node sends it, or if it enters by an interface with a host endpoint.
+        It does if a workload of that node sends the flow, or if the flow enters the node by an interface with a host
+        endpoint.
         """
         source = flow.source or self._topology.locate(flow.packet.source)
         if source.node == node:
@@ -364,13 +389,13 @@ class Cast:
         return addresses
 
     def _end(self, probe: Probe, destination: IPAddress) -> FlowEnd | None:
-        """The flow's end at the destination, after translation; None: the owner of the address."""
+        """The flow's destination after translation. None means: the owner of the destination address."""
         if probe.dnat_to is not None:
             return self._place(probe.dnat_to[0], probe.dnat_to[0])
         return self._place(probe.destination, destination)
 
     def _place(self, end: IPAddress | tuple[str, str], address: IPAddress) -> FlowEnd | None:
-        """The end of a flow if the address alone does not determine it; None: the owner of the address."""
+        """The end of a flow if the address alone does not determine it. None means: the owner of the address."""
         if isinstance(end, tuple):
             return self._host_network.get(end)
         if self._topology.locate(address).kind is FlowEndKind.OUTSIDE:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled tables as an engine: it compiles a world, and interprets the tables.
+"""The compiled tables as an engine: compiles a world and interprets the resulting tables.
 
-Invariant: each world is compiled as a change of the world before it, as in the agent, so successive worlds test
-incremental compilation as well.
+Invariant: each world is compiled as a change of the previous world, as in the agent, so a run over several worlds also
+tests incremental compilation.
 """
 
 from __future__ import annotations

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line, netpolctl."""
+"""The command line tool, `netpolctl`."""

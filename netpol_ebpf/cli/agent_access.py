@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Access of netpolctl to the agent: options that both have, and queries.
+"""The connection of netpolctl to the agent: options that both programs have, and requests to the agent.
 
-Invariant: an option of the agent has the same name, type, default, file key and variable in netpolctl.
+Invariant: an option of the agent has the same name, type, default, configuration key and environment variable in
+netpolctl.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from netpol_ebpf.agent.source_options import DEFAULT_MANIFESTS
 
 @lru_cache(maxsize=1)
 def agent_parser() -> argparse.ArgumentParser:
-    """The agent's parser, which declares the options; read-only for callers."""
+    """The parser of the agent's own command line, which declares the shared options. Callers must not change it."""
     return build_parser()
 
 
 def add_agent_options(parser: argparse.ArgumentParser, *flags: str) -> None:
-    """Add options of the agent, as the agent declares them, and ``--config``.
+    """Add ``--config``, and the options ``flags`` as the agent's parser declares them.
 
-    `complete_options` must run before the command.
+    `complete_options` must be called with the parsed arguments before the command runs.
     """
     settings = {one.flag: one for one in configuration.settings_of(agent_parser()).values()}
     for flag in flags:
@@ -41,13 +42,19 @@ def add_agent_options(parser: argparse.ArgumentParser, *flags: str) -> None:
 
 
 def complete_options(arguments: argparse.Namespace) -> None:
-    """Complete the agent's options from environment, configuration file and defaults. Raises NetpolError."""
+    """Set the agent's options that the command line does not give, if the command has such options.
+
+    The values come from the environment, the configuration file, or the defaults. Raises NetpolError.
+    """
     if hasattr(arguments, "agent_options"):
         configuration.complete(arguments, agent_parser(), arguments.agent_options)
 
 
 def manifests_dir(config: str | None) -> Path:
-    """The directory of the agent's manifests. ``config``: the value of ``--config``. Raises NetpolError."""
+    """The agent's manifest directory by environment, configuration file and default. Raises NetpolError.
+
+    ``config``: the value of the option ``--config``, None if it is not given.
+    """
     arguments = argparse.Namespace(config=config)
     configuration.complete(arguments, agent_parser(), {"manifests": DEFAULT_MANIFESTS})
     found: Path = arguments.manifests
@@ -57,8 +64,9 @@ def manifests_dir(config: str | None) -> Path:
 def ask_agent(
     arguments: argparse.Namespace, operation: str, *, timeout_s: float | None = CLIENT_TIMEOUT_S, **request: Any
 ) -> Iterator[Any]:
-    """Query the agent, and yield the response line by line. ``timeout_s``: seconds for each line, None: no limit.
+    """Send a request to the agent; yields the values of its response as they arrive. Raises the errors of `ask`.
 
-    Raises the errors of `ask`.
+    ``timeout_s``: the longest wait for each value in seconds, None for no limit. ``request``: the fields of the
+    request.
     """
     return ask(arguments.state_dir / SOCKET_NAME, {**request, "op": operation}, timeout_s=timeout_s)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`netpolctl bench`: measure enforcement on this machine, compared with nftables and iptables for the same policies.
 
-The benchmarks are in ``bench/`` of the source.  An installed package does not have them: the command then fails.
+The benchmarks are in ``bench/`` of the source. An installed package does not contain them; the command then fails.
 
-Exit codes: 0 measured, 2 usage, 5 not root or something is missing.
+Exit codes: 0 measured, 2 wrong usage, 5 not root or something is missing.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _module(name: str) -> Any:
-    """Import a module of ``bench/``, which the package does not contain. Raises PlatformError if the module is missing."""
+    """Import a module of ``bench/``, which is only in a source checkout. Raises PlatformError if it is missing."""
     if not (CHECKOUT / "bench" / f"{name}.py").exists() or importlib.util.find_spec("bench") is None:
         raise PlatformError(
             f"no benchmarks in {CHECKOUT}: the source has them, the installed package does not",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl check`: report every error in manifests, and warn of valid policies with a probably unintended effect.
+"""`netpolctl check`: report every error in manifests, and warn of valid policies whose effect is probably unintended.
 
-Exit codes: 0 valid (with or without warnings), 3 some input is not valid.
+Exit codes: 0 valid, 3 some input is not valid. Warnings do not change the exit code without ``--strict``.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _in_file_order(problems: Sequence[Problem]) -> list[Problem]:
-    """Sort by line within a file; files keep the order of their first problem."""
+    """Sort the problems of each file by line. Files come in the order of their first problem."""
     files = {file: number for number, file in enumerate(dict.fromkeys(one.location.file for one in problems))}
     return sorted(problems, key=lambda problem: (files[problem.location.file], problem.location.line))
 

@@ -118,7 +118,7 @@ def _clean(arguments: argparse.Namespace) -> int:
 
 
 def _abandoned_engines(parent: Path) -> list[Any]:
-    """The pin directories that killed `netpolctl test` processes left."""
+    """The pin directories of `netpolctl test` processes that were killed, so that they could not remove them."""
     from netpol_ebpf.apply.kernel_engine import abandoned
     from netpol_loader.pins.removal import find_leftovers
 
@@ -126,7 +126,7 @@ def _abandoned_engines(parent: Path) -> list[Any]:
 
 
 def _state(state_dir: Path) -> Iterator[Path]:
-    """The agent's files in the state directory, then the directory itself if it has no other files."""
+    """The agent's files in the state directory, then the directory itself if it contains no other files."""
     names = (LEDGER_NAME, INTERFACES_NAME, HANDOVERS_NAME)
     files = [f"{name}{suffix}" for name in names for suffix in ("", ".draft", DAMAGED_SUFFIX)]
     ours = [state_dir / name for name in (SOCKET_NAME, *files, COPIES_NAME, LOCK_NAME)]
@@ -137,7 +137,10 @@ def _state(state_dir: Path) -> Iterator[Path]:
 
 
 def _saved(path: Path) -> Iterator[Path]:
-    """The saved state of the cluster and its draft, then the directory if it has no other files and is the default one."""
+    """The saved state of the cluster and its draft, as far as they exist.
+
+    Last comes the directory, if it is the default directory and contains no other files.
+    """
     present = [one for one in (path, path.with_suffix(".draft")) if one.exists()]
     yield from present
     if path == DEFAULT_SAVED_STATE and path.parent.is_dir() and set(path.parent.iterdir()) <= set(present):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl cni`: install the CNI plugin, so that the node's container runtime runs it for every pod, or remove it.
+"""`netpolctl cni`: install or remove the CNI plugin, which the node's container runtime runs for every pod.
 
 Exit codes: 0 installed or removed, 3 there is no network configuration to which the plugin can be added, 5 a file
 cannot be written or removed.
@@ -34,11 +34,11 @@ from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, Us
 from netpol_ebpf.terminal import escaped, say
 
 TIMEOUT_S, LONGEST_S = 30, 600
-"""The default and the largest timeout of the plugin, in seconds; must be the same as in cni/netpol_cni.c."""
+"""Default and maximum of the plugin's timeout in seconds. They must be the same as in cni/netpol_cni.c."""
 LOOK_S = 1.0
-"""Interval in seconds at which --follow checks whether another program changed something; arbitrary."""
+"""Seconds between two checks of --follow for changes by other programs. The number is arbitrary."""
 MOST_SOCKET_BYTES = 107
-"""The longest path of a socket: the kernel's UNIX_PATH_MAX without the NUL."""
+"""Longest path of a socket in bytes: the kernel's UNIX_PATH_MAX without the terminating NUL."""
 
 log = logging.getLogger("netpolctl")
 
@@ -84,7 +84,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def add_directory_options(parser: argparse.ArgumentParser, prefix: str) -> None:
-    """Add the options for the directories of the runtime's plugins and configurations, named ``--PREFIX...``."""
+    """Add the options for the runtime's plugin directory and configuration directory.
+
+    They are named ``--dir`` and ``--conf-dir``, with ``prefix`` before the name.
+    """
     parser.add_argument(
         f"--{prefix}dir", dest="bin_dir", type=Path, default=DEFAULT_BIN_DIR, metavar="DIR",
         help=f"directory of the runtime's CNI plugins (default: {DEFAULT_BIN_DIR})",
@@ -125,9 +128,10 @@ def run_install(arguments: argparse.Namespace) -> int:
 
 
 class ConfigurationKeeper:
-    """Repeats the installation when something in the directories has changed.
+    """Repeats the installation when a file in the plugin or configuration directory has changed.
 
-    ``put``: installs, and returns the files that it wrote.  An error is logged once; `look` tries again each time.
+    ``put``: a function that installs, and returns the files that it wrote. If it fails, the error is logged once, and
+    every `look` tries again.
     """
 
     def __init__(self, bin_dir: Path, conf_dir: Path, put: Callable[[], list[Path]]) -> None:
@@ -136,7 +140,7 @@ class ConfigurationKeeper:
         self._told = ""
 
     def look(self) -> list[Path]:
-        """Install if the directories changed since the last call. Returns the files that were written."""
+        """Install if a file changed since the last call. Returns the files that were written."""
         seen = self._look()
         if seen == self._seen:
             return []

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`netpolctl compile`: compile the program into a file, so that nodes need no compiler and agents start faster.
 
-Exit codes: 0 written, 5 the program does not compile, there is no compiler, or the directory is not trusted.
+Exit codes: 0 written; 5 the program does not compile, no compiler is installed, or other users may write into the
+directory.
 """
 
 from __future__ import annotations

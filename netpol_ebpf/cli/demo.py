@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``netpolctl demo``: show enforcement at work, in network namespaces, in under two minutes.
+"""``netpolctl demo``: demonstrate enforcement in network namespaces, in under two minutes.
 
-Builds a small cluster from manifests, shows who reaches whom before and after enforcement, explains one denial, changes
-a policy live, measures two pods against two others without enforcement, and shows a map as bpftool prints it.
+The demonstration builds a small cluster from manifests, and shows which hosts reach each other before and after
+enforcement. It explains one denial, changes a policy while traffic flows, compares the throughput of two pods with that
+of two pods without enforcement, and prints a map with bpftool.
 
-Invariants: everything shown is observed (real connections, the agent's own output), and compared with the reference
-model's verdicts for the same manifests; a difference makes the command fail.  However the command ends, the
-laboratory's guard removes its namespaces, processes, pins and copies of files.
+Invariants: all printed results are observed (real connections, the agent's own output) and compared with the reference
+model's verdicts for the same manifests; if they differ, the command fails. However the command ends, the laboratory's
+guard removes its namespaces, processes, pins and copies of files.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class DemoOutput:
-    """Print the demonstration: headlines, text, tables. Prints nothing if the user wants only the summary."""
+    """Prints the demonstration: headlines, text and tables. ``quiet``: print nothing."""
 
     def __init__(self, *, quiet: bool, colour: bool) -> None:
         self.quiet = quiet
@@ -113,7 +114,7 @@ class DemoOutput:
         self._number = 0
 
     def headline(self, text: str) -> None:
-        """Print the headline of the next part."""
+        """Print the numbered headline of the next part."""
         self._number += 1
         self._print(f"\n{self._paint(f'{self._number}. {escaped(text)}', BOLD)}")
 
@@ -130,13 +131,16 @@ class DemoOutput:
         self._print(f"   {self._paint(escaped(text), GREEN if good else RED)}")
 
     def table(self, observation: Observation, earlier: Observation | None = None) -> None:
-        """Print the matrix of an observation: who reaches whom. ``earlier``: the observation to compare with."""
+        """Print the connectivity matrix of an observation.
+
+        ``earlier``: mark the cells that differ from that observation.
+        """
         table = observation.render(colour=self.colour, earlier=earlier, ascii_only=self.ascii_only)
         for line in table.splitlines():
             self._print(f"   {line}")
 
     def _print(self, text: str) -> None:
-        """Print ``text``, in which names are escaped already: its control characters are the colours of this class."""
+        """Print ``text``, unless quiet. The caller has escaped names in it; other control characters are colours."""
         if not self.quiet:
             print(text, flush=True)
 
@@ -145,7 +149,7 @@ class DemoOutput:
 
 
 class Demo:
-    """One run of the demonstration. The context manager builds the laboratory and removes it."""
+    """One run of the demonstration; a context manager that builds the laboratory and removes it."""
 
     def __init__(self, stage: DemoOutput, workshop: Path) -> None:
         self.stage = stage
@@ -177,11 +181,11 @@ class Demo:
         self.lab.close()
 
     def resources(self) -> list[Resource]:
-        """Parse the current manifests."""
+        """Parse the manifests as they are now."""
         return load_paths([self.manifests]).check()
 
     def play(self, *, with_iperf: bool) -> dict[str, Any]:
-        """Run all parts in order. Returns the summary; ``ok`` in it: everything was as the reference model predicts."""
+        """Run all parts in order. Returns the summary; its field ``ok``: all results were as predicted."""
         before = self._show_before()
         enforced = self._show_enforced(before)
         self._explain_denial()
@@ -235,7 +239,11 @@ class Demo:
         predict: Callable[[Attempt], bool],
         good: str = "each as the reference model predicts",
     ) -> None:
-        """Compare an observation with the prediction, print the result, and add it to the summary under ``part``."""
+        """Compare an observation with the prediction, and print the result.
+
+        The result is also stored in the summary under ``part``. ``good``: the text to print if all results were as
+        predicted.
+        """
         mismatches = observation.mismatches(predict)
         total = len(observation.results)
         self.summary[part] = {
@@ -292,7 +300,10 @@ class Demo:
         return f"{Path(location.file).name}:{location.line}"
 
     def _reported_flow(self, attempt: Attempt) -> dict[str, Any]:
-        """The flow that the agent reported for a denied attempt. Raises PlatformError if none comes in time."""
+        """The flow that the agent reports for a denied attempt.
+
+        Raises PlatformError if the agent reports none in time.
+        """
         wanted = {
             "kind": "deny",
             "destination": str(attempt.destination),
@@ -357,7 +368,10 @@ class Demo:
         self.summary["ok"] = self.summary["ok"] and cut and bool(cells)
 
     def _seconds_until(self, *, reached: bool) -> float:
-        """Seconds until a new connection of the incident is answered (``reached``) or no longer answered."""
+        """Seconds until a new connection is answered (if ``reached``) or is no longer answered (if not).
+
+        The connection is `shop.INCIDENT`. Raises PlatformError if that takes too long.
+        """
         began = time.monotonic()
         limit_s = scaled(CHANGE_DEADLINE_S)
         while time.monotonic() - began < limit_s:
@@ -382,7 +396,10 @@ class Demo:
     # --- the agent --------------------------------------------------------------------------------------------------
 
     def _start_agent(self) -> float:
-        """Start the agent inside the node, and wait until it reports everything in force. Returns the seconds taken."""
+        """Start the agent in the node's namespace, and wait until it reports that all policy is in force.
+
+        Returns the seconds that this took. Raises PlatformError if the agent ends or takes too long.
+        """
         began = time.monotonic()
         command = [
             sys.executable, "-m", "netpol_ebpf.agent.main", "--config", "none",
@@ -416,7 +433,10 @@ class Demo:
 
 
 def _require_machine(*, with_iperf: bool) -> None:
-    """Check the machine before anything is built. Raises PlatformError for the first missing tool, PrivilegeError without root."""
+    """Check that the machine has what the demonstration needs.
+
+    Raises PrivilegeError without root, PlatformError for the first thing that is missing.
+    """
     from netpol_loader.pins import doctor
 
     if os.geteuid() != 0:
@@ -442,7 +462,7 @@ def _can_encode(text: str, encoding: str | None) -> bool:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Write a file atomically: a reader sees all of it or nothing."""
+    """Write a file atomically: a reader sees either the whole file or none."""
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(text)
     unfinished.rename(path)
@@ -450,7 +470,10 @@ def _write_whole(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def _workshop() -> Iterator[Path]:
-    """A directory for the copies of this run, removed afterwards (the laboratory's guard may have removed it before)."""
+    """Create a directory for the files of this run.
+
+    It is removed at the end, if the laboratory's guard has not removed it.
+    """
     path = Path(tempfile.mkdtemp(prefix="netpol-demo-"))
     try:
         yield path

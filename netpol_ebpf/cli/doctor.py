@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl doctor`: check whether this machine has everything that enforcement needs, and print how to get the rest.
+"""`netpolctl doctor`: check whether this machine has everything that enforcement needs.
 
-Exit codes: 0 everything is there, 5 something is missing.
+For each missing thing the command prints how to get it. Exit codes: 0 everything is there, 5 something is missing.
 """
 
 from __future__ import annotations

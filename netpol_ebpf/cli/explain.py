@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl explain`: print whether one connection is allowed, and which policy and rule decides at each endpoint.
+"""`netpolctl explain`: print whether a connection is allowed, and which rule decides at each endpoint.
 
-The agent of this node evaluates the policies in force.  With ``--manifests`` the command evaluates the policies of
-these files itself, without agent, root and kernel.
+The agent of this node evaluates the policies in force. With ``--manifests`` the command itself evaluates the policies
+in these files; it then needs neither agent nor root nor kernel.
 
-Exit codes: 0 allowed, 1 denied, 3 invalid manifests, unknown names or no verdict, 4 the agent does not respond.
+Exit codes: 0 allowed; 1 denied; 3 manifests are invalid, a name is unknown, or the objects determine no verdict; 4 the
+agent does not answer.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ PROTOCOLS = {"tcp": TCP, "udp": UDP, "sctp": SCTP, "icmp": ICMP, "icmpv6": ICMPV
 FROM_FILES = (
     "note: this answer is for the files named and an agent without options; without --manifests the agent of this node answers for "
     "what is in force"
+)
+
+TRANSLATED = (
+    "note: this answer assumes that the node translates the service's address, and that no process of the node has bound it; the "
+    "agent of the node knows which addresses are bound"
 )
 
 
@@ -91,6 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
         paths = [one or manifests_dir(arguments.config) for one in arguments.manifests]
         ways = _by_files(paths, probe, arguments.engine)
         say(FROM_FILES, file=sys.stderr)
+        if any(one["backend"] is not None for one in ways):
+            say(TRANSLATED, file=sys.stderr)
     else:
         request = {**as_request(probe), "engine": arguments.engine}
         (answer,) = ask_agent(arguments, "explain", timeout_s=WORK_S + SEND_S, **request)
@@ -111,7 +119,7 @@ def _by_files(paths: list[Path], probe: Probe, engine: str) -> Ways:
 
 
 def render(one: dict[str, Any]) -> str:
-    """Render one path of the connection, a result of `netpol_ebpf.analysis.explanation.describe`, as text."""
+    """Render one path of the connection as text. ``one``: a result of `netpol_ebpf.analysis.explanation.describe`."""
     names = {number: name.upper() for name, number in PROTOCOLS.items()}
     port = "" if one["port"] is None else f" port {one['port']}"
     what = f"{one['source']} -> {one['destination']} {names.get(one['protocol'], one['protocol'])}{port}"
@@ -146,13 +154,13 @@ def _place(step: dict[str, Any]) -> str:
 
 
 def parse_end(text: str) -> IPAddress | tuple[str, str]:
-    """Parse an address, or a (namespace, name). Raises ArgumentTypeError."""
+    """Parse an IP address, or the namespace/name of a workload as (namespace, name). Raises ArgumentTypeError."""
     end: IPAddress | tuple[str, str] = _parse(read_end, text, "neither NAMESPACE/NAME nor an address")
     return end
 
 
 def parse_protocol(text: str) -> int:
-    """Parse a protocol's name or number to its number. Raises ArgumentTypeError."""
+    """Parse the name or the number of a protocol; returns its number. Raises ArgumentTypeError."""
     if text.lower() in PROTOCOLS:
         return PROTOCOLS[text.lower()]
     number: int = _parse(int, text, f"neither a number nor one of {', '.join(PROTOCOLS)}")
@@ -160,7 +168,7 @@ def parse_protocol(text: str) -> int:
 
 
 def parse_port(text: str) -> int:
-    """Parse a port, 1 to 65535. Raises ArgumentTypeError."""
+    """Parse a port number from 1 to 65535. Raises ArgumentTypeError."""
     number: int = _parse(int, text, "not a port number")
     return _within(number, 1, 65535)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl flows`: print the flows that policy denied or logged, or that staged policy would deny, each with its rule.
+"""`netpolctl flows`: print flows that policy denied or logged, and flows that staged policy would deny.
 
-Exit codes: 0, 4 no agent answers.
+Each flow is printed with the rule that decided. Exit codes: 0 printed, 4 no agent answers.
 """
 
 from __future__ import annotations
@@ -65,7 +65,10 @@ def render_flow(flow: dict[str, Any]) -> str:
 
 
 def render_end(flow: dict[str, Any], side: str) -> str:
-    """Render the source or the destination: name, address and port, as far as they are known."""
+    """Render one end of a flow: its name, address and port, as far as they are known.
+
+    ``side``: "source" or "destination".
+    """
     name, address, port = flow.get(f"{side}_name"), flow[side], flow.get(f"{side}_port")
     text = (
         f"[{address}]:{port}"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`netpolctl get`: list endpoints, rules with their counters, identities, connections or maps of the agent.
 
-Exit codes: 0, 4 no agent answers.
+Exit codes: 0 listed, 4 no agent answers.
 """
 
 from __future__ import annotations

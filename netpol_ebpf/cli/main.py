@@ -36,6 +36,7 @@ COMMANDS = (
     "netpol_ebpf.cli.status",
     "netpol_ebpf.cli.metrics",
     "netpol_ebpf.cli.flows",
+    "netpol_ebpf.cli.release",
     "netpol_ebpf.cli.bench",
     "netpol_ebpf.cli.demo",
     "netpol_ebpf.cli.cni",

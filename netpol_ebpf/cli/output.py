@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``-o`` option of all commands, and rendering of values and tables.
+"""The ``-o`` option of all commands, and the rendering of values and tables.
 
-Invariants: for every command, `json` and `yaml` output is exactly one document of plain values in printable ASCII; no
-value is rounded or shortened.  Table cells contain only printable characters.
+Invariants: with ``-o json`` or ``-o yaml`` every command prints exactly one document of plain values in printable
+ASCII, and no value is rounded or shortened. Table cells contain only printable characters.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ FORMATS = ("text", "wide", "json", "yaml")
 
 
 def add_output_option(parser: argparse.ArgumentParser) -> None:
-    """Add ``-o``/``--output``; the value is one of FORMATS."""
+    """Add the option ``-o``/``--output``. Its value is one of FORMATS."""
     parser.add_argument("-o", "--output", choices=FORMATS, default="text", help="output format (default: text)")
 
 
 def print_value(output: str, value: Any) -> bool:
-    """Print ``value`` if ``output`` is json or yaml. Otherwise returns False: the caller must then print text."""
+    """Print ``value`` if ``output`` is "json" or "yaml".
+
+    Returns False for other formats: the caller must then print text.
+    """
     if output == "json":
         print(render_json(value, indent=2))
     elif output == "yaml":
@@ -36,19 +39,22 @@ def print_value(output: str, value: Any) -> bool:
 
 
 def render_json(value: Any, indent: int | None = None) -> str:
-    """Render a plain value as JSON in printable ASCII."""
+    """Render a value as JSON in printable ASCII. ``indent``: spaces for each level, None for a single line."""
     return json.dumps(value, indent=indent).replace(
         "\x7f", "\\u007f"
     )  # json.dumps escapes every other control character
 
 
 def counted(counts: Mapping[str, int]) -> str:
-    """Render counts, such as ``2 apps/v1 Deployment, 1 v1 ConfigMap``."""
+    """Render numbers of objects as a list, such as ``2 apps/v1 Deployment, 1 v1 ConfigMap``.
+
+    ``counts``: the number of objects by the name of their kind.
+    """
     return ", ".join(f"{number} {name}" for name, number in counts.items())
 
 
 def render_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Render a table with aligned columns and a header in capitals, without a final newline."""
+    """Render a table with aligned columns and a header in capitals. The text ends without a line break."""
     lines = [[title.upper() for title in header], *([escaped(str(cell)) for cell in row] for row in rows)]
     widths = [max(len(line[at]) for line in lines) for at in range(len(header))]
     return "\n".join(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl status`: show what the agent of this node enforces, on which interfaces, and every problem.
+"""`netpolctl status`: print what the agent of this node enforces, on which interfaces, and every problem.
 
-Exit codes: 0 all objects of the sources are in force, 1 some are not, 4 the agent does not respond.
+Exit codes: 0 all objects of the sources are in force, 1 some are not, 4 the agent does not answer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from netpol_ebpf.terminal import escaped, paragraph, say
 
 EXIT_NOT_IN_FORCE = 1
 FOLLOWED = frozenset({"watching", "not installed"})
-"""The states of a cluster's kind that are no problem: the source watches it, or the cluster does not have it."""
+"""The states of a source's kind that are no problem: the source watches the kind, or the cluster does not have it."""
 _UNKNOWN = {"closed": "closed (no known endpoint)", "own": "the node's own"}
 
 
@@ -61,7 +61,7 @@ def _print_text(state: dict[str, Any], *, wide: bool) -> None:
 
 
 def _source(source: dict[str, Any]) -> str:
-    """Render the state of a source of objects."""
+    """Render the state of a source as text for one line."""
     parts = ["synced" if source["synced"] else f"waits for {', '.join(source['waiting_for'])}"]
     if source.get("restored"):
         parts = [f"NOT READ, the state saved at {source['stale_since']} is in force"]
@@ -69,11 +69,20 @@ def _source(source: dict[str, Any]) -> str:
         parts.append(f"CUT OFF, later changes than of {source['stale_since'] or 'the start'} may be missing")
     elif source.get("confirmed"):
         parts.append(f"confirmed at {source['confirmed']}")
+    if source.get("went_back_at"):
+        parts.append(f"WENT BACK to an older state at {source['went_back_at']}, all kinds were listed again")
+    if source.get("gaps"):
+        parts.append(
+            f"events lost and listed again: {', '.join(f'{kind} {n} times' for kind, n in source['gaps'].items())}"
+        )
     return f"{source['type']} {source['source']}: {'; '.join(parts)}"
 
 
 def _print_kinds(kinds: Sequence[dict[str, Any]], *, wide: bool) -> None:
-    """Print the state of each kind of a source; unless ``wide``, only of kinds with a problem or kept objects."""
+    """Print a table of the kinds of a source.
+
+    Unless ``wide``, the table has only kinds with a problem, and kinds with objects that are kept though deleted.
+    """
     rows = [
         (one["kind"], one["state"], one["objects"], one["kept"] or "-", one["resource_version"] or "-")
         for one in kinds
@@ -145,7 +154,7 @@ def _print_enforcement(state: dict[str, Any], *, wide: bool) -> None:
 
 
 def _isolation(policies: list[str]) -> str:
-    """Render whether a direction is isolated, and by how many policies."""
+    """Render whether an endpoint is isolated in a direction. ``policies``: names of the policies that isolate it."""
     return f"isolated ({len(policies)})" if policies else "open"
 
 

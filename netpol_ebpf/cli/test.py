@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl test`: run case files.
+"""`netpolctl test`: run case files, and print the probes with an unexpected verdict.
 
-Exit codes: 0 every probe had the expected verdict, 1 some had not, 3 some input is invalid (with or without failed
-probes), 5 the engine `kernel` cannot run here.
+Exit codes: 0 every probe had the expected verdict; 1 some probes had not; 3 some input is invalid, whatever the other
+probes' verdicts; 5 the engine `kernel` cannot run here.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _print_text(report: CaseResults, *, wide: bool) -> None:
 
 
 def _render_probe(probe: Any) -> str:
-    """Render a probe as one line: ends, protocol and port first, then its other fields."""
+    """Render a probe as one line: its two ends, protocol and port, then its other fields as JSON."""
     text = f"{probe['from']} -> {probe['to']} {probe['protocol']}"
     if "port" in probe:
         text += f" {probe['port']}"

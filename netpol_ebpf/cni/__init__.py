@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Installation of the chained CNI plugin on a node. `make -C cni` puts the program itself into this directory."""
+"""Installation of the chained CNI plugin on a node. `make -C cni` builds the plugin's program in this directory."""

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Installs the CNI plugin on a node: the program among the runtime's plugins, and an entry in the network's list.
+"""Installs the CNI plugin on a node: its program in the runtime's plugin directory, its entry in the configuration.
 
-A runtime uses the first configuration by file name.  In a list of plugins, ours becomes the last; the configuration of
-a single plugin is converted to a list, and its original is kept under a name that no runtime reads.
+A runtime uses the configuration that is first by file name. If that is a list of plugins, our entry is added at its
+end. If it is the configuration of a single plugin, it is converted to a list, and the original file is renamed so that
+no runtime reads it.
 
-Invariants: each file is replaced whole or not at all, the program before any configuration that names it; other entries
-of a configuration stay; a configuration that cannot be understood is reported and stays as it is.
+Invariants: each file is replaced atomically, the program before any configuration that names it. Other entries of a
+configuration stay. A configuration that cannot be parsed is reported and not changed.
 """
 
 from __future__ import annotations
@@ -24,36 +25,44 @@ from netpol_ebpf.errors import InvalidInputError, PlatformError
 
 TYPE = "netpol-cni"
 PROGRAM = Path(__file__).with_name(TYPE)
-"""Path of the program as built by `make -C cni`, and in images and packages."""
+"""Path of the plugin's program. `make -C cni` writes it, and images and packages contain it."""
 DEFAULT_BIN_DIR, DEFAULT_CONF_DIR = Path("/opt/cni/bin"), Path("/etc/cni/net.d")
-"""Directories of plugins and configurations of containerd, CRI-O and other runtimes."""
+"""Default directories of CNI plugins and network configurations, as containerd, CRI-O and other runtimes have them."""
 VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 """Versions of the CNI specification that the plugin supports (cni/netpol_cni.c)."""
 LIST, SINGLE = ".conflist", (".conf", ".json")
-"""File name extensions of the configurations that libcni reads: of lists, and of single plugins."""
+"""File name extensions of the configurations that libcni reads. LIST: of lists of plugins; SINGLE: of single
+plugins."""
 SAVED = ".netpol-saved"
-"""Suffix of the name of a single plugin's original configuration that was converted to a list."""
+"""Suffix that is added to the file name of a single plugin's configuration when it is converted to a list."""
 BUILD_HINT = "Build it (make -C cni), or use an image or a package of this architecture that has it."
 MOST_BYTES = 1 << 20
-"""Largest configuration in bytes; arbitrary, real ones have some kilobytes."""
+"""Largest accepted configuration, in bytes. The number is arbitrary; real configurations have some kilobytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class PluginSettings:
-    """The plugin's settings in its configuration. ``posture``: "closed" or "open"."""
+    """The plugin's settings, which its entry in the configuration has.
+
+    ``socket``: path of the agent's control socket. ``timeout_s``: how long a pod's start waits for its policy.
+    ``posture``: "closed" or "open".
+    """
 
     socket: Path
     timeout_s: int
     posture: str
 
     def render(self) -> dict[str, Any]:
-        """The plugin's entry in a list of plugins."""
+        """The plugin's entry for the list of plugins, as a JSON object."""
         return {"type": TYPE, "socket": str(self.socket), "timeout": self.timeout_s, "posture": self.posture}
 
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """One installed file or entry of ours. ``remove`` removes it, and raises OSError or InvalidInputError."""
+    """One thing that the installation made: the program, or our entry in a configuration.
+
+    ``remove`` removes it; raises OSError or InvalidInputError.
+    """
 
     kind: str
     path: Path
@@ -61,10 +70,11 @@ class Installed:
 
 
 def install(bin_dir: Path, conf_dir: Path, settings: PluginSettings) -> list[Path]:
-    """Install the program and the configuration entry; returns the files that were written, none if all was there.
+    """Install the program and the configuration entry. Returns the paths of the files that were written.
 
-    Raises PlatformError if the program does not exist, does not run here, or cannot be written, InvalidInputError if
-    there is no configuration, or one in which our plugin cannot be the last.
+    The list is empty if everything was installed already. Raises PlatformError if the program does not exist, cannot be
+    executed on this machine, or cannot be written. Raises InvalidInputError if there is no configuration, or if our
+    plugin cannot be added to it.
     """
     program = _load_program()
     written = []
@@ -85,7 +95,7 @@ def install(bin_dir: Path, conf_dir: Path, settings: PluginSettings) -> list[Pat
 
 
 def _load_program() -> bytes:
-    """Load the program, and check that it runs here and supports VERSIONS. Raises PlatformError."""
+    """Load the program after a check that it can be executed here and supports VERSIONS. Raises PlatformError."""
     try:
         done = subprocess.run(
             [PROGRAM], env={"CNI_COMMAND": "VERSION"}, stdin=subprocess.DEVNULL, capture_output=True, check=False
@@ -101,7 +111,10 @@ def _load_program() -> bytes:
 
 
 def first_configuration(conf_dir: Path) -> Path:
-    """The path of the configuration that runtimes use. Raises InvalidInputError if there is none, OSError."""
+    """The path of the configuration that runtimes use, which is the first by name.
+
+    Raises InvalidInputError if there is none, OSError if the directory cannot be read.
+    """
     names = sorted(one.name for one in conf_dir.iterdir() if one.is_file()) if conf_dir.is_dir() else []
     for name in names:
         if Path(name).suffix in (LIST, *SINGLE):
@@ -113,7 +126,7 @@ def first_configuration(conf_dir: Path) -> Path:
 
 
 def find_installed(bin_dir: Path, conf_dir: Path) -> Iterator[Installed]:
-    """All installed files and entries of ours, in the order in which they must be removed. Raises OSError."""
+    """Find the program and our configuration entries, in the order in which they must be removed. Raises OSError."""
     for path in sorted(conf_dir.glob(f"*{LIST}")) if conf_dir.is_dir() else []:
         if path.is_file() and not path.is_symlink() and _names_ours(path):
             yield Installed("CNI configuration", path, lambda path=path: _take_out(path))  # type: ignore[misc]
@@ -123,7 +136,10 @@ def find_installed(bin_dir: Path, conf_dir: Path) -> Iterator[Installed]:
 
 
 def _names_ours(path: Path) -> bool:
-    """Whether a list includes our plugin; for a file that is no list, whether the plugin's name occurs in it."""
+    """Whether the list in a file includes our plugin.
+
+    If the file cannot be parsed: whether our plugin's name occurs in it.
+    """
     try:
         return any(one.get("type") == TYPE for one in _plugins(_load(path), path))
     except InvalidInputError:
@@ -131,7 +147,7 @@ def _names_ours(path: Path) -> bool:
 
 
 def _extend(path: Path, settings: PluginSettings) -> list[Path]:
-    """Make our plugin the last one of a list; returns the written files."""
+    """Put our entry at the end of the list in a file. Returns the files that were written."""
     document = _load(path)
     others = [one for one in _plugins(document, path) if one.get("type") != TYPE]
     if not others:
@@ -145,7 +161,10 @@ def _extend(path: Path, settings: PluginSettings) -> list[Path]:
 
 
 def _convert(path: Path, settings: PluginSettings) -> list[Path]:
-    """Convert the configuration of a single plugin to a list with our plugin at its end; returns the written files."""
+    """Convert a single plugin's configuration to a list that ends with our entry.
+
+    Returns the files that were written.
+    """
     document = _load(path)
     target = path.with_suffix(LIST)
     if not isinstance(document.get("type"), str):
@@ -164,7 +183,10 @@ def _convert(path: Path, settings: PluginSettings) -> list[Path]:
 
 
 def _take_out(path: Path) -> None:
-    """Remove our plugin from a list, or restore the configuration from which the list was made."""
+    """Remove our entry from a list.
+
+    If the list was converted from a single plugin's file, restore that file instead.
+    """
     for suffix in SINGLE:
         saved = path.with_name(path.stem + suffix + SAVED)
         if saved.exists():
@@ -207,7 +229,7 @@ def _encode(document: dict[str, Any]) -> bytes:
 
 
 def _is_program(path: Path, program: bytes) -> bool:
-    """Whether a file has this content and is executable."""
+    """Whether a file is executable and its content is ``program``."""
     try:
         return os.access(path, os.X_OK) and path.read_bytes() == program
     except FileNotFoundError:
@@ -215,9 +237,9 @@ def _is_program(path: Path, program: bytes) -> bool:
 
 
 def _replace(path: Path, content: bytes, mode: int | None) -> None:
-    """Write a file under a name that no runtime reads, then rename it.
+    """Write a file atomically: under a name that no runtime reads, then rename it.
 
-    ``mode``: mode of the file; None keeps mode and owner of the present file.
+    ``mode``: mode of the file. None: the new file gets mode and owner of the present file.
     """
     draft = path.with_name(f".{path.name}.draft")
     draft.unlink(missing_ok=True)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network laboratory: pods, nodes and outside hosts as network namespaces, and real connections between them."""
+"""The laboratory: network namespaces as pods, nodes and outside hosts, with real connections between them."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An attempt to connect two hosts of a laboratory, and its outcome.
+"""One attempt of a laboratory's host to connect to an address, and the outcome of the attempt.
 
-Invariant: an outcome states the observation, never a conclusion: a refused connection or an ICMP unreachable is not a
-denial by policy, and is distinct from silence.
+Invariant: an outcome states what the source observed and draws no conclusion. A refused connection or an ICMP
+unreachable message is not a denial by policy, so they are outcomes of their own, distinct from silence.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Reachability(enum.Enum):
 class Attempt:
     """One new connection from a host to an address.
 
-    ``protocol``: TCP, UDP, ICMP or ICMPv6 by IANA number; ``port`` is 0 for the last two, which are echo requests.
-    ``source_port`` 0: the kernel chooses.
+    ``protocol``: TCP, UDP, ICMP or ICMPv6, by IANA number. ``port``: the destination port of TCP and UDP; 0 for ICMP
+    and ICMPv6, which send an echo request. ``source_port``: 0 if the kernel chooses the port.
     """
 
     source: str
@@ -39,7 +39,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class AttemptResult:
-    """Outcome of an attempt, known after ``seconds``."""
+    """The outcome of an attempt. ``seconds``: the time from the start of the attempt to its outcome."""
 
     attempt: Attempt
     outcome: Reachability
@@ -47,5 +47,5 @@ class AttemptResult:
 
     @property
     def reached(self) -> bool:
-        """Whether the echo came back."""
+        """Whether the echo of the destination arrived at the source."""
         return self.outcome is Reachability.REACHED

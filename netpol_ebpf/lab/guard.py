@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Removal of a laboratory, by a process that outlives the laboratory's builder.
+"""Removes a laboratory, in a process that outlives the builder of the laboratory.
 
-The builder starts this module as a child in a session of its own, and writes one JSON line for each namespace or
-directory that it is about to create.  When the pipe ends, because the builder closed it or died (also by SIGKILL), the
-guard ends every process inside the recorded namespaces, deletes them and the recorded directories, and exits.
+The builder starts this module as a child process in its own session. It writes one JSON line to the child's standard
+input for each namespace or directory that it is about to create. The pipe ends when the builder closes it or dies, also
+by SIGKILL. Then the guard ends every process inside the recorded namespaces, deletes the namespaces and the recorded
+directories, and exits.
 
-Invariant: only recorded objects are removed, and nothing else removes them.  Standard library only.
+Invariant: the guard removes only recorded objects, and no other process removes them. This module uses only the
+standard library.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ POLL_S = 0.01
 
 
 def processes_in(namespace: str) -> list[int]:
-    """Ids of the processes in the named network namespace; [] when it does not exist."""
+    """Ids of the processes in the named network namespace; [] if the namespace does not exist."""
     try:
         wanted = (NETNS_DIR / namespace).stat()
     except FileNotFoundError:
@@ -59,9 +61,9 @@ def _kill_all(namespace: str) -> None:
 
 
 def remove(namespaces: Iterable[str], directories: Iterable[Path] = ()) -> list[str]:
-    """Remove namespaces (with the processes inside) and directories; missing ones are skipped.
+    """Remove namespaces, with the processes inside, and directories. Missing ones are skipped.
 
-    All removals are tried; the returned list has one line for each object that could not be removed.
+    An object that cannot be removed does not end the removal. The returned list has one line for each such object.
     """
     failures = []
     for namespace in namespaces:
@@ -82,9 +84,9 @@ def remove(namespaces: Iterable[str], directories: Iterable[Path] = ()) -> list[
 
 
 def main() -> int:
-    """Read records from standard input until it ends, then remove the objects.
+    """Read records from standard input to its end, then remove the recorded objects.
 
-    Returns 0: all removed; 5: some remain.
+    Returns 0 if all were removed, 5 if some remain.
     """
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)

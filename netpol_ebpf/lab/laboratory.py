@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds a planned network of namespaces, runs processes and connections in it, and removes it again.
 
-Invariants: names contain a random token, so that laboratories do not collide; every interface is created inside a
-namespace of the laboratory, so that the machine's own interfaces are never touched; every object is recorded with the
-guard process before its creation, so that it is removed however this process ends.  Needs root.
+Invariants: names contain a random token, so laboratories do not collide. Every interface is created inside a namespace
+of the laboratory, so the machine's own interfaces are never touched. Every namespace and directory is recorded with the
+guard process before its creation, so the guard removes it however this process ends. The laboratory needs root.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ SETTINGS_ROUTER = (("ipv4/ip_forward", "1"), ("ipv6/conf/all/forwarding", "1"))
 class Lab:
     """A running laboratory; a context manager.
 
-    ``directories`` are removed with it, such as a pin directory of the dataplane under test.  Raises PrivilegeError
-    without root, PlatformError if a tool is missing or a step fails; nothing remains in either case.
+    ``directories``: directories to remove together with the laboratory, such as the pin directory of the agent under
+    test. Raises PrivilegeError without root, PlatformError if a tool is missing or a step fails. In both cases
+    everything that was built is removed.
     """
 
     def __init__(self, hosts: Iterable[Host] | Plan, *, directories: Sequence[Path] = ()) -> None:
@@ -111,10 +112,10 @@ class Lab:
     def _await_links(self) -> None:
         """Wait until every interface of the plan can send.
 
-        If a veth's peer comes up later, the veth can send only after a kernel worker has noticed it, which takes a
-        while if others create and remove namespaces; until then it drops all packets silently.  Interfaces outside the
-        plan do not count: a kernel with built-in tunnels puts `sit0` and the like into every new namespace, and these
-        are never up.
+        If the peer of a veth comes up later, a kernel worker must notice this before the veth can send. That takes a
+        while if other processes create and remove namespaces; until then the veth silently drops all packets.
+        Interfaces outside the plan do not count: a kernel with built-in tunnels puts `sit0` and similar interfaces into
+        every new namespace, and these are never up.
         """
         deadline = time.monotonic() + scaled(LINKS_DEADLINE_S)
         for host in self.plan.hosts:
@@ -142,9 +143,9 @@ class Lab:
             _run_batch(self.command(batch.host, ["ip", *options, "-batch", "-"]), "\n".join(lines) + "\n")
 
     def record(self, *, namespaces: Iterable[str] = (), directories: Iterable[Path] = ()) -> None:
-        """Record namespaces and directories that the guard must remove, whatever happens.
+        """Record namespaces and directories that the guard must remove.
 
-        Must be called before they are created.
+        Must be called before they are created, so that the guard removes them even if this process dies.
         """
         if self._guard is None or self._guard.stdin is None:
             raise PlatformError("the laboratory is not running")
@@ -153,9 +154,9 @@ class Lab:
         self._guard.stdin.flush()
 
     def close(self) -> None:
-        """End all processes, remove all namespaces and directories. Harmless when repeated.
+        """End all processes, and remove all namespaces and directories. Calling it again has no effect.
 
-        Raises PlatformError naming what could not be removed.
+        Raises PlatformError with the names of objects that could not be removed.
         """
         for process in reversed(self._processes):
             _stop(process)
@@ -181,7 +182,7 @@ class Lab:
 
     @property
     def prober(self) -> Prober:
-        """The prober that owns the laboratory's sockets."""
+        """The prober that makes the laboratory's connections and runs its echo servers."""
         if self._prober is None:
             raise PlatformError("the laboratory is not running")
         return self._prober
@@ -189,23 +190,23 @@ class Lab:
     def attempt(
         self, attempts: Sequence[Attempt], *, deadline_s: float = DEADLINE_S, rounds: int = 2
     ) -> list[AttemptResult]:
-        """Make real connections, all at once; see `Prober.attempt`."""
+        """Make real connections, all at the same time; see `Prober.attempt`."""
         return self.prober.attempt(attempts, deadline_s=deadline_s, rounds=rounds)
 
     def command(self, host: str, argv: Sequence[str]) -> list[str]:
         """The command line that runs ``argv`` inside a host's network namespace.
 
-        It uses `nsenter`, because `ip netns exec` (and `ip -n`) also mount a new /sys, which hides the BPF file system
-        and fails where / is no mount point.
+        It uses `nsenter`. `ip netns exec` and `ip -n` would also mount a new /sys, which hides the BPF file system, and
+        fail if / is not a mount point.
         """
         return ["nsenter", f"--net={guard.NETNS_DIR / self.namespace_of[host]}", "--", *argv]
 
     def run(
         self, host: str, argv: Sequence[str], *, timeout_s: float = RUN_DEADLINE_S, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command inside a host and wait for its end.
+        """Run a command in a host's namespace and wait for its end.
 
-        Raises CalledProcessError (with ``check``) or TimeoutExpired.
+        Raises TimeoutExpired; raises CalledProcessError if ``check`` and the command fails.
         """
         return subprocess.run(
             self.command(host, argv),
@@ -225,9 +226,9 @@ class Lab:
         stderr: _File = subprocess.DEVNULL,
         env: Mapping[str, str] | None = None,
     ) -> subprocess.Popen[bytes]:
-        """Start a process inside a host; it ends with the laboratory.
+        """Start a process in a host's namespace. Closing the laboratory ends the process.
 
-        It has a session of its own, so that a Ctrl-C at the terminal reaches only the builder of the laboratory.
+        The process has its own session, so Ctrl-C at the terminal reaches only the builder of the laboratory.
         """
         process = subprocess.Popen(
             self.command(host, argv),
@@ -241,7 +242,10 @@ class Lab:
         return process
 
     def stop(self, process: subprocess.Popen[bytes]) -> int:
-        """End a process started by `start`, by SIGTERM and, if necessary, SIGKILL; returns its exit code."""
+        """End a process that `start` returned: by SIGTERM, then by SIGKILL if it does not end.
+
+        Returns the exit code of the process.
+        """
         if process in self._processes:
             self._processes.remove(process)
         return _stop(process)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The connectivity of a laboratory: a table of real attempts, its rendering, and its comparison with a prediction.
+"""The connectivity matrix of a laboratory: real attempts, their rendering, and their comparison with a prediction.
 
-Invariant: a cell shows the observation in every address family that both ends have; where families differ, or where an
-attempt ended in anything but an echo or silence, the cell says so.
+Invariant: a cell covers every address family that source and destination have in common. If the families have different
+outcomes, or an attempt has an outcome other than an echo or silence, the cell shows so.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ GAP = "  "
 
 @dataclass(frozen=True, slots=True)
 class ProbedService:
-    """One port to probe at one host.
+    """One destination of the matrix: a port of a host, or ping.
 
-    ``protocol``: TCP or UDP with a port, or ICMP for an echo request of either family.
+    ``protocol``: TCP or UDP, with ``port``; or ICMP, which stands for an echo request of either address family.
     """
 
     host: str
@@ -33,7 +33,7 @@ class ProbedService:
 
     @property
     def label(self) -> str:
-        """Short name for a table: ``8080``, ``53/u`` or ``ping``."""
+        """The short name of the service in a table: ``8080`` for TCP, ``53/u`` for UDP, or ``ping``."""
         if self.protocol == ICMP:
             return "ping"
         return f"{self.port}/u" if self.protocol == UDP else str(self.port)
@@ -41,7 +41,7 @@ class ProbedService:
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """An attempt with an outcome that differs from the prediction."""
+    """An attempt whose outcome differs from the prediction."""
 
     result: AttemptResult
     expected_reached: bool
@@ -57,7 +57,10 @@ class Mismatch:
 
 
 class Matrix:
-    """The connectivity matrix of one plan: sources by services; ``names`` shortens host names for display."""
+    """The connectivity matrix of one plan: a row for each source, a column for each service.
+
+    ``names``: maps a host's name to a shorter name for display.
+    """
 
     def __init__(
         self,
@@ -72,7 +75,7 @@ class Matrix:
         self.names = dict(names or {})
 
     def attempts(self) -> list[Attempt]:
-        """One attempt for each source, service and common address family; none from a host to itself."""
+        """One attempt for each source, service and common address family. There is none from a host to itself."""
         return [
             attempt
             for source in self.sources
@@ -92,13 +95,13 @@ class Matrix:
         ]
 
     def observe(self, lab: Lab) -> Observation:
-        """Make all attempts with real connections."""
+        """Make all attempts of the matrix with real connections."""
         results = lab.attempt(self.attempts())
         return Observation(self, {result.attempt: result for result in results})
 
 
 class Observation:
-    """The outcomes of all attempts of a matrix at one time."""
+    """The outcomes of all attempts of a matrix, from one run of `Matrix.observe`."""
 
     def __init__(self, matrix: Matrix, results: Mapping[Attempt, AttemptResult]) -> None:
         self.matrix = matrix
@@ -106,13 +109,13 @@ class Observation:
 
     @property
     def reached(self) -> int:
-        """How many attempts were answered."""
+        """The number of attempts that were answered."""
         return sum(result.reached for result in self.results.values())
 
     def mismatches(self, predict: Callable[[Attempt], bool]) -> list[Mismatch]:
-        """The attempts with another outcome than ``predict`` says.
+        """The attempts whose outcome differs from the prediction. ``predict``: whether the attempt should be answered.
 
-        An outcome other than an echo or silence always counts.
+        An outcome other than an echo or silence always differs.
         """
         found = []
         for attempt, result in self.results.items():
@@ -122,11 +125,11 @@ class Observation:
         return found
 
     def cell(self, source: str, service: ProbedService) -> tuple[Reachability, ...]:
-        """The outcomes of a cell, IPv4 before IPv6; () for a host and itself."""
+        """The outcomes of one cell, IPv4 before IPv6; () if the source is the service's host."""
         return tuple(self.results[attempt].outcome for attempt in self.matrix.attempts_of(source, service))
 
     def changed(self, earlier: Observation) -> list[tuple[str, ProbedService]]:
-        """The cells that differ from an earlier observation."""
+        """The cells, as (source, service), that differ from an earlier observation."""
         return [
             (source, service)
             for source in self.matrix.sources
@@ -135,7 +138,10 @@ class Observation:
         ]
 
     def as_rows(self) -> dict[str, dict[str, str]]:
-        """The matrix for JSON: by source and ``host:label``, "reached", "silent", or the outcome of each family."""
+        """The matrix for JSON: source -> "host:label" -> outcome.
+
+        If the address families have different outcomes, the value is both, joined by a slash.
+        """
         rows: dict[str, dict[str, str]] = {}
         for source in self.matrix.sources:
             row = rows[source] = {}
@@ -147,7 +153,7 @@ class Observation:
         return rows
 
     def render(self, *, colour: bool, earlier: Observation | None = None, ascii_only: bool = False) -> str:
-        """The table. Cells that changed since ``earlier`` are marked with an asterisk."""
+        """Render the matrix as a table. An asterisk marks the cells that changed since ``earlier``."""
         changed = set(self.changed(earlier)) if earlier is not None else set()
         hosts = {*self.matrix.sources, *(service.host for service in self.matrix.services)}
         names = {host: escaped(self.matrix.names.get(host, host)) for host in hosts}
@@ -189,7 +195,7 @@ def _groups(services: Iterable[ProbedService]) -> list[tuple[str, list[ProbedSer
 
 
 def _sign(outcomes: tuple[Reachability, ...], *, ascii_only: bool) -> tuple[str, str]:
-    """One character for a cell's outcomes, and its colour."""
+    """The character and the colour that show a cell's outcomes."""
     if not outcomes:
         return ("." if ascii_only else "·"), DIM
     if any(outcome not in {Reachability.REACHED, Reachability.SILENT} for outcome in outcomes):

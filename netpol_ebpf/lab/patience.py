@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One factor for every time limit of the laboratory and the demonstration, for slow machines.
+"""The factor by which slow machines lengthen every time limit of the laboratory and the demonstration.
 
-An emulated processor is ten to thirty times slower. A limit for both it and real hardware would make every denial on
-real hardware take seconds, since a denial is observed as silence until the limit.  The interval of polling is scaled,
-too: each poll costs the observed process as much as the observer.
+An emulated processor is ten to thirty times slower than real hardware. A denial is observed as silence until the time
+limit, so a limit that suits both would make every denial on real hardware take seconds. The polling interval is
+multiplied as well, because each poll costs CPU time of the observed process, too.
 
-Invariant: each limit is scaled once, where it is set, by `scaled`.  Measurements are never scaled.
+Invariant: `scaled` multiplies each limit once, where the limit is set. Measurements are never multiplied.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ LARGEST = 1000.0  # arbitrary: a limit of 0.4 s becomes minutes
 
 
 def scaled(seconds: float) -> float:
-    """A time limit or polling interval times the factor (environment NETPOL_TIMEOUT_FACTOR, 1 when unset).
+    """Multiply a time limit or polling interval by the factor in NETPOL_TIMEOUT_FACTOR (1 if the variable is not set).
 
-    Raises UsageError when the variable is no valid factor.
+    Raises UsageError if the variable is not a number from 1 to LARGEST.
     """
     return seconds * _factor(os.environ.get(VARIABLE, ""))
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The predicted outcome of an attempt: the reference model's verdict on the attempt's packet.
+"""The predicted outcome of an attempt: the reference model's verdict on the packet of the attempt.
 
-Invariant: this module shares no code with the compiler, the tables or the kernel's program, so agreement of a
-laboratory with it is evidence that the enforced policy is that of the manifests.
+Invariant: this module shares no code with the compiler, the tables or the kernel's program. So if a laboratory's
+connections agree with the prediction, the enforced policy is that of the manifests.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ECHO_REQUEST = {ICMP: 8, ICMPV6: 128}
 
 
 class Prediction:
-    """Predicts outcomes for one set of manifests and one plan."""
+    """Predicts the outcomes of attempts, for one set of manifests and one plan."""
 
     def __init__(self, resources: Iterable[Resource], plan: Plan) -> None:
         self._world = derive(resources)
@@ -35,14 +35,14 @@ class Prediction:
         return self.finding(attempt).allowed
 
     def finding(self, attempt: Attempt) -> Finding:
-        """Whether policy allows the attempt, with the cause.
+        """The reference model's verdict on the attempt, with its cause.
 
-        Raises StopIteration when the source lacks an address of the destination's family.
+        Raises StopIteration if the source has no address of the destination's family.
         """
         return walk(self._topology.plan(Flow(self._packet(attempt))), self._model.decide)
 
     def policies_at(self, endpoint: EndpointKey, direction: Direction) -> list[Policy]:
-        """The enforced policies that apply to an endpoint, in evaluation order."""
+        """The enforced policies that apply to an endpoint in ``direction``, in evaluation order."""
         labels = self._world.endpoints[endpoint].labels
         tiers = {tier.name: place for place, tier in enumerate(self._world.sorted_tiers())}
         found = [

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real sockets in the namespaces of a laboratory: echo servers, attempts with a deadline, connections held open.
 
-A socket always belongs to the network namespace in which its thread created it.  So one thread with one event loop
-serves all hosts: it enters a host's namespace and creates the socket there.  Rejected: a helper process for each host,
-which costs a tenth of a second of CPU, and messages between the processes.
+A socket belongs to the network namespace in which its thread created it. So one thread with one event loop serves all
+hosts: it enters a host's namespace and creates the socket there. The rejected alternative is a helper process for each
+host: its start costs a tenth of a second of CPU time, and the processes would have to exchange messages.
 
 Invariant: only the prober's own thread changes its namespace, and it enters a host's namespace before it creates a
 socket.
@@ -46,7 +46,7 @@ _UNREACHABLE = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EACCES, errno.EPERM
 
 
 class Held:
-    """A TCP connection kept open from a host to an echo server."""
+    """A TCP connection to an echo server that stays open."""
 
     def __init__(self, prober: Prober, sock: socket.socket) -> None:
         self._prober = prober
@@ -59,25 +59,28 @@ class Held:
         return port
 
     def exchange(self, deadline_s: float = DEADLINE_S) -> bool:
-        """Whether new bytes are echoed before the deadline."""
+        """Send new bytes; returns whether they are echoed before the deadline."""
         return self._prober.call(self._prober.echo_stream(self._sock, scaled(deadline_s)))
 
     def close(self) -> None:
-        """Close the socket. The peer's answer to the FIN may never be delivered."""
+        """Close the socket. Policy may drop the peer's answer to the FIN, so this does not wait for it."""
         self._sock.close()
 
 
 @dataclass(slots=True)
 class _Batch:
-    """Attempts made at the same time. ``moved_s``: when one of them last made progress, by the event loop's clock."""
+    """Attempts made at the same time.
+
+    ``moved_s``: the event loop's time at which an attempt of the batch last made progress.
+    """
 
     moved_s: float
 
 
 class Prober:
-    """A thread with an event loop that owns the servers and clients of all hosts.
+    """The thread, with an event loop, that owns the sockets of all hosts: echo servers and clients.
 
-    ``namespace_of`` maps a host's name to its network namespace's name.  The caller must close it.
+    ``namespace_of``: maps a host's name to the name of its network namespace. The caller must call `close`.
     """
 
     def __init__(self, namespace_of: dict[str, str]) -> None:
@@ -91,7 +94,7 @@ class Prober:
         self._thread.start()
 
     def close(self) -> None:
-        """End all servers, close all sockets, end the thread. Harmless when repeated."""
+        """End all servers, close all sockets and end the thread. Calling it again has no effect."""
         if self._loop.is_closed():
             return
         asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result(scaled(JOIN_DEADLINE_S))
@@ -102,7 +105,7 @@ class Prober:
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the prober's thread and wait for its result.
 
-        Raises the error that ended a server, if one ended.
+        If an error has ended an echo server, this raises that error instead.
         """
         if self._failure is not None:
             work.close()
@@ -111,7 +114,10 @@ class Prober:
         return future.result(scaled(ANSWER_DEADLINE_S))
 
     def write_settings(self, host: str, settings: Iterable[tuple[str, str]]) -> None:
-        """Write files below /proc/sys/net of the host's namespace: (``ipv4/ip_forward``, ``1``)."""
+        """Write files under /proc/sys/net of the host's namespace.
+
+        ``settings``: (path, value), as ("ipv4/ip_forward", "1").
+        """
 
         def write() -> None:
             for path, value in settings:
@@ -121,11 +127,11 @@ class Prober:
         self.call(self._inside(host, write))
 
     def open_socket(self, host: str, family: int, kind: int, protocol: int = 0) -> socket.socket:
-        """A blocking socket in the host's namespace, for the caller to use and close."""
+        """Create a blocking socket in the host's namespace. The caller must close the socket."""
         return self.call(self._inside(host, lambda: socket.socket(family, kind, protocol)))
 
     def listen(self, host: str, addresses: Iterable[IPAddress], listens: Iterable[Listen]) -> None:
-        """Start echo servers on these addresses and ports; they are ready when this returns."""
+        """Start an echo server for each address and port. The servers accept connections when this method returns."""
         for address in addresses:
             for listen in listens:
                 self.call(self._serve(host, address, listen))
@@ -133,11 +139,11 @@ class Prober:
     def attempt(
         self, attempts: Sequence[Attempt], *, deadline_s: float = DEADLINE_S, rounds: int = 2
     ) -> list[AttemptResult]:
-        """Make all attempts at once and return their results in the same order.
+        """Make all attempts at the same time; returns their results in the same order.
 
-        Silent attempts are repeated, up to ``rounds`` times in all, because the first SYN of a connection is sent once
-        a second and may be lost on a busy machine.  An attempt is silent if it had no answer when no attempt had made
-        progress for ``deadline_s`` (`scaled`).
+        An attempt is silent if it has no answer when no attempt has made progress for ``deadline_s`` (multiplied by
+        `scaled`). Silent attempts are repeated, up to ``rounds`` times in all: a busy machine may lose the first SYN of
+        a connection, and TCP sends the next one only after a second.
         """
         limit_s = scaled(deadline_s)
         results = self.call(self._attempt_all(attempts, limit_s))
@@ -151,7 +157,7 @@ class Prober:
         return results
 
     def hold(self, attempt: Attempt, deadline_s: float = HOLD_DEADLINE_S) -> Held | None:
-        """Open a TCP connection and keep it; None when it cannot be opened before the deadline."""
+        """Open a TCP connection and keep it open; None if it cannot be opened before the deadline."""
         return self.call(self._hold(attempt, scaled(deadline_s)))
 
     # --- on the prober's thread -----------------------------------------------------------------------------------
@@ -236,8 +242,8 @@ class Prober:
     async def _attempt_all(self, attempts: Sequence[Attempt], deadline_s: float) -> list[AttemptResult]:
         """Make attempts until all have an outcome, or until none has made progress for ``deadline_s``.
 
-        The rejected alternative is a deadline for each attempt: all advance together, so on a machine that needs longer
-        for the whole batch nearly all of them would count as silent.
+        The rejected alternative is a deadline for each attempt. All attempts run at the same time, so on a machine that
+        needs longer for the whole batch nearly all of them would count as silent.
         """
         batch = _Batch(self._loop.time())
         tasks = [self._loop.create_task(self._attempt(attempt, batch, deadline_s)) for attempt in attempts]
@@ -309,7 +315,10 @@ class Prober:
         return sock
 
     async def _ask(self, sock: socket.socket, message: bytes, token: bytes, resend_s: float) -> bool:
-        """Send a datagram, and resend it after each ``resend_s`` without an answer; True when its token comes back."""
+        """Send ``message``, and send it again after each ``resend_s`` without an answer.
+
+        Returns when ``token`` comes back.
+        """
         while True:
             await self._loop.sock_sendall(sock, message)
             try:
@@ -320,7 +329,10 @@ class Prober:
                 return True
 
     async def echo_stream(self, sock: socket.socket, deadline_s: float) -> bool:
-        """Whether bytes sent on a connected stream come back; False at the deadline or at the end of the stream."""
+        """Send bytes on a connected stream; returns whether they come back.
+
+        The result is False if the deadline passes or the peer closes the stream.
+        """
         try:
             return await asyncio.wait_for(self._exchange(sock), deadline_s)
         except asyncio.TimeoutError:
@@ -356,7 +368,7 @@ def _family(address: IPAddress) -> int:
 
 
 async def _readable(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
-    """Wait until a socket is readable: sock_recvfrom needs Python 3.11."""
+    """Wait until a socket is readable. asyncio's sock_recvfrom exists only from Python 3.11 on."""
     ready: asyncio.Future[None] = loop.create_future()
 
     def wake() -> None:

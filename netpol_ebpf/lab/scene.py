@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A laboratory for a set of manifests: its pods on its nodes, and hosts outside the cluster.
+"""The laboratory's plan for a set of manifests: the pods on their nodes, and hosts outside the cluster.
 
-Invariant: the plan follows from the manifests alone (addresses, declared ports, nodes); the caller adds only the hosts
-outside the cluster, which the manifests cannot name.
+Invariant: addresses, ports and nodes of the plan come from the manifests alone. The caller adds only the hosts outside
+the cluster, which manifests cannot describe.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ INTERNET_ADDRESSES = (ip_address("192.0.2.1"), ip_address("2001:db8::1"))
 
 
 def plan_for(resources: Iterable[Resource], outside: Iterable[Host] = ()) -> Plan:
-    """The plan: nodes below the internet, running pods below their nodes, ``outside`` unchanged.
+    """The plan for ``resources``: nodes are children of the host ``internet``, and pods are children of their nodes.
 
-    A pod listens on its declared TCP and UDP ports. Raises InvalidInputError for a pod on a node without a Node object.
-    Pods of the host's network are left out, since they share the node's namespace.
+    A pod listens on its declared TCP and UDP ports. ``outside``: hosts to add unchanged. Pods without an address, and
+    pods of the host's network, which share the node's namespace, are left out. Raises InvalidInputError if there is no
+    Node object for the node of a pod.
     """
     resources = list(resources)
     hosts = [Host(INTERNET, None, INTERNET_ADDRESSES)]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cluster of the demonstration: its outside hosts, the connections that are tried, and the one live change.
+"""The cluster of the demonstration: its hosts outside the cluster, the attempted connections, and the policy change.
 
-Invariant: policies, pods and their ports are in the manifests (examples/demo) alone.
+Invariant: policies, pods and their ports are declared only in the manifests (examples/demo).
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ SERVICES = (
 NAMES = {name: name.rpartition("/")[2] for name in (*SOURCES, *(service.host for service in SERVICES))}
 
 EXPLAINED = Attempt("shop/front-end", DATABASE, TCP, 5432)
-"""A denied connection that the demonstration explains."""
+"""A connection that policy denies, and of which the demonstration explains the denial."""
 
 INCIDENT = Attempt("shop/debug", DATABASE, TCP, 5432)
-"""A connection that only the live change allows."""
+"""A connection that is allowed only while INCIDENT_POLICY is in force."""
 
 INCIDENT_POLICY = """\
 # Someone needs to look into the database: the debugging pod is let in for an hour.
@@ -113,7 +113,11 @@ spec:
 
 
 def manifests_dir() -> Path:
-    """Directory of the manifests: beside this module in an installed package, in examples/ in a checkout."""
+    """The directory of the demonstration's manifests.
+
+    An installed package has them beside this module, a checkout in examples/demo. Raises PlatformError if neither
+    exists.
+    """
     packaged = Path(__file__).parent / "demo"
     checkout = Path(__file__).parents[2] / "examples" / "demo"
     for candidate in (packaged, checkout):
@@ -126,9 +130,9 @@ def manifests_dir() -> Path:
 
 
 def shop_plan(resources: Iterable[Resource]) -> Plan:
-    """The plan of the laboratory for the manifests, with the outside hosts and the second node.
+    """The laboratory's plan for the manifests, with OUTSIDE and TWINS added.
 
-    Raises InvalidInputError if a pod or node that the demonstration uses is missing.
+    Raises InvalidInputError if the manifests lack a pod or node that the demonstration uses.
     """
     plan = plan_for(resources, (*OUTSIDE, *TWINS))
     missing = sorted(NAMES.keys() - plan.hosts.keys())

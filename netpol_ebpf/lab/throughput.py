@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Throughput of a pair of hosts, and the comparison of two pairs.
+"""Measures the throughput between two hosts, and compares two such pairs of hosts.
 
-Invariant: a comparison interleaves its measurements and compares neighbouring ones, so that other load of the machine
-affects both sides alike.  Needs iperf3 and ss (iproute2).
+Invariant: a comparison measures the two pairs in turn and compares successive measurements, so that other load of the
+machine affects both pairs alike. This module needs iperf3 and ss (iproute2).
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ SLACK_S = 15.0  # for iperf3 to connect and to report, on a busy machine
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A client, a server, and the server's address and TCP port, on which nothing else may listen."""
+    """A client and a server to measure.
+
+    ``address``, ``port``: where iperf3 listens; no other server may use the TCP port.
+    """
 
     client: str
     server: str
@@ -35,7 +38,10 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All measurements of each side in bits per second; entries with the same index were made one after the other."""
+    """All measurements with and without enforcement, in bits per second.
+
+    Measurements with the same index were made one directly after the other.
+    """
 
     with_samples: tuple[float, ...]
     without_samples: tuple[float, ...]
@@ -52,14 +58,17 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        """Median of the ratios of neighbouring measurements: the share of the throughput that remains."""
+        """The share of the throughput that remains with enforcement: the median ratio of successive measurements."""
         return statistics.median(
             one / other for one, other in zip(self.with_samples, self.without_samples, strict=True)
         )
 
 
 def compare(lab: Lab, with_pair: Pair, without_pair: Pair, *, rounds: int = 5, seconds: int = 1) -> Comparison:
-    """Measure both pairs in turn, ``rounds`` times each. Raises PlatformError when iperf3 fails."""
+    """Measure both pairs in turn, ``rounds`` times each, for ``seconds`` each time.
+
+    Raises PlatformError if iperf3 fails.
+    """
     servers: list[subprocess.Popen[bytes]] = []
     samples: tuple[list[float], list[float]] = ([], [])
     try:

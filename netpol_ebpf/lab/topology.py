@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan of a laboratory network: a tree of network namespaces, each link routed, both address families.
+"""The plan of a laboratory network: a tree of network namespaces with routed links, for IPv4 and IPv6.
 
-The root stands for everything outside the cluster; nodes and outside hosts are its children, pods are children of
-nodes.  A child has one interface, ``eth0``, with /32 and /128 addresses and a default route through its parent's end of
-the veth pair; the parent has one host route for each address below that child.  There is no bridge, as in clusters that
-route to pods.
+The root represents everything outside the cluster. Nodes and outside hosts are children of the root; pods are children
+of nodes. A veth pair connects a child with its parent. The child's end is its only interface, ``eth0``, with /32 and
+/128 addresses and a default route through the parent's end. The parent has one host route for each address of the child
+and its descendants. There is no bridge, as in clusters that route packets to pods.
 
-Invariant: a plan is pure data; its commands name only namespaces and interfaces of the plan itself, never the machine's
-own.  This module runs nothing: `netpol_ebpf.lab.laboratory` does.
+Invariant: a plan is pure data, and this module executes nothing; `netpol_ebpf.lab.laboratory` executes the commands.
+The commands name only namespaces and interfaces of the plan, never those of the machine.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GATEWAY6 = "fe80::1"
 
 @dataclass(frozen=True, slots=True, order=True)
 class Listen:
-    """A port a host answers on with an echo. ``protocol``: TCP or UDP, by IANA number."""
+    """A port on which a host runs an echo server. ``protocol``: TCP or UDP, by IANA number."""
 
     protocol: int
     port: int
@@ -37,10 +37,10 @@ class Listen:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """One namespace of the plan.
+    """One network namespace of the plan.
 
-    ``parent`` is the name of another host, None for the root alone.  ``interface`` is the parent's end of the link
-    (at most 15 characters; derived from the name, as Calico derives it, when None).
+    ``parent``: the name of the parent host; None only for the root. ``interface``: the name of the parent's end of the
+    veth pair, at most 15 characters; None: derived from the host's name as Calico derives it.
     """
 
     name: str
@@ -51,7 +51,10 @@ class Host:
 
     @property
     def parent_interface(self) -> str:
-        """Name of the parent's end of the veth pair: ``cali`` and eleven hexadecimal digits of SHA-1("namespace.pod")."""
+        """The name of the parent's end of the veth pair.
+
+        If the plan gives none: ``cali`` and the first eleven hexadecimal digits of SHA-1("namespace.pod").
+        """
         if self.interface is not None:
             return self.interface
         digest = hashlib.sha1(self.name.replace("/", ".").encode(), usedforsecurity=False).hexdigest()
@@ -60,7 +63,7 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class IpBatch:
-    """Lines for ``ip -batch``, to be run inside the namespace of one host."""
+    """Lines for ``ip -batch``. ``host``: the host in whose namespace the command must run."""
 
     host: str
     lines: tuple[str, ...]
@@ -69,7 +72,8 @@ class IpBatch:
 class Plan:
     """A validated tree of hosts.
 
-    Raises UsageError for two hosts of one name, an address given twice, an unknown parent, a cycle, or not one root.
+    Raises UsageError if two hosts have the same name or address, a parent is unknown, hosts form a cycle, or the number
+    of roots is not one.
     """
 
     def __init__(self, hosts: Iterable[Host]) -> None:
@@ -100,26 +104,29 @@ class Plan:
         self._owners = owners
 
     def children(self, name: str) -> tuple[Host, ...]:
-        """The hosts that hang directly off a host, in the order of the plan."""
+        """The children of a host, in the order of the plan."""
         return tuple(self._children[name])
 
     def below(self, name: str) -> Iterator[Host]:
-        """A host and all its descendants, parents first."""
+        """A host and all its descendants. A parent comes before its children."""
         yield self.hosts[name]
         for child in self._children[name]:
             yield from self.below(child.name)
 
     def interfaces(self, name: str) -> set[str]:
-        """Names of the interfaces that the plan gives a host; the loopback is the kernel's."""
+        """Names of the interfaces that the plan creates in a host, without the loopback interface."""
         own = set() if name == self.root else {"eth0"}
         return own | {child.parent_interface for child in self._children[name]}
 
     def owner(self, address: IPAddress) -> str | None:
-        """Name of the host that has this address."""
+        """The name of the host that has this address, None if no host has it."""
         return self._owners.get(address)
 
     def _gateway4(self, name: str) -> str:
-        """A router's own link-local IPv4 address; it differs per level, for a router must not be its own gateway."""
+        """A router's own link-local IPv4 address on the links to its children.
+
+        The address differs for each level of the tree, because a router must not be its own gateway.
+        """
         level = 0
         parent = self.hosts[name].parent
         while parent is not None:
@@ -128,9 +135,9 @@ class Plan:
         return f"169.254.{level}.1"
 
     def render_batches(self, namespace_of: dict[str, str]) -> list[IpBatch]:
-        """Commands for ``ip -batch`` in the order of execution.
+        """The lines for ``ip -batch`` of each host, in the order in which they must run.
 
-        ``namespace_of`` gives the network namespace's name for each host.
+        ``namespace_of``: maps a host's name to the name of its network namespace.
         """
         batches = []
         for host in self.below(self.root):
@@ -173,7 +180,7 @@ class Plan:
 
     @staticmethod
     def _sources(host: Host) -> list[IPAddress]:
-        """The first address of each family: the source addresses of the host's own packets."""
+        """The first address of each family, which is the source address of the host's own packets."""
         first: dict[int, IPAddress] = {}
         for address in host.addresses:
             first.setdefault(address.version, address)

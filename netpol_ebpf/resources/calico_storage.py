@@ -5,7 +5,8 @@ A stored object has the spec of the same object as projectcalico.org/v3 (the *v3
 name of a stored policy begins with its tier's name, also with ``default.``, which the name of the v3 object may lack.
 Other metadata of the v3 object is JSON in the annotation ``projectcalico.org/metadata``.  If the annotation has a name,
 it is the v3 object's name.  If not, the v3 object's name is the stored name, for policies without ``default.``.  These
-rules are those of libcalico-go (`ConvertK8sResourceToCalicoResource`) and of Calico's API server since 3.29.4.
+rules are those of libcalico-go (`ConvertK8sResourceToCalicoResource`) and of Calico's API server since 3.29.4.  Older
+API servers kept ``default.`` in the name of the v3 object, and wrote no name into the annotation.
 
 Invariant: an object that this module reads has the name, labels and spec of the v3 object.
 """
@@ -83,9 +84,15 @@ def without_stored_copies(resources: Iterable[Resource]) -> list[Resource]:
     given = list(resources)
     if not any(one.meta.is_stored for one in given):
         return given
-    current = {_identity(one) for one in given if not one.meta.is_stored}
-    return [one for one in given if not one.meta.is_stored or _identity(one) not in current]
+    current = {(type(one), one.meta.namespace, one.meta.name) for one in given if not one.meta.is_stored}
+
+    def is_copy(one: Resource) -> bool:
+        names = (one.meta.name, one.meta.stored_name)
+        return one.meta.is_stored and any((type(one), one.meta.namespace, name) in current for name in names if name)
+
+    return [one for one in given if not is_copy(one)]
 
 
-def _identity(resource: Resource) -> tuple[type, str, str]:
-    return type(resource), resource.meta.namespace, resource.meta.name
+def unprefixed(name: str) -> str:
+    """``name`` without ``default.``, as stored policies without annotation are named here; "" if it lacks the prefix."""
+    return name.removeprefix(_DEFAULT_PREFIX) if name.startswith(_DEFAULT_PREFIX) else ""

@@ -303,8 +303,11 @@ def _metadata(kind: Kind, obj: Reader) -> Meta:
     name = metadata.required_string("name")
     namespace = metadata.string("namespace") or ""
     kept = calico_storage.kept_metadata(metadata) if kind.is_stored else {}
+    stored_name = ""
     if kind.is_stored:
-        name = calico_storage.restored_name(kind.kind, name, kept)
+        restored = calico_storage.restored_name(kind.kind, name, kept)
+        stored_name = name if restored != name and not kept.get("name") else ""
+        name = restored
     report.obj = _object_name(kind.kind, (namespace or "default") if kind.namespaced else "", name)
     if name and (message := kind.check_name(name)) is not None:
         metadata.error("name", message, slug="name")
@@ -325,7 +328,7 @@ def _metadata(kind: Kind, obj: Reader) -> Meta:
     if kind.strict and (message := check_annotations(annotations)) is not None:
         metadata.error("annotations", message, slug="annotation")
     _check_meta_fields(kind, metadata)
-    return Meta(name, share_text(namespace), share_texts(labels), location, kind.is_stored)
+    return Meta(name, share_text(namespace), share_texts(labels), location, kind.is_stored, stored_name)
 
 
 def _check_meta_label(key: str, value: str) -> str | None:

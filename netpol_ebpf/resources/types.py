@@ -31,6 +31,8 @@ class Meta:
     ``namespace``: "" for cluster-scoped kinds; "default" if a manifest of a namespaced kind does not state it.
     ``is_stored``: whether the object was read in the form in which Calico stores it.  If the same object is also given
     as projectcalico.org/v3, the v3 object is used.
+    ``stored_name``: the stored name of a stored policy, if the policy may have that name as projectcalico.org/v3 too;
+    "": it has the name ``name`` there.
 
     Annotations are not kept, because pods have large ones.  The kinds have fields for the annotations that matter.
     """
@@ -40,6 +42,7 @@ class Meta:
     labels: Mapping[str, str]
     location: Location
     is_stored: bool = False
+    stored_name: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ from netpol_ebpf.resources.types import Resource
 from netpol_ebpf.sources.copies import LastGoodCopies
 from netpol_ebpf.sources.directory_watch import DirectoryWatch
 from netpol_ebpf.sources.reading import UNREADABLE, Reading, ReadResult, ReadTask, can_read_in_place, read, unreadable
-from netpol_ebpf.sources.source import ObjectEvent, Remove, SourceUpdate, Upsert
+from netpol_ebpf.sources.source import KEEPS_NOTHING, ObjectEvent, Remove, SourceUpdate, Upsert
 
 log = logging.getLogger(__name__)
 
@@ -257,6 +257,7 @@ class ManifestDirectory:
     _pending: _Pending | None = None
     _seen: _Scan | None = None
     _unsettled_looks: int = 0
+    _waits: bool = True  # the first step waits for the reading of files
     _started: bool = False
     _is_read: bool = False
     _is_file: bool = False
@@ -305,12 +306,13 @@ class ManifestDirectory:
             found[MOST_TOLD:] = [Problem(Location(str(self.root)), "", message, slug="more")]
         return tuple(found)
 
-    def begin(self) -> SourceUpdate:
-        """See `Source`.
-
-        The same as `sync`: a directory needs no connection, so its first scan already gives all files.
-        """
-        return self.sync()
+    def begin(self) -> SourceUpdate | None:
+        """See `Source`. Files that a child must read are returned by a later `step`."""
+        self._waits = False
+        update = self.step()
+        if self._pending is None:
+            self._require_read()
+        return update
 
     def report(self) -> tuple[Mapping[str, Any], ...]:
         """See `Source`."""
@@ -328,10 +330,19 @@ class ManifestDirectory:
     def sync(self) -> SourceUpdate:
         """See `Source`. Waits until all files are read, without a time limit."""
         update = self.step()
-        if update is None or not self.has_synced:
+        self._require_read()
+        return update or SourceUpdate((), self.problems)
+
+    def _require_read(self) -> None:
+        if not self.has_synced:
             reasons = "; ".join(f"{one.location} {one.message}" for one in self.problems)
             raise InvalidInputError(f"cannot read the manifests: {reasons}")
-        return update
+
+    def release(self, kind: str, *, is_trial: bool = False) -> tuple[str, ...]:  # noqa: ARG002
+        """See `Source`. Manifests need no definitions, so nothing is kept."""
+        raise InvalidInputError(
+            f"nothing of {kind} is kept: {self.root} is a directory of manifests", hint=KEEPS_NOTHING
+        )
 
     def fileno(self) -> int | None:
         """See `Source`."""
@@ -362,7 +373,7 @@ class ManifestDirectory:
     def step(self, pause: Callable[[], None] = never_pause) -> SourceUpdate | None:
         """Scan once, or check whether the files of the last scan are read. None: nothing to apply (yet).
 
-        The first scan is applied at once, however long that takes; later ones never wait for the reading of files.
+        Without `begin`, the first step waits until the files are read; no other step does.
         ``pause`` is called every few milliseconds while there is work in this process.  Never raises for the state of
         the manifests; that is in ``SourceUpdate.problems``.
         """
@@ -508,7 +519,7 @@ class ManifestDirectory:
         try:
             if not reading.has_begun:
                 reading.begin()
-            if not reading.has_ended(wait=not self._is_read):
+            if not reading.has_ended(wait=self._waits and not self._is_read):
                 return self._batch(()) if self.problems != self._reported else None
         except OSError as error:  # no process, no memory
             reading.close()

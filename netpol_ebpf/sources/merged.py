@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from netpol_ebpf.errors import Problem
+from netpol_ebpf.errors import InvalidInputError, Problem
 from netpol_ebpf.policy.translate import ResourceKey
 from netpol_ebpf.resources.manifest_files import never_pause
 from netpol_ebpf.sources.source import ObjectEvent, Remove, Source, SourceUpdate, Upsert
@@ -95,6 +95,19 @@ class MergedSources:
         """See `Source`. Steps only the sources that need it."""
         updates = {number: one.step(pause) for number, one in enumerate(self._sources) if one.wait_s() <= 0}
         return self._update(self._merge({number: one.events for number, one in updates.items() if one is not None}))
+
+    def release(self, kind: str, *, is_trial: bool = False) -> tuple[str, ...]:
+        """See `Source`."""
+        names: list[str] = []
+        refusals: list[InvalidInputError] = []
+        for one in self._sources:
+            try:
+                names += one.release(kind, is_trial=is_trial)
+            except InvalidInputError as error:  # noqa: PERF203 - all sources are asked
+                refusals.append(error)
+        if len(refusals) == len(self._sources):
+            raise refusals[0]
+        return tuple(names)
 
     def close(self) -> None:
         """Close all sources."""

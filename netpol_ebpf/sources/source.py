@@ -19,6 +19,9 @@ from netpol_ebpf.policy.translate import ResourceKey
 from netpol_ebpf.resources.manifest_files import never_pause
 from netpol_ebpf.resources.types import Resource
 
+KEEPS_NOTHING = "`netpolctl status` names the kinds whose definition was deleted (crd-deleted)."
+"""Hint of the error that no object of a kind is kept."""
+
 
 @dataclass(frozen=True, slots=True)
 class Upsert:
@@ -113,6 +116,12 @@ class Source(Protocol):
 
         ``pause`` is called every few milliseconds while there is work in this process.  Never raises for the state of
         the source: that is a problem in the update.
+        """
+
+    def release(self, kind: str, *, is_trial: bool = False) -> tuple[str, ...]:
+        """Remove the objects of ``kind`` that are kept although its definition was deleted; `step` returns the removals.
+
+        Returns their names.  ``is_trial``: only that.  Raises InvalidInputError when nothing of the kind is kept.
         """
 
     def close(self) -> None:

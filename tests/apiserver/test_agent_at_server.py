@@ -23,7 +23,7 @@ from test_source import OwnServer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "netns"))
 
-from agent_scene import CLUSTER, DB_POLICY, NODE, Scene, lab_for, scene_in, to_db, wait_for
+from agent_scene import CLUSTER, DB_POLICY, NODE, ClusterScene, Scene, lab_for, scene_in, to_db, wait_for
 
 from netpol_ebpf.lab import guard
 
@@ -79,16 +79,6 @@ class Relay:
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-
-
-class ClusterScene(Scene):
-    """A scene with an agent that watches the API server."""
-
-    def command(self, *options: str) -> list[str]:
-        kept = super().command(*options)
-        at = kept.index("--manifests")
-        kubeconfig = ("--kubeconfig", str(self.home / "kubeconfig"), "--saved-state", str(self.home / "cluster"))
-        return [*kept[:at], *kubeconfig, *kept[at + 2 :]]
 
 
 def put(server: Server, obj: dict[str, Any]) -> None:
@@ -216,7 +206,7 @@ def test_node_that_starts_without_its_server_is_closed_or_as_it_was(scene: Clust
     assert not state["in_force"]
     assert "not-synced" in {one["slug"] for one in state["problems"]}
     assert [one["state"] for one in state["interfaces"]].count("closed") == 3
-    assert scene.reached(web, other) == [False, False]
+    assert scene.reached(web, other, to_db(NODE)) == [False, False, True]
     own_server.revive()
     in_force(scene)
     assert scene.reached(web, other) == [True, False]
@@ -231,3 +221,36 @@ def test_node_that_starts_without_its_server_is_closed_or_as_it_was(scene: Clust
     wait_for(lambda: scene.reached(web, other) == [True, False], "the saved state is in force")
     own_server.revive()
     in_force(scene)
+
+
+GLOBAL_POLICIES = "globalnetworkpolicies.projectcalico.org"
+DEFINITION = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{GLOBAL_POLICIES}"
+CLOSED = {
+    "apiVersion": "projectcalico.org/v3",
+    "kind": "GlobalNetworkPolicy",
+    "metadata": {"name": "closed"},
+    "spec": {"order": 1, "selector": "app == 'db'", "types": ["Ingress"], "ingress": [{"action": "Deny"}]},
+}
+
+
+def test_policy_of_a_deleted_definition_ends_by_release(scene: ClusterScene, own_server: OwnServer) -> None:
+    """It stays in force and is told; a dry run ends nothing; the release is in force when the command returns."""
+    (definition,) = yaml.safe_load_all((ROOT / "deploy" / "crds" / f"{GLOBAL_POLICIES}.yaml").read_text())
+    put(own_server, definition)
+    own_server.wait_for(lambda: own_server.create(CLOSED).status in (201, 409), "the definition is served")
+    web = to_db("shop/web")
+    scene.start()
+    in_force(scene)
+    assert scene.reached(web) == [False]
+    assert own_server.request("DELETE", DEFINITION).status == 200
+    scene.await_status(lambda now: "crd-deleted" in {one["slug"] for one in now["problems"]}, "the deletion is told")
+    assert scene.reached(web) == [False]
+    arguments = ("release", GLOBAL_POLICIES, "--state-dir", str(scene.state_dir))
+    done = scene.ctl(*arguments, "--dry-run")
+    assert (done.returncode, "GlobalNetworkPolicy/closed" in done.stdout) == (0, True), done
+    assert scene.reached(web) == [False]
+    done = scene.ctl(*arguments)
+    assert (done.returncode, "released: 1 objects" in done.stdout) == (0, True), done
+    assert scene.reached(web) == [True]
+    in_force(scene)
+    assert scene.ctl(*arguments).returncode == 3

@@ -290,6 +290,21 @@ class Scene:
         )
 
 
+@dataclass
+class ClusterScene(Scene):
+    """A scene with an agent that watches the API server of a kubeconfig, or while ``is_of_files`` the manifests."""
+
+    is_of_files: bool = False
+
+    def command(self, *options: str) -> list[str]:
+        kept = super().command(*options)
+        if self.is_of_files:
+            return kept
+        at = kept.index("--manifests")
+        kubeconfig = ("--kubeconfig", str(self.home / "kubeconfig"), "--saved-state", str(self.home / "cluster"))
+        return [*kept[:at], *kubeconfig, *kept[at + 2 :]]
+
+
 @contextlib.contextmanager
 def lab_for(cluster: str = CLUSTER, *, outside: Iterable[Host] = ()) -> Iterator[Lab]:
     """The nodes and pods of a manifest, ``outside`` beside them, and a directory for pins that goes with them."""

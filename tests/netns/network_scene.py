@@ -25,7 +25,7 @@ from typing import Any
 from agent_scene import NODE, NODES, Scene, lab_for, scene_in, wait_for
 from border_scene import NODE_ADDRESS, WORLD, has_device, ip
 
-from netpol_ebpf.agent.assignments import derived_hash
+from netpol_ebpf.agent.derived_names import derived_hash
 from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.guard import NETNS_DIR
 from netpol_ebpf.lab.laboratory import SETTINGS_ALL, SETTINGS_ROUTER, Lab

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from netpol_ebpf.errors import Problem
+from netpol_ebpf.errors import InvalidInputError, Problem
 from netpol_ebpf.policy.translate import ResourceKey, key_of
 from netpol_ebpf.resources.load import parse_documents
 from netpol_ebpf.sources.source import ObjectEvent, Remove, SourceUpdate, Upsert
@@ -84,6 +84,9 @@ class MemorySource:
                 assert isinstance(event, Remove)
                 del self.objects[event.key]
         return SourceUpdate(events, self.problems) if events else None
+
+    def release(self, kind: str, *, is_trial: bool = False) -> tuple[str, ...]:  # noqa: ARG002
+        raise InvalidInputError(f"nothing of {kind} is kept")
 
     def close(self) -> None:
         self.is_closed = True

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from netpol_ebpf.agent.assignments import Evidence, InterfaceAssignments, LocatedEndpoints, derived_hash
+from netpol_ebpf.agent.assignments import Evidence, InterfaceAssignments, LocatedEndpoints
+from netpol_ebpf.agent.derived_names import derived_hash
 from netpol_ebpf.agent.wiring import Interface, Wiring
 from netpol_ebpf.apply.records import DAMAGED_SUFFIX
 from netpol_ebpf.policy.types import Endpoint, EndpointKey, EndpointKind

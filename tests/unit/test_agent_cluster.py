@@ -30,14 +30,19 @@ from netpol_ebpf.agent.handover import Handover
 from netpol_ebpf.agent.loop import AgentLoop
 from netpol_ebpf.agent.main import answers_of, waits_of
 from netpol_ebpf.agent.settings import AgentSettings
+from netpol_ebpf.agent.wiring import Interface, Wiring
 from netpol_ebpf.apply.ledger import Ledger
-from netpol_ebpf.errors import UnreachableError
+from netpol_ebpf.cli import main as cli
+from netpol_ebpf.cli import release
+from netpol_ebpf.errors import InvalidInputError, UnreachableError
 from netpol_ebpf.policy.translate import ResourceKey
+from netpol_ebpf.policy.types import Direction
+from netpol_ebpf.sources import reading
 from netpol_ebpf.sources.files import ManifestDirectory
 from netpol_ebpf.sources.kubernetes import source as source_module
 from netpol_ebpf.sources.kubernetes import watching
 from netpol_ebpf.sources.kubernetes.client import Cluster
-from netpol_ebpf.sources.kubernetes.decoding import KINDS
+from netpol_ebpf.sources.kubernetes.decoding import KINDS, WatchedKind
 from netpol_ebpf.sources.kubernetes.source import KubernetesSource
 from netpol_ebpf.sources.merged import MergedSources
 from netpol_ebpf.sources.source import Source
@@ -46,6 +51,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 """Answers come from forks, and readers of the API are threads."""
 
 POLICIES = next(kind for kind in KINDS if str(kind) == "networkpolicies.networking.k8s.io")
+GLOBAL_POLICIES = next(kind for kind in KINDS if str(kind) == "globalnetworkpolicies.projectcalico.org")
 FEW = (NAMESPACES, PODS, POLICIES)
 DEADLINE_S = 20.0
 PLACE = {"pid": 1, "manifests": None, "pin_dir": "p", "upgrade": ""}
@@ -92,6 +98,7 @@ class Stage:
     api: MiniApi
     server: FakeServer | None = None
     made: list[Source] = field(default_factory=list)
+    kinds: tuple[WatchedKind, ...] = FEW
 
     @property
     def url(self) -> str:
@@ -112,7 +119,7 @@ class Stage:
     def cluster(self, *, may_restore: bool = False, url: str = "") -> KubernetesSource:
         clock = lambda: self.bench.now_s  # noqa: E731
         path = self.bench.home / "saved" / "cluster"
-        return KubernetesSource(Cluster(url or self.url), path, may_restore, kinds=FEW, clock=clock)
+        return KubernetesSource(Cluster(url or self.url), path, may_restore, kinds=self.kinds, clock=clock)
 
     def agent(self, source: Source) -> Agent:
         """An agent that has begun, in place of the one before."""
@@ -207,7 +214,7 @@ def test_earlier_enforcement_stays_until_every_kind_has_synced(stage: Stage) -> 
 def test_node_without_enforcement_is_closed_when_no_server_answers(
     stage: Stage, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After a while workloads' interfaces have programs and no rows; when the server answers, they get their policy."""
+    """After a while workloads' interfaces have programs, and no pod has a row; when the server answers, they get their policy."""
     port = stage.stop_serving()
     agent = stage.agent(stage.cluster(url=f"http://127.0.0.1:{port}", may_restore=True))
     stage.turn(agent)
@@ -216,7 +223,6 @@ def test_node_without_enforcement_is_closed_when_no_server_answers(
     stage.bench.now_s += CLOSE_S
     stage.turn(agent)
     assert {5, 6} <= stage.node.programs
-    assert (stage.node.row(5), stage.node.row(6)) == (None, None)
     assert agent.keeps_enforcement
     assert not agent.is_in_force
     (waits,) = (one for one in agent.problems if one.slug == NOT_SYNCED)
@@ -227,6 +233,140 @@ def test_node_without_enforcement_is_closed_when_no_server_answers(
     stage.until(agent, lambda: agent.is_in_force)
     assert bound(agent) == {WEB, DB}
     assert stage.node.row(5) is not None
+    stage.until(agent, lambda: not agent.problems)
+
+
+NEW = Interface(9, "cali9", "veth", (3, 2))
+"""The interface of a pod that no agent has seen."""
+
+
+def with_links(*links: Interface, routes: dict[str, int] | None = None) -> Wiring:
+    """The node's network with these interfaces too."""
+    found = {ip_address(address): ifindex for address, ifindex in (routes or {}).items()}
+    return replace(
+        WIRING,
+        links={**WIRING.links, **{one.ifindex: one for one in links}},
+        host_routes={**WIRING.host_routes, **found},
+    )
+
+
+def enforce(stage: Stage) -> None:
+    """Have an agent put the cluster in force from manifests."""
+    for name, text in (("cluster.yaml", CLUSTER), ("policy.yaml", POLICY)):
+        stage.bench.write(name, text)
+    stage.agent(ManifestDirectory(stage.bench.home / "manifests", interval_s=0.0))
+
+
+def test_interface_that_appears_while_the_source_is_missing_is_closed(stage: Stage) -> None:
+    """Over an earlier agent's policy: one from between the agents, one that is born; what is enforced stays as it is."""
+    enforce(stage)
+    before = rows(stage.node), set(stage.node.programs), stage.node.exchanges
+    between, born = Interface(8, "cali8", "veth", (4, 2)), NEW
+    stage.node.wiring = with_links(between)
+    port = stage.stop_serving()
+    agent = stage.agent(stage.cluster(url=f"http://127.0.0.1:{port}"))
+    assert stage.node.programs == before[1] | {8}
+    stage.node.born.append(born)
+    stage.turn(agent)
+    assert stage.node.programs == before[1] | {8, 9}
+    stage.node.wiring, stage.node.news = with_links(between, born), True
+    stage.turn(agent)
+    assert not agent.is_started
+    assert stage.node.programs == before[1] | {8, 9}
+    assert (rows(stage.node), stage.node.exchanges) == (before[0], before[2])
+    (waits,) = (one for one in agent.problems if one.slug == NOT_SYNCED)
+    assert "cali8, cali9 and other new interfaces of workloads are closed" in waits.message
+    stage.serve(port)
+    stage.until(agent, lambda: agent.is_in_force)
+    assert bound(agent) == {WEB, DB}
+    assert {8, 9} <= stage.node.programs
+    assert (stage.node.row(8), stage.node.row(9)) == (None, None)
+
+
+def test_interface_with_the_index_of_one_that_is_gone_is_closed_while_the_source_is_missing(stage: Stage) -> None:
+    """The earlier agent's row goes with its interface, so the new one does not get the old pod's policy."""
+    enforce(stage)
+    assert stage.node.row(6) is not None
+    port = stage.stop_serving()
+    agent = stage.agent(stage.cluster(url=f"http://127.0.0.1:{port}"))
+    again = Interface(6, "cali9", "veth", (3, 2))
+    stage.node.programs.discard(6)
+    stage.node.gone, stage.node.born, stage.node.news = {6}, [again], True
+    stage.node.wiring = with_links(again)
+    stage.turn(agent)
+    stage.turn(agent)
+    assert 6 in stage.node.programs
+    assert stage.node.row(6) is None
+
+
+def test_own_interfaces_stay_open_while_the_source_is_missing(stage: Stage) -> None:
+    """The role that an earlier agent wrote down counts, and a default route says that an interface is the node's own."""
+    enforce(stage)
+    uplink = Interface(9, "eth9", "veth", (3, 2))
+    stage.node.wiring = replace(with_links(uplink), uplinks=frozenset({9}))
+    port = stage.stop_serving()
+    agent = stage.agent(stage.cluster(url=f"http://127.0.0.1:{port}"))
+    stage.turn(agent)
+    assert 9 not in stage.node.programs
+
+
+def test_new_interface_is_closed_at_once_where_nothing_was_in_force(stage: Stage) -> None:
+    """The others, which may have connections, have until `CLOSE_S`."""
+    port = stage.stop_serving()
+    agent = stage.agent(stage.cluster(url=f"http://127.0.0.1:{port}"))
+    stage.node.born.append(NEW)
+    stage.turn(agent)
+    assert stage.node.programs == {9}
+    assert not agent.keeps_enforcement
+
+
+def test_interface_that_appears_while_manifests_are_read_is_closed(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first reading takes as long as it takes: the agent does not wait for it in one piece."""
+    enforce(stage)
+    monkeypatch.setattr(reading, "IN_PLACE_BYTES", 0)
+    has_ended, done = reading.Reading.has_ended, threading.Event()
+    monkeypatch.setattr(
+        reading.Reading, "has_ended", lambda one, *, wait=False: done.is_set() and has_ended(one, wait=wait)
+    )
+    agent = stage.agent(ManifestDirectory(stage.bench.home / "manifests", interval_s=0.0))
+    assert not agent.is_started
+    stage.node.born.append(NEW)
+    stage.turn(agent)
+    assert 9 in stage.node.programs
+    assert "waits for all objects" in agent.problems[-1].message
+    done.set()
+    stage.until(agent, lambda: agent.is_in_force)
+    assert bound(agent) == {WEB, DB}
+
+
+def test_node_reaches_closed_workloads_of_a_node_without_enforcement(stage: Stage) -> None:
+    """Each interface whose addresses are known has a row that denies all but the node; the pods' own rows replace them."""
+    stage.node.wiring = with_links(NEW, Interface(10, "cali10", "veth", (4, 2)), routes={"10.0.0.9": 9})
+    port = stage.stop_serving()
+    agent = stage.agent(stage.cluster(url=f"http://127.0.0.1:{port}", may_restore=True))
+    stage.bench.now_s += CLOSE_S
+    stage.turn(agent)
+    assert {5, 6, 9, 10} <= stage.node.programs
+    for ifindex in (5, 6, 9):
+        assert stage.node.row(ifindex) is not None
+    assert stage.node.row(10) is None
+    assert {one.name for one in bound(agent)} == {"cali1", "cali2", "cali9"}
+    assert all(not agent.enforcement.isolation(key)[way] for key in bound(agent) for way in Direction)
+    (waits,) = (one for one in agent.problems if one.slug == NOT_SYNCED)
+    assert "except for connections of the node, which do not reach cali10 either" in waits.message
+    closed = set(bound(agent))
+    # One more appears: it is closed, and reached as soon as its address is known.
+    late = Interface(11, "cali11", "veth", (5, 2))
+    stage.node.wiring, stage.node.news = with_links(NEW, late, routes={"10.0.0.9": 9, "10.0.0.11": 11}), True
+    stage.turn(agent)
+    assert stage.node.row(11) is not None
+    stage.serve(port)
+    stage.until(agent, lambda: agent.is_in_force)
+    assert bound(agent) == {WEB, DB}
+    assert not closed & agent.objects.world.endpoints.keys()
+    assert (stage.node.row(9), stage.node.row(11)) == (None, None)
     stage.until(agent, lambda: not agent.problems)
 
 
@@ -445,3 +585,64 @@ def test_handover_while_the_agent_waits_is_in_force_after_its_start(stage: Stage
     stage.until(agent, lambda: agent.is_in_force)
     assert set(agent.objects.handovers.pods) == {WEB, DB}
     assert bound(agent) == {WEB, DB}
+
+
+def test_kept_policies_end_on_an_operators_word(
+    stage: Stage, asked: Callable[..., Asker], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The definition is deleted: the policy stays, a dry run names it, the release ends it at once and says so."""
+    stage.kinds = (*FEW, GLOBAL_POLICIES)
+    metadata = {"name": "all", "resourceVersion": "50", "uid": "one"}
+    stage.api.objects[GLOBAL_POLICIES] = [
+        {
+            "apiVersion": "projectcalico.org/v3",
+            "kind": "GlobalNetworkPolicy",
+            "metadata": metadata,
+            "spec": {"types": ["Ingress"]},
+        }
+    ]
+    agent = stage.agent(stage.cluster())
+    stage.until(agent, lambda: agent.is_in_force)
+    query = asked(agent)
+    kind = str(GLOBAL_POLICIES)
+    assert isinstance(query("release", kind=kind, dry_run=False), InvalidInputError)
+    stage.api.definition = failure(404)
+    del stage.api.objects[GLOBAL_POLICIES]
+    stage.api.end(GLOBAL_POLICIES)
+    stage.until(agent, lambda: "crd-deleted" in slugs(agent))
+    assert f"netpolctl release {kind}" in str([one for one in agent.problems if one.slug == "crd-deleted"])
+    names = ["GlobalNetworkPolicy/all"]
+    assert query("release", kind=kind, dry_run=True) == {"released": names, "rejected": None}
+    assert len(agent.objects.world.policies) == 2
+    assert query("release", kind=kind, dry_run=False) == {"released": names, "rejected": None}
+    assert len(agent.objects.world.policies) == 1
+    assert "an operator released 1 objects" in caplog.text
+    stage.until(agent, lambda: not agent.problems)
+
+
+def test_release_says_what_it_ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The names, and whether the change was rejected."""
+    answers = iter([
+        {"released": ["Tier/one", "Tier/two"], "rejected": None},
+        {"released": ["Tier/one"], "rejected": None},
+        {"released": ["Tier/one"], "rejected": "np_rule is full"},
+    ])  # fmt: skip
+    requests: list[dict[str, Any]] = []
+
+    def said(_arguments: Any, operation: str, **request: Any) -> Any:
+        requests.append({"op": operation, **request})
+        yield next(answers)
+
+    monkeypatch.setattr(release, "ask_agent", said)
+    assert cli.main(["release", "tiers.projectcalico.org", "--dry-run"]) == 0
+    assert (
+        capsys.readouterr().out
+        == "would end: 2 objects of tiers.projectcalico.org on this node\n  Tier/one\n  Tier/two\n"
+    )
+    assert cli.main(["release", "tiers.projectcalico.org"]) == 0
+    assert capsys.readouterr().out.startswith("released: 1 objects")
+    assert cli.main(["release", "tiers.projectcalico.org"]) == 1
+    assert "REJECTED, what was in force stays in force: np_rule is full" in capsys.readouterr().out
+    assert [(one["kind"], one["dry_run"]) for one in requests] == [
+        ("tiers.projectcalico.org", True), ("tiers.projectcalico.org", False), ("tiers.projectcalico.org", False),
+    ]  # fmt: skip

@@ -287,18 +287,29 @@ def test_interface_that_is_born_during_a_look_is_closed_before_it_ends(
     assert stage.bench.node.row(9) is None
 
 
-def test_news_of_a_source_makes_a_step_due(stage: Stage) -> None:
-    """A readable descriptor of the source wakes the loop, and the step follows at once, but not within NEWS_GAP_S of the last."""
+@pytest.mark.parametrize("took_s", [0.0, 0.005, 0.1])
+def test_news_of_a_source_makes_a_step_due(stage: Stage, monkeypatch: pytest.MonkeyPatch, took_s: float) -> None:
+    """A readable descriptor of the source wakes the loop; the step follows at once, but the rest after one that took long."""
     source, now_s = MemorySource("objects", has_descriptor=True), [1000.0]
     stage.agent.source, stage.loop.clock = source, lambda: now_s[0]
+    step = stage.agent.step
+
+    def slow() -> Any:
+        now_s[0] += took_s
+        return step()
+
+    monkeypatch.setattr(stage.agent, "step", slow)
     source.fileno()
     assert "step" in stage.turn()
     source.wake()
-    now_s[0] += agent_loop.NEWS_GAP_S / 2
-    assert "step" not in stage.turn()
-    now_s[0] += agent_loop.NEWS_GAP_S / 2
-    assert source.wait_s() == 0
-    assert "step" in stage.turn()
+    rest_s = min(agent_loop.NEWS_GAP_S, took_s * agent_loop.REST_FACTOR)
+    assert ("step" in stage.turn()) == (rest_s == 0.0)
+    if rest_s:
+        now_s[0] += 0.9 * rest_s
+        assert "step" not in stage.turn()
+        now_s[0] += 0.2 * rest_s
+        assert source.wait_s() == 0
+        assert "step" in stage.turn()
     source.close()
 
 

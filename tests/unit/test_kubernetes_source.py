@@ -273,9 +273,11 @@ def test_deleted_definition_and_the_operators_word(server: FakeServer, api: Mini
     api.end(TIERS)
     assert wait_for(source, lambda _found: "definition deleted" in {one.state for one in source.states()}) == []
     assert [problem.slug for problem in source.problems] == ["crd-deleted"]
-    with pytest.raises(InvalidInputError, match=r"it is of tiers\.projectcalico\.org"):
+    with pytest.raises(InvalidInputError, match=r"are kept of tiers\.projectcalico\.org"):
         source.release("pods")
-    assert source.release("tiers.projectcalico.org") == 1
+    assert source.release("tiers.projectcalico.org", is_trial=True) == ("Tier/one",)
+    assert source.step() is None
+    assert source.release("tiers.projectcalico.org") == ("Tier/one",)
     assert wait_for(source, bool) == ["-Tier/one"]
     assert source.problems == ()
 

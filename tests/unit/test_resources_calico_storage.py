@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from netpol_ebpf.policy.translate import key_of
+from netpol_ebpf.policy.translate import Derivation, key_of
 from netpol_ebpf.resources import calico, calico_configuration
 from netpol_ebpf.resources.calico_storage import METADATA, VERSION
 from netpol_ebpf.resources.load import load_paths, parse_documents
@@ -144,3 +144,62 @@ def test_a_directory_with_both_forms(tmp_path: Path, stored: str, current: str) 
     assert events() == [(Upsert, True)]
     (tmp_path / stored).write_text("---\n", encoding="utf-8")
     assert events() == [(Remove, True)]
+
+
+FORMS = (_object(VERSION, "NetworkPolicy", "default.a"), _object(calico.VERSION, "NetworkPolicy", "default.a"))
+"""A stored policy without annotation, and its v3 form as an API server before Calico 3.29.4 shows it: with the prefix."""
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_v3_name_with_the_prefix_is_the_stored_one_too(order: tuple[int, int]) -> None:
+    """A policy without annotation does not say which name its v3 form has: either counts as the same policy, once."""
+    result = parse_documents("\n".join(FORMS[index] for index in order), "f")
+    assert [(one.meta.name, one.meta.is_stored) for one in result.check()] == [("default.a", False)]
+    both = parse_documents("\n".join((*FORMS, _object(calico.VERSION, "NetworkPolicy", "a"))), "f").check()
+    assert sorted((one.meta.name, one.meta.is_stored) for one in both) == [("a", False), ("default.a", False)]
+
+
+@pytest.mark.parametrize(
+    ("stored", "current"),
+    [
+        (_object(VERSION, "NetworkPolicy", "default.a", {"name": "a"}), FORMS[1]),
+        (_object(VERSION, "NetworkPolicy", "a"), FORMS[1]),
+        (_object(VERSION, "NetworkPolicy", "default.b"), FORMS[1]),
+        (_object(VERSION, "NetworkPolicy", "default.a", namespace="other"), FORMS[1]),
+        (_object(VERSION, "GlobalNetworkPolicy", "default.a"), FORMS[1]),
+        (_object(VERSION, "NetworkSet", "default.a"), _object(calico.VERSION, "NetworkSet", "a")),
+    ],
+)
+def test_another_object_hides_no_stored_one(stored: str, current: str) -> None:
+    """One whose annotation names it, another name, namespace or kind, and kinds without a tier."""
+    assert len(parse_documents(f"{stored}\n{current}", "f").check()) == 2
+    derivation = Derivation()
+    for text in (stored, current):
+        (resource,) = parse_documents(text, "f").check()
+        derivation.upsert(resource)
+    assert len(derivation.world.policies) + len(derivation.world.network_sets) == 2
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_source_with_both_forms_counts_one(order: tuple[int, int]) -> None:
+    """In whatever order they come; the stored form counts again when the v3 form goes, and the v3 form stays when it goes."""
+    derivation = Derivation()
+    objects = [parse_documents(text, "f").check()[0] for text in FORMS]
+    stored, current = (key_of(one) for one in objects)
+
+    def counted() -> set[str]:
+        return {key.name for key in derivation.world.policies}
+
+    for index in order:
+        derivation.upsert(objects[index])
+    assert counted() == {"default.a"}
+    assert {key.name for key, one in derivation.take_changes().policies.items() if one is not None} == {"default.a"}
+    derivation.remove(*current)
+    assert counted() == {"a"}
+    changes = derivation.take_changes().policies
+    assert {key.name: one is not None for key, one in changes.items()} == {"default.a": False, "a": True}
+    derivation.upsert(objects[1])
+    derivation.remove(*stored)
+    assert counted() == {"default.a"}
+    derivation.remove(*current)
+    assert counted() == set()

@@ -19,7 +19,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from netpol_ebpf.errors import PlatformError
 from netpol_loader.host import clsact
@@ -46,6 +46,16 @@ class Mechanism(enum.Enum):
     CLSACT = "clsact"
 
 
+class PinnedPrograms(Protocol):
+    """Programs in force, and the directory with the pins of their links. `Dataplane` is one."""
+
+    @property
+    def pin_dir(self) -> Path: ...  # noqa: D102 - its ``links`` has the pins
+
+    def program_fd(self, hook: Hook) -> int:
+        """Descriptor of a hook's program."""
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Attachment:
     """One program on one interface. ``prog_id``: the kernel's id of the program."""
@@ -56,7 +66,7 @@ class Attachment:
     prog_id: int
 
 
-def preferred_mechanism(dataplane: Dataplane) -> Mechanism:
+def preferred_mechanism(dataplane: PinnedPrograms) -> Mechanism:
     """The best mechanism of this kernel: tcx if the kernel has it, otherwise clsact."""
     try:
         fd = syscall.link_create(dataplane.program_fd(Hook.TC_INGRESS), NO_INTERFACE, syscall.TCX_INGRESS)
@@ -66,7 +76,9 @@ def preferred_mechanism(dataplane: Dataplane) -> Mechanism:
     raise AssertionError("attached to an interface that cannot exist")
 
 
-def attach(ifindex: int, dataplane: Dataplane, mechanism: Mechanism | None = None, *, is_newborn: bool = False) -> None:
+def attach(
+    ifindex: int, dataplane: PinnedPrograms, mechanism: Mechanism | None = None, *, is_newborn: bool = False
+) -> None:
     """Attach both programs to an interface. A program that is already attached stays.
 
     ``mechanism``: for programs that are not attached yet; None: the preferred one. ``is_newborn``: the interface has
@@ -215,7 +227,7 @@ def _order(one: Attachment) -> tuple[int, str, str]:
     return (one.ifindex, one.hook.value, one.mechanism.value)
 
 
-def _attach_tcx(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
+def _attach_tcx(ifindex: int, dataplane: PinnedPrograms, hook: Hook) -> None:
     path = link_path(dataplane, ifindex, hook)
     path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
     path.unlink(missing_ok=True)  # the pin of a former interface with this index
@@ -230,18 +242,18 @@ def _attach_tcx(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
         os.close(fd)
 
 
-def _attach_clsact(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
+def _attach_clsact(ifindex: int, dataplane: PinnedPrograms, hook: Hook) -> None:
     if clsact.add(ifindex):
         _clsact_mark(dataplane, ifindex).mkdir(parents=True, exist_ok=True)
     _put_filter(ifindex, dataplane, hook)
 
 
-def _put_filter(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
+def _put_filter(ifindex: int, dataplane: PinnedPrograms, hook: Hook) -> None:
     prog_fd = dataplane.program_fd(hook)
     clsact.put_filter(ifindex, hook, prog_fd, syscall.prog_info(prog_fd).id)
 
 
-def _clsact_mark(dataplane: Dataplane, ifindex: int) -> Path:
+def _clsact_mark(dataplane: PinnedPrograms, ifindex: int) -> Path:
     """A directory that marks an interface's clsact as ours, so that `detach` removes it.
 
     A file is not possible in bpffs.
@@ -249,18 +261,18 @@ def _clsact_mark(dataplane: Dataplane, ifindex: int) -> Path:
     return dataplane.pin_dir / LINKS / f"{ifindex}{CLSACT_MARK}"
 
 
-def link_path(dataplane: Dataplane, ifindex: int, hook: Hook) -> Path:
+def link_path(dataplane: PinnedPrograms, ifindex: int, hook: Hook) -> Path:
     """The path of a tcx link's pin."""
     return dataplane.pin_dir / LINKS / f"{ifindex}{SUFFIXES[hook]}"
 
 
-def _link_paths(dataplane: Dataplane, ifindex: int | None = None) -> list[Path]:
+def _link_paths(dataplane: PinnedPrograms, ifindex: int | None = None) -> list[Path]:
     if ifindex is not None:
         return [path for hook in Hook if (path := link_path(dataplane, ifindex, hook)).exists()]
     return [path for path in _listed(dataplane) if not path.name.endswith(CLSACT_MARK)]
 
 
-def _listed(dataplane: Dataplane) -> list[Path]:
+def _listed(dataplane: PinnedPrograms) -> list[Path]:
     """The paths of all pins and marks of interfaces. Empty if somebody removed their directory."""
     try:
         return sorted((dataplane.pin_dir / LINKS).iterdir())
@@ -268,7 +280,7 @@ def _listed(dataplane: Dataplane) -> list[Path]:
         return []
 
 
-def _tcx_attachments(dataplane: Dataplane, ifindex: int | None = None) -> set[Attachment]:
+def _tcx_attachments(dataplane: PinnedPrograms, ifindex: int | None = None) -> set[Attachment]:
     found = set()
     for path in _link_paths(dataplane, ifindex):
         with _opened(path) as fd:
@@ -279,7 +291,7 @@ def _tcx_attachments(dataplane: Dataplane, ifindex: int | None = None) -> set[At
     return found
 
 
-def _clsact_attachments(dataplane: Dataplane, ifindex: int) -> set[Attachment]:
+def _clsact_attachments(dataplane: PinnedPrograms, ifindex: int) -> set[Attachment]:
     ours = {syscall.prog_info(dataplane.program_fd(hook)).id for hook in Hook}
     return {
         Attachment(ifindex, one.hook, Mechanism.CLSACT, one.prog_id)

@@ -23,6 +23,7 @@ import shutil
 import struct
 import sys
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from netpol_ebpf.errors import PlatformError
@@ -33,10 +34,10 @@ from netpol_loader.kernel.hook import Hook
 from netpol_loader.kernel.maps import Map
 from netpol_loader.pins import attach, build, doctor
 from netpol_loader.pins.attach import LINKS
-from netpol_loader.pins.dataplane import Dataplane, default_config, fill, find_older, schema_dir
+from netpol_loader.pins.dataplane import Dataplane, default_config, fill, find_older, following, schema_dir
 from netpol_loader.pins.layouts import Layouts, load_layouts
 from netpol_loader.pins.lock import locked
-from netpol_loader.pins.programs import DAMAGED_HINT, program_ids, supersede
+from netpol_loader.pins.programs import CURRENT, DAMAGED_HINT, program_ids, supersede
 from netpol_loader.pins.staging import Staging, remove_unfinished
 from netpol_loader.tables.connections import ROWS_PER_BUCKET
 
@@ -57,6 +58,7 @@ class Upgrade:
         self._staging = staging
         self.restarted = tuple(restarted)
         self._older = older
+        self._in_force: _OlderPrograms | None = None  # opened when an interface needs them
 
     @property
     def summary(self) -> str:
@@ -88,6 +90,35 @@ class Upgrade:
             }
         return found
 
+    def attach(self, ifindex: int, *, is_newborn: bool = False) -> None:
+        """Attach the older programs, which are in force, to an interface. Raises PlatformError."""
+        if self._in_force is None:
+            self._in_force = _OlderPrograms.open(self._older)
+        attach.attach(ifindex, self._in_force, is_newborn=is_newborn)
+
+    def drop_rows(self, gone: Collection[int]) -> None:
+        """Delete the older rows of interfaces that are gone, and begin a new epoch and generation."""
+        with _opened_map(self._older / "np_endpoint") as rows:
+            key, _ = _known_layouts(rows, load_layouts(self._older))
+            field = _field(rows, key, "ifindex")
+            stale = [one for one, _ in rows.items() if _read(one, field) in gone]
+            for one in stale:
+                rows.delete(one)
+        if stale:
+            self._renew_caches()
+
+    def _renew_caches(self) -> None:
+        """Raise the counters that make the older programs' cached rows invalid."""
+        with _opened_map(self._older / "np_config") as one:
+            _, layout = _known_layouts(one, load_layouts(self._older))
+            for name in ("epoch", "generation"):  # in this order, see `Applier.bump_generation`
+                for field in layout:
+                    if field.name == name:
+                        row = bytearray(one.get(bytes(4)) or b"")
+                        value = following(_read(row, field))
+                        row[field.at : field.at + field.size] = value.to_bytes(field.size, sys.byteorder)
+                        one.put(bytes(4), bytes(row))
+
     def take_over(self) -> None:
         """Replace the old programs by the new ones on every interface, then remove the old directory."""
         dataplane = self.dataplane
@@ -96,11 +127,47 @@ class Upgrade:
             dataplane.pin_dir.rename(target)
             dataplane.pin_dir = target
             _finish(dataplane)
+        self._close_older()
         log.info("upgraded: %s", self.summary)
 
     def discard(self) -> None:
         """Remove the new directory; the old one stays in force. Does nothing if the new dataplane has taken over."""
+        self._close_older()
         self._staging.discard()
+
+    def _close_older(self) -> None:
+        if self._in_force is not None:
+            self._in_force.close()
+            self._in_force = None
+
+
+@dataclass(frozen=True, slots=True)
+class _OlderPrograms:
+    """The hooks' programs of an older schema, for `attach`."""
+
+    pin_dir: Path
+    hooks: Mapping[Hook, int]
+
+    @classmethod
+    def open(cls, older: Path) -> _OlderPrograms:
+        """Open the program set in force of an older schema. Raises PlatformError."""
+        hooks: dict[Hook, int] = {}
+        for directory in (older / CURRENT, older):
+            for hook in Hook:
+                if hook not in hooks and (directory / hook.value).exists():
+                    hooks[hook] = syscall.obj_get(directory / hook.value)
+        if len(hooks) < len(Hook):
+            raise PlatformError(f"{older} has no programs of both hooks", hint=DAMAGED_HINT)
+        return cls(older, hooks)
+
+    def program_fd(self, hook: Hook) -> int:
+        """Descriptor of a hook's program."""
+        return self.hooks[hook]
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        for fd in self.hooks.values():
+            os.close(fd)
 
 
 def open_dataplane(pin_root: Path, sizes: Mapping[str, int] | None = None) -> tuple[Dataplane, Upgrade | None]:

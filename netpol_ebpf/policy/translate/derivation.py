@@ -35,6 +35,7 @@ from netpol_ebpf.policy.types import (
 )
 from netpol_ebpf.resources import types as api
 from netpol_ebpf.resources.calico_configuration import DEFAULT
+from netpol_ebpf.resources.calico_storage import unprefixed
 from netpol_ebpf.resources.types import Resource
 
 K = TypeVar("K")
@@ -248,9 +249,22 @@ class Derivation:
     def _derive_changed_policy(self, key: ResourceKey, old: Resource | None, new: Resource | None) -> None:
         self._relate(key, old, new)
         self._derive_policy(key)
+        changed = new if new is not None else old
+        name = "" if changed is None or changed.meta.is_stored else unprefixed(changed.meta.name)
+        if name:
+            self._derive_policy(key._replace(name=name))  # perhaps the stored form of the same policy
+
+    def _is_stored_copy(self, key: ResourceKey, resource: Resource) -> bool:
+        """Whether a stored policy is also there as projectcalico.org/v3, under the name with which it is stored."""
+        if not resource.meta.stored_name:
+            return False
+        current = self._resources.get(key._replace(name=resource.meta.stored_name))
+        return current is not None and not current.meta.is_stored
 
     def _derive_policy(self, key: ResourceKey) -> None:
         resource, policy_key, policy = self._resources.get(key), PolicyKey(*key), None
+        if resource is not None and self._is_stored_copy(key, resource):
+            resource = None
         translate = None if resource is None else self.kinds[type(resource)].policy
         if translate is not None:
             policy = translate(policy_key, resource, lambda keys: self._namespace_values[keys])

@@ -194,12 +194,12 @@ class KindStore:
 
     # --- for the cache, under its lock --------------------------------------------------------------------------------------
 
-    def release(self) -> int:
-        """Remove the orphans; returns their number."""
-        names = list(self.orphans)
+    def release(self) -> list[Name]:
+        """Remove the orphans; returns their names."""
+        names = sorted(self.orphans)
         for name in names:
             self._remove(name)
-        return len(names)
+        return names
 
     def problems(self) -> Iterable[Problem]:
         """Problems of the kind: why it is not watched, which objects are kept, and which are not valid."""
@@ -209,8 +209,8 @@ class KindStore:
             count = len(self.orphans)
             message = (
                 f"its CustomResourceDefinition was deleted, was made anew, or serves this version no more, and {count} of its "
-                "objects are gone with it: they stay in force as they were last known; apply them again, or end them as "
-                "docs/api-server.md says (a deleted definition)"
+                "objects are gone with it: they stay in force as they were last known; apply them again, or end them on this "
+                f"node with `netpolctl release {self.kind}`"
             )
             yield Problem(Location(self.kind.path), "", message, obj=str(self.kind), slug="crd-deleted")
         for name in sorted(self.faulty):
@@ -359,10 +359,17 @@ class Cache:
                 self._problems[key] = problem
                 self.wake()
 
-    def release(self, kind: WatchedKind) -> int:
-        """Remove the objects of a kind with a deleted definition, on an operator's request. Returns their number."""
+    def orphans(self, kind: WatchedKind) -> list[Name]:
+        """The names of the objects of a kind that are kept although its definition was deleted."""
         with self.lock:
-            return self.stores[kind].release()
+            return sorted(self.stores[kind].orphans)
+
+    def release(self, kind: WatchedKind) -> list[Name]:
+        """Remove the objects of a kind with a deleted definition, on an operator's request. Returns their names."""
+        with self.lock:
+            released = self.stores[kind].release()
+            self.wake()  # an object that was never valid has no event, but a problem
+            return released
 
     def restore(self) -> None:
         """Make `drain` return the loaded saved state as a whole, before every kind was listed."""

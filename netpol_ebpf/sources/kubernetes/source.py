@@ -29,7 +29,7 @@ from netpol_ebpf.sources.kubernetes.decoding import KINDS, MalformedError, Watch
 from netpol_ebpf.sources.kubernetes.probing import ABSENT_PERIODS, CUT_OFF, FreshnessProbe
 from netpol_ebpf.sources.kubernetes.saved_state import load_state, store_state
 from netpol_ebpf.sources.kubernetes.watching import KindWatcher
-from netpol_ebpf.sources.source import SourceUpdate
+from netpol_ebpf.sources.source import KEEPS_NOTHING, SourceUpdate
 
 SYNC_S = 60.0
 """Time limit in seconds for the first state of the cluster: a list of the largest clusters takes seconds, a failure is
@@ -197,16 +197,16 @@ class KubernetesSource:
 
     # --- beyond that ----------------------------------------------------------------------------------------------------------
 
-    def release(self, kind: str) -> int:
-        """Remove the kept objects of a kind with a deleted definition (``tiers.projectcalico.org``).
-
-        Returns their number. Raises InvalidInputError for a kind without kept objects.
-        """
+    def release(self, kind: str, *, is_trial: bool = False) -> tuple[str, ...]:
+        """See `Source`. ``kind``: as ``status`` names it, such as ``tiers.projectcalico.org``."""
         for one, store in self.cache.stores.items():
             if str(one) == kind and store.orphans:
-                return self.cache.release(one)
+                names = self.cache.orphans(one) if is_trial else self.cache.release(one)
+                return tuple("/".join(part for part in (one.kind, *name) if part) for name in names)
         kept = ", ".join(str(one) for one, store in self.cache.stores.items() if store.orphans) or "no kind"
-        raise InvalidInputError(f"nothing is kept of {kind}; it is of {kept}", hint="Name one of them.")
+        raise InvalidInputError(
+            f"nothing of {kind} is kept: objects whose definition was deleted are kept of {kept}", hint=KEEPS_NOTHING
+        )
 
     def states(self) -> list[KindState]:
         """The state of every kind, for ``status``.
@@ -234,6 +234,8 @@ class KubernetesSource:
         ``restored``: whether the saved state is in force; ``confirmed``: when the server last answered a probe, None:
         never; ``cut_off``: whether the server no longer answers probes; ``stale_since``: since when changes may be
         missing, None: none are, or the time is unknown. Times are UTC, ISO 8601.  ``kinds``: see `KindState`.
+        ``gaps``: by kind, how often events were lost, so that the kind was listed again; ``went_back`` and
+        ``went_back_at``: how often the server went back to an older state, and when it last did (None: never).
         """
         noted = self.cache.noted
         confirmed = self.probe.confirmed or None
@@ -253,6 +255,9 @@ class KubernetesSource:
             "cut_off": is_cut_off,
             "stale_since": self._saved_at if is_restored else confirmed if is_cut_off else None,
             "kinds": [one._asdict() for one in self.states()],
+            "gaps": {str(kind): one.gaps for kind, one in self.watchers.items() if one.gaps},
+            "went_back": self.probe.went_back,
+            "went_back_at": self.probe.went_back_at or None,
         }
         return (state,)
 

@@ -188,6 +188,8 @@ class KindWatcher:
     chance: Callable[[], float] = random.random
     wall: Callable[[], float] = time.time
     state: State = State.LISTING
+    gaps: int = 0
+    """How often the server had no events from the known resourceVersion on, so that the kind was listed again."""
     lists: int = 0
     watches: int = 0
     synced_at: float = 0.0
@@ -419,6 +421,7 @@ class KindWatcher:
         if status.code in (_GONE, _ERROR) or status.code in _OURS:  # 500: a resourceVersion of another server
             self._resource_version = ""
         if status.code == _GONE:
+            self.gaps += not is_list
             self._expired += 1
             return self._backoff_s(self._expired - 1) if self._expired > 1 else 0.0
         if status.code == _FORBIDDEN:
