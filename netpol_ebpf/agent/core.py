@@ -160,10 +160,12 @@ class Agent:
         if self.closed:
             self.binder.expect_old_connections(self.closed.keys)
         queued = (*self.closed.release(), *self._early)
-        self.enforcement.record.begin()
+        is_news = bool(queued or update.events)
+        if is_news:
+            self.enforcement.record.begin()
         self._early.clear()
         self.objects.take(SourceUpdate((*queued, *update.events), update.problems))
-        return bool(queued or update.events)
+        return is_news
 
     def _put_in_force_if_due(self) -> None:
         """Before the start: put the objects in force if the source has synced.

@@ -140,6 +140,16 @@ def _clusters(clusters: Sequence[Mapping[str, Any]]) -> Iterator[Family]:
     ):
         samples = (({"source": source, "kind": kind["kind"]}, int(kind[field])) for source, kind in kinds)
         yield _limited(name, form, meaning, samples, KINDS)
+    yield Family(
+        "netpol_source_went_back_total", "counter",
+        "Times that the API server went back to an older state, as after a restored backup.",
+        tuple(({"source": one["source"]}, one["went_back"]) for one in clusters),
+    )  # fmt: skip
+    gaps = {(one["source"], kind): count for one in clusters for kind, count in one["gaps"].items()}
+    yield _limited(
+        "netpol_source_gaps_total", "counter", "Losses of events of a kind; after each the kind was listed again.",
+        (({"source": source, "kind": kind["kind"]}, gaps.get((source, kind["kind"]), 0)) for source, kind in kinds), KINDS,
+    )  # fmt: skip
     heard = (
         ({"source": source, "kind": kind["kind"]}, _timestamp(kind["last_sync"])) for source, kind in kinds if kind["last_sync"]
     )  # fmt: skip

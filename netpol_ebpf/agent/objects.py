@@ -91,6 +91,8 @@ class ClusterObjects:
 
         A problem whose message alone changes is the same problem.  At most MOST_LINES lines tell of each.
         """
+        if problems is self._source_problems:
+            return
         before, now = set(map(_problem_key, self._source_problems)), set(map(_problem_key, problems))
         begun = [one for one in problems if _problem_key(one) not in before]
         over = [one for one in self._source_problems if _problem_key(one) not in now]

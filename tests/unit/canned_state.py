@@ -26,7 +26,8 @@ def histogram() -> dict[str, Any]:
 def full_state() -> dict[str, Any]:
     """A node at a cluster, with one problem, and one rejected object."""
     cluster, manifests = SOURCES
-    cluster = {**cluster, "behind": ["nodes: unreachable"], "kinds": [{**one, **KIND} for one in cluster["kinds"]]}
+    kinds = [{**one, **KIND} for one in cluster["kinds"]]
+    cluster = {**cluster, "behind": ["nodes: unreachable"], "kinds": kinds, "gaps": {"pods": 2}, "went_back": 1}
     return {
         **STATE,
         "problems": [PROBLEM],

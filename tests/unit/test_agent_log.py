@@ -106,7 +106,9 @@ def test_agent_tells_what_came_into_force(tmp_path: Path, caplog: pytest.LogCapt
     def told() -> list[str]:
         bench.now_s += 10.0
         settle(agent)
-        return [line for line in lines(caplog) if " in force changes=" in line]
+        found = [line for line in lines(caplog) if " in force changes=" in line]
+        assert all("milliseconds=0.0 " in line for line in found), "the clock stands still while the agent works"
+        return found
 
     try:
         (line,) = told()
