@@ -31,6 +31,7 @@ from netpol_ebpf.agent.local_interfaces import LocalInterfaces
 from netpol_ebpf.agent.node_access import NodeAccess
 from netpol_ebpf.agent.objects import ClusterObjects
 from netpol_ebpf.agent.own_interfaces import OwnInterfaces
+from netpol_ebpf.agent.problem_log import ProblemLog
 from netpol_ebpf.agent.rejected import RejectedChanges
 from netpol_ebpf.agent.repair import Repair
 from netpol_ebpf.agent.settings import AgentSettings
@@ -99,7 +100,7 @@ class Agent:
         self._enforced: frozenset[int] = frozenset()  # interfaces with an earlier agent's programs at the start
         self._close_at_s = math.inf
         self._tell_at_s = math.inf
-        self._logged: frozenset[str] = frozenset()  # unenforced workloads that the log names
+        self._unenforced_log = ProblemLog(log)
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -408,11 +409,8 @@ class Agent:
         return [*found, *self.objects.without_namespace()]
 
     def _log_unenforced(self) -> None:
-        """Log newly unenforced workloads; some become so by the passing of time alone."""
-        found = {str(one): one for one in self._unenforced()}
-        for text in found.keys() - self._logged:
-            log.log(logging.ERROR if found[text].severity == "error" else logging.WARNING, "%s", text)
-        self._logged = frozenset(found)
+        """Log workloads that became unenforced, or enforced; some become so by the passing of time alone."""
+        self._unenforced_log.note(self._unenforced())
 
     def _name_of(self, ifindex: int) -> str:
         return self.interfaces.wiring.name_of(ifindex)
