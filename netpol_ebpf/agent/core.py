@@ -53,10 +53,10 @@ log = logging.getLogger(__name__)
 
 
 class Agent:
-    """Keeps enforcement on a node up to date. Call `begin` or `start` once, then `step` again and again.
+    """Keeps enforcement on a node up to date. Callers call `begin` or `start` once, then `step` again and again.
 
-    ``is_started``: whether this agent has put a state in force; before that, the state of an earlier agent remains.
-    Callers may only read its parts.
+    ``is_started``: whether this agent has put a state in force; until then the state of an earlier agent remains. The
+    other attributes are the agent's parts, which callers may only read.
     """
 
     def __init__(
@@ -180,19 +180,19 @@ class Agent:
             log.error("%s", self._not_synced())
 
     def _recall(self) -> None:
-        """Restore the assignments of an earlier agent; only the first call has an effect."""
+        """Restore the assignments of an earlier agent. Only the first call has an effect."""
         if not self.interfaces.has_recalled:
             self.interfaces.recall(self.enforcement.former_workloads(), self._node.attached())
 
     def _close_uncovered(self) -> None:
-        """Before the start: follow interfaces, and close workloads' interfaces that no earlier agent's policy covers."""
+        """Before the start: take a snapshot, and close workloads' interfaces that no earlier agent's policy covers."""
         self._forget_gone()
         self.interfaces.look_for_roles()
         if self._enforced:
             self.binder.close_workloads()
 
     def _forget_gone(self) -> None:
-        """Forget interfaces that are gone, before a new interface with such an index counts as the same."""
+        """Remove interfaces that no longer exist, before new interfaces with the same indices are seen."""
         gone = self.binder.gone()
         self.interfaces.forget(gone)
         self.binder.forget(gone)
@@ -245,7 +245,7 @@ class Agent:
         return self.read_events()
 
     def release(self, kind: str, *, is_trial: bool = False) -> tuple[str, ...]:
-        """Put the removal of a kind's kept objects in force, see `Source.release`; returns their names.
+        """Remove the kept objects of a kind, see `Source.release`, and apply the change. Returns their names.
 
         Before the start they are removed from the objects that the start will put in force.
         """
@@ -336,7 +336,7 @@ class Agent:
         self.interfaces.look(self.enforcement.bound)
 
     def _update_closed(self) -> None:
-        """While no object is known: make an endpoint of each workload's interface, see `ClosedWorkloads`."""
+        """Before any object is known: update the endpoint of each workload's interface, see `ClosedWorkloads`."""
         if not self.source.has_synced:
             events = self.closed.update(self.interfaces.with_evident_addresses())
             self.objects.take(SourceUpdate(events, self.objects.source_problems))

@@ -66,7 +66,7 @@ class Handovers:
     """The handovers of interfaces that exist."""
 
     def __init__(self, file: Path | None = None) -> None:
-        """``file``: where handovers are kept across restarts; None: they are not kept."""
+        """``file``: the file that keeps handovers across restarts; None: they are not kept."""
         self._file = None if file is None else EntryFile(file, "handovers", FORMAT, MOST_BYTES)
         self._damage: tuple[Problem, ...] = ()
         self._unsaved: tuple[Problem, ...] = ()
@@ -135,7 +135,7 @@ class Handovers:
             log.warning("%s", self._damage[0])
 
     def _save(self, file: EntryFile) -> None:
-        """Write all handovers. If that fails, report it, and write again with the next change."""
+        """Write all handovers to the file. A failure is reported, and the next change writes again."""
         self._unsaved = ()
         try:
             file.save(json.dumps(_write(one)) for pod in self._by_pod for one in self.of(pod))
@@ -155,7 +155,7 @@ def parse_attach(request: Mapping[str, Any]) -> tuple[Handover, int]:
 
 
 def _problem(file: Path, what: str) -> Problem:
-    """The problem that the handovers' file has. ``what``: the end of the sentence about it."""
+    """A problem of the handovers' file. ``what``: the end of the sentence that begins with its subject."""
     message = (
         f"what the CNI plugin handed over {what}: after a restart of the agent, pods that the cluster has no address of yet are "
         "closed until it has"

@@ -38,9 +38,9 @@ SHOWN = 5
 class LocalInterfaces:
     """Finds the interfaces of local workloads.
 
-    `locate` is enough if only the objects changed. ``wiring``: the last snapshot; read-only for callers.
-    ``has_looked``: whether `look` was called since the owner last set this to False.  ``has_recalled``: whether
-    `recall` was called.
+    `look` takes a new snapshot and searches it. `locate` searches the last one, which is enough if no interface
+    changed. ``wiring``: the last snapshot; read-only for callers. ``has_looked``: whether `look` ran since the caller
+    last reset this to False. ``has_recalled``: whether `recall` ran.
     """
 
     def __init__(
@@ -124,11 +124,11 @@ class LocalInterfaces:
         return self._network.interface_towards(address)
 
     def with_evident_addresses(self) -> Iterator[tuple[Interface, tuple[IPAddress, ...]]]:
-        """Workloads' interfaces whose workload is not known, each with the addresses that the node has evidence of.
+        """Workloads' interfaces for which the node has evidence of addresses, each with these addresses.
 
-        The strongest evidence counts: the CNI plugin's handover, the result that the plugin left on the node, routes,
-        or the first addresses at the other end.  The latter do not count on a bridge: the workload chose them, and could
-        answer there in the name of another host.  Interfaces without evidence are left out.
+        The strongest evidence counts: the CNI plugin's handover, the result that the plugin left on the node, host
+        routes, or the first addresses at the other end. First addresses do not count on a bridge, because the workload
+        chose them and could answer there in the name of another host.
         """
         handed = {
             one.ifindex: one.addresses
@@ -158,7 +158,7 @@ class LocalInterfaces:
         self.locate()
 
     def look_for_roles(self) -> None:
-        """Take a snapshot and decide which interfaces are workloads', before the objects are known.
+        """Take a new snapshot and decide which interfaces are workloads', before the objects are known.
 
         Assignments of an earlier agent stay.
         """

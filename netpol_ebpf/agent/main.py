@@ -315,9 +315,9 @@ def open_to_group(state_dir: Path, pin_root: Path, group: int | None) -> None:
 
 
 def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) -> dict[str, Answer]:
-    """The operations that the agent answers, by name.
+    """The functions that answer requests to the agent, by the name of the operation.
 
-    Children of this process run them (`netpol_ebpf.agent.answering`).
+    Children of this process run them (`netpol_ebpf.agent.answering`). ``place``: see `report.status`.
     """
     from netpol_ebpf.agent import report
     from netpol_ebpf.agent.questions import answer_question
@@ -352,7 +352,11 @@ def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) 
 
 
 def waits_of(agent: Any, clock: Callable[[], float] = time.monotonic) -> dict[str, Callable[[Mapping[str, Any]], Wait]]:
-    """The operations of the CNI plugin, and ``release``, by name; the agent's own loop answers them. ``clock``: seconds."""
+    """The functions that start waiting for a state, by the name of the operation.
+
+    The CNI plugin uses ``attach`` and ``ready``, `netpolctl release` uses ``release``. The agent's own loop runs them.
+    ``clock``: returns the time in seconds.
+    """
     from netpol_ebpf.agent.handover import parse_attach
 
     def attach(request: Mapping[str, Any]) -> Wait:
@@ -388,9 +392,9 @@ def waits_of(agent: Any, clock: Callable[[], float] = time.monotonic) -> dict[st
 
 @contextlib.contextmanager
 def exclusive(state_dir: Path, *, hint: str = IN_USE_HINT) -> Iterator[None]:
-    """Hold the lock of a state directory, so that only one agent uses it; the lock ends with the process.
+    """Hold the lock of a state directory within the context, so that only one agent uses the directory.
 
-    Raises PlatformError, with ``hint``, if another agent runs.
+    The kernel ends the lock with the process. Raises PlatformError, with ``hint``, if another agent runs.
     """
     from netpol_loader.pins.lock import locked_alone
 
@@ -406,7 +410,7 @@ def exclusive(state_dir: Path, *, hint: str = IN_USE_HINT) -> Iterator[None]:
 
 
 def parse_mark(text: str | None) -> int:
-    """Parse a mask of 16 adjacent bits; returns its lowest bit, or 0 without a mask. Raises UsageError."""
+    """Parse a mask of 16 adjacent bits; returns the position of its lowest bit, 0 without a mask. Raises UsageError."""
     if text is None:
         return 0
     try:
@@ -431,7 +435,7 @@ def parse_tunnel(text: str) -> tuple[int, int]:
 
 
 def parse_router(text: str) -> str:
-    """Parse a pattern of ``NAMESPACE/NAME``. Raises UsageError: any other pattern would match no workload."""
+    """Parse a pattern of ``NAMESPACE/NAME``. Raises UsageError for others, which would match no workload."""
     namespace, slash, name = text.partition("/")
     if not (namespace and slash and name) or "/" in name:
         raise UsageError(f"--router {text}: expected NAMESPACE/NAME, such as network/router or network/*")
@@ -439,7 +443,7 @@ def parse_router(text: str) -> str:
 
 
 def parse_group(name: str | None) -> int | None:
-    """Parse a group given by name or number; returns its id, None without a group. Raises UsageError."""
+    """Parse a group's name or number; returns its id, None if no group is given. Raises UsageError."""
     if name is None:
         return None
     try:
@@ -449,7 +453,7 @@ def parse_group(name: str | None) -> int | None:
 
 
 def parse_sizes(texts: Sequence[str]) -> dict[str, int]:
-    """Parse ``MAP=ENTRIES`` pairs; returns sizes by map name. Raises UsageError."""
+    """Parse options of the form ``MAP=ENTRIES``; returns the number of entries by map name. Raises UsageError."""
     from netpol_loader.tables.buckets import SIZED
 
     sizes: dict[str, int] = {}

@@ -169,7 +169,10 @@ class KernelNode:
         return {one.ifindex for one in attach.attachments(self._dataplane)}
 
     def attach(self, ifindex: int, *, is_newborn: bool = False) -> bool:
-        """See `NodeAccess`. Before an upgrade takes over: the programs of the older schema, which are in force."""
+        """See `NodeAccess`.
+
+        Before an upgrade takes over, this attaches the programs of the older schema, which are in force.
+        """
         try:
             if self._upgrade is not None:
                 self._upgrade.attach(ifindex, is_newborn=is_newborn)

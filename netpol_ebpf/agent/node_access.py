@@ -86,7 +86,10 @@ class MapAccess(Protocol):
         """The endpoint number in each interface's row in force, also if an agent of another version wrote the row."""
 
     def drop_rows(self, gone: Collection[int]) -> None:
-        """Delete the rows in force of interfaces that are gone, so that no new interface with such an index has one."""
+        """Delete the rows in force of interfaces that no longer exist, so that new interfaces do not get them.
+
+        A new interface may have the index of an old one.
+        """
 
 
 class RepairAccess(Protocol):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`netpolctl cleanup`: end enforcement and remove everything that netpol-ebpf made on this node.
 
-Exit codes: 0 nothing is left, 5 something could not be removed, or an agent is running.
+Exit codes: 0 nothing is left; 5 something could not be removed, or an agent is running.
 """
 
 from __future__ import annotations
