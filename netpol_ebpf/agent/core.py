@@ -53,10 +53,10 @@ log = logging.getLogger(__name__)
 
 
 class Agent:
-    """Keeps enforcement on a node up to date. Callers call `begin` or `start` once, then `step` again and again.
+    """Keeps enforcement on a node up to date. Call `begin` or `start` once, then `step` again and again.
 
-    ``is_started``: whether this agent has put a state in force; until then the state of an earlier agent remains. The
-    other attributes are the agent's parts, which callers may only read.
+    ``is_started``: whether this agent has put a state in force; before that, the state of an earlier agent remains.
+    Callers may only read its parts.
     """
 
     def __init__(

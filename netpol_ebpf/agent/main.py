@@ -315,9 +315,9 @@ def open_to_group(state_dir: Path, pin_root: Path, group: int | None) -> None:
 
 
 def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) -> dict[str, Answer]:
-    """The functions that answer requests to the agent, by the name of the operation.
+    """The operations that the agent answers, by name.
 
-    Children of this process run them (`netpol_ebpf.agent.answering`). ``place``: see `report.status`.
+    Children of this process run them (`netpol_ebpf.agent.answering`).
     """
     from netpol_ebpf.agent import report
     from netpol_ebpf.agent.questions import answer_question

@@ -37,7 +37,7 @@ class LookInputs(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """A settled assignment: the endpoint, its assignment, and the stored record of its interface."""
+    """A settled assignment: the endpoint, its assignment, and the record of its interface."""
 
     endpoint: Endpoint
     assignment: Assignment

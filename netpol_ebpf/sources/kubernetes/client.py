@@ -165,16 +165,15 @@ class Client:
         self._refused: Credentials | None = None
 
     def get(self, target: str, *, head_s: float, idle_s: float, metadata_only: bool = False) -> HttpAnswer:
-        """Send a GET request; returns when the head of the answer has been read.
+        """Begin a GET.
 
-        ``target``: path and query. ``head_s``: time limit in seconds for the head. ``idle_s``: longest silence in
-        seconds in the body. ``metadata_only``: ask for the metadata of one object. Raises UnreachableError, also if
-        credentials or certificates cannot be read now.
+        ``target``: path and query; ``head_s``: time limit for the head; ``idle_s``: longest silence in the body.
+        Raises UnreachableError, also when credentials or certificates cannot be read now.
         """
         return self._begin("GET", target, head_s, idle_s, _METADATA if metadata_only else _JSON)
 
     def delete(self, target: str, *, head_s: float, idle_s: float) -> HttpAnswer:
-        """Send a DELETE request; otherwise as `get`."""
+        """Begin a DELETE; as `get`."""
         return self._begin("DELETE", target, head_s, idle_s, _JSON)
 
     def _begin(self, method: str, target: str, head_s: float, idle_s: float, accept: str) -> HttpAnswer:

@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 class KindState(NamedTuple):
     """The state of one kind, for ``status``.
 
-    ``kept``: the number of objects in force although the kind's definition was deleted.
+    ``kept``: objects that stay in force although their definition was deleted.
     """
 
     kind: str

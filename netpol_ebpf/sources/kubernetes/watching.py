@@ -180,8 +180,7 @@ class _RelistError(Exception):
 class KindWatcher:
     """Watches one kind.
 
-    ``pace_s``: returns the seconds, partly random, until an absent kind is listed again. ``clock``: returns the time in
-    seconds. ``chance``: returns random numbers from [0, 1).
+    ``pace_s``: random seconds until an absent kind is listed again; ``chance``: random numbers from [0, 1).
     """
 
     kind: WatchedKind
