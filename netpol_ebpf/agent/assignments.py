@@ -246,8 +246,10 @@ class InterfaceAssignments:
     def decide_roles(self, wiring: Wiring) -> None:
         """Decide the role of each interface before any endpoint is known. Assignments stay."""
         self.forget([ifindex for ifindex, one in self._seen.items() if not self._is_there(ifindex, one, wiring)])
+        self._traits = self._traits_in(wiring)
+        self._settled = {}
         self.doubts = {}
-        self._decide_all(wiring, (), ())
+        self._decide_roles(LookInputs(wiring, {}, frozenset(), {}), (), ())
 
     @property
     def assigned(self) -> set[int]:

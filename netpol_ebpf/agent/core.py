@@ -160,6 +160,7 @@ class Agent:
         if self.closed:
             self.binder.expect_old_connections(self.closed.keys)
         queued = (*self.closed.release(), *self._early)
+        self.enforcement.record.begin()
         self._early.clear()
         self.objects.take(SourceUpdate((*queued, *update.events), update.problems))
         return bool(queued or update.events)
@@ -240,6 +241,7 @@ class Agent:
             self._bring_into_force(self._take_changes())
         elif self.rejected.retry_at_s is not None and self._clock() >= self.rejected.retry_at_s:
             self._bring_into_force(Changes())
+        self.enforcement.record.write_line()
         if self.repair.step():
             self._log_unenforced()
         return self.read_events()
@@ -312,7 +314,9 @@ class Agent:
         had no memory.
         """
         if not changes and not self.enforcement.is_pending:
+            self.enforcement.record.drop()
             return
+        self.enforcement.record.begin()
         self.rejected.expect(changes, self._location_of)
         before = self.own_interfaces.inputs
         try:

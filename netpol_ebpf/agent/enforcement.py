@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from netpol_ebpf.agent.barrier import Barrier
+from netpol_ebpf.agent.change_record import ChangeRecord
 from netpol_ebpf.agent.local_interfaces import LocalInterfaces
 from netpol_ebpf.agent.node_access import MapAccess, ProgramAccess
 from netpol_ebpf.agent.objects import ClusterObjects
@@ -71,7 +72,7 @@ class Enforcement:
     """The policy in force. `install` makes a new set of maps; `apply` changes the set in force.
 
     ``audit``: compares the maps in force with the tables; None before the first `install`.  ``is_pending``: whether the
-    tables lag behind the objects because a change was rejected.
+    tables lag behind the objects because a change was rejected.  ``record``: of the changes that came into force.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Enforcement:
         self.audit: Audit | None = None
         self.changes_applied = 0
         self.last_change_s: float | None = None
+        self.record = ChangeRecord(clock)
         self._settings = settings
         self._maps = maps
         self._programs = programs
@@ -235,7 +237,7 @@ class Enforcement:
         self._barrier.sign(applier)
 
     def _note_change(self) -> None:
-        self._objects.accept()
+        self.record.note(self._objects.accept(), self.applier.generation)
         self.changes_applied += 1
         self.last_change_s = self._clock()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+from netpol_ebpf.agent.change_record import ObjectCounts
 from netpol_ebpf.policy.types import Changes, World
 
 
@@ -28,7 +29,17 @@ class WorldInForce:
             elif later is not None:
                 setattr(self._awaited, one.name, later)
 
-    def accept(self) -> None:
-        """Mark all pending changes as in force."""
+    def accept(self) -> dict[str, ObjectCounts]:
+        """Mark all pending changes as in force. Returns the number of objects by table of the world."""
+        counts = {}
+        for one in fields(Changes):
+            changes = getattr(self._awaited, one.name)
+            if isinstance(changes, dict):
+                before = getattr(self.world, one.name)
+                removed = sum(new is None and key in before for key, new in changes.items())
+                changed = sum(new is not None and key in before for key, new in changes.items())
+                added = sum(new is not None for new in changes.values()) - changed
+                counts[one.name] = ObjectCounts(added, changed, removed)
         self._awaited.apply_to(self.world)
         self._awaited = Changes()
+        return counts

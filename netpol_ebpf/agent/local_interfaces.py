@@ -119,6 +119,10 @@ class LocalInterfaces:
         sources = endpoint.allowed_sources if self._settings.borrow_sources else ()
         return Binding(ifindex, allowed_sources=sources, link=self.wiring.link_of(ifindex), flags=flags)
 
+    def bound_sockets(self) -> frozenset[tuple[int, IPAddress, int]]:
+        """See `NetworkAccess`."""
+        return self._network.bound_sockets()
+
     def interface_towards(self, address: IPAddress) -> int | None:
         """The interface by which the node would now send to an address; None if there is no route."""
         return self._network.interface_towards(address)

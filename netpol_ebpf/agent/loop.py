@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from netpol_ebpf.agent.control_socket import ControlSocket
+from netpol_ebpf.agent.health import Health
 from netpol_ebpf.agent.service_manager import ServiceManager
 from netpol_ebpf.apply.ledger import Ledger
 
@@ -41,7 +42,7 @@ class AgentLoop:
     """The agent's loop, pass by pass.
 
     ``when_in_force``: called once, when a state of the source is in force.  ``service_manager``: learns of readiness,
-    and of each pass.  ``clock``: seconds.
+    and of each pass.  ``clock``: seconds.  ``health``: the health endpoint, which gets beats; None: there is none.
     """
 
     agent: Any
@@ -51,6 +52,7 @@ class AgentLoop:
     when_in_force: Callable[[], None] = lambda: None
     service_manager: ServiceManager = field(default_factory=ServiceManager)
     clock: Callable[[], float] = time.monotonic
+    health: Health | None = None
     _is_ready: bool = False
     _is_told: bool = False
     _stepped_s: float = -math.inf
@@ -104,6 +106,8 @@ class AgentLoop:
         if not self.control_socket.is_open and self.clock() >= self._opened_s + RETRY_S:
             self.open()
         self.control_socket.poll()
+        if self.health is not None and self.clock() >= self.health.next_s:
+            self.health.beat(report.readiness(self.agent))
         self._is_news = self._is_news or self.agent.has_handovers
         self.service_manager.tick()
 

@@ -44,6 +44,9 @@ class NetworkAccess(Protocol):
         None if notifications were lost.
         """
 
+    def bound_sockets(self) -> frozenset[tuple[int, IPAddress, int]]:
+        """(protocol, address, port) of sockets of the node that accept packets at one address. Raises PlatformError."""
+
     def interface_towards(self, address: IPAddress) -> int | None:
         """The interface by which the node would now send to ``address``; None if there is no route."""
 

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
+from netpol_ebpf.agent.change_record import ObjectCounts
 from netpol_ebpf.agent.claims import AddressClaims
 from netpol_ebpf.agent.handover import Handover, Handovers
 from netpol_ebpf.agent.in_force import WorldInForce
@@ -34,6 +35,8 @@ from netpol_ebpf.policy.types import (
 from netpol_ebpf.resources.types import Pod, Resource
 from netpol_ebpf.sources.source import SourceUpdate, Upsert
 
+MOST_LINES = 20
+"""Most lines of the log about problems of a source that begin, or end, at one time; arbitrary."""
 log = logging.getLogger(__name__)
 
 
@@ -84,11 +87,24 @@ class ClusterObjects:
                 self.derivation.remove(*event.key)
 
     def note_problems(self, problems: tuple[Problem, ...]) -> None:
-        """Replace the source's problems by the present ones, and log the new ones."""
-        known = set(self._source_problems)
-        for problem in problems:
-            if problem not in known:
-                log.log(logging.ERROR if problem.severity == "error" else logging.WARNING, "%s", problem)
+        """Replace the source's problems by the present ones; log each once when it begins, and once when it ends.
+
+        A problem whose message alone changes is the same problem.  At most MOST_LINES lines tell of each.
+        """
+        before, now = set(map(_problem_key, self._source_problems)), set(map(_problem_key, problems))
+        begun = [one for one in problems if _problem_key(one) not in before]
+        over = [one for one in self._source_problems if _problem_key(one) not in now]
+        for problem in begun[:MOST_LINES]:
+            level = logging.ERROR if problem.severity == "error" else logging.WARNING
+            log.log(level, "%s", problem, extra={"fields": {"problem": problem.slug}})
+        for problem in over[:MOST_LINES]:
+            log.info("over: %s", problem, extra={"fields": {"problem": problem.slug}})
+        for what, found in (("began", begun), ("are over", over)):
+            if found[MOST_LINES:]:
+                log.warning(
+                    "%d more problems %s at the same time; `netpolctl status` names those that are left",
+                    len(found) - MOST_LINES, what,
+                )  # fmt: skip
         self._source_problems = problems
 
     def take_changes(self, older: Collection[EndpointKey], is_idle: Callable[[EndpointKey], bool]) -> Changes:
@@ -130,9 +146,9 @@ class ClusterObjects:
             if endpoint is not None and (is_news or key in changed):
                 changes.endpoints.setdefault(key, endpoint)
 
-    def accept(self) -> None:
-        """Mark all taken changes as in force."""
-        self._in_force.accept()
+    def accept(self) -> dict[str, ObjectCounts]:
+        """Mark all taken changes as in force. Returns the number of objects by table of the world."""
+        return self._in_force.accept()
 
     def set_tunnels(self, encapsulations: Iterable[tuple[int, int]]) -> None:
         """Set the tunnels, as (IP protocol, UDP port), that this node accepts from any sender.
@@ -243,6 +259,10 @@ class ClusterObjects:
             if key.namespace and self.derivation.get(ResourceKey("Namespace", "", key.namespace)) is None:
                 message = f"its Namespace {key.namespace} is missing: no rule that selects by labels of the namespace matches it"
                 yield Problem(self.location(key), "", message, obj=str(key), slug="no-namespace")
+
+
+def _problem_key(problem: Problem) -> tuple[object, ...]:
+    return problem.slug, problem.severity, problem.location, problem.obj, problem.path
 
 
 def _dispute(address: IPAddress, holder: EndpointKey, other: EndpointKey) -> str:

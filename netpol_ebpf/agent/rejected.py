@@ -69,7 +69,11 @@ class RejectedChanges:
                 self.objects[f"{kind}/{name}" if kind.strip() else name] = place
 
     def accept(self) -> None:
-        """Mark everything as in force."""
+        """Mark everything as in force, and log the end of a rejection."""
+        if self.problem is not None:
+            log.info(
+                "over: what %s had no room for is in force", self.full, extra={"fields": {"problem": self.problem.slug}}
+            )
         self.objects.clear()
         self.full = ""
         self.problem, self.retry_at_s, self._gap_s = None, None, RETRY_S

@@ -16,16 +16,19 @@ from typing import Any
 from netpol_ebpf import __version__
 from netpol_ebpf.agent.assignments import Evidence
 from netpol_ebpf.agent.core import Agent
+from netpol_ebpf.agent.metrics import families
 from netpol_ebpf.agent.timeouts import STATES, read_timeouts
 from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.apply.events import FlowEvent
 from netpol_ebpf.errors import Problem
 from netpol_ebpf.policy.provenance import trace
-from netpol_ebpf.policy.types import EndpointKey
+from netpol_ebpf.policy.types import Cause, CauseKind, EndpointKey
 from netpol_loader import abi
 
 WAITING = 100
 """Objects shown of a rejected change; arbitrary."""
+CAUSES = 3
+"""Most causes that a failed readiness check names; arbitrary."""
 CONNECTIONS = 10_000
 """Most connections that are reported. The number is arbitrary: they make an answer of some megabytes."""
 CONNECTION_TABLES = (
@@ -209,6 +212,81 @@ def rules(agent: Agent, maps: Mapping[str, KernelMap]) -> list[dict[str, Any]]:
             {"number": number, "rule": str(cause), "packets": packets, "bytes": size, "staged_packets": pending}
         )
     return found
+
+
+def readiness(agent: Agent) -> dict[str, str]:
+    """The readiness checks of the agent: name, and the reason of failure, "" for a check that passes.
+
+    ``synced``: the agent has all objects of all sources.  ``programmed``: they are in force.  ``fresh``: no source is
+    behind.  An object that its writer has to correct fails no check: a tenant could then make every node unready.
+    """
+    reports = agent.source.report()
+    missing = [f"{one['source']}: {', '.join(one['waiting_for'][:CAUSES])}" for one in reports if not one["synced"]]
+    behind = [f"{one['source']}: {part}" for one in reports for part in one["behind"]]
+    return {
+        "synced": f"waiting for all objects of {'; '.join(missing)}" if missing else "",
+        "programmed": _not_programmed(agent),
+        "fresh": "; ".join(behind[:CAUSES]) + ("; ..." if behind[CAUSES:] else ""),
+    }
+
+
+def _not_programmed(agent: Agent) -> str:
+    if not agent.is_started:
+        return "what an earlier agent put in force stays" if agent.keeps_enforcement else "nothing is in force yet"
+    if not agent.is_in_force:
+        return "the workloads of this node are closed until the sources have synced"
+    if agent.rejected.problem is not None:
+        return agent.rejected.problem.message
+    failed = list(agent.attachments.problems)
+    return "; ".join(one.message for one in failed[:CAUSES])
+
+
+def rule_labels(cause: Cause) -> dict[str, str]:
+    """The labels of a rule in metrics; different causes have different labels.
+
+    ``rule``: the index; or end-of-tier, no-match, or failsafe or tunnel with the index; or missing, for the absence of
+    a profile.  ``kind``: of the policy; Profile for a profile, which ``policy`` then names.
+    """
+    key, index = cause.policy, str(cause.index)
+    rules = {
+        CauseKind.RULE: index,
+        CauseKind.TIER_END: "end-of-tier",
+        CauseKind.PROFILE: index if cause.index >= 0 else "missing",
+        CauseKind.NO_MATCH: "no-match",
+        CauseKind.FAILSAFE: f"failsafe-{index}",
+        CauseKind.TUNNEL: f"tunnel-{index}",
+    }
+    return {
+        "tier": cause.tier,
+        "kind": "" if key is None else key.kind,
+        "namespace": "" if key is None else key.namespace,
+        "policy": "" if key is None else key.name,
+        **({"kind": "Profile", "policy": cause.profile} if cause.kind is CauseKind.PROFILE else {}),
+        "direction": cause.direction.value,
+        "rule": rules[cause.kind],
+        "action": cause.action.value,
+    }
+
+
+def metrics(agent: Agent, maps: Mapping[str, KernelMap], state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The agent's metrics, see `netpol_ebpf.agent.metrics`. ``state``: the answer of `status` or `waiting`."""
+    whole = {**state, "readiness": readiness(agent)}
+    if not agent.is_started:
+        return [one.as_dict() for one in families(whole)]
+    whole |= {"change_seconds": agent.enforcement.record.histogram(), "connections": connection_counts(maps)}
+    counted = (
+        {**one, "labels": rule_labels(cause)}
+        for one, (_, cause) in zip(rules(agent, maps), sorted(agent.enforcement.tables.rules.items()), strict=True)
+    )
+    return [one.as_dict() for one in families(whole, counted)]
+
+
+def connection_counts(maps: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Live connections by table; see `ConnectionMap`: ``established``, ``unreplied``, and ``size``, the number of slots."""
+    return {
+        name: {"established": maps[name].count_live(), "unreplied": maps[view].count_live(), "size": maps[name].slots}
+        for name, view in abi.UNREPLIED_VIEWS.items()
+    }
 
 
 def identities(agent: Agent) -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ def open_engine(name: str) -> Iterator[Engine]:
 
         yield TablesEngine()
     else:
-        # The kernel's engine needs bcc and privileges; the other two must work without.
+        # Imported here, because the other engines must work without BCC and privileges.
         from netpol_ebpf.apply.kernel_engine import KernelEngine
 
         with KernelEngine() as engine:

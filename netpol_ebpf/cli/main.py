@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code. For wrong usage argparse itself exits with 2."""
     arguments = build_parser().parse_args(argv)
-    if logging.lastResort is not None:  # the handler for warnings of imported modules
+    if logging.lastResort is not None:  # this handler prints warnings of imported modules
         logging.lastResort.setFormatter(LogFormatter())
     return run(arguments.run, arguments)
 

@@ -49,6 +49,9 @@ MOST_PROBLEMS = 100
 TAKEN_TOGETHER = 250
 """Number of objects processed between two pauses, which takes a few milliseconds. The number is arbitrary."""
 
+UNREADABLE = "unreadable"
+"""Slug of a problem, and state of a read: the file or directory cannot be read, so its objects stay as they were."""
+
 _DOCUMENT_MARK = re.compile(r"^---(?:\s|$)", re.MULTILINE)
 _ALIAS = re.compile(rb"[&*]\w")
 """Matches anchors and aliases of YAML, with which a small text can expand to large values."""
@@ -125,7 +128,7 @@ def read(task: ReadTask, copies: LastGoodCopies | None) -> ReadResult:
     except FileNotFoundError:
         return ReadResult(task.name, "gone")
     except OSError as error:
-        outcome = ReadResult(task.name, "unreadable", problems=(unreadable(task.place, error.strerror),))
+        outcome = ReadResult(task.name, UNREADABLE, problems=(unreadable(task.place, error.strerror),))
         return _with_last_good(outcome, task, copies)
     digest = hashlib.sha256(raw).digest()
     if digest == task.digest:
@@ -339,7 +342,7 @@ def _reason(code: int) -> tuple[str, bool]:
 def unreadable(place: Path, reason: str | None) -> Problem:
     """The problem that a file cannot be read, with the consequence."""
     message = f"cannot be read ({reason}); its last good state stays in force"
-    return Problem(Location(str(place)), "", message, slug="unreadable")
+    return Problem(Location(str(place)), "", message, slug=UNREADABLE)
 
 
 def _parse(raw: bytes, path: Path) -> LoadResult:

@@ -75,7 +75,11 @@ class FreshnessProbe:
     chance: Callable[[], float] = random.random
     wall: Callable[[], str] = _now
     confirmed: str = ""
-    """When a probe was last answered; "" if none was."""
+    """Time of the last answered probe; "" for none."""
+    went_back: int = 0
+    """How often the server went back to an older resourceVersion, as after a restored backup."""
+    went_back_at: str = ""
+    """Time when it last did; "" for never."""
     _failures: int = 0
     _behind: Counter[WatchedKind] = field(default_factory=Counter)
     _reopened: set[WatchedKind] = field(default_factory=set)
@@ -107,6 +111,7 @@ class FreshnessProbe:
                 watermark,
                 number,
             )
+            self.went_back, self.went_back_at = self.went_back + 1, self.confirmed
             self._behind.clear()
             self._last_seen = 0
             for one, watcher in self.watchers.items():
