@@ -129,7 +129,9 @@ class _Traits(NamedTuple):
 
 def may_be_workloads(link: Interface) -> bool:
     """Whether an interface is of a kind that workloads have: one end of a pair into another namespace, or a tap."""
-    is_tap = link.kind in TAP_KINDS and link.hardware == ETHERNET  # without Ethernet headers it is the node's tunnel
+    is_tap = (
+        link.kind in TAP_KINDS and link.hardware == ETHERNET
+    )  # a tun device, without Ethernet headers, is a tunnel of the node
     return link.peer is not None or is_tap
 
 
@@ -147,7 +149,7 @@ class InterfaceAssignments:
         """
         self._workload_patterns, self._own_patterns = tuple(workloads), tuple(own)
         self._seen: dict[int, InterfaceRecord] = {}
-        self._lost: set[EndpointKey] = set()  # endpoints with an assignment to an interface that is gone
+        self._lost: set[EndpointKey] = set()  # endpoints whose assigned interface no longer exists
         self._traits: dict[int, _Traits] = {}  # of the interfaces of the last wiring
         self._settled: dict[int, Settled] = {}
         self._last = LookInputs(Wiring(), {}, frozenset(), {})  # the inputs of the look that left them settled
@@ -244,7 +246,7 @@ class InterfaceAssignments:
         return wanted
 
     def decide_roles(self, wiring: Wiring) -> None:
-        """Decide the role of each interface before any endpoint is known. Assignments stay."""
+        """Decide the role of each interface while no endpoint is known; assignments stay."""
         self.forget([ifindex for ifindex, one in self._seen.items() if not self._is_there(ifindex, one, wiring)])
         self._traits = self._traits_in(wiring)
         self._settled = {}

@@ -129,7 +129,7 @@ class Barrier:
     others: Callable[[int], Sequence[str]]
     _writer: MarksWriter | None = None
     _is_signed: bool = False  # the programs set the sign, and the kernel accepts a table
-    _layout: BarrierSpec | None = None  # as last written whole
+    _layout: BarrierSpec | None = None  # the last one that was written completely
     _wanted: BarrierSpec | None = None
     _numbers: dict[str, int] = field(default_factory=dict)
     _failure: Problem | None = None
@@ -163,7 +163,7 @@ class Barrier:
         base = without_sign(BarrierSpec(marks))
         self.tables.open()
         if not marks.seen or not self.tables.is_there():
-            self.tables.write(base)  # without tables, this proves that the kernel accepts one
+            self.tables.write(base)  # if no table exists, this shows that the kernel accepts one
             return
         if before.seen not in (0, marks.seen):
             workloads, known = self.tables.members()
@@ -178,7 +178,7 @@ class Barrier:
         try:
             return self.tables.is_there()
         except PlatformError:
-            return True  # the kernel does not tell
+            return True  # unknown, so it counts as possible
 
     def reconcile(self, wiring: Wiring, workloads: Collection[int], attached: Collection[int]) -> None:
         """Update which interfaces the tables contain.
@@ -265,12 +265,12 @@ class Barrier:
         before, self._unsigned = self._unsigned, self.tables.unsigned()
         known = {name: self._counted.get(name, (number, 0)) for name, number in self._numbers.items()}
         if self._unsigned == before and all(one[0] == self._numbers[name] for name, one in known.items()):
-            self._counted = known  # nothing was dropped, so nothing from new interfaces
+            self._counted = known  # no packet was dropped since, also none of a new interface
             return
         counted = self.tables.counts().by_interface
         for name, number in self._numbers.items():
             earlier, packets = self._counted.get(name), counted.get(name, 0)
-            # A new interface may have sent packets before it had the program: only later drops count.
+            # A new interface may have sent packets before it had the program, so only later drops count.
             if earlier is not None and earlier[0] == number and packets > earlier[1]:
                 self._note_rise(name, number, packets - earlier[1], now_s)
         self._counted = {name: (number, counted.get(name, 0)) for name, number in self._numbers.items()}

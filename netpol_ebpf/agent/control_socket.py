@@ -154,7 +154,7 @@ class ControlSocket:
                 f"another agent answers at {self.path}", hint="Stop it, or give a --state-dir of its own."
             )
         with contextlib.suppress(FileNotFoundError):
-            if stat.S_ISSOCK(self.path.lstat().st_mode):  # left by an agent that was killed
+            if stat.S_ISSOCK(self.path.lstat().st_mode):  # of an agent that was killed
                 self.path.unlink()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         before = os.umask(0o177)
@@ -188,7 +188,7 @@ class ControlSocket:
         """The file descriptors to poll for reading, and those to poll for writing."""
         heard = [
             client for client in self._clients if not client.is_answered or client.follows
-        ]  # data of other clients stays in the kernel's buffers
+        ]  # other clients are not read: their data stays in the kernel's buffers
         readable = [*(client.channel.fileno() for client in heard), *self._answering.descriptors()]
         if self._listener is not None:
             readable.append(self._listener.fileno())
@@ -203,7 +203,7 @@ class ControlSocket:
         for _ in range(WELCOMES if self._listener is not None else 0):
             try:
                 channel, _address = self._listener.accept()  # type: ignore[union-attr]  # it is not None
-            except OSError:  # no client, it has gone, or no descriptor is left: the next pass tries again
+            except OSError:  # no client waits, it disconnected, or no descriptor is free
                 break
             self._welcome(channel)
         for client in list(self._clients):
@@ -399,9 +399,9 @@ def ask(path: Path, request: Mapping[str, Any], *, timeout_s: float | None = CLI
         try:
             try:
                 channel.sendall(json.dumps(request).encode() + b"\n")
-            except BrokenPipeError as error:  # a rejected client got the error before its request: read it
+            except BrokenPipeError as error:  # the agent sent an error before it read the request; read the error
                 hung_up = error
-            is_answered = request.get("op") == FLOWS  # there may be no flow, so no line means no error
+            is_answered = request.get("op") == FLOWS  # there may be no flows, so an empty answer is no error
             with channel.makefile("rb") as lines:
                 for line in lines:
                     if not line.endswith(b"\n"):

@@ -99,7 +99,7 @@ class Agent:
         self._enforced: frozenset[int] = frozenset()  # interfaces with an earlier agent's programs at the start
         self._close_at_s = math.inf
         self._tell_at_s = math.inf
-        self._logged: frozenset[str] = frozenset()  # unenforced workloads that the log names
+        self._logged: frozenset[str] = frozenset()  # problems of unenforced workloads that were logged
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -206,8 +206,8 @@ class Agent:
         for handed in self._early_handovers:  # newer than the handovers in the file
             self.objects.handovers.add(handed)
         self._update_closed()
-        self._take_changes()  # the world has the interfaces' tunnels already
-        self.interfaces.locate()  # pods whose addresses only the CNI plugin reported
+        self._take_changes()  # `look` has set the tunnels of the node's devices
+        self.interfaces.locate()  # finds pods whose addresses only the CNI plugin reported
         self.binder.find_attached()
         self.enforcement.install()
         self.binder.take_over()
@@ -331,7 +331,7 @@ class Agent:
             return
         self.rejected.accept()
         if self.binder.is_waiting() and not self.interfaces.has_looked:
-            self._look()  # the kernel does not notify about addresses in a pod's namespace
+            self._look()  # the kernel does not notify of addresses in a pod's namespace
         else:
             self.interfaces.locate()
         self.binder.reconcile()

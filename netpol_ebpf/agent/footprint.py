@@ -13,7 +13,7 @@ import gc
 LARGE_BLOCK_BYTES = 1 << 20
 """Size in bytes from which a block is large. The number is arbitrary: tables of thousands of rows are larger, and the
 allocations for a single change are smaller."""
-_M_MMAP_THRESHOLD = -3  # malloc.h of glibc
+_M_MMAP_THRESHOLD = -3  # from malloc.h of glibc
 
 
 def give_back_large_blocks() -> None:

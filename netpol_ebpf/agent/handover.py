@@ -70,7 +70,7 @@ class Handovers:
         self._file = None if file is None else EntryFile(file, "handovers", FORMAT, MOST_BYTES)
         self._damage: tuple[Problem, ...] = ()
         self._unsaved: tuple[Problem, ...] = ()
-        self._by_pod: dict[EndpointKey, dict[str, Handover]] = {}  # by the interface's name inside
+        self._by_pod: dict[EndpointKey, dict[str, Handover]] = {}  # by pod, then by the interface's name in the pod
         self._changed: set[EndpointKey] = set()
 
     @property

@@ -67,7 +67,7 @@ class LocalInterfaces:
         self._damage: tuple[Problem, ...] = ()
         self._unsaved: tuple[Problem, ...] = ()
         self._located = LocatedEndpoints()
-        # What each row was made of: the workload, its interface, and the one that this belongs to.
+        # The inputs of each binding (workload, its interface, that interface's bridge or VRF), and the binding.
         self._bindings: dict[EndpointKey, tuple[Endpoint, Interface | None, Interface | None, Binding]] = {}
         self._missed_s: dict[EndpointKey, float] = {}  # since when a workload has had no interface
         self._looked_at_s = clock()
@@ -247,7 +247,7 @@ class LocalInterfaces:
         for key in self._objects.handovers.pods:
             handed = self._objects.handed(key)
             if handed is not None and key in self._objects.local and self.is_there(handed):
-                found[key] = {handed.name}  # newer than the runtime's result for an earlier interface
+                found[key] = {handed.name}  # a handover is newer than the cached result of an earlier interface
         return found
 
     def _note_missing(self) -> None:

@@ -23,12 +23,11 @@ from netpol_ebpf.agent.service_manager import ServiceManager
 from netpol_ebpf.apply.ledger import Ledger
 
 NEWS_GAP_S = 0.05
-"""Least time between two passes over all interfaces; arbitrary. New interfaces get programs without such a gap."""
+"""Least seconds between two passes over all interfaces. A new interface gets the programs without this delay. The
+number is arbitrary."""
 REST_FACTOR = 4
-"""After a step, changes of the source wait this many times as long as the step took, at most NEWS_GAP_S.
-
-So a busy source takes a fifth of a processor while its changes are small, and a single change waits for nothing.
-"""
+"""Factor of the delay of a source: after a step, its changes wait this many times as long as the step took, at most
+NEWS_GAP_S. So a source with many small changes takes a fifth of a processor, and a single change is not delayed."""
 TICK_S = 0.2
 """Most seconds between two steps of the agent. Steps read flow events, which wake no process. The number is
 arbitrary."""

@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if hint:
                 say(paragraph(f"netpol-agent: hint: {hint}"), file=sys.stderr)
         return error.exit_code
-    except OSError as error:  # no room, no permission, an existing file: a fault of the machine, not a bug
+    except OSError as error:  # such as no room or no permission: a fault of the machine, not a bug
         if arguments.debug:
             say(traceback.format_exc(), file=sys.stderr)
         what = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror or str(error)
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the agent until it ends; returns the exit code. Raises NetpolError."""
-    # The kernel, root and BCC are needed from here on, not for --help.
+    # Imported here, because --help must work without BCC, root and a kernel.
     from netpol_ebpf.agent.barrier import parse_barrier
     from netpol_ebpf.agent.core import Agent
     from netpol_ebpf.agent.node import KernelNode
@@ -303,7 +303,7 @@ def claimed(pin_root: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # pins stay; a directory without any is removed
+            with contextlib.suppress(OSError):  # removes the directory only if it has no pins
                 pin_root.rmdir()
 
 

@@ -67,7 +67,7 @@ class KernelNode:
         self._stack = contextlib.ExitStack()
         self._consume: Callable[[EventRecord], None] = lambda _event: None
         self._others = OtherPrograms()
-        self._upgrade: Upgrade | None = None  # until it has taken over
+        self._upgrade: Upgrade | None = None  # None after it has taken over
         self.upgraded = ""  # result of an upgrade of the pins, as text; "": none
         self._barrier = BarrierTables(str(pin_root.absolute()))
 

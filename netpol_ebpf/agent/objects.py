@@ -36,7 +36,8 @@ from netpol_ebpf.resources.types import Pod, Resource
 from netpol_ebpf.sources.source import SourceUpdate, Upsert
 
 MOST_LINES = 20
-"""Most lines of the log about problems of a source that begin, or end, at one time; arbitrary."""
+"""Largest number of log lines about problems of a source that begin, or that end, in one update. The number is
+arbitrary."""
 log = logging.getLogger(__name__)
 
 
@@ -57,7 +58,9 @@ class ClusterObjects:
         self._claims = AddressClaims(self.derivation.world)
         self._in_force = WorldInForce()
         self._source_problems: tuple[Problem, ...] = ()
-        self._other_owners: dict[IPAddress, str] | None = None  # hosts and nodes; None: not known yet
+        self._other_owners: dict[IPAddress, str] | None = (
+            None  # hosts and nodes by address; None: must be computed again
+        )
 
     @property
     def world(self) -> World:
@@ -87,9 +90,12 @@ class ClusterObjects:
                 self.derivation.remove(*event.key)
 
     def note_problems(self, problems: tuple[Problem, ...]) -> None:
-        """Replace the source's problems by the present ones; log each once when it begins, and once when it ends.
+        """Replace the problems of the source by ``problems``.
 
-        A problem whose message alone changes is the same problem.  At most MOST_LINES lines tell of each.
+        Log each problem once when it begins and once when it ends.
+
+        If only the message of a problem changes, it is the same problem. At most MOST_LINES lines are logged for
+        problems that begin, and as many for problems that end.
         """
         before, now = set(map(_problem_key, self._source_problems)), set(map(_problem_key, problems))
         begun = [one for one in problems if _problem_key(one) not in before]

@@ -58,6 +58,6 @@ def problems_of(found: Iterable[Other], name_of: Callable[[int], str]) -> list[P
 
 
 def _said(one: Other) -> tuple[str, str, str] | None:
-    if one.hook == XDP:  # one that cannot redirect matters only where policy runs after it
+    if one.hook == XDP:  # an XDP program that cannot redirect matters only if our programs run after it
         return SAID[True, one.reach] if one.is_first or one.reach is not Reach.NONE else None
     return FIRST if one.is_first else SAID.get((False, one.reach))

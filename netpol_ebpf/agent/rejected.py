@@ -90,7 +90,7 @@ class RejectedChanges:
         message += f" without {named}" if named else ""
         place = next(iter(self.objects.values()), Location(""))
         self.problem = Problem(place, "", message, obj=names[0] if names else "", slug=error.slug)
-        self.retry_at_s = None  # only another change can end the excess over a limit
+        self.retry_at_s = None  # only another change can bring the objects below a limit
         if isinstance(error, MapFullError):
             self.retry_at_s = now_s + self._gap_s
             self._gap_s = min(2 * self._gap_s, LONGEST_RETRY_S)

@@ -26,9 +26,9 @@ from netpol_ebpf.policy.types import Cause, CauseKind, EndpointKey
 from netpol_loader import abi
 
 WAITING = 100
-"""Objects shown of a rejected change; arbitrary."""
+"""Largest number of objects of a rejected change that are reported. The number is arbitrary."""
 CAUSES = 3
-"""Most causes that a failed readiness check names; arbitrary."""
+"""Largest number of causes that a failed readiness check names. The number is arbitrary."""
 CONNECTIONS = 10_000
 """Most connections that are reported. The number is arbitrary: they make an answer of some megabytes."""
 CONNECTION_TABLES = (
@@ -242,10 +242,11 @@ def _not_programmed(agent: Agent) -> str:
 
 
 def rule_labels(cause: Cause) -> dict[str, str]:
-    """The labels of a rule in metrics; different causes have different labels.
+    """The labels of a rule in metrics. Different causes have different labels.
 
-    ``rule``: the index; or end-of-tier, no-match, or failsafe or tunnel with the index; or missing, for the absence of
-    a profile.  ``kind``: of the policy; Profile for a profile, which ``policy`` then names.
+    ``rule``: the rule's index; or "end-of-tier" or "no-match"; or "failsafe" or "tunnel" with an index; or "missing" if
+    a profile does not exist. ``kind``: the kind of the policy, "Profile" for a profile. ``policy``: the name of the
+    policy or profile.
     """
     key, index = cause.policy, str(cause.index)
     rules = {
@@ -282,7 +283,10 @@ def metrics(agent: Agent, maps: Mapping[str, KernelMap], state: Mapping[str, Any
 
 
 def connection_counts(maps: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """Live connections by table; see `ConnectionMap`: ``established``, ``unreplied``, and ``size``, the number of slots."""
+    """The connections in each connection table, without those whose time-out has passed; see `ConnectionMap`.
+
+    ``established``, ``unreplied``: the number of connections in this state. ``size``: the number of slots.
+    """
     return {
         name: {"established": maps[name].count_live(), "unreplied": maps[view].count_live(), "size": maps[name].slots}
         for name, view in abi.UNREPLIED_VIEWS.items()
@@ -322,7 +326,7 @@ def connections(agent: Agent, maps: Mapping[str, KernelMap]) -> dict[str, Any]:
                 yield table, raw_key, raw_row
 
     found: list[dict[str, Any]] = []
-    # Sorted by key: the order in the tables would reveal the secret of their hash.
+    # Sorted by key, because the order in the tables would reveal the secret of their hash.
     for table, raw_key, raw_row in heapq.nsmallest(CONNECTIONS, rows()):
         name, form = CONNECTION_TABLES[table]
         kind = abi.np_conn4_key if name.endswith("4") else abi.np_conn6_key

@@ -242,7 +242,7 @@ class ManifestDirectory:
     watch: DirectoryWatch | None = None
     interval_s: float = INTERVAL_S
     monotonic: Callable[[], float] = time.monotonic
-    _looked_s: float = -math.inf  # by the monotonic clock
+    _looked_s: float = -math.inf  # when the last scan began, by the monotonic clock
     _has_news: bool = False  # the watch reported a change since the last look
     _watched: _Scan | None = None  # the scan with the watched directories
     _watch_failure: str = ""
@@ -253,8 +253,8 @@ class ManifestDirectory:
     _faulty: set[str] = field(default_factory=set)
     _unmerged: set[str] = field(default_factory=set)
     _merged: _MergedFiles = field(default_factory=_MergedFiles)
-    _uncopied: dict[str, str | None] = field(default_factory=dict)  # texts to be copied, None: a copy to be removed
-    _is_swept: bool = False  # copies of files removed while no agent ran are deleted
+    _uncopied: dict[str, str | None] = field(default_factory=dict)  # by file: the text to copy; None: remove the copy
+    _is_swept: bool = False  # whether copies of files removed while no agent ran were deleted
     _copy_problems: tuple[Problem, ...] = ()
     _directory_problems: tuple[Problem, ...] = ()
     _process_problems: tuple[Problem, ...] = ()
@@ -571,7 +571,7 @@ class ManifestDirectory:
             before = self._files.get(task.name)
             self._note(task.name, self._entry(scan.files[task.name], pending.began_s, before, outcome), before)
             if task.name in self._uncopied and not self._copy_problems:
-                self._keep_copies()  # the texts of all files at once would be the agent's peak of memory
+                self._keep_copies()  # at once, because the texts of all files together would need much memory
         self._is_read, self._process_problems = True, ()
         self._hidden, self._is_file = scan.hidden, not scan.directories
         self._homes = _DirectoryHistory(scan, self.root, self._homes).homes()
@@ -587,7 +587,7 @@ class ManifestDirectory:
 
     def _entry(self, signature: Signature, began_s: float, before: _File | None, outcome: ReadResult) -> _File | None:
         """The new state of a file. An invalid file keeps its objects. None if no state of the file is known yet."""
-        if outcome.state == "gone":  # removed after the scan; the next scan shows that
+        if outcome.state == "gone":  # removed after the scan, so the next scan does not find it
             return before
         entry = _File(signature, began_s) if before is None else replace(before, signature=signature, read_at_s=began_s)
         if outcome.state == "same":
@@ -597,7 +597,7 @@ class ManifestDirectory:
         if outcome.state == "good":
             self._uncopied[outcome.name] = outcome.text
         if outcome.state == UNREADABLE:
-            entry.signature = UNREAD  # the next scan tries again in any case
+            entry.signature = UNREAD  # so the next scan reads it again
         if outcome.state == "kept":
             entry.read_at_s = self.clock()  # a failure alone is no reason to read again soon
         if outcome.state != "kept" or outcome.problems:
@@ -682,7 +682,7 @@ class _DirectoryHistory:
         found = {name.rpartition("/")[0] for name, signature in self.scan.files.items() if signature != UNREAD}
         holders = {directories[above] for one in found & directories.keys() for above in _with_parents(one)}
         for name in directories:
-            if directories[name] in holders:  # whatever names its files have now
+            if directories[name] in holders:  # even if its files have other names now
                 self._with_manifests.update(_with_parents(name))
 
     def displaced(self, name: str) -> dict[str, str]:
@@ -740,7 +740,7 @@ def _beyond_all(files: Mapping[str, Signature]) -> frozenset[str]:
         return frozenset()
     for name in sorted(files):
         size_bytes = files[name][2]
-        if size_bytes > MOST_BYTES:  # refused by itself
+        if size_bytes > MOST_BYTES:  # rejected because of its own size
             continue
         left -= size_bytes
         if left < 0:

@@ -32,7 +32,7 @@ class MergedSources:
         """``sources``: in order of precedence. If several of them have an object, the first one's is used."""
         self._sources = tuple(sources)
         self._objects: tuple[dict[ResourceKey, Upsert], ...] = tuple({} for _ in sources)
-        self._merged: set[int] = set()  # sources that contribute
+        self._merged: set[int] = set()  # indices of sources that have synced and contribute
         self._winners: dict[ResourceKey, tuple[int, Upsert]] = {}
         self._shadowed: set[ResourceKey] = set()  # keys that several contributing sources have
         self._reported: tuple[Problem, ...] | None = None

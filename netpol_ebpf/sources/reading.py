@@ -114,7 +114,7 @@ def can_read_in_place(tasks: Sequence[ReadTask]) -> bool:
 
 
 def _has_aliases(path: Path) -> bool:
-    with contextlib.suppress(OSError):  # `read` meets and reports the same error
+    with contextlib.suppress(OSError):  # `read` reports the error
         return len(_ALIAS.findall(read_regular(path))) > 1
     return False
 
@@ -159,7 +159,7 @@ def _with_last_good(outcome: ReadResult, task: ReadTask, copies: LastGoodCopies 
         good = parse_documents(text, str(task.place))
         outcome.resources, outcome.skipped = tuple(good.resources), good.skipped
         outcome.version = hashlib.sha256(text.encode()).hexdigest()
-        if good.errors:  # valid for another version of the agent only
+        if good.errors:  # it was valid only for another version of the agent
             outcome.problems += (_no_longer_good(task.place, good),)
     return outcome
 
@@ -310,7 +310,9 @@ def _limit_memory() -> None:
 
 def _leave_all(results: int, tasks: Sequence[ReadTask], copies: LastGoodCopies | None) -> None:
     with os.fdopen(results, "wb", closefd=False) as file:
-        pickler = pickle.Pickler(file, pickle.HIGHEST_PROTOCOL)  # one pickler for all files: shared values stay shared
+        pickler = pickle.Pickler(
+            file, pickle.HIGHEST_PROTOCOL
+        )  # one pickler for all files, so that values that files share stay shared
         for task in tasks:
             signal.alarm(READ_S)
             begin = file.tell()

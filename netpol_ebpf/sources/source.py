@@ -94,11 +94,12 @@ class Source(Protocol):
         """
 
     def report(self) -> tuple[Mapping[str, Any], ...]:
-        """The data that ``status`` shows for this source, or for each source in it: values that JSON can hold.
+        """The data that ``status`` shows for this source, or for each source in it, as values that JSON can represent.
 
-        ``source``: its name; ``type``; ``synced``; ``waiting_for``: missing parts until it has synced; ``behind``: parts
-        whose changes do not arrive now, each with the reason.  Takes no lock: a forked child of the agent calls it, in
-        which no other thread runs that could release one.
+        ``source``: its name. ``type``: its kind of source. ``synced``: see `has_synced`. ``waiting_for``: the parts
+        that are missing until it has synced. ``behind``: the parts whose changes do not arrive now, each with the
+        reason. The method takes no lock: it runs in a forked child of the agent, in which a lock that another thread
+        held would never be released.
         """
 
     def fileno(self) -> int | None:

@@ -117,7 +117,7 @@ class KindStore:
             return Entry(seen, *good, parsed.problems)
         if old is not None and old.resource == parsed.resource:
             return Entry(seen, seen, old.resource, old.version, parsed.problems)
-        # A new default of a changed definition makes another state of the same resourceVersion.
+        # If a definition gets a new default, an object has a new state with the same resourceVersion.
         is_taken = old is not None and old.version.rstrip("+") == decoded.resource_version
         version = f"{old.version}+" if old is not None and is_taken else decoded.resource_version
         return Entry(seen, seen, parsed.resource, version, parsed.problems)
@@ -313,7 +313,7 @@ class Cache:
     _changed: dict[str, tuple[Resource, str] | None] = field(default_factory=dict)
     _loaded: dict[str, tuple[Resource, str] | None] = field(
         default_factory=dict
-    )  # the saved state, as long as it may be needed
+    )  # the objects of the saved state, until the first `drain`
     _objects: _Objects = field(default_factory=_Objects)
     _is_restored: bool = False
     _problems: dict[str, Problem] = field(default_factory=dict)
@@ -387,7 +387,7 @@ class Cache:
         """Remove the objects that are kept although their kind's definition was deleted. Returns their names."""
         with self.lock:
             released = self.stores[kind].release()
-            self.wake()  # an object that was never valid has no event, but a problem
+            self.wake()  # an object that was never valid causes no event, but its problem ends
             return released
 
     def restore(self) -> None:

@@ -224,7 +224,7 @@ class Client:
         try:
             authority = self.cluster.authority()
             context = ssl.create_default_context(cadata=authority.decode("ascii") if authority else None)
-            # Python 3.13 refuses what Go, and so kubectl, takes: authorities and certificates without key identifiers.
+            # Without this, Python 3.13 rejects certificates without key identifiers, which Go, and so kubectl, accepts.
             context.verify_flags &= ~ssl.VERIFY_X509_STRICT
             if self.cluster.is_insecure:
                 context.check_hostname, context.verify_mode = False, ssl.CERT_NONE

@@ -107,7 +107,7 @@ KINDS = (
 
 
 # --- the fields that are used ----------------------------------------------------------------------------------------------------
-# Values are `Any`: whether a value is valid is the parser's question.
+# Values are `Any`, because the parser validates them.
 
 
 class _Metadata(TypedDict, total=False):
@@ -404,7 +404,7 @@ def decode_object(kind: WatchedKind, raw: Any) -> Decoded:
         fields.pop("status", None)
         for key in ("managedFields", "generation", "uid", "creationTimestamp"):
             metadata.pop(key, None)
-    # Items of built-in lists have neither, so the request tells both.
+    # Items of built-in lists have no apiVersion and kind, so both come from the request.
     fields["apiVersion"], fields["kind"] = kind.api_version, kind.kind
     return Decoded(Name(namespace, name), version, fields)
 

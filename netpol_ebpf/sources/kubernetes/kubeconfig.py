@@ -177,7 +177,7 @@ def _cluster(cluster: _Entry, user: _Entry | None) -> Cluster:
     is_insecure = cluster.boolean("insecure-skip-tls-verify")
     if is_insecure and (cluster.text("certificate-authority") or cluster.text("certificate-authority-data")):
         raise cluster.error("insecure-skip-tls-verify and a certificate authority exclude each other")
-    cluster.inline("certificate-authority-data")  # report a fault in it now
+    cluster.inline("certificate-authority-data")  # raises an error now if it is not base64
     return Cluster(
         server,
         authority=lambda: cluster.read("certificate-authority"),

@@ -75,11 +75,11 @@ class FreshnessProbe:
     chance: Callable[[], float] = random.random
     wall: Callable[[], str] = _now
     confirmed: str = ""
-    """Time of the last answered probe; "" for none."""
+    """When a probe was last answered; "" if none was."""
     went_back: int = 0
-    """How often the server went back to an older resourceVersion, as after a restored backup."""
+    """How many times the server went back to an older resourceVersion, as after a restored backup."""
     went_back_at: str = ""
-    """Time when it last did; "" for never."""
+    """When the server last went back; "" if it never did."""
     _failures: int = 0
     _behind: Counter[WatchedKind] = field(default_factory=Counter)
     _reopened: set[WatchedKind] = field(default_factory=set)
@@ -189,7 +189,7 @@ class FreshnessProbe:
                 self._reopened.discard(kind)
                 continue
             self._behind[kind] += 1
-            # Once, until it moves: there are servers whose bookmarks do not follow other kinds.
+            # Only once until it moves, because bookmarks of some servers do not follow other kinds.
             if self._behind[kind] >= BEHIND_PROBES and kind not in self._reopened:
                 log.info("the WATCH of %s is behind the cluster and is opened anew", kind)
                 self._reopened.add(kind)

@@ -180,9 +180,10 @@ class _RelistError(Exception):
 class KindWatcher:
     """Watches one kind.
 
-    ``pace_s``: random seconds until an absent kind is listed again; ``chance``: random numbers from [0, 1).  ``wall``:
-    seconds since 1970.  ``lists``, ``watches``: requests so far.  ``synced_at``: time of the last list, event or
-    bookmark, in seconds since 1970; 0: never.
+    ``pace_s``: returns the seconds, partly random, until an absent kind is listed again. ``clock``: returns the time in
+    seconds. ``chance``: returns random numbers from [0, 1). ``wall``: returns the seconds since 1970. ``lists``,
+    ``watches``: the numbers of requests so far. ``synced_at``: when the last list, event or bookmark arrived, in
+    seconds since 1970; 0: never.
     """
 
     kind: WatchedKind
@@ -309,7 +310,7 @@ class KindWatcher:
         began_s = self._opened_s = self.clock()
         if staged is None:
             self.state = State.WATCHING
-            if self._short_streams < UNSTABLE:  # an event may be a minute away
+            if self._short_streams < UNSTABLE:  # not only at the first event, which may come a minute later
                 self._recovered()
         if self._must_relist:  # `relist` was called while the connection was made
             return 0.0
@@ -348,7 +349,7 @@ class KindWatcher:
             self._count_stream_failure()
             return self._failed("unreachable", "the stream of the list ended before the list did")
         if self.kind.is_custom and lasted_s < timeout_s - PREMATURE_S:
-            # A new default of a changed definition is in objects that no event names, under their old resourceVersion.
+            # The definition may have a new default, which changes objects without an event or a new resourceVersion.
             self._resource_version = ""
         self._count_short_stream()
         if self._short_streams <= 1:
