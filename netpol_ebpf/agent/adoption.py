@@ -276,10 +276,7 @@ def _deferred(protocol: int, ends: Ends, place: NodeAddresses) -> int:
 
 def _place_of(maps: Mapping[str, KernelMap], key: bytes, one: OldConnection) -> str | None:
     """The name of the table in which a connection's row must be written; None if a right row exists already."""
-    for table in (
-        f"np_conn{one.version}",
-        f"np_unreplied{one.version}",
-    ):  # in the order in which the program looks them up
+    for table in (f"np_conn{one.version}", f"np_unreplied{one.version}"):  # the program's order of lookup
         value = maps[table].get(key)
         if value is not None:
             present = abi.np_conn.from_buffer_copy(value)

@@ -129,9 +129,7 @@ class _Traits(NamedTuple):
 
 def may_be_workloads(link: Interface) -> bool:
     """Whether an interface is of a kind that workloads have: one end of a pair into another namespace, or a tap."""
-    is_tap = (
-        link.kind in TAP_KINDS and link.hardware == ETHERNET
-    )  # a tun device, without Ethernet headers, is a tunnel of the node
+    is_tap = link.kind in TAP_KINDS and link.hardware == ETHERNET  # a tun device is a tunnel of the node
     return link.peer is not None or is_tap
 
 

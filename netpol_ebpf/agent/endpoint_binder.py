@@ -107,9 +107,8 @@ class EndpointBinder:
         wanted = self._interfaces.wanted()
         for ifindex in wanted - self._attachments.interfaces:
             self._attach(ifindex)
-        self._barrier.reconcile(
-            wiring, wanted, self._attachments.interfaces
-        )  # before programs are detached from own interfaces
+        # Before programs are detached from own interfaces.
+        self._barrier.reconcile(wiring, wanted, self._attachments.interfaces)
         bindings = self._interfaces.bindings()
         for key, binding in list(applier.bindings.items()):
             if binding.kind is EndpointKind.WORKLOAD and key not in bindings:

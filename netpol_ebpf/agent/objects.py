@@ -58,9 +58,7 @@ class ClusterObjects:
         self._claims = AddressClaims(self.derivation.world)
         self._in_force = WorldInForce()
         self._source_problems: tuple[Problem, ...] = ()
-        self._other_owners: dict[IPAddress, str] | None = (
-            None  # hosts and nodes by address; None: must be computed again
-        )
+        self._other_owners: dict[IPAddress, str] | None = None  # hosts and nodes; None: must be computed
 
     @property
     def world(self) -> World:

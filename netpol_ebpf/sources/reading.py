@@ -310,9 +310,7 @@ def _limit_memory() -> None:
 
 def _leave_all(results: int, tasks: Sequence[ReadTask], copies: LastGoodCopies | None) -> None:
     with os.fdopen(results, "wb", closefd=False) as file:
-        pickler = pickle.Pickler(
-            file, pickle.HIGHEST_PROTOCOL
-        )  # one pickler for all files, so that values that files share stay shared
+        pickler = pickle.Pickler(file, pickle.HIGHEST_PROTOCOL)  # for all files, so that shared values stay shared
         for task in tasks:
             signal.alarm(READ_S)
             begin = file.tell()
