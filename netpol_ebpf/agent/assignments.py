@@ -561,10 +561,10 @@ class _TrustedEvidence:
             self._ways.insert(0, (Evidence.CNI, self._by_result))
 
     def beyond_reach(self, endpoint: Endpoint) -> tuple[Evidence, set[int]]:
-        """The strongest evidence that a workload cannot forge, and the interfaces that it gives for an endpoint.
+        """The kind of the strongest evidence for an endpoint that a workload cannot forge, and the interfaces it names.
 
-        There are none if the CNI plugin left no interface on the node. If there is no such evidence, the kind is
-        ADDRESS.
+        If the CNI plugin left no interface on the node, there are no such interfaces. If there is no such evidence, the
+        kind is ADDRESS.
         """
         if endpoint.interface is not None:
             named = self._by_name.get(endpoint.interface)
@@ -643,7 +643,7 @@ class _FirstAddresses:
                 self._by_address.setdefault(address, set()).add(ifindex)
 
     def of(self, endpoint: Endpoint) -> set[int]:
-        """The interfaces at whose other ends the first addresses are the endpoint's.
+        """The interfaces with first addresses of the endpoint at their other ends.
 
         Interfaces that are assigned to another endpoint are returned only if there are no others.
         """
@@ -655,7 +655,7 @@ class _FirstAddresses:
     def _speaks_for(self, ifindex: int, endpoint: Endpoint) -> bool:
         """Whether the first addresses at an interface's other end fit the endpoint.
 
-        Of each family in which the endpoint has addresses, they must be addresses of the endpoint.
+        Each first address must be an address of the endpoint, unless the endpoint has no address of that family.
         """
         families = {address.version for address in endpoint.addresses}
         return all(one in endpoint.addresses for one in self._seen[ifindex].first if one.version in families)

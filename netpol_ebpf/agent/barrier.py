@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 RETRY_S = 5.0
 """Seconds between two attempts to install tables that the kernel rejected. The number is arbitrary."""
 TOLD_S = 60.0
-"""Seconds for which packets dropped from an attached interface remain a problem. The number is arbitrary."""
+"""Seconds for which a problem reports that packets from an attached interface were dropped. The number is arbitrary."""
 ASKED_A_LOOK = 5
 """Number of interfaces on which one pass searches for other software's programs. The search takes milliseconds for each
 interface; the number is arbitrary."""
@@ -71,7 +71,7 @@ class BarrierAccess(Protocol):
         """Whether any nf_tables table changed since the last call."""
 
     def has_changed(self) -> bool:
-        """Whether the tables may differ from what was last written."""
+        """Whether the tables in the kernel may differ from those that were last written."""
 
     def is_there(self) -> bool:
         """Whether one of the barrier's tables exists."""
@@ -171,9 +171,9 @@ class Barrier:
             self.tables.write(older)
 
     def _may_be_there(self) -> bool:
-        """Whether an earlier agent's table may exist that drops packets by the present mark bits.
+        """Whether a table of an earlier agent may exist.
 
-        If so, the bits must not change.
+        It would drop packets by the present mark bits, so the bits must not change.
         """
         try:
             return self.tables.is_there()
@@ -291,7 +291,7 @@ class Barrier:
     def problems(self) -> list[Problem]:
         """The problem that the barrier leaves something open, if it does.
 
-        Then a problem for each attached interface whose packets the barrier dropped.
+        Also a problem for each attached interface whose packets the barrier dropped.
         """
         found = [] if self._failure is None else [self._failure]
         for name, one in sorted(self._risen.items()):

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-"""Upper bounds of the histogram in seconds. The numbers are arbitrary; they cover one policy on a small node and the
-first start on a large cluster."""
+"""Upper bounds of the histogram in seconds. The numbers are arbitrary. They range from the time for one policy on a
+small node to the time of the first start on a large cluster."""
 LINE_S = 1.0
 """Least seconds between two log lines. The number is arbitrary."""
 
@@ -29,7 +29,7 @@ class ObjectCounts(NamedTuple):
     removed: int = 0
 
     def plus(self, other: ObjectCounts) -> ObjectCounts:
-        """The sums of these numbers and those of ``other``."""
+        """Add the numbers of ``other`` to these; returns the sums."""
         return ObjectCounts(self.added + other.added, self.changed + other.changed, self.removed + other.removed)
 
 

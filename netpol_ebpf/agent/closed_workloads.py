@@ -23,7 +23,7 @@ from netpol_ebpf.resources.types import Meta, WorkloadEndpoint
 from netpol_ebpf.sources.source import ObjectEvent, Remove, Upsert
 
 ORCHESTRATOR = "closed"
-"""The orchestrator of these endpoints, which for pods is ``k8s``."""
+"""The value of the field ``orchestrator`` in these endpoints. In the endpoint of a pod it is ``k8s``."""
 
 
 class ClosedWorkloads:
@@ -39,7 +39,7 @@ class ClosedWorkloads:
 
     @property
     def keys(self) -> Collection[EndpointKey]:
-        """The keys of the present endpoints."""
+        """The keys of the endpoints that exist now."""
         return {EndpointKey(*key) for key in self._made}
 
     def update(self, interfaces: Iterable[tuple[Interface, tuple[IPAddress, ...]]]) -> tuple[ObjectEvent, ...]:

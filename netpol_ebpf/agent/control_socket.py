@@ -5,12 +5,12 @@ Requests and answers are JSON, one object a line. A request is ``{"op": NAME, ..
 get one line back. ``flows`` gets the recent flows and, if the request has ``follow``, then each new flow until the
 client disconnects.
 
-Invariants: the agent answers only root, its own user and members of one group, if it has one (SO_PEERCRED,
-SO_PEERGROUPS: the kernel identifies the peer).  A slow reader is disconnected and never delays the agent.  Every
-request gets an answer and harms no other client.  The connections of one user leave room for those of others.
-Operations only read, except ``release`` and those of the CNI plugin, which only root may use.  This process passes over no table for a
-client: `netpol_ebpf.agent.answering` does so in a child process, and one pass of the loop starts at most one.  Runs no
-loop: `ControlSocket.poll` is one pass.
+Invariants: the agent answers only root, its own user and the members of one group, if a group is set; the kernel
+identifies the client (SO_PEERCRED, SO_PEERGROUPS). A slow client is disconnected and never delays the agent. Every
+request gets an answer, and no request affects other clients. The connections of one user leave room for those of
+others. Operations only read, except ``release`` and those of the CNI plugin, which only root may use. This process
+itself never iterates over a table for a client: `netpol_ebpf.agent.answering` does so in a child process, and each pass
+starts at most one child. This module runs no loop: `ControlSocket.poll` is one pass.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ from netpol_ebpf.policy.types import (
 from netpol_loader import abi
 
 HOST_ENDPOINT = "HostEndpoint"
-"""The kind of host endpoints. Their rows name no interface."""
+"""The kind in the keys of host endpoints. The row of a host endpoint names no interface."""
 
 
 @dataclass(slots=True)

@@ -95,7 +95,7 @@ class Handovers:
     def add(self, handover: Handover) -> None:
         """Add a handover.
 
-        It replaces an earlier one for the same interface name in the pod, since that was recreated.
+        An earlier one for the interface of this name in the pod is replaced: the interface is new.
         """
         if handover in self.of(handover.pod):
             return
@@ -155,7 +155,7 @@ def parse_attach(request: Mapping[str, Any]) -> tuple[Handover, int]:
 
 
 def _problem(file: Path, what: str) -> Problem:
-    """A problem of the handovers' file. ``what``: the end of the sentence that begins with its subject."""
+    """A problem with the file of handovers. ``what``: the predicate of the message's first sentence."""
     message = (
         f"what the CNI plugin handed over {what}: after a restart of the agent, pods that the cluster has no address of yet are "
         "closed until it has"

@@ -300,7 +300,10 @@ class LocalInterfaces:
     # --- problems ---------------------------------------------------------------------------------------------------
 
     def conflicts(self) -> Iterable[Problem]:
-        """Problems of workloads that get no interface although there is evidence of one, and of interfaces in doubt."""
+        """Problems of workloads that get no interface although there is evidence of one.
+
+        Also problems of interfaces that may be the node's own or a workload's.
+        """
         for key, message in sorted(self._located.problems.items()):
             yield Problem(self._objects.location(key), "", f"interface: {message}", obj=str(key), slug="interface")
         for message in self._assignments.doubts.values():

@@ -151,13 +151,13 @@ class ClusterObjects:
                 changes.endpoints.setdefault(key, endpoint)
 
     def accept(self) -> dict[str, ObjectCounts]:
-        """Mark all taken changes as in force. Returns the number of objects by table of the world."""
+        """Note that all changes that `take_changes` returned are in force; returns the numbers of objects by table."""
         return self._in_force.accept()
 
     def set_tunnels(self, encapsulations: Iterable[tuple[int, int]]) -> None:
-        """Set the tunnels, as (IP protocol, UDP port), that this node accepts from any sender.
+        """Set which tunnels, as (IP protocol, UDP port), nodes accept from any sender.
 
-        Tunnels of all nodes stay.
+        Those in `TUNNELS` always count.
         """
         self.derivation.set_tunnels(TUNNELS.union(Tunnel(*one) for one in encapsulations))
 

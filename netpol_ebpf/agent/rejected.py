@@ -69,7 +69,7 @@ class RejectedChanges:
                 self.objects[f"{kind}/{name}" if kind.strip() else name] = place
 
     def accept(self) -> None:
-        """Mark everything as in force, and log the end of a rejection."""
+        """Note that all changes are in force, and log that a rejection is over."""
         if self.problem is not None:
             log.info(
                 "over: what %s had no room for is in force", self.full, extra={"fields": {"problem": self.problem.slug}}

@@ -215,10 +215,11 @@ def rules(agent: Agent, maps: Mapping[str, KernelMap]) -> list[dict[str, Any]]:
 
 
 def readiness(agent: Agent) -> dict[str, str]:
-    """The readiness checks of the agent: name, and the reason of failure, "" for a check that passes.
+    """The readiness checks of the agent: the reason of its failure for each check, "" if the check passes.
 
-    ``synced``: the agent has all objects of all sources.  ``programmed``: they are in force.  ``fresh``: no source is
-    behind.  An object that its writer has to correct fails no check: a tenant could then make every node unready.
+    ``synced``: the agent has all objects of all sources. ``programmed``: they are in force. ``fresh``: no source is
+    behind. An error that only the author of an object can correct fails no check; otherwise a tenant could make every
+    node unready.
     """
     reports = agent.source.report()
     missing = [f"{one['source']}: {', '.join(one['waiting_for'][:CAUSES])}" for one in reports if not one["synced"]]
@@ -270,7 +271,10 @@ def rule_labels(cause: Cause) -> dict[str, str]:
 
 
 def metrics(agent: Agent, maps: Mapping[str, KernelMap], state: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The agent's metrics, see `netpol_ebpf.agent.metrics`. ``state``: the answer of `status` or `waiting`."""
+    """All metrics of the agent as plain values, see `netpol_ebpf.agent.metrics`.
+
+    ``state``: the result of `status` or `waiting`.
+    """
     whole = {**state, "readiness": readiness(agent)}
     if not agent.is_started:
         return [one.as_dict() for one in families(whole)]

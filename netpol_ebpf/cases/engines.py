@@ -20,7 +20,7 @@ class Engine(Protocol):
     """An evaluator of policy: it decides the packets of one world."""
 
     def load(self, world: World) -> None:
-        """Replace the present world by ``world``. Engines with state apply only the difference, as the agent does."""
+        """Replace the present world by ``world``. Engines that keep compiled state apply only the difference."""
 
     def decide(self, question: Question) -> Verdict:
         """The verdict of the loaded world's policy on ``question``."""

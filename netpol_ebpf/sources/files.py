@@ -524,7 +524,7 @@ class ManifestDirectory:
         return ReadTask(name, place, place, digest, copy, signature[2])
 
     def _go_on(self, pending: _Pending, pause: Callable[[], None]) -> SourceUpdate | None:
-        """Apply the files of a scan if they have been read; otherwise return None or an update of the problems."""
+        """Apply the files of a scan if they have been read. Otherwise returns None, or an update with new problems."""
         reading = pending.reading
         if reading is None:
             self._pending = None
@@ -686,9 +686,9 @@ class _DirectoryHistory:
                 self._with_manifests.update(_with_parents(name))
 
     def displaced(self, name: str) -> dict[str, str]:
-        """Why a file that was not found may still be wanted: {path: description}, of what replaced it or its directory.
+        """For a file that was not found: the path that took its place, or its directory's place, with a description.
 
-        {} if the file, or its directory, was removed. Then its objects must be removed.
+        {} if nothing took its place: the file, or its directory, was removed, so its objects must be removed.
         """
         directories = self.scan.directories
         if name in directories:

@@ -143,9 +143,9 @@ def read(task: ReadTask, copies: LastGoodCopies | None) -> ReadResult:
 
 
 def _with_last_good(outcome: ReadResult, task: ReadTask, copies: LastGoodCopies | None) -> ReadResult:
-    """The read result, completed by the file's last good state if the task has ``copy``.
+    """The read result; if the task has ``copy``, with the objects of the file's last good state.
 
-    An earlier agent stored the copy of that state.
+    That state is read from the copy that an earlier agent stored.
     """
     if not task.copy or copies is None:
         return outcome
@@ -364,7 +364,7 @@ def _parse(raw: bytes, path: Path) -> LoadResult:
 
 
 def _says_none(text: str, file: str) -> bool:
-    """Whether a text without objects says explicitly that it has none, by a document start or an empty List."""
+    """Whether a text without objects states that it has none: by a document start ``---`` or an empty List."""
     has_mark = _DOCUMENT_MARK.search(text.removeprefix("\ufeff")) is not None
     return has_mark or any(True for _ in read_documents(text, file, []))
 

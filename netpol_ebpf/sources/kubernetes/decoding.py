@@ -336,9 +336,9 @@ class Status(NamedTuple):
 
 
 def decode_status(raw: Any, code: int = 0) -> Status:
-    """Decode a Status, or the plain text that some answers have instead.
+    """Decode a Status, or the plain text that some answers have instead of a Status.
 
-    ``code``: the HTTP code; 0: that of the Status.
+    ``code``: the HTTP code of the answer; 0: use the code in the Status.
     """
     try:
         status = _decoder(_Status).decode(raw)

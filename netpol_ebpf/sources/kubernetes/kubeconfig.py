@@ -317,7 +317,10 @@ class _Plugin:
 
 
 def _parse_credential(output: bytes, version: str) -> tuple[Credentials, datetime | None]:
-    """Parse the credentials of an ExecCredential and their expiry. Raises whatever a document of another form leads to."""
+    """Parse an ExecCredential; returns the credentials and when they expire.
+
+    Any exception means: not an ExecCredential.
+    """
     answer = json.loads(output)
     if answer["kind"] != "ExecCredential" or answer["apiVersion"] != version:
         raise ValueError(f"it is {answer['apiVersion']} {answer['kind']}")

@@ -49,11 +49,11 @@ PREMATURE_S = 5.0
 """A WATCH that ends more than this many seconds before the requested duration counts as ended early. Servers normally
 end it up to 2 s before."""
 SHORT_S = 1.0
-"""A stream without an event that lasts less than this many seconds is short. The reader waits before the next one. The
-number is arbitrary."""
+"""Duration in seconds. A stream that ends sooner and without an event counts as short, and the reader waits before the
+next stream. The number is arbitrary."""
 UNSTABLE = 3
-"""Number of short streams in a row after which the kind counts as not watchable. Then the opening of a stream is no
-longer a success."""
+"""Number of short streams in a row after which the kind counts as not watchable. From then on only an event or a list
+counts as a success, not the opening of a stream."""
 HEAD_S = 20.0
 """Time limit in seconds for the head of an answer. The server itself would wait up to 60 s for etcd."""
 IDLE_S = 180.0
@@ -195,7 +195,7 @@ class KindWatcher:
     wall: Callable[[], float] = time.time
     state: State = State.LISTING
     gaps: int = 0
-    """How often the server had no events from the known resourceVersion on, so that the kind was listed again."""
+    """How many times the server had no events since the known resourceVersion, so that the kind was listed again."""
     lists: int = 0
     watches: int = 0
     synced_at: float = 0.0
