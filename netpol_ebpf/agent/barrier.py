@@ -352,7 +352,7 @@ class Barrier:
 def parse_barrier(mode: str, patterns: Sequence[str], marks: str, mark_shift: int) -> BarrierSettings:
     """Parse the barrier's options. Raises UsageError.
 
-    ``mark_shift``: the lowest of the 16 bits of `--service-mark`; 0: there is none.
+    ``mark_shift``: the position of the lowest of the 16 bits of `--service-mark`; 0: there is none.
     """
     return BarrierSettings(mode != OFF, tuple(_parse_pattern(one) for one in patterns), parse_marks(marks, mark_shift))
 

@@ -42,8 +42,8 @@ from netpol_ebpf.errors import NetpolError
 from netpol_ebpf.terminal import LOG_FORMATS, escaped, log_to_standard_error
 
 STALL_S = 600.0
-"""Seconds without a beat after which the agent's loop counts as hung. The watchdog of the systemd unit has the same
-time. One step of the loop may apply all objects of a large cluster."""
+"""Seconds without a beat after which the agent's loop counts as hung. The time is long, because one step of the loop
+may apply all objects of a large cluster. The watchdog of the systemd unit has the same time."""
 LATE_S = 60.0
 """Seconds without a beat after which the agent counts as not ready. The number is arbitrary."""
 CONNECTIONS = 32

@@ -29,8 +29,8 @@ REST_FACTOR = 4
 """Factor of the delay of a source: after a step, its changes wait this many times as long as the step took, at most
 NEWS_GAP_S. So a source with many small changes takes a fifth of a processor, and a single change is not delayed."""
 TICK_S = 0.2
-"""Most seconds between two steps of the agent. Steps read flow events, which wake no process. The number is
-arbitrary."""
+"""Most seconds between two steps of the agent. A step reads flow events, whose arrival does not wake the agent. The
+number is arbitrary."""
 RETRY_S = 5.0
 """Seconds between two attempts to create the socket. The number is arbitrary."""
 log = logging.getLogger("netpol-agent")
@@ -146,7 +146,7 @@ def serve(loop: AgentLoop) -> None:
 
 @contextlib.contextmanager
 def wakened_by(*signals: signal.Signals) -> Iterator[tuple[list[int], int]]:
-    """Receive signals within the context: (list of received signals, file descriptor).
+    """Receive signals within the context, which gives (list of received signals, file descriptor).
 
     The descriptor becomes readable with each signal.
     """

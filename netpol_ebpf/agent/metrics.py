@@ -33,7 +33,8 @@ OBJECTS = 100
 INTERFACES = 100
 """Largest number of interfaces with a counter. The number is arbitrary."""
 KINDS = 100
-"""Largest number of kinds of objects over all sources. No source has so many."""
+"""Largest number of kinds with a series, over all sources. The number is arbitrary; it is larger than the number of
+kinds that a source has."""
 TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 """The content type of the text that `render` returns."""
 DRIFT_KINDS = ("pin", "program", "row", "configuration", "barrier")

@@ -39,7 +39,7 @@ All other maps contain connections, counters and settings, and are kept when pol
 EVENTS_A_LOOK = 1000
 """Most events that one pass reads, so that many events do not delay everything else. The number is arbitrary."""
 CLSACT_TURN = 10
-"""Number of interfaces with clsact that one audit checks. The number is arbitrary."""
+"""Number of interfaces with clsact that one audit checks, because a check is slow there. The number is arbitrary."""
 
 
 class KernelNode:

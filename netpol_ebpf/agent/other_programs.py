@@ -32,7 +32,9 @@ SAID: dict[tuple[bool, Reach], tuple[str, str, str]] = {
         REDIRECT, "warning", "cannot tell whether programs of others redirect packets past policy: {}; " + WHY_UNKNOWN,
     ),
 }  # fmt: skip
-"""The problem of a program, as (slug, severity, message), by whether it is an XDP program and by its `Reach`."""
+"""The problem that a program causes, as (slug, severity, message).
+
+The key is (whether it is an XDP program, its `Reach`)."""
 FIRST = (OVERTAKEN, "error", "programs of others run before policy, which does not see what they let pass: {}")
 SHOWN = 10
 """Largest number of programs that a message names. The number is arbitrary."""

@@ -40,10 +40,11 @@ IN_PLACE_BYTES = 4096
 """Largest total size, in bytes, of files that this process reads itself. That takes a few milliseconds, as starting a
 child does."""
 READ_S = 300
-"""Time limit in seconds for one file. 64 MiB of a cluster's objects need half of it on a slow processor."""
+"""Time limit in seconds for one file. A file of 64 MiB, the largest that is read, needs half of it on a slow
+processor."""
 CHILD_BYTES = 2 << 30
-"""Memory limit of the child in bytes, without the memory that it shares with the parent. 64 MiB of a cluster's objects
-need half of it."""
+"""Memory limit of the child in bytes, without the memory that it shares with the parent. A file of 64 MiB, the largest
+that is read, needs half of it."""
 MOST_PROBLEMS = 100
 """Largest number of problems of one file that are reported. The number is arbitrary."""
 TAKEN_TOGETHER = 250

@@ -241,12 +241,12 @@ class KindStore:
                 yield Problem(place, "", f"is not valid: {kept}", obj=obj, slug="kept")
 
     def saved(self) -> SavedKind:
-        """The kind's part of the state to save."""
+        """The objects of the kind as the saved state stores them."""
         good = ((name, entry.good) for name, entry in self.entries.items() if entry.good)
         return SavedKind(self.definition_uid, [SavedObject(fields, name in self.orphans) for name, fields in good])
 
     def load(self, saved: SavedKind) -> None:
-        """Load the kind's part of a saved state. Must be called before the kind is first listed."""
+        """Load the kind's objects from the saved state. Must be called before the kind is first listed."""
         entries: dict[Name, Entry] = {}
         orphans: set[Name] = set()
         for one in saved.objects:

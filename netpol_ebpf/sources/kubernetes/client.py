@@ -32,13 +32,14 @@ MOST_BODY_BYTES = 256 << 20
 """Largest uncompressed size in bytes of one page or Status. 500 objects of the largest size that etcd accepts would be
 750 MB, but no cluster has so many large ones."""
 MOST_LINE_BYTES = 16 << 20
-"""Largest size of one event in bytes. An object in etcd has at most 1.5 MB."""
+"""Largest size of one event in bytes. An event contains one object, which has at most 1.5 MB in etcd."""
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 30, 10, 3
 """Settings of TCP keepalive: seconds of silence, seconds between probes, number of probes. With them a vanished server
 is noticed after a minute."""
 
 USER_AGENT = f"netpol-ebpf/{__version__}"
-"""The User-Agent header. To browsers and curl the server sends indented JSON, which has twice the size."""
+"""The User-Agent header. It must not be that of a browser or of curl, to which the server sends indented JSON of twice
+the size."""
 _JSON = "application/json"
 _METADATA = f"application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1,{_JSON}"
 

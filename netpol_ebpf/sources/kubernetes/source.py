@@ -32,8 +32,8 @@ from netpol_ebpf.sources.kubernetes.watching import KindWatcher
 from netpol_ebpf.sources.source import KEEPS_NOTHING, SourceUpdate
 
 SYNC_S = 60.0
-"""Time limit in seconds for the first state of the cluster. A list of the largest clusters takes seconds; a failure is
-reported after GRACE_S."""
+"""Time limit in seconds for the first state of the cluster. It is longer than a list of the largest clusters takes,
+which are some seconds, and longer than GRACE_S, after which a failure is reported."""
 RESTORE_S = 10.0
 """The same limit in seconds, if nothing is in force on this node and a saved state can be applied."""
 SHOWN_KINDS = 5

@@ -55,13 +55,14 @@ UNSTABLE = 3
 """Number of short streams in a row after which the kind counts as not watchable. From then on only an event or a list
 counts as a success, not the opening of a stream."""
 HEAD_S = 20.0
-"""Time limit in seconds for the head of an answer. The server itself would wait up to 60 s for etcd."""
+"""Time limit in seconds for the head of an answer. It is shorter than the 60 s for which the server itself waits for
+etcd."""
 IDLE_S = 180.0
 """Longest silence of a WATCH in seconds: three periods of bookmarks."""
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 GRACE_S = 30.0
-"""Seconds for which a failure is retried before it is reported as a problem. A starting server answers 403, 429 and 503
-for up to 2 s."""
+"""Seconds for which a failure is retried before it is reported as a problem. The reason is that a starting server
+answers 403, 429 and 503 for up to 2 s."""
 ABSENT_ANSWERS = 3
 """Number of 404 answers to a LIST, in a row, after which a kind counts as not installed."""
 ABSENT_RETRY_S = 2.0
