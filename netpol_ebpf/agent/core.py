@@ -53,10 +53,11 @@ log = logging.getLogger(__name__)
 
 
 class Agent:
-    """Keeps enforcement on a node up to date. Call `begin` or `start` once, then `step` again and again.
+    """Keeps enforcement on a node up to date. Callers call `begin` or `start` once, then `step` again and again.
 
-    ``is_started``: whether this agent has put a state in force; before that, the state of an earlier agent remains.
-    ``changes_seen``: grows with each change of objects or interfaces.  Callers may only read its parts.
+    ``is_started``: whether this agent has put a state in force; until then the state of an earlier agent remains.
+    ``changes_seen``: a number that grows with each change of objects or interfaces. The other attributes are the
+    agent's parts, which callers may only read.
     """
 
     def __init__(
@@ -118,8 +119,8 @@ class Agent:
     def begin(self) -> None:
         """Start without waiting for a server. A later `step` puts the objects in force when the source has synced.
 
-        Until then the state of an earlier agent stays in force, and workloads' interfaces that it does not cover are
-        closed.  If there is no such state, only new interfaces are closed at once; the others, which may have
+        Until then the state of an earlier agent stays in force, and workloads' interfaces without policy in that state
+        are closed. If there is no such state, only new interfaces are closed at once. The others, which may have
         connections, are closed after `CLOSE_S`.
         """
         self._open()
@@ -141,16 +142,17 @@ class Agent:
 
     @property
     def keeps_enforcement(self) -> bool:
-        """Whether enforcement is in place, by this agent or an earlier one."""
+        """Whether the programs enforce anything, by this agent or an earlier one."""
         return self.is_started or bool(self._enforced)
 
     def _open(self) -> None:
         self._ledger.open()
 
     def _take(self, update: SourceUpdate | None) -> bool:
-        """Apply an update to the objects; the first one replaces closed workloads and includes all queued events.
+        """Translate an update of the source, unless the source has not synced: then its events are queued.
 
-        Returns whether there was something to apply: no update is applied before the source has synced.
+        The first translated update replaces closed workloads and includes all queued events. Returns whether objects
+        changed.
         """
         if update is None:
             update = SourceUpdate((), self.objects.source_problems)
@@ -409,12 +411,12 @@ class Agent:
         return f"{', '.join(names[:SHOWN])}{', ...' if names[SHOWN:] else ''}"
 
     def unenforced(self) -> list[Problem]:
-        """Workloads of this node that policy does not reach as it is written."""
+        """Problems of this node's workloads on which policy is not enforced as written."""
         found = self.interfaces.unenforced(self.attachments.interfaces, self.enforcement.bound)
         return [*found, *self.objects.without_namespace()]
 
     def _log_unenforced(self) -> None:
-        """Log newly unenforced workloads; some become so by the passing of time alone."""
+        """Log new problems of `unenforced`, some of which arise only because time passes."""
         found = {str(one): one for one in self.unenforced()}
         for text in found.keys() - self._logged:
             log.log(logging.ERROR if found[text].severity == "error" else logging.WARNING, "%s", text)

@@ -38,11 +38,11 @@ log = logging.getLogger("netpol-agent")
 
 @dataclass
 class AgentLoop:
-    """The agent's loop, pass by pass.
+    """The agent's loop, as single passes.
 
-    ``when_in_force``: called once, when a state of the source is in force.  ``service_manager``: learns of readiness,
-    and of each pass.  ``after_step``: called after each step; it must not wait.  ``clock``: seconds.  ``health``: the
-    health endpoint, which gets beats; None: there is none.
+    ``when_in_force``: called once, when a state of the source is in force. ``service_manager``: gets the report that
+    the agent is ready, and signs of life. ``after_step``: called after each step; it must not wait. ``clock``: returns
+    the time in seconds. ``health``: the health endpoint, which gets beats; None: there is none.
     """
 
     agent: Any
@@ -123,7 +123,7 @@ class AgentLoop:
             self.when_in_force()
 
     def _wait_s(self) -> float:
-        """Seconds until the next step; 0 if it is due."""
+        """Seconds until the next step; 0 if the step is due."""
         now_s = self.clock()
         if self._is_news:
             return max(0.0, self._stepped_s + NEWS_GAP_S - now_s)

@@ -339,9 +339,10 @@ def open_to_group(state_dir: Path, pin_root: Path, group: int | None) -> None:
 def begin_reporting(
     agent: Any, stack: contextlib.ExitStack
 ) -> tuple[Callable[[], None], Callable[[], Iterable[Problem]]]:
-    """Report to the cluster whose policies the agent enforces, until ``stack`` is closed.
+    """Start to report to the cluster that the agent watches. Closing ``stack`` ends it.
 
-    Returns what the loop calls after each step, and the problems of reporting; without a cluster both do nothing.
+    Returns two functions: the first must be called after each step of the agent, the second returns the problems of
+    reporting. Without a cluster both do nothing.
     """
     cluster, node = cluster_of(agent.source), agent.settings.node
     if cluster is None or node is None:
@@ -361,9 +362,10 @@ def answers_of(
     place: Mapping[str, Any],
     others: Callable[[], Iterable[Problem]] = tuple,
 ) -> dict[str, Answer]:
-    """The operations that the agent answers, by name. ``others``: problems that are not the agent's own.
+    """The functions that answer requests to the agent, by the name of the operation.
 
-    Children of this process run them (`netpol_ebpf.agent.answering`).
+    Children of this process run them (`netpol_ebpf.agent.answering`). ``place``: see `report.status`. ``others``:
+    returns problems that are not the agent's own.
     """
     from netpol_ebpf.agent import report
     from netpol_ebpf.agent.policies_in_force import standing_here

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 Peer = tuple[int, int]
-"""The other end of a pair: namespace id, and interface index there."""
+"""The other end of a veth or netkit pair: (namespace id, interface index there)."""
 
 
 class LookInputs(NamedTuple):
@@ -41,7 +41,7 @@ class LookInputs(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """A settled assignment: the endpoint, the evidence, and the record of the interface."""
+    """A settled assignment: the endpoint, the evidence for its interface, and the interface's stored record."""
 
     endpoint: Endpoint
     evidence: Evidence
@@ -91,7 +91,7 @@ def still_settled(
 
 
 def _changed_peers(before: Mapping[Peer, object], now: Mapping[Peer, object]) -> set[Peer]:
-    """Other ends of pairs with other addresses than before."""
+    """The other ends of pairs whose addresses differ from those before."""
     if before == now:
         return set()
     return {peer for peer in before.keys() | now.keys() if before.get(peer) != now.get(peer)}
@@ -124,7 +124,7 @@ def _concerned_by_name(
 ) -> set[EndpointKey]:
     """The endpoints whose evidence by a name of an interface may have changed.
 
-    ``names``: of interfaces that appeared, vanished or changed.
+    ``names``: the names of interfaces that appeared, vanished or changed.
     """
     found: set[EndpointKey] = set()
     hashes = {hash_in(name) for name in names} - {None}

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl`: the command line. Runs a subcommand, and maps its result or error to an exit code.
+"""`netpolctl`: runs a subcommand, and maps its result or error to an exit code.
 
-Exit codes: 0 yes or done, 1 the answer is no, 2 usage, 3 invalid input, 4 agent or API server not reachable, 5 kernel or permission,
-70 a bug; 130 interrupted, 141 the reader of the output went away.
+Exit codes: 0 yes or done, 1 the answer is no, 2 wrong usage, 3 invalid input, 4 no agent or API server answers, 5 a
+fault of the kernel or a missing permission, 70 a bug, 130 interrupted, 141 the reader of the output ended.
 
-Invariants: a user gets a traceback only with ``--debug``.  Modules that need BCC, root or a kernel are imported only
-when a command runs, not here or by a subcommand's ``register``.
+Invariants: a user gets a traceback only with ``--debug``. Modules that need BCC, root or a kernel are imported only
+when a command runs, neither here nor in a subcommand's ``register``.
 """
 
 from __future__ import annotations

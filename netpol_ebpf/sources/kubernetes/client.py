@@ -92,7 +92,7 @@ class HttpAnswer:
 
     @property
     def server_time_s(self) -> float | None:
-        """The server's clock when it answered, in seconds since 1970; None without a Date header."""
+        """The time of the server when it answered, in seconds since 1970; None without a Date header."""
         text = self._response.getheader("Date", "")
         try:
             return parsedate_to_datetime(text).timestamp()
@@ -176,10 +176,11 @@ class Client:
         self._refused: Credentials | None = None
 
     def get(self, target: str, *, head_s: float, idle_s: float, metadata_only: bool = False) -> HttpAnswer:
-        """Begin a GET.
+        """Send a GET request; returns when the head of the answer has been read.
 
-        ``target``: path and query; ``head_s``: time limit for the head; ``idle_s``: longest silence in the body.
-        Raises UnreachableError, also when credentials or certificates cannot be read now.
+        ``target``: path and query. ``head_s``: time limit in seconds for the head. ``idle_s``: longest silence in
+        seconds in the body. ``metadata_only``: ask for the metadata of one object. Raises UnreachableError, also if
+        credentials or certificates cannot be read now.
         """
         accept = _METADATA if metadata_only else _JSON
         return self._begin("GET", target, None, {"Accept": accept}, head_s=head_s, idle_s=idle_s)
@@ -187,12 +188,15 @@ class Client:
     def send(
         self, method: str, target: str, body: bytes, *, head_s: float, idle_s: float, content_type: str = _JSON
     ) -> HttpAnswer:
-        """Begin a request that writes; arguments and errors as for `get`. An error does not tell whether it was done."""
+        """Send a request that writes; arguments and errors are those of `get`.
+
+        After an error it is not known whether the server has executed the request.
+        """
         headers = {"Accept": _JSON, "Content-Type": content_type}
         return self._begin(method, target, body, headers, head_s=head_s, idle_s=idle_s)
 
     def delete(self, target: str, *, head_s: float, idle_s: float) -> HttpAnswer:
-        """Begin a DELETE; arguments and errors as for `get`."""
+        """Send a DELETE request; arguments and errors are those of `get`."""
         return self._begin("DELETE", target, None, {"Accept": _JSON}, head_s=head_s, idle_s=idle_s)
 
     def _begin(

@@ -56,8 +56,9 @@ def _iso(seconds: float) -> str | None:
 class KindState(NamedTuple):
     """The state of one kind, for ``status``.
 
-    ``kept``: objects that stay in force although their definition was deleted.  ``lists``, ``watches``: requests so
-    far.  ``gaps``: how often events were lost, so that the kind was listed again.  ``last_sync``: time of the last list, event or bookmark, UTC, ISO 8601; None: never.
+    ``kept``: the number of objects in force although the kind's definition was deleted. ``lists``, ``watches``: the
+    numbers of requests so far. ``gaps``: how many times events were lost, so that the kind was listed again.
+    ``last_sync``: when the last list, event or bookmark arrived, in UTC, ISO 8601; None: never.
     """
 
     kind: str
@@ -236,10 +237,11 @@ class KubernetesSource:
     def report(self) -> tuple[Mapping[str, Any], ...]:
         """See `Source`, whose fields come first.
 
-        ``restored``: whether the saved state is in force; ``confirmed``: when the server last answered a probe, None:
-        never; ``cut_off``: whether the server no longer answers probes; ``stale_since``: since when changes may be
-        missing, None: none are, or the time is unknown. Times are UTC, ISO 8601.  ``kinds``: see `KindState`.
-        ``went_back`` and ``went_back_at``: how often the server went back to an older state, and when it last did (None: never).
+        ``restored``: whether the saved state is in force. ``confirmed``: when the server last answered a probe; None:
+        never. ``cut_off``: whether the server no longer answers probes. ``stale_since``: since when changes may be
+        missing; None: no changes are missing, or the time is not known. Times are in UTC, ISO 8601. ``kinds``: see
+        `KindState`. ``went_back``, ``went_back_at``: how many times the server went back to an older state, and the
+        last time (None: never).
         """
         noted = self.cache.noted
         confirmed = self.probe.confirmed or None
