@@ -154,7 +154,7 @@ class Adoption:
 
     @property
     def concerned(self) -> set[int]:
-        """The interfaces whose old connections are not yet written for the second time."""
+        """The interfaces whose old connections must still be written, for the first or for the second time."""
         return self.interfaces | self._begun
 
     def expect(self, interfaces: Iterable[int]) -> None:

@@ -54,7 +54,7 @@ class Evidence(enum.IntEnum):
     NAME = 3
     """The interface's name is derived from the pod's name."""
     ROUTE = 4
-    """The node has a route to an address of the endpoint by the interface.
+    """The node has a route through the interface to an address of the endpoint.
 
     A route to a prefix counts only if the agent cannot read the addresses at the interface's other end."""
     ADDRESS = 5

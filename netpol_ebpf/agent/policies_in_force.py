@@ -59,7 +59,10 @@ class PoliciesInForce:
         return "" if resource is None else resource.meta.revision
 
     def _rejected(self, pending: set[PolicyKey], needed: set[PolicyKey]) -> list[Shortfall]:
-        """The shortfalls for policies of a rejected change. Policies that select nothing here are left out."""
+        """The shortfalls for policies of a rejected change.
+
+        Policies that select no endpoint of this node are left out.
+        """
         rejected = self._agent.rejected.problem
         if rejected is None:
             return []

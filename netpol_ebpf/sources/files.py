@@ -64,7 +64,8 @@ RETRY_S = 60.0
 """Seconds until a file is read again after another process ended the child that read it. The number is arbitrary."""
 
 SLOW_S = 5.0
-"""Seconds after which reading that is still going on is reported as a problem. The number is arbitrary."""
+"""Seconds of reading after which the source reports as a problem that a change is not in force yet. The number is
+arbitrary."""
 
 MOST_TOLD = 1000
 """Largest number of problems that the source reports. Each scan iterates over them. The number is arbitrary."""
