@@ -31,6 +31,10 @@ BEGIN, END = "<!-- results: python -m bench.page -->", "<!-- end of results -->"
 GUARDED = ("established, IPv4", "established, IPv6")
 LARGE = {"pods": 100_000, "policies": 10_000}
 MEGA = 1_000_000
+API_TARGETS = (
+    ("until in force", 60_000, "ms"), ("policy edit", 50, "ms"), ("policy edit at 120 events a second", 50, "ms"),
+    ("processor share at rest", 1, "%"), ("memory at most", 500, "MB"),
+)  # fmt: skip
 
 
 def judged(run: Run) -> list[targets.Row]:
@@ -99,6 +103,14 @@ def _control_plane(run: Run) -> list[targets.Row]:
             figure = case.median / MEGA if unit == "MB" else percentile(case.samples, 0.99)
         rows.append(targets.Row(f"{name}{', p99' if name in ('pod added elsewhere', 'policy changed') else ''}, "
                                 "100 000 pods, 10 000 policies", figure, limit, unit))  # fmt: skip
+    for size, where in (({"pods": 10_000, "policies": 1000}, "10 000 pods"), (LARGE, "100 000 pods, 10 000 policies")):
+        for name, limit, unit in API_TARGETS:
+            case = found(f"API server: {name}", size)
+            figure = None
+            if case is not None:
+                figure = case.median / MEGA if unit == "MB" else percentile(case.samples, 0.99)
+            most = ", p99" if name.startswith("policy edit") else ""
+            rows.append(targets.Row(f"agent at an API server: {name}{most}, {where}", figure, limit, unit))
     for name, label, limit in ((pods.UNTIL, f"{pods.UNTIL}, p99", 100), (pods.COST, pods.COST, 20)):
         case = found(name, {"pods": pods.PODS})
         figure = None if case is None else percentile(case.samples, 0.99)

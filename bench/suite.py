@@ -59,6 +59,17 @@ def control(run: Run, *, smoke: bool) -> None:
     control_plane.run_suite(run, sizes=sizes, events=10 if smoke else 100, churn_s=1.0 if smoke else 5.0)
     pods.run_suite(run, pods=SMOKE_PODS if smoke else pods.PODS, new=SMOKE_NEW if smoke else pods.NEW)
     idle.run_suite(run, windows=1 if smoke else 5, seconds=1.0 if smoke else 2.0)
+    try:
+        from bench import api_agent
+    except ModuleNotFoundError as error:
+        if error.name != "msgspec":
+            raise
+        run.notes.append("without the extra [kubernetes]: no agent watched an API server")
+        return
+    if smoke:
+        api_agent.run_suite(run, sizes=api_agent.SMOKE_SIZES, edits=5, churn_s=2.0, rest_s=2.0)
+    else:
+        api_agent.run_suite(run)
 
 
 def suites(*, smoke: bool, remote: Remote | None) -> dict[str, Callable[[Run], None]]:

@@ -11,9 +11,12 @@ own escapes (`netpol_ebpf.cli.output`).
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
-from typing import TextIO
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import Any, TextIO
 
 
 def escaped(text: str, keep: str = "") -> str:
@@ -43,8 +46,41 @@ def say(text: object = "", *, file: TextIO | None = None, flush: bool = False) -
 
 
 class LogFormatter(logging.Formatter):
-    """Formats log records, including tracebacks, with `paragraph`."""
+    """Formats log records, including tracebacks, with `paragraph`. The fields of a record follow its message."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See `logging.Formatter`."""
-        return paragraph(super().format(record))
+        fields = "".join(f" {name}={value}" for name, value in fields_of(record).items())
+        return paragraph(super().format(record) + fields)
+
+
+class JsonLogFormatter(logging.Formatter):
+    """Formats each record as one line of JSON in ASCII: time (UTC), level, logger, message, the record's fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter`."""
+        moment = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        line = {"time": moment, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps({**line, **fields_of(record)}, default=str)
+
+
+def fields_of(record: logging.LogRecord) -> Mapping[str, Any]:
+    """The fields of a record: names and values, given as ``extra={"fields": ...}``."""
+    found: Mapping[str, Any] = getattr(record, "fields", {})
+    return found
+
+
+LOG_FORMATS: Mapping[str, logging.Formatter] = {
+    "text": LogFormatter("%(asctime)s %(levelname)s %(message)s"),
+    "json": JsonLogFormatter(),
+}
+"""Formats of the log, by their names on the command line."""
+
+
+def log_to_standard_error(log_format: str, level: int) -> None:
+    """Send the log of this process to standard error. ``log_format``: a key of `LOG_FORMATS`."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LOG_FORMATS[log_format])
+    logging.basicConfig(level=level, handlers=[handler])

@@ -66,7 +66,10 @@ class ConnectionAccess(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class NodeAddresses:
-    """The node's own addresses, and the services for which policy evaluates the backend where packets leave."""
+    """The node's own addresses, and its services.
+
+    Policy evaluates the backend of a service where the packet leaves the node.
+    """
 
     addresses: Collection[IPAddress]
     services: Collection[VipKey] = ()
@@ -152,7 +155,7 @@ class Adoption:
         return self.interfaces | self._begun
 
     def expect(self, interfaces: Iterable[int]) -> None:
-        """Add interfaces that may have connections from before the agent's start; the agent then searches for them."""
+        """Add interfaces with possible connections from before the agent's start, which are then adopted."""
         self.interfaces |= set(interfaces)
 
     def forget(self, interfaces: Iterable[int]) -> None:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers that need a pass over whole tables: a child process, a fork of the agent, computes and sends each.
+"""Answers that need a pass over whole tables. A child process, a fork of the agent, computes and sends each answer.
 
-The child has the agent's state and the open maps as of the fork, and may take long; the agent only starts it and
-notices its end.  Rejected: passes in the agent's loop, in portions (the tables change between portions), and cached
-answers (outdated, and their computation would still block the loop).
+The child has the agent's state and the open maps as they were at the fork, and may take long. The agent only starts the
+child and notices its end. Rejected alternatives: passes in the agent's loop, in portions (the tables would change
+between portions), and cached answers (they would be outdated, and computing them would still block the loop).
 
-Invariants: a child changes nothing but its own memory, writes to one socket, and exits without running further agent
-code: when it has finished, when its time limit ends, or when the agent ends.  At most one child for each user; at most
-MOST for all users but root.
+Invariants: a child changes only its own memory and writes only to one socket. It exits without running further agent
+code when it has finished, when its time limit ends, or when the agent ends. Each user has at most one child at a time;
+all users but root together have at most MOST.
 """
 
 from __future__ import annotations
@@ -28,36 +28,38 @@ from netpol_ebpf.errors import NetpolError, PlatformError
 log = logging.getLogger(__name__)
 
 MOST = 3
-"""Most children at a time for users other than root; arbitrary."""
+"""Most children at a time of all users but root. The number is arbitrary."""
 WORK_S = 30
-"""How long a child may compute an answer; arbitrary: tables of a million rows take some seconds."""
+"""Seconds in which a child must compute its answer. The number is arbitrary: tables of a million rows take some
+seconds."""
 SEND_S = 5
-"""How long the reader may take to receive the answer; arbitrary."""
+"""Seconds in which the client must receive the answer. The number is arbitrary."""
 
 NICE = 19
-"""Niceness of the children: the agent's own work, and that of other processes, has precedence."""
+"""Niceness of the children, so that the agent and other processes have precedence."""
 
 Answer = Callable[[Mapping[str, Any]], Any]
-"""Computes the answer to a request: a value that JSON can hold. It may raise NetpolError. It runs in the child."""
+"""A function that computes the answer to a request, as a value that JSON can represent. It runs in the child, and may
+raise NetpolError."""
 
 
 @dataclass(slots=True)
 class Answering:
-    """The running children, each by a descriptor that becomes readable when the child ends (pidfd)."""
+    """The running children. The key of each is a file descriptor that becomes readable when the child ends (pidfd)."""
 
     _users: dict[int, int] = field(default_factory=dict)
     _processes: dict[int, int] = field(default_factory=dict)
 
     def descriptors(self) -> list[int]:
-        """Descriptors that become readable when a child has ended; the caller then calls `reap`."""
+        """File descriptors that become readable when a child has ended. The caller must then call `reap`."""
         return list(self._users)
 
     def count(self, user: int | None = None) -> int:
-        """Number of running children of ``user``, or of all users (None)."""
+        """The number of running children of ``user``; of all users if ``user`` is None."""
         return len(self._users) if user is None else sum(one == user for one in self._users.values())
 
     def has_room(self, user: int) -> bool:
-        """Whether a child may be started for ``user``."""
+        """Whether a child may be started now for ``user``."""
         others = sum(one != 0 for one in self._users.values())
         return not self.count(user) and (user == 0 or others < MOST)
 
@@ -69,7 +71,7 @@ class Answering:
         request: Mapping[str, Any],
         foreign: Iterable[socket.socket],
     ) -> None:
-        """Start a child that answers a request on ``channel``; this process may then close its copy of the channel.
+        """Start a child that answers a request on ``channel``. This process may then close its copy of the channel.
 
         ``foreign``: sockets that the child must close. Raises PlatformError if no child can be started now.
         """
@@ -86,7 +88,7 @@ class Answering:
         self._users[descriptor], self._processes[descriptor] = user, process
 
     def reap(self) -> None:
-        """Forget the children that have ended. Never blocks."""
+        """Remove children that have ended. Never blocks."""
         for descriptor, process in list(self._processes.items()):
             done, status = os.waitpid(process, os.WNOHANG)
             if done:
@@ -110,12 +112,12 @@ class Answering:
 
 
 def encode_error(error: NetpolError) -> bytes:
-    """Encode an error as a response line, with its message, hint and slug."""
+    """Encode an error, with its message, hint and slug, as a line of the response."""
     return encode({"error": error.message, "hint": error.hint, "slug": error.slug})
 
 
 def encode(value: Any) -> bytes:
-    """Encode a value as the one line of JSON that is sent."""
+    """Encode a value as one line of JSON."""
     return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 
@@ -126,7 +128,7 @@ def _work(
     request: Mapping[str, Any],
     foreign: Iterable[socket.socket],
 ) -> None:
-    """The child's whole work; it exits the process and never returns."""
+    """Do the child's work, then exit the process. Never returns."""
     try:
         part_from(agent, WORK_S)
         os.nice(NICE)
@@ -143,7 +145,7 @@ def _work(
 
 
 def _line(answer: Answer, request: Mapping[str, Any]) -> bytes:
-    """Compute the response line. A bug in the computation becomes an error response, and ends nothing else."""
+    """Compute the line of the response. A bug in the computation becomes an error response and has no other effect."""
     try:
         return encode(answer(request))
     except NetpolError as error:

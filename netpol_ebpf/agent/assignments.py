@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interface assignments: whether an interface is the node's own or a workload's, and which workload it belongs to.
+"""Interface assignments: whether an interface is the node's own or a workload's, and to which workload it belongs.
 
-An interface is assigned once, to one endpoint for as long as the interface exists, by the strongest `Evidence`.  A
-workload can forge only one kind of evidence: an address at the other end of a veth pair, where a workload with
-CAP_NET_ADMIN can add any.  So only the first addresses that were seen at an interface's other end count, and only for
-an interface without an assignment.
+An interface is assigned once, to one endpoint for as long as the interface exists, by the strongest `Evidence`. A
+workload can forge only one kind of evidence: an address at the far end of a veth pair, because a workload with
+CAP_NET_ADMIN can add addresses there. So only the addresses count that were first seen there, and only for an interface
+without an assignment.
 
-Invariants: nothing inside a workload's namespace changes an assignment; in a conflict the older assignment stays; an
-assigned interface never counts as the node's own; an interface in doubt stays as it is and is reported.  A file in the
-state directory keeps assignments across restarts; an entry of the file counts only if it has the form that an agent
-writes.  Makes no system call except for that file; must not know of programs.
+Invariants: nothing inside a workload's namespace changes an assignment. In a conflict the older assignment stays. An
+assigned interface never counts as the node's own. An interface that may be the node's own or a workload's keeps its
+present role and is reported. A file in the state directory keeps assignments across restarts; an entry of the file
+counts only if it has the form that an agent writes. This module makes no system call except for that file, and does not
+know of programs.
 """
 
 from __future__ import annotations
@@ -35,28 +36,27 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 MOST_BYTES = 1 << 26
-"""Largest file that is read; arbitrary, a hundred times what a full node needs."""
+"""Largest file that is read, in bytes. The number is arbitrary: a hundred times what a full node needs."""
 POD = "Pod"
 IPV4, IPV6 = 4, 6
 MOST_IFINDEX = (1 << 31) - 1
 
 
 class Evidence(enum.IntEnum):
-    """Evidence that an interface belongs to an endpoint, strongest first."""
+    """Kinds of evidence that an interface belongs to an endpoint, strongest first."""
 
     NAMED = 1
     """The endpoint's own object names the interface."""
     CNI = 2
-    """The result that the network's CNI plugin left on the node."""
+    """The cached result of the CNI plugin, or a handover, names the interface."""
     NAME = 3
     """The interface's name is derived from the pod's name."""
     ROUTE = 4
-    """The node has a route to an address of the endpoint.
+    """The node has a route to an address of the endpoint by the interface.
 
-    A route to a prefix counts only where the agent cannot read the addresses at the other end.
-    """
+    A route to a prefix counts only if the agent cannot read the addresses at the interface's other end."""
     ADDRESS = 5
-    """The first addresses seen at the interface's other end. Weak: the workload could have chosen them."""
+    """The first addresses seen at the interface's other end are the endpoint's. The workload could have forged them."""
 
 
 class InterfaceRole(enum.Enum):
@@ -79,9 +79,10 @@ class Assignment(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class InterfaceRecord:
-    """The stored facts about an interface.
+    """The stored facts about one interface.
 
-    ``first``: the oldest address of each family at its other end, when addresses were first seen there.
+    ``side``: its role; None: in doubt. ``first``: the oldest address of each family at its other end, when addresses
+    were first seen there.
     """
 
     name: str
@@ -94,8 +95,8 @@ class InterfaceRecord:
 class LocatedEndpoints:
     """The result of a search for interfaces.
 
-    ``problems``: endpoints that get no interface although there is evidence of one, with the reasons. An endpoint
-    without interface and without problem is not on this node yet.
+    ``interfaces``, ``evidence``: by endpoint. ``problems``: why endpoints get no interface although there is evidence
+    of one. An endpoint that is in none of the three is not on this node yet.
     """
 
     interfaces: Mapping[EndpointKey, int] = field(default_factory=dict)
@@ -135,8 +136,8 @@ def may_be_workloads(link: Interface) -> bool:
 class InterfaceAssignments:
     """Assigns interfaces to endpoints.
 
-    Call `look` at each new wiring or when endpoints changed, and `save` when ``is_dirty``. ``doubts``: interfaces that
-    may be the node's own or a workload's, and how they are treated.
+    Callers call `look` with each new wiring and when endpoints changed, and `save` when ``is_dirty``. ``doubts``:
+    interfaces that may be the node's own or a workload's, each with a message that says how the interface is treated.
     """
 
     def __init__(self, workloads: Sequence[str] = (), own: Sequence[str] = ()) -> None:
@@ -166,12 +167,12 @@ class InterfaceAssignments:
         results: Mapping[EndpointKey, Collection[str]] | None = None,
         is_contested: Callable[[EndpointKey], bool] = lambda _key: False,
     ) -> LocatedEndpoints:
-        """Decide the role of each interface and find the interface of each endpoint; earlier assignments stay.
+        """Decide the role of each interface, and find the interface of each endpoint. Earlier assignments stay.
 
-        ``node_addresses``: addresses that this node's Node object states.  ``results``: by pod, names of interfaces
-        that CNI plugins made; none if the plugin left no interface on the node.  ``is_contested``: whether other
-        workloads claim an address of an endpoint; such an endpoint gets no other interface than its present one.  Cost:
-        linear in endpoints, links and addresses.
+        ``node_addresses``: the addresses in this node's Node object. ``results``: names of the interfaces that CNI
+        plugins made for each pod; no name if the plugin left no interface on the node. ``is_contested``: whether other
+        workloads claim an address of an endpoint; such an endpoint keeps its present interface and gets no other one.
+        Cost: linear in the numbers of endpoints, links and addresses.
         """
         before = dict(self._seen)
         self.forget([ifindex for ifindex, one in self._seen.items() if not self._is_there(ifindex, one, wiring)])
@@ -244,8 +245,10 @@ class InterfaceAssignments:
     def decide_roles(self, wiring: Wiring) -> None:
         """Decide the role of each interface while no endpoint is known; assignments stay."""
         self.forget([ifindex for ifindex, one in self._seen.items() if not self._is_there(ifindex, one, wiring)])
+        self._traits = self._traits_in(wiring)
+        self._settled = {}
         self.doubts = {}
-        self._decide_all(wiring, (), ())
+        self._decide_roles(LookInputs(wiring, {}, frozenset(), {}), (), ())
 
     @property
     def assigned(self) -> set[int]:
@@ -258,9 +261,9 @@ class InterfaceAssignments:
         return () if seen is None else seen.first
 
     def _release_named(self, wiring: Wiring, endpoints: Iterable[Endpoint]) -> None:
-        """Release interfaces that were assigned because an object named them, if no object does so any more.
+        """Release interfaces that were assigned because an object named them, if no object names them any more.
 
-        The workload cannot have caused that, since it does not write the objects.
+        The workload cannot have caused this, because it does not write the objects.
         """
         named = {(one.key, one.interface) for one in endpoints if one.interface is not None}
         for ifindex, seen in self._seen.items():
@@ -283,14 +286,13 @@ class InterfaceAssignments:
     def _is_there(self, ifindex: int, seen: InterfaceRecord, wiring: Wiring) -> bool:
         """Whether an interface still exists and is the same one.
 
-        For an interface that an earlier agent saw, the name decides; an interface known only from rows has no recorded
-        name.
+        If an earlier agent stored the record, the interface must still have the recorded name, "" if none was recorded.
         """
         link = wiring.links.get(ifindex)
         return link is not None and (not self._is_recalled or seen.name in (link.name, ""))
 
     def is_curious(self, wiring: Wiring) -> bool:
-        """Whether an interface without a known address at its other end may still get its first one."""
+        """Whether addresses may still appear for the first time at the other end of some interface."""
         peers = {ifindex for ifindex, link in wiring.links.items() if link.peer is not None}
         return any(
             seen.side is not InterfaceRole.OWN and seen.assignment is None and not seen.first and ifindex in peers
@@ -382,9 +384,9 @@ class InterfaceAssignments:
         self, endpoint: Endpoint, evidence: Evidence, found: set[int], old: int | None, wiring: Wiring,
         is_contested: Callable[[EndpointKey], bool],
     ) -> tuple[_Candidate | None, str]:  # fmt: skip
-        """The interface that an endpoint would get, and the problem with that, if any.
+        """The interface that an endpoint would get, and a text with the problem, "" if there is none.
 
-        ``old``: its present interface.
+        ``old``: the endpoint's present interface. ``found``: the interfaces that ``evidence`` gives.
         """
         assignment = self._seen[old].assignment if old is not None else None
         kept = None
@@ -407,9 +409,9 @@ class InterfaceAssignments:
     def _choose(
         self, ifindex: int, traces: Sequence[_Candidate], wiring: Wiring, problems: dict[EndpointKey, str]
     ) -> _Candidate | None:
-        """Choose the endpoint of an interface for which several endpoints have evidence.
+        """Choose one endpoint for an interface for which endpoints have evidence; None if none can be chosen.
 
-        The other endpoints get a problem with the reason.
+        Each endpoint that is not chosen gets an entry in ``problems`` with the reason.
         """
         assignment = self._seen[ifindex].assignment if ifindex in self._seen else None
         if len(traces) == 1 and assignment is not None and traces[0].endpoint.key == assignment.key:
@@ -459,7 +461,7 @@ class InterfaceAssignments:
         return evidence
 
     def forget(self, gone: Iterable[int]) -> None:
-        """Forget interfaces that are gone."""
+        """Remove interfaces that no longer exist."""
         for ifindex in gone:
             seen = self._seen.pop(ifindex, None)
             if seen is not None:
@@ -476,9 +478,10 @@ class InterfaceAssignments:
     # --- beyond the process -----------------------------------------------------------------------------------------
 
     def load(self, path: Path) -> Problem | None:
-        """Load the assignments of an earlier agent.
+        """Load the assignments that an earlier agent stored.
 
-        A damaged file is kept aside and reported; interfaces with an invalid entry are assigned anew.
+        If entries are invalid, they are reported, the file is renamed so that nothing overwrites it, and their
+        interfaces are assigned anew.
         """
         self._seen = {}
 
@@ -500,9 +503,9 @@ class InterfaceAssignments:
         return Problem(Location(str(path)), "", message, severity="warning", slug="interfaces-file")
 
     def expect(self, key: EndpointKey, ifindex: int) -> None:
-        """Restore an earlier agent's assignment from a row in the kernel, if the file had none.
+        """Restore an earlier agent's assignment from a row in the kernel, if the file does not have it.
 
-        ``ifindex``: NOWHERE if the interface is gone.
+        ``ifindex``: NOWHERE if the interface no longer exists.
         """
         seen = self._seen.get(ifindex)
         if ifindex == NOWHERE:
@@ -515,7 +518,7 @@ class InterfaceAssignments:
             )
 
     def save(self, path: Path) -> None:
-        """Write the assignments to the file, atomically. Raises OSError."""
+        """Write the assignments to the file atomically. Raises OSError."""
         before, self._written = self._written, {}
         for ifindex, seen in self._seen.items():
             known = before.get(ifindex)
@@ -554,9 +557,10 @@ class _TrustedEvidence:
             self._ways.insert(0, (Evidence.CNI, self._by_result))
 
     def beyond_reach(self, endpoint: Endpoint) -> tuple[Evidence, set[int]]:
-        """The strongest unforgeable evidence of an endpoint's interface, and the interfaces that it names.
+        """The strongest evidence that a workload cannot forge, and the interfaces that it gives for an endpoint.
 
-        If a plugin left no interface on the node, the evidence names none.
+        There are none if the CNI plugin left no interface on the node. If there is no such evidence, the kind is
+        ADDRESS.
         """
         if endpoint.interface is not None:
             named = self._by_name.get(endpoint.interface)
@@ -588,10 +592,10 @@ class _TrustedEvidence:
         return found
 
     def _by_subnet(self, address: IPAddress) -> int | None:
-        """The one interface with a subnet that contains the address, unless it is one end of a veth pair.
+        """The only interface of the longest subnet that contains the address; None for one end of a veth pair.
 
-        The longest prefix decides. Behind a veth pair the prefix may hold many workloads; only the addresses there tell
-        which one, and the workload chooses these.
+        Behind a veth pair the subnet may contain many workloads. Only the addresses at the other end tell which one it
+        is, and the workload chooses these.
         """
         found = self._longest_match(address)
         if len(found) != 1:
@@ -632,9 +636,9 @@ class _FirstAddresses:
                 self._by_address.setdefault(address, set()).add(ifindex)
 
     def of(self, endpoint: Endpoint) -> set[int]:
-        """Interfaces with first addresses of the endpoint.
+        """The interfaces at whose other ends the first addresses are the endpoint's.
 
-        An interface that is assigned to another endpoint counts only if there is no other.
+        Interfaces that are assigned to another endpoint are returned only if there are no others.
         """
         candidates = {ifindex for address in endpoint.addresses for ifindex in self._by_address.get(address, ())}
         found = {ifindex for ifindex in candidates if self._speaks_for(ifindex, endpoint)}
@@ -644,7 +648,7 @@ class _FirstAddresses:
     def _speaks_for(self, ifindex: int, endpoint: Endpoint) -> bool:
         """Whether the first addresses at an interface's other end fit the endpoint.
 
-        A first address of a family in which the endpoint has addresses must be one of these.
+        Of each family in which the endpoint has addresses, they must be addresses of the endpoint.
         """
         families = {address.version for address in endpoint.addresses}
         return all(one in endpoint.addresses for one in self._seen[ifindex].first if one.version in families)
@@ -663,7 +667,7 @@ def _oldest(addresses: Sequence[IPAddress]) -> tuple[IPAddress, ...]:
 
 
 def _is_same(assignment: Assignment, endpoint: Endpoint) -> bool:
-    """Whether an endpoint is still the assigned one: a new pod of that name has another address and interface."""
+    """Whether the endpoint is the one that was assigned, not a new pod of the same name with other addresses."""
     if assignment.addresses is None or assignment.addresses == endpoint.addresses:
         return True
     return bool(set(assignment.addresses) & set(endpoint.addresses))
@@ -696,7 +700,7 @@ def _read_ifindex(written: str) -> int:
 
 
 def _read_seen(written: Any) -> InterfaceRecord:
-    """Parse the list of addresses that the file has. Raises ValueError."""
+    """Parse the record of one interface from the file. Raises ValueError."""
     fields = checked(written, dict, "it")
     side, assignment = fields.get("side"), fields.get("bond")
     return InterfaceRecord(

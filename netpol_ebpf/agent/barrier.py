@@ -289,7 +289,10 @@ class Barrier:
 
     @property
     def problems(self) -> list[Problem]:
-        """The parts of the node that the barrier leaves open, and interfaces with the program that had packets dropped."""
+        """The problem that the barrier leaves something open, if it does.
+
+        Then a problem for each attached interface whose packets the barrier dropped.
+        """
         found = [] if self._failure is None else [self._failure]
         for name, one in sorted(self._risen.items()):
             others = f" (also there: {', '.join(one.others)})" if one.others else ""

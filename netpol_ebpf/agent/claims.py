@@ -53,12 +53,13 @@ class AddressClaims:
         older: Collection[EndpointKey] = (),
         is_idle: Callable[[EndpointKey], bool] = lambda _key: False,
     ) -> None:
-        """Update the claims from ``changes``, and put the endpoints with their effective addresses into ``changes``.
+        """Update the claims, and reduce the endpoints in ``changes`` to the addresses that they hold.
 
-        ``older``: new endpoints that existed before the other new ones.  ``is_idle``: whether an endpoint of this node
-        has no interface; its object's address is then out of date, and passes to the pod to which the runtime assigned
-        it.  The world must be that after the changes. Cost: linear in the changed endpoints and the claimants of their
-        addresses.
+        The world must already contain the changes. Endpoints whose addresses change as a consequence are added to
+        ``changes``. ``older``: endpoints that count as older than the other new endpoints. ``is_idle``: whether an
+        endpoint of this node has no interface; the address of its object is then out of date, so another pod gets the
+        address if the runtime assigned it to that pod. Cost: linear in the changed endpoints and in the claimants of
+        their addresses.
         """
         touched: dict[EndpointKey, None] = {}
         # Removed endpoints give up addresses before new ones claim them: an address may change hands in one change.

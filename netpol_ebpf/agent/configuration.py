@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configuration file and environment variables of the agent and of netpolctl, derived from the agent's parser.
 
-The parser (`netpol_ebpf.agent.main.build_parser`) declares an option once.  The option ``--map-size`` is also the key
-``mapSize`` of the file and the variable ``NETPOL_EBPF_MAP_SIZE``.  The command line has precedence over the
-environment, the environment over the file, the file over the default.  A list replaces the list of a lower layer.
+The parser (`netpol_ebpf.agent.main.build_parser`) declares each option once. The option ``--map-size`` is also the key
+``mapSize`` in the file and the variable ``NETPOL_EBPF_MAP_SIZE``. The command line has precedence over the environment,
+the environment over the file, the file over the default. A list replaces the whole list of a lower layer.
 
-Invariants: an unknown key, an unknown variable and a value of the wrong type are errors, with the line or the variable.
-The file counts only if nobody but root and the user of this process can have written it.  The module must not depend
-on the meaning of an option.
+Invariants: an unknown key, an unknown variable and a value of the wrong type are errors that name the line or the
+variable. The file is used only if nobody but root and the user of this process can have written it. This module does
+not depend on the meaning of any option.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ from netpol_ebpf.resources.yamltree import read_documents
 API_VERSION, KIND = "netpol-ebpf/v1alpha1", "NodeConfiguration"
 DEFAULT_FILE = Path("/etc/netpol-ebpf/config.yaml")
 NO_FILE = "none"
-"""The value of ``--config`` that means: no file, not even the default one."""
+"""The value of ``--config`` with which no file is read, not even the default one."""
 PREFIX = "NETPOL_EBPF_"
 CONFIG_VARIABLE = f"{PREFIX}CONFIG"
 COMMAND_LINE_ONLY = frozenset({"--help", "--version", "--config", "--once"})
-"""Options that say what one command does, and not how the agent of this node works."""
+"""Options that only the command line can give, because they describe one command and not the agent of this node."""
 SERVICE_VARIABLE = re.compile(r"(?:SERVICE_(?:HOST|PORT(?:_\w+)?)|PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_\w+)?)?)")
-"""Ends of variables that a kubelet sets in pods beside a Service named netpol-ebpf; they are no options."""
+"""Matches the rest, after PREFIX, of variables that a kubelet sets in pods for a Service named netpol-ebpf. These
+variables are not options."""
 MOST_BYTES = 1 << 20
-"""Largest file that is read; arbitrary, a thousand times what all options need."""
+"""Largest file that is read, in bytes. The number is arbitrary: a thousand times what all options need."""
 MOST_LINKS = 40
 """Largest number of symbolic links that are followed on the way to the file: the kernel's MAXSYMLINKS."""
 MOST_ATTEMPTS = 10
@@ -152,10 +153,11 @@ def complete(
     defaults: Mapping[str, Any],
     environment: Mapping[str, str] = os.environ,
 ) -> None:
-    """Give each argument in ``defaults`` that the command line left at None its value from environment, file or default.
+    """Set each argument in ``defaults`` that the command line left at None.
 
-    ``parser``: the agent's.  Sets ``arguments.origins``: by option, where a value comes from that is not of the command
-    line.  Raises UsageError for the environment, InvalidInputError for the file.
+    Its value comes from the environment, otherwise the file, otherwise ``defaults``. ``parser``: the agent's parser.
+    ``arguments.origins`` is set to the origin of each value from environment or file, by option. Raises UsageError if a
+    variable is wrong, InvalidInputError if the file is.
     """
     settings = settings_of(parser)
     exclusive = [

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent's control socket: state, flows and other answers for the command line on the same machine.
+"""The agent's control socket: answers requests of programs on the same machine, such as netpolctl.
 
-Requests and answers are JSON, one object a line.  A request is ``{"op": NAME, ...}``.  ``status`` and the like get one
-line back; ``flows`` gets the recent flows and then each new one until the reader disconnects.
+Requests and answers are JSON, one object a line. A request is ``{"op": NAME, ...}``. ``status`` and similar operations
+get one line back. ``flows`` gets the recent flows and, if the request has ``follow``, then each new flow until the
+client disconnects.
 
 Invariants: the agent answers only root, its own user and members of one group, if it has one (SO_PEERCRED,
 SO_PEERGROUPS: the kernel identifies the peer).  A slow reader is disconnected and never delays the agent.  Every
@@ -40,58 +41,52 @@ from netpol_ebpf.errors import (
 
 SOCKET_NAME = "agent.sock"
 REQUEST_BYTES = 4096
-"""Longest request in bytes; arbitrary."""
+"""Longest request in bytes. The number is arbitrary."""
 REQUEST_S = 5.0
-"""How long after connecting a request may take to arrive, and how long after the request a reader that does not follow
-may take to read its flows; arbitrary.
-"""
+"""Seconds from the connection in which the request must arrive. A client that reads flows without following must also
+have received them this long after its request. The number is arbitrary."""
 BACKLOG_BYTES = 1 << 20
-"""Most unsent bytes of a reader; a reader with more is disconnected; arbitrary."""
+"""Most unsent bytes for one client. A client with more is disconnected. The number is arbitrary."""
 SEND_BYTES = 1 << 16
-"""Most bytes sent to one reader in one pass; arbitrary."""
+"""Most bytes that one pass sends to one client. The number is arbitrary."""
 READERS_OF_USER = 8
-"""Connections that one user may have at a time; arbitrary.
+"""Connections that one user may have at a time. The number is arbitrary.
 
-The limit keeps one user from taking what others, or the agent, need.
-"""
+The limit keeps one user from taking what other users, or the agent, need."""
 READERS = 64
-"""Connections of all users but root; arbitrary, and far below 1024, the limit of select(2) and the usual limit of
-descriptors.
-"""
+"""Connections that all users but root may have together. The number is arbitrary, but far below 1024, which is the
+limit of select(2) and the usual limit of file descriptors."""
 WELCOMES = 16
-"""Connections accepted in one pass; arbitrary.
+"""Connections that one pass accepts. The number is arbitrary.
 
-The limit keeps a client that connects again and again from occupying the agent.
-"""
+The limit keeps a client that connects again and again from occupying the agent."""
 RECENT_FLOWS = 1000
-"""Flows kept for readers that connect later; arbitrary."""
+"""Number of flows that are kept for clients that connect later. The number is arbitrary."""
 CLIENT_TIMEOUT_S = 5.0
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
-"""Errors of a file system without room."""
+"""Errors by which a file system reports that it has no room."""
 FLOWS = "flows"
-"""The operation that `ControlSocket` answers itself, without a child."""
+"""The operation that `ControlSocket` answers itself, without a child process."""
 MOST_WAITING = 256
-"""Connections of root that may wait for a state to be reached; arbitrary, more than a node has pods, and far below
-1024.
-"""
+"""Connections of root that may wait for a state. The number is arbitrary, but larger than the number of pods on a node
+and far below 1024."""
 
 Wait = Callable[[], Any]
-"""A check whether an awaited state is reached: returns the answer, or None: not yet. It may raise NetpolError.
-
-It must not block.
-"""
+"""A function that checks whether the awaited state is reached: returns the answer, or None if it is not reached yet. It
+must not block, and may raise NetpolError."""
 _SO_PEERGROUPS = 59
-"""asm-generic/socket.h; Linux 4.13."""
+"""From the kernel's asm-generic/socket.h, since Linux 4.13."""
 _GROUPS_BYTES = 1024
-"""Size of the buffer: as much as Python's getsockopt takes, 256 groups."""
+"""Size of the buffer for group ids, which is enough for 256 groups. Python's getsockopt takes no larger buffer."""
 
 
 @dataclass(slots=True)
 class _Client:
-    """A client's connection. ``unsent``: queued lines, shared with all readers of the same flow.
+    """The connection of one client.
 
-    ``request``: a request that waits for a child to be started.  ``wait``: the check of the state for which the client
-    waits.
+    ``user``: the client's user id. ``since_s``: when the client connected, or when its request was complete.
+    ``unsent``: queued lines; clients share the line of a flow. ``request``: a request for which no child could be
+    started yet. ``wait``: the check of the state for which the client waits.
     """
 
     channel: socket.socket
@@ -106,12 +101,12 @@ class _Client:
     wait: Wait | None = None
 
     def send(self, line: bytes) -> None:
-        """Queue a line; it is sent as soon as the reader takes it."""
+        """Queue a line. `flush` sends it as soon as the client accepts it."""
         self.unsent.append(line)
         self.unsent_bytes += len(line)
 
     def flush(self) -> None:
-        """Send what the reader accepts now, up to SEND_BYTES. Raises OSError when the reader is gone."""
+        """Send what the client accepts now, up to SEND_BYTES. Raises OSError if the client has disconnected."""
         chunk = bytearray()
         while self.unsent and len(chunk) < SEND_BYTES:
             chunk += self.unsent.popleft()
@@ -127,10 +122,9 @@ class _Client:
 class ControlSocket:
     """The listening socket and its clients.
 
-    ``answers``: functions by operation; a child calls them and sends the result; `ControlSocket` answers "flows"
-    itself. ``group``: id of a group whose members may use the socket, too.  ``waits``: functions by operation, for
-    operations that change something or wait; only root may use these, and they may raise NetpolError.  ``clock``:
-    seconds.
+    ``answers``: a function for each operation that a child process answers. ``group``: the id of a group whose members
+    may use the socket; None: no group. ``waits``: a function for each operation that waits for a state; it takes the
+    request, may raise NetpolError, and only root may use it. ``clock``: returns the time in seconds.
     """
 
     path: Path
@@ -149,10 +143,10 @@ class ControlSocket:
         return self._listener is not None
 
     def open(self) -> None:
-        """Listen.
+        """Create the socket and listen.
 
-        Raises PlatformError when another process listens, or the socket cannot be given to the group; OSError when the
-        file system has no room.
+        Raises PlatformError if another process listens there, or if the socket cannot be given to the group. Raises
+        OSError if the file system has no room.
         """
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with contextlib.suppress(UnreachableError), connect(self.path):
@@ -180,7 +174,7 @@ class ControlSocket:
         self._listener = listener
 
     def close(self) -> None:
-        """Stop listening, disconnect all clients, end all children, remove the socket."""
+        """Stop listening, disconnect all clients, end all children, and remove the socket."""
         self._answering.close()
         for client in self._clients:
             client.channel.close()
@@ -191,7 +185,7 @@ class ControlSocket:
             self.path.unlink(missing_ok=True)
 
     def descriptors(self) -> tuple[list[int], list[int]]:
-        """Descriptors to poll: for reading, and for writing."""
+        """The file descriptors to poll for reading, and those to poll for writing."""
         heard = [
             client for client in self._clients if not client.is_answered or client.follows
         ]  # data of other clients stays in the kernel's buffers
@@ -201,7 +195,10 @@ class ControlSocket:
         return readable, [client.channel.fileno() for client in self._clients if client.unsent]
 
     def poll(self) -> None:
-        """Accept, read, begin an answer and send whatever is possible now. Never blocks, and walks no table."""
+        """Do what is possible without blocking: accept clients, read requests, begin one answer, send bytes.
+
+        This process does not itself iterate over a table.
+        """
         self._answering.reap()
         for _ in range(WELCOMES if self._listener is not None else 0):
             try:
@@ -215,7 +212,7 @@ class ControlSocket:
         self._begin_answer()
 
     def publish(self, flows: Iterable[Any]) -> None:
-        """Send flows to the readers that follow, and keep the last flows for later readers."""
+        """Send flows to the clients that follow, and keep the last flows for later clients."""
         for flow in flows:
             line = encode(flow)
             self._recent.append(line)
@@ -238,20 +235,20 @@ class ControlSocket:
 
     @staticmethod
     def _turn_away(client: _Client, error: NetpolError) -> None:
-        """Close a new connection with an error message; nothing was sent before, so there is room for it."""
+        """Send an error to a new client and disconnect it. The socket buffer is empty, so it has room for the error."""
         with contextlib.suppress(OSError):  # the other side is gone: nobody to tell
             client.channel.send(encode_error(error))
         client.channel.close()
 
     def _is_crowded(self, user: int) -> bool:
-        """Whether a user has no room for one more connection; connections with a running answer count."""
+        """Whether a user may have no further connection now. Running answers count as connections."""
         if sum(one.wait is not None for one in self._clients) >= MOST_WAITING:
             return True
         own = sum(one.user == user and one.wait is None for one in self._clients) + self._answering.count(user)
         return own >= READERS_OF_USER or (user != 0 and len(self._clients) + self._answering.count() >= READERS)
 
     def _serve(self, client: _Client) -> bool:
-        """Serve one client without blocking; False if it must be disconnected."""
+        """Serve one client without blocking; returns False if the client must be disconnected."""
         try:
             if not client.is_answered:
                 self._receive(client)
@@ -284,7 +281,7 @@ class ControlSocket:
     def _is_gone(client: _Client) -> bool:
         """Whether the client has closed the connection.
 
-        Data after the request is discarded, so that it does not wake the agent again and again.
+        Bytes that arrive after the request are discarded, so that they do not wake the agent again and again.
         """
         try:
             return client.channel.recv(REQUEST_BYTES) == b""
@@ -311,7 +308,7 @@ class ControlSocket:
             client.send(encode_error(error))
 
     def _hear(self, client: _Client, line: bytes) -> None:
-        """Handle a request line: answer it, reject it, or queue it for a child."""
+        """Handle a request line: answer it, reject it, or queue it for a child process."""
         try:
             request = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -334,7 +331,10 @@ class ControlSocket:
             raise UsageError(f"unknown operation {operation!r}; known are {known}")
 
     def _begin_answer(self) -> None:
-        """Begin the first queued answer that may begin now. One in each pass: each takes a moment of this process."""
+        """Start a child for the first queued request that may begin now.
+
+        A pass starts only one child, because the fork takes some time of this process.
+        """
         for client in self._clients:
             request = client.request
             if request is None or not self._answering.has_room(client.user):
@@ -362,9 +362,9 @@ def peer_user(channel: socket.socket) -> int:
 
 
 def peer_groups(channel: socket.socket) -> frozenset[int]:
-    """The group ids of the process at the other end, from the time of its connection.
+    """The group ids of the process at the other end, as they were when it connected.
 
-    For a process with more groups than the buffer holds, its primary group alone.
+    If the process has more groups than the buffer holds, only its primary group is returned.
     """
     _, _, first = struct.unpack("3i", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     try:
@@ -378,7 +378,7 @@ def peer_groups(channel: socket.socket) -> frozenset[int]:
 
 @contextlib.contextmanager
 def connect(path: Path, timeout_s: float | None = CLIENT_TIMEOUT_S) -> Iterator[socket.socket]:
-    """A connection to the agent's socket. Raises UnreachableError."""
+    """Connect to the agent's socket; the context closes the connection. Raises UnreachableError."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
         channel.settimeout(timeout_s)
         try:
@@ -389,10 +389,10 @@ def connect(path: Path, timeout_s: float | None = CLIENT_TIMEOUT_S) -> Iterator[
 
 
 def ask(path: Path, request: Mapping[str, Any], *, timeout_s: float | None = CLIENT_TIMEOUT_S) -> Iterator[Any]:
-    """Send a request to the agent and yield its answer, line by line as it comes.
+    """Send a request to the agent; yields the values of its answer as they arrive.
 
-    Raises UnreachableError, also for an error in the answer; InvalidInputError where the error concerns the request
-    itself.
+    If the answer is an error: raises InvalidInputError if the request is invalid, otherwise UnreachableError. Raises
+    UnreachableError if the agent cannot be reached.
     """
     with connect(path, timeout_s) as channel:
         hung_up: BrokenPipeError | None = None

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent, one step at a time: it reads objects and interfaces, and updates enforcement.
+"""The agent, step by step: each step reads changes of objects and interfaces, and updates enforcement.
 
-Each of its parts has a module: `ClusterObjects` (the source's objects), `LocalInterfaces` (the interface of each
+Each part of the agent has a module: `ClusterObjects` (the source's objects), `LocalInterfaces` (the interface of each
 workload), `Enforcement` (compiled policy in maps), `EndpointBinder` with `Attachments` and `OwnInterfaces` (programs
-and rows on interfaces), `Barrier` (the tables behind the programs) and `Repair` (restores what others changed).  The
-agent calls them in order; its only own state is the rejected changes.
+and rows of interfaces), `Barrier` (the tables behind the programs) and `Repair` (restores what other programs changed).
+The agent calls them in order; its only own state is the rejected changes.
 
-Invariants: the policy in force was compiled whole from one state of the objects; a step that fails leaves the previous
-state in force and is reported in `Agent.problems`; a workload's interface is never open without policy: until its
+Invariants: the policy in force was compiled whole from one state of the objects. A step that fails leaves the previous
+state in force and is reported in `Agent.problems`. A workload's interface is never open without policy: until its
 workload is known, the program on it denies everything.
 
-Runs no loop and opens no files or sockets: `netpol_ebpf.agent.main` does, and tests work without both.
+This module runs no loop and opens no files or sockets; `netpol_ebpf.agent.main` does. So tests can run steps without
+them.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ from netpol_ebpf.sources.source import ObjectEvent, Source, SourceUpdate
 from netpol_loader.tables.events import EventRecord
 
 CLOSE_S = 15.0
-"""How long a node on which nothing is in force waits for its objects before its workloads are closed; arbitrary, more than a source
-takes to fall back to its saved state."""
+"""Seconds that a node without any policy in force waits for its objects, before its workloads' interfaces are closed.
+The number is arbitrary, but longer than a source takes before it uses its saved state."""
 SHOWN = 5
-"""Most missing parts of a source that a message names; arbitrary; `status` shows all."""
+"""Largest number of a source's missing parts that a message names; `status` shows all. The number is arbitrary."""
 NOT_SYNCED = "not-synced"
 TELL_S = 60.0
-"""Interval in seconds of log lines that name what the agent waits for; arbitrary."""
+"""Seconds between two log lines that name what the agent waits for. The number is arbitrary."""
 log = logging.getLogger(__name__)
 
 
@@ -68,9 +69,9 @@ class Agent:
         assignments_file: Path | None = None,
         handovers_file: Path | None = None,
     ) -> None:
-        """``clock``: seconds.
+        """``clock``: returns the time in seconds.
 
-        ``assignments_file``: where interface assignments are kept across restarts; None: they are not kept.
+        ``assignments_file``: the file that keeps interface assignments across restarts; None: they are not kept.
         ``handovers_file``: the same for handovers of the CNI plugin.
         """
         self.settings = settings
@@ -103,17 +104,18 @@ class Agent:
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Wait for the source to sync, then apply its objects, in one exchange with the state of an earlier agent.
+        """Wait until the source has synced, then put its objects in force.
 
-        Raises LimitError or MapFullError if the objects do not fit, InvalidInputError or UnreachableError if a source
-        cannot be read: an unreadable source is not an empty one.  After an error the previous state is in force.
+        They replace the state of an earlier agent at once. Raises LimitError or MapFullError if the objects do not fit.
+        Raises InvalidInputError or UnreachableError if a source cannot be read, because an unreadable source is not an
+        empty one. After an error the previous state is in force.
         """
         self._open()
         self._take(self.source.sync())
         self._put_in_force()
 
     def begin(self) -> None:
-        """`start` without waiting for a server: a later `step` puts the objects in force, when the source has synced.
+        """Start without waiting for a server. A later `step` puts the objects in force when the source has synced.
 
         Until then the state of an earlier agent stays in force, and workloads' interfaces that it does not cover are
         closed.  If there is no such state, only new interfaces are closed at once; the others, which may have
@@ -158,12 +160,16 @@ class Agent:
         if self.closed:
             self.binder.expect_old_connections(self.closed.keys)
         queued = (*self.closed.release(), *self._early)
+        self.enforcement.record.begin()
         self._early.clear()
         self.objects.take(SourceUpdate((*queued, *update.events), update.problems))
         return bool(queued or update.events)
 
     def _put_in_force_if_due(self) -> None:
-        """Before the start: put the objects in force once the source has synced, or close workloads after `CLOSE_S`."""
+        """Before the start: put the objects in force if the source has synced.
+
+        Without it, close workloads after `CLOSE_S`.
+        """
         if self.source.has_synced:
             self._put_in_force()
             return
@@ -208,9 +214,9 @@ class Agent:
         self.is_started = True
 
     def step(self) -> list[ProgramEvent]:
-        """Do all pending work; returns the events that the program reported since the last step.
+        """Do all work that is due. Returns the events that the program reported since the last step.
 
-        Before the start it checks whether the source has synced, and raises what `start` raises.
+        Before the start this checks whether the source has synced, and may raise the errors of `start`.
         """
         if not self.is_started:
             self.close_newborn()
@@ -235,6 +241,7 @@ class Agent:
             self._bring_into_force(self._take_changes())
         elif self.rejected.retry_at_s is not None and self._clock() >= self.rejected.retry_at_s:
             self._bring_into_force(Changes())
+        self.enforcement.record.write_line()
         if self.repair.step():
             self._log_unenforced()
         return self.read_events()
@@ -254,7 +261,7 @@ class Agent:
         return names
 
     def hand_over(self, handed: Handover) -> None:
-        """Record a handover of the CNI plugin; the next step applies it, and `missing_for` reports the progress."""
+        """Add a handover of the CNI plugin. The next step applies it; `missing_for` tells what is still missing."""
         if self.is_started:
             self.objects.handovers.add(handed)
         else:
@@ -266,7 +273,7 @@ class Agent:
         return self.objects.handovers.is_changed
 
     def missing_for(self, handed: Handover) -> str:
-        """Why policy is not in force yet on an interface that was handed over; "": it is."""
+        """Why policy is not in force yet on an interface that was handed over; "" if it is in force."""
         if not self.is_started:
             return self._not_synced().message
         if not self.interfaces.is_there(handed):
@@ -281,10 +288,10 @@ class Agent:
         return "" if is_attached else f"interface {handed.name} has no programs"
 
     def close_newborn(self) -> None:
-        """Attach programs to interfaces that just appeared, before anything else is known about them.
+        """Attach the programs to interfaces that just appeared, before anything else is known about them.
 
-        Takes little time. The programs deny everything until a step finds the workload of an interface, or detaches
-        them from an own interface.
+        This takes little time. The programs deny everything until a step finds the workload of the interface, or
+        detaches the programs because the interface is the node's own.
         """
         for link in self._node.network.take_born():
             self.binder.close_newborn(link)
@@ -301,12 +308,15 @@ class Agent:
         return changes
 
     def _bring_into_force(self, changes: Changes) -> None:
-        """Compile and apply changes.
+        """Compile changes and apply them.
 
-        A change that does not fit is reported, and tried again with the next change, or when memory may be free again.
+        A change that does not fit is reported. It is tried again with the next change, and at intervals if the kernel
+        had no memory.
         """
         if not changes and not self.enforcement.is_pending:
+            self.enforcement.record.drop()
             return
+        self.enforcement.record.begin()
         self.rejected.expect(changes, self._location_of)
         before = self.own_interfaces.inputs
         try:
@@ -336,7 +346,10 @@ class Agent:
             self.objects.take(SourceUpdate(events, self.objects.source_problems))
 
     def _is_searching(self) -> bool:
-        """Whether a search for changes without notification is due, or a new attempt of a failed change."""
+        """Whether to search the interfaces without a notification.
+
+        The reason is an address that may appear late, a workload without an interface, or an attachment that failed.
+        """
         return self.interfaces.is_search_due() and (
             bool(self.attachments.problems)
             or (self.is_started and self.binder.is_waiting())
@@ -362,7 +375,7 @@ class Agent:
         return [*found, *self.objects.handovers.problems]
 
     def _not_synced(self) -> Problem:
-        """The problem that the source has not synced: its missing parts, and the policy in force meanwhile."""
+        """The problem that the source has not synced. It names the missing parts, and the policy in force meanwhile."""
         missing = [
             f"{one['source']} ({', '.join(one['waiting_for'][:SHOWN])}{', ...' if one['waiting_for'][SHOWN:] else ''})"
             for one in self.source.report()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs and rows on interfaces.
+"""Attaches the programs to workloads' interfaces, and writes the rows of their endpoints.
 
-The program closes a workload's interface; the row opens it to the policy of its workload. Invariants: a workload's
-interface has the programs before it has a row, so it is never open without policy; a row that does not fit closes only
-its own endpoint.  Must not assign interfaces to workloads.
+The program closes a workload's interface; the row opens the interface to the policy of its workload. Invariants: a
+workload's interface has the programs before it has a row, so it is never open without policy. A row that does not fit
+closes only its own endpoint. This module does not assign interfaces to workloads.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from netpol_ebpf.policy.types import EndpointKey, EndpointKind
 class EndpointBinder:
     """Binds endpoints to interfaces.
 
-    Call `take_over` once, then `reconcile` when interfaces, objects or policy changed.
+    Callers call `take_over` once, then `reconcile` whenever interfaces, objects or policy changed.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class EndpointBinder:
 
     @property
     def problems(self) -> Iterable[Problem]:
-        """Endpoints with a row that does not fit into its map."""
+        """The problems of endpoints whose row does not fit into its map."""
         return self._no_room.values()
 
     @property
     def warnings(self) -> Iterable[Problem]:
-        """Connections older than enforcement that the program may cut."""
+        """Warnings about connections older than enforcement that the program may cut."""
         return self._adoption.warnings.values()
 
     # --- the first set of maps --------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ class EndpointBinder:
             self._attach(ifindex)
 
     def find_attached(self) -> None:
-        """Find an earlier agent's programs, and interfaces that may have old connections.
+        """Find the programs of an earlier agent, and the interfaces that may have old connections.
 
         Must be called before the first set of maps is made.
         """
@@ -86,7 +86,7 @@ class EndpointBinder:
         self._adoption.expect(self._interfaces.wanted() - self._attachments.interfaces)
 
     def take_over(self) -> None:
-        """Once the first set of maps is in force: attach the programs to the workloads' interfaces, and reconcile."""
+        """Attach the programs to workloads' interfaces and call `reconcile`. The first set of maps must be in force."""
         self._adoption.go_ahead(self._node, *self._adoptable())
         for ifindex in self._interfaces.wanted():
             self._attach(ifindex)
@@ -101,7 +101,7 @@ class EndpointBinder:
     # --- the maps in force ------------------------------------------------------------------------------------------
 
     def reconcile(self) -> None:
-        """Attach programs to new interfaces, write rows of located endpoints, remove rows of vanished endpoints."""
+        """Attach programs to new interfaces, write rows of located endpoints, and remove rows of vanished endpoints."""
         wiring, applier = self._interfaces.wiring, self._enforcement.applier
         self._attachments.begin_round(wiring.links.keys())
         wanted = self._interfaces.wanted()
@@ -134,27 +134,30 @@ class EndpointBinder:
             self._attachments.attach(link.ifindex, link.name, is_newborn=True)
 
     def gone(self) -> set[int]:
-        """Interfaces that vanished since the last call.
+        """Indices of interfaces that vanished since the last call.
 
-        After lost notifications, all interfaces that no longer have our programs.
+        If notifications were lost: interfaces that no longer have our programs.
         """
         gone = self._node.network.take_gone()
         return self._attachments.interfaces - self._node.attached() if gone is None else gone
 
     def is_bound(self, key: EndpointKey, ifindex: int) -> bool:
-        """Whether an interface has the row of a workload, for the workload as it is now."""
+        """Whether an interface has the row of a workload, and the workload's policy in force is up to date."""
         binding = self._enforcement.applier.bindings.get(key)
         return self._objects.is_in_force(key) and binding is not None and binding.ifindex == ifindex
 
     def why_unbound(self, key: EndpointKey) -> str:
-        """Why a workload has no interface yet."""
+        """Why a workload has no row yet, as text."""
         problem = self._no_room.get(key)
         if problem is not None:
             return problem.message
         return self._interfaces.problem_of(key) or "its policy is not in the kernel yet"
 
     def forget(self, gone: Collection[int]) -> None:
-        """Remove rows and programs of interfaces that vanished, even if new interfaces have their indices now."""
+        """Remove rows and programs of interfaces that no longer exist.
+
+        This is right even if new interfaces have the same indices now.
+        """
         if not gone:
             return
         self._attachments.forget(gone)
@@ -163,7 +166,7 @@ class EndpointBinder:
         self._node.prune()
 
     def is_waiting(self) -> bool:
-        """Whether there are both workloads without an interface and interfaces without a workload."""
+        """Whether there are workloads without an interface, and also interfaces without a workload."""
         return not self._objects.local.keys() <= self._enforcement.applier.bindings.keys() and bool(
             self._attachments.interfaces - self._enforcement.bound - set(self._own.interfaces)
         )
@@ -172,9 +175,9 @@ class EndpointBinder:
         self._attachments.attach(ifindex, self._interfaces.wiring.name_of(ifindex))
 
     def _adoptable(self) -> tuple[dict[int, Workload], NodeAddresses]:
-        """Workloads whose old connections must be written, and the node's addresses and services, which adoption needs.
+        """The workloads whose old connections must be written, by interface, and the node's addresses and services.
 
-        A workload counts only if its policy is in force.
+        A workload counts only if its policy is compiled.
         """
         workloads, concerned, tables = {}, self._adoption.concerned, self._enforcement.tables
         wiring = self._interfaces.wiring

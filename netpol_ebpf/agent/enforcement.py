@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policy in force: the compiled tables, the maps that hold them, and the numbers that outlive both.
+"""Policy in force: the compiled tables, the maps with their content, and the numbers that outlive both.
 
-Invariants: the policy in force was compiled whole from one state of the objects; a change that does not fit raises and
-leaves the previous state in force; a number is in the ledger before the kernel sees it.  Must not assign interfaces to
-workloads.
+Invariants: the policy in force was compiled whole from one state of the objects. A change that does not fit raises an
+error and leaves the previous state in force. A number is in the ledger before the kernel sees it. This module does not
+assign interfaces to workloads.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from netpol_ebpf.agent.barrier import Barrier
+from netpol_ebpf.agent.change_record import ChangeRecord
 from netpol_ebpf.agent.local_interfaces import LocalInterfaces
 from netpol_ebpf.agent.node_access import MapAccess, ProgramAccess
 from netpol_ebpf.agent.objects import ClusterObjects
@@ -45,19 +46,19 @@ from netpol_ebpf.policy.types import (
 from netpol_loader import abi
 
 HOST_ENDPOINT = "HostEndpoint"
-"""Kind in the keys of host endpoints, for which the applier writes no interface row."""
+"""The kind of host endpoints. Their rows name no interface."""
 
 
 @dataclass(slots=True)
 class NumberNames:
-    """The meaning of numbers in events, also after their rows are removed: until a number is used again."""
+    """The meaning of numbers in events. A number keeps its meaning after its row is removed, until it is used again."""
 
     rules: dict[int, Cause] = field(default_factory=dict)
     log_lists: dict[int, tuple[int, ...]] = field(default_factory=dict)
     endpoints: dict[int, EndpointKey] = field(default_factory=dict)
 
     def learn(self, change: Change) -> None:
-        """Record the meaning of the numbers that a change introduces."""
+        """Record the meanings of the numbers in a change."""
         for _, batch in change.batches():
             if "rules" in batch:
                 self.rules.update(batch["rules"].upserts)
@@ -71,7 +72,7 @@ class Enforcement:
     """The policy in force. `install` makes a new set of maps; `apply` changes the set in force.
 
     ``audit``: compares the maps in force with the tables; None before the first `install`.  ``is_pending``: whether the
-    tables lag behind the objects because a change was rejected.
+    tables lag behind the objects because a change was rejected.  ``record``: of the changes that came into force.
     """
 
     def __init__(
@@ -86,10 +87,11 @@ class Enforcement:
         barrier: Barrier,
         clock: Callable[[], float],
     ) -> None:
-        """``clock``: seconds."""
+        """``clock``: returns the time in seconds."""
         self.audit: Audit | None = None
         self.changes_applied = 0
         self.last_change_s: float | None = None
+        self.record = ChangeRecord(clock)
         self._settings = settings
         self._maps = maps
         self._programs = programs
@@ -124,23 +126,23 @@ class Enforcement:
 
     @property
     def bound(self) -> set[int]:
-        """Interfaces with the row of an endpoint; none before the first `install`."""
+        """Indices of interfaces with the row of an endpoint; none before the first `install`."""
         return set() if self._applier is None else {one.ifindex for one in self._applier.bindings.values()}
 
     @property
     def is_pending(self) -> bool:
-        """Whether the tables or the maps lag behind the objects."""
+        """Whether a rejected change makes the tables or the maps lag behind the objects."""
         return self._is_behind or self._is_ahead
 
     @property
     def is_installed(self) -> bool:
-        """Whether the maps in force hold the compiled tables, so that an audit may compare them."""
+        """Whether the content of the maps in force is that of the tables, so that an audit may compare them."""
         return not self._is_ahead and self.audit is not None
 
     def isolation(self, key: EndpointKey) -> dict[Direction, list[Policy]]:
-        """By direction, the enforced policies that isolate a local workload.
+        """The enforced policies that isolate a local workload, by direction.
 
-        A direction without any is allowed unless a profile denies.
+        If a direction has none, everything is allowed there unless a profile denies it.
         """
         policies = [one for one in self._compiler.policies_of(key) if one.staged is Staged.NO]
         return {way: [one for one in policies if way in one.types] for way in Direction}
@@ -148,10 +150,10 @@ class Enforcement:
     # --- changes ----------------------------------------------------------------------------------------------------
 
     def apply(self, changes: Changes) -> None:
-        """Compile and apply changes.
+        """Compile changes and apply them to the maps in force.
 
-        Raises LimitError or MapFullError: then the previous state stays in force, and the next call applies all pending
-        changes.
+        Raises LimitError or MapFullError if they do not fit. Then the previous state stays in force, and the next call
+        applies all changes that are not in force.
         """
         try:
             if self._is_ahead:
@@ -189,7 +191,10 @@ class Enforcement:
         self._note_change()
 
     def install(self) -> None:
-        """Compile everything into new maps, and replace the maps in force by them. Raises LimitError or MapFullError."""
+        """Compile all objects into new maps, and replace the maps in force by them.
+
+        Raises LimitError or MapFullError.
+        """
         numbers = self._ledger.numbers
         known = KnownNumbers(dict(numbers.identities), dict(numbers.rules), self._known_endpoints())
         sizes, wiring = self._maps.renewal_sizes(), self._interfaces.wiring
@@ -219,7 +224,7 @@ class Enforcement:
         self._note_change()
 
     def _configure(self, applier: Applier) -> None:
-        """Write the settings into new maps."""
+        """Write the agent's settings into new maps."""
         settings = self._settings
         keep = abi.NP_CONFIG_KEEP_REVOKED
         applier.set_flags(**({"on": keep} if settings.keep_revoked else {"off": keep}))
@@ -232,7 +237,7 @@ class Enforcement:
         self._barrier.sign(applier)
 
     def _note_change(self) -> None:
-        self._objects.accept()
+        self.record.note(self._objects.accept(), self.applier.generation)
         self.changes_applied += 1
         self.last_change_s = self._clock()
 
@@ -247,12 +252,15 @@ class Enforcement:
     # --- numbers ----------------------------------------------------------------------------------------------------
 
     def former_workloads(self) -> dict[EndpointKey, int]:
-        """Workloads of the rows in force that the ledger knows, with the interface of each row."""
+        """The interface in the row of each workload in force, for workloads in the ledger."""
         keys = {number: key for key, number in self._ledger.numbers.endpoints.items() if key.kind != HOST_ENDPOINT}
         return {keys[number]: ifindex for ifindex, number in self._former_numbers().items() if number in keys}
 
     def _known_endpoints(self) -> dict[EndpointKey, int]:
-        """Endpoint numbers in the ledger and, in case the ledger was lost, in the rows of our endpoints' interfaces."""
+        """The number of each known endpoint: from the ledger, otherwise from the row of its interface.
+
+        Rows are needed if the ledger was lost.
+        """
         known = dict(self._ledger.numbers.endpoints)
         taken, former = set(known.values()), self._former_numbers()
         for key, ifindex in self._interfaces.located.items():
@@ -263,15 +271,15 @@ class Enforcement:
         return known
 
     def _former_numbers(self) -> dict[int, int]:
-        """Endpoint numbers of the rows in force, by interface; a number on several interfaces is left out."""
+        """The endpoint number in each interface's row in force. A number that several interfaces have is left out."""
         former = self._maps.former_numbers()
         users = Counter(former.values())
         return {ifindex: number for ifindex, number in former.items() if users[number] == 1}
 
     def _record(self, change: Change, applier: Applier) -> None:
-        """Write numbers to the ledger before the kernel sees them.
+        """Write the numbers of a change to the ledger, before the kernel sees them.
 
-        Counters of the earlier meaning of a number are reset.
+        If a rule's number had another meaning before, its counters are reset.
         """
         self._names.learn(change)
         for _, batch in change.batches():
@@ -288,7 +296,7 @@ class Enforcement:
                 self._ledger.record("endpoint", {key: row.number for key, row in upserts.items()})
 
     def _forget(self, change: Change) -> None:
-        """Remove numbers from the ledger after the kernel has forgotten them."""
+        """Remove the deleted numbers of a change from the ledger, after the kernel no longer has them."""
         for _, batch in change.batches():
             for table, kind in (("rules", "rule"), ("identities", "identity")):
                 if table in batch:
@@ -297,7 +305,7 @@ class Enforcement:
                 self._ledger.forget("endpoint", batch["endpoints"].deletes)
 
     def _forget_unused(self) -> None:
-        """Free the numbers of the ledger that the tables in force do not use."""
+        """Remove numbers that the tables in force do not use from the ledger."""
         tables, numbers = self.tables, self._ledger.numbers
         self._ledger.forget("rule", set(numbers.rules) - {cause for _, cause in tables.rules.items()})
         self._ledger.forget("identity", set(numbers.identities) - {digest for _, digest in tables.identities.items()})
@@ -306,7 +314,7 @@ class Enforcement:
 
 
 def limits_of(size: Mapping[str, int]) -> Limits:
-    """The compiler's limits that follow from map sizes, by map name."""
+    """The compiler's limits for maps of these sizes, by map name."""
     return Limits(
         peer_classes=size["np_peer_class"],
         addresses=size["np_addr4"] + size["np_addr6"],
@@ -318,7 +326,7 @@ def limits_of(size: Mapping[str, int]) -> Limits:
 
 
 def _changed_objects(changes: Changes) -> Iterable[tuple[Any, Any, Any]]:
-    """(type, key, new object or None) of everything that changed."""
+    """Each changed object as (type, key, new object). The new object is None if the object was removed."""
     kinds: tuple[tuple[type, Mapping[Any, Any]], ...] = (
         (PolicyTier, changes.tiers),
         (Policy, changes.policies),

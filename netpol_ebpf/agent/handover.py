@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handovers: the CNI plugin's messages about a pod's interface and its addresses.
+"""Handovers: messages in which the CNI plugin tells the agent a pod's interface and addresses.
 
-When a runtime makes a pod's interface, the Pod object has no address yet, or addresses of an earlier sandbox, or has
-not arrived.  A handover is evidence like the results that runtimes keep (`netpol_ebpf.agent.cni`), and its addresses
-count until the object has one of them.
+When a runtime makes a pod's interface, the Pod object may have no address yet, may have addresses of an earlier
+sandbox, or may not have arrived. A handover is evidence like the results that runtimes keep (`netpol_ebpf.agent.cni`).
+Its addresses count until the Pod object has one of them.
 
-Invariant: a handover is about one pod (identified by its UID if both sides have it) and one interface, for as long as
-the interface exists; a file keeps it for the next agent.  The module knows neither the node's interfaces nor policy;
-`netpol_ebpf.agent.core` does.
+Invariant: a handover is about one pod and one interface, and is kept as long as the interface exists, in a file for the
+next agent. The pod is identified by its UID if both the handover and the Pod object have one. This module does not know
+the node's interfaces or policy.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 MOST_BYTES = 1 << 24
-"""Largest file that is read; arbitrary, a hundred times what a full node needs."""
+"""Largest file that is read, in bytes. The number is arbitrary: a hundred times what a full node needs."""
 POD = "Pod"
 FIRST = "eth0"
-"""The name that containerd and CRI-O give to a pod's first interface; its addresses are in the pod's status."""
+"""The name that containerd and CRI-O give to a pod's first interface, which has the addresses in the pod's status."""
 LONGEST_S = 600
-"""Longest wait in seconds, as in the plugin (cni/netpol_cni.c)."""
+"""Longest time in seconds that the plugin may wait. It must be the same as in cni/netpol_cni.c."""
 
 
 @dataclass(frozen=True, slots=True)
 class Handover:
-    """One message of the CNI plugin: a pod's interface.
+    """One message of the CNI plugin about an interface of a pod.
 
-    ``peer``: as in `wiring.Interface`.  ``inside``: the interface's name in the pod's namespace.  ``uid``: the pod's UID, "" if the
-    plugin sent none.
+    ``peer``: the other end of the pair, as in `wiring.Interface`. ``inside``: the interface's name in the pod's
+    namespace. ``uid``: the UID of the pod; "" if the plugin sent none.
     """
 
     pod: EndpointKey
@@ -58,12 +58,12 @@ class Handover:
         return self.inside == FIRST
 
     def is_of(self, uid: str) -> bool:
-        """Whether the handover concerns the pod with this UID."""
+        """Whether the handover may be about the pod with this UID. An unknown UID, "", matches all."""
         return not self.uid or not uid or self.uid == uid
 
 
 class Handovers:
-    """The handovers of existing interfaces."""
+    """The handovers of interfaces that exist."""
 
     def __init__(self, file: Path | None = None) -> None:
         """``file``: where handovers are kept across restarts; None: they are not kept."""
@@ -75,17 +75,17 @@ class Handovers:
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """Failures to read or write the file."""
+        """The problems of reading and writing the file."""
         return self._damage + self._unsaved
 
     @property
     def is_changed(self) -> bool:
-        """Whether `take_changed` would return something."""
+        """Whether `take_changed` would return any pod."""
         return bool(self._changed)
 
     @property
     def pods(self) -> Iterable[EndpointKey]:
-        """The pods with a handover; read-only for callers."""
+        """The pods that have a handover; read-only for callers."""
         return self._by_pod.keys()
 
     def of(self, pod: EndpointKey) -> list[Handover]:
@@ -93,7 +93,10 @@ class Handovers:
         return [*self._by_pod.get(pod, {}).values()]
 
     def add(self, handover: Handover) -> None:
-        """Add a handover. It replaces an earlier one for the same interface of the pod, which was recreated."""
+        """Add a handover.
+
+        It replaces an earlier one for the same interface name in the pod, since that was recreated.
+        """
         if handover in self.of(handover.pod):
             return
         self.forget([handover.ifindex])
@@ -101,7 +104,7 @@ class Handovers:
         self._changed.add(handover.pod)
 
     def forget(self, gone: Collection[int]) -> None:
-        """Forget interfaces that are gone. Cost: linear in the existing handovers."""
+        """Remove the handovers of interfaces that no longer exist. Cost: linear in the number of handovers."""
         old = [one for pod in self._by_pod for one in self.of(pod) if one.ifindex in gone]
         for one in old:
             del self._by_pod[one.pod][one.inside]
@@ -110,9 +113,9 @@ class Handovers:
             self._changed.add(one.pod)
 
     def take_changed(self) -> set[EndpointKey]:
-        """The pods with a handover that was added or removed since the last call.
+        """The pods whose handovers changed since the last call.
 
-        The file is written first, so that policy never precedes it.
+        The file is written first, so that policy never uses a handover that the file lacks.
         """
         changed, self._changed = self._changed, set()
         if changed and self._file is not None:
@@ -141,7 +144,7 @@ class Handovers:
 
 
 def parse_attach(request: Mapping[str, Any]) -> tuple[Handover, int]:
-    """Parse the plugin's request: the handover, and how many seconds the plugin waits. Raises UsageError."""
+    """Parse the plugin's request; returns the handover, and the seconds that the plugin waits. Raises UsageError."""
     try:
         wait_s = checked(request.get("timeout_s"), int, "timeout_s")
         if not 0 <= wait_s <= LONGEST_S:
@@ -161,7 +164,7 @@ def _problem(file: Path, what: str) -> Problem:
 
 
 def _read(written: Mapping[str, Any]) -> Handover:
-    """Parse one entry of the file. Raises ValueError."""
+    """Parse one encoded entry of the file. Raises ValueError."""
     text = {name: checked(written.get(name), str, name) for name in ("namespace", "name", "inside", "interface")}
     if not all(text.values()):
         raise ValueError("a name is empty")

@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The world from which the rows in the kernel were made; it lags behind the objects while a change is rejected.
+"""The world from which the rows in the kernel were made. It lags behind the objects while a change is rejected.
 
-Invariant: `WorldInForce.world` is that of the last change that was applied whole.  Costs a reference for each object,
-not a copy.
+Invariant: `WorldInForce.world` is the world after the last change that was applied whole. The memory cost is a
+reference for each object, not a copy.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+from netpol_ebpf.agent.change_record import ObjectCounts
 from netpol_ebpf.policy.types import Changes, World
 
 
 @dataclass(slots=True)
 class WorldInForce:
-    """The world in force. ``world``: read-only for callers; it shares the objects of the translation."""
+    """The world in force. ``world``: read-only for callers; it shares its objects with the translated world."""
 
     world: World = field(default_factory=World)
     _awaited: Changes = field(default_factory=Changes)
@@ -28,7 +29,17 @@ class WorldInForce:
             elif later is not None:
                 setattr(self._awaited, one.name, later)
 
-    def accept(self) -> None:
-        """Mark all pending changes as in force."""
+    def accept(self) -> dict[str, ObjectCounts]:
+        """Mark all pending changes as in force. Returns the number of objects by table of the world."""
+        counts = {}
+        for one in fields(Changes):
+            changes = getattr(self._awaited, one.name)
+            if isinstance(changes, dict):
+                before = getattr(self.world, one.name)
+                removed = sum(new is None and key in before for key, new in changes.items())
+                changed = sum(new is not None and key in before for key, new in changes.items())
+                added = sum(new is not None for new in changes.values()) - changed
+                counts[one.name] = ObjectCounts(added, changed, removed)
         self._awaited.apply_to(self.world)
         self._awaited = Changes()
+        return counts

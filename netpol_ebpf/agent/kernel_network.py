@@ -9,6 +9,7 @@ Invariant: the cost of one interface is bounded, whatever happens at its other e
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
@@ -18,11 +19,14 @@ from pathlib import Path
 from netpol_ebpf.agent.cni import DEFAULT_DIR, CniResultCache
 from netpol_ebpf.agent.wiring import NOWHERE, PAIR_KINDS, Interface, Wiring
 from netpol_ebpf.apply.encode import LocalFlag, Meaning
+from netpol_ebpf.errors import PlatformError
 from netpol_ebpf.policy.types import IPAddress, IPNetwork
 from netpol_loader.host.follow import Follower
 from netpol_loader.host.links import Link, interface_towards, joined_groups
+from netpol_loader.host.netlink import NetlinkError
 from netpol_loader.host.peers import load_peer_addresses
 from netpol_loader.host.routes import LocalRoute
+from netpol_loader.host.sockets import bound_sockets
 
 STACKED_KINDS = frozenset({"vlan", "macvlan", "ipvlan"})
 """Kinds of devices stacked on a lower device, whose IP packets are those of the lower device.
@@ -108,9 +112,9 @@ class KernelNetwork:
             self._gone |= {one.link.ifindex for one in news if one.is_gone}
 
     def _look_at_groups(self) -> None:
-        """List the multicast groups that the node's processes have joined: the kernel sends no notification of changes.
+        """List the multicast groups that the node's processes have joined.
 
-        Takes milliseconds.
+        The kernel does not notify of changes. A list takes milliseconds, so it is made at most every GROUPS_S.
         """
         now_s = time.monotonic()
         if now_s - self._groups_s < GROUPS_S:
@@ -191,6 +195,13 @@ class KernelNetwork:
         known = set(peers.values()) - concerned
         self._peer_addresses = {key: one for key, one in self._peer_addresses.items() if key in known} | found
         self._asked = {ifindex: one for ifindex, one in self._asked.items() if ifindex in peers} | asked
+
+    def bound_sockets(self) -> frozenset[tuple[int, IPAddress, int]]:
+        """See `NetworkAccess`."""
+        try:
+            return bound_sockets()
+        except NetlinkError as error:
+            raise PlatformError(f"the kernel does not list this node's sockets: {os.strerror(error.code)}") from error
 
     def interface_towards(self, address: IPAddress) -> int | None:
         """See `NetworkAccess`."""

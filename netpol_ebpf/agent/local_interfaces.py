@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The interface of each local workload, in the last snapshot of the node's network.
+"""Finds the interface of each local workload in the last snapshot of the node's network.
 
-`InterfaceAssignments` decides the assignments; this module takes the snapshot, stores the assignments and reports
-missing interfaces.
-
-Invariant: an assignment is in its file before the kernel has a row for it.  Must not attach programs or write maps.
+`InterfaceAssignments` decides the assignments. This module takes the snapshot, stores the assignments and reports
+missing interfaces. Invariant: an assignment is in its file before the kernel has a row for it. This module does not
+attach programs or write maps.
 """
 
 from __future__ import annotations
@@ -28,15 +27,16 @@ from netpol_ebpf.policy.types import Endpoint, EndpointKey, IPAddress
 log = logging.getLogger(__name__)
 
 SEARCH_S = 0.5
-"""Interval in seconds of searches for changes without a notification (addresses in a pod's namespace); arbitrary."""
+"""Seconds between two searches for changes of which the kernel does not notify, such as addresses in a pod's namespace.
+The number is arbitrary."""
 MISSING_S = 5.0
-"""How long, in seconds, a workload may be without an interface before that is a problem; arbitrary."""
+"""Seconds that a workload may have no interface before that is reported as a problem. The number is arbitrary."""
 SHOWN = 5
-"""Largest number of names in a message; arbitrary."""
+"""Largest number of interfaces that a message names. The number is arbitrary."""
 
 
 class LocalInterfaces:
-    """Finds the interfaces of local workloads: `look` takes a snapshot and searches it, `locate` searches the last one.
+    """Finds the interfaces of local workloads.
 
     `locate` is enough if only the objects changed. ``wiring``: the last snapshot; read-only for callers.
     ``has_looked``: whether `look` was called since the owner last set this to False.  ``has_recalled``: whether
@@ -51,9 +51,9 @@ class LocalInterfaces:
         clock: Callable[[], float],
         assignments_file: Path | None = None,
     ) -> None:
-        """``assignments_file``: where assignments are kept across restarts; None: they are not kept.
+        """``assignments_file``: the file that keeps assignments across restarts; None: they are not kept.
 
-        ``clock``: seconds.
+        ``clock``: returns the time in seconds.
         """
         self.wiring = Wiring()
         self.has_looked = False
@@ -76,12 +76,12 @@ class LocalInterfaces:
 
     @property
     def located(self) -> Mapping[EndpointKey, int]:
-        """The interface of each local workload that was found."""
+        """The interface index of each local workload whose interface was found."""
         return self._located.interfaces
 
     @property
     def evidence(self) -> Mapping[EndpointKey, Evidence]:
-        """The evidence of each located workload's interface."""
+        """The evidence by which each workload's interface was found."""
         return self._located.evidence
 
     def is_workload(self, ifindex: int) -> bool:
@@ -89,12 +89,12 @@ class LocalInterfaces:
         return self._assignments.is_workload(ifindex)
 
     def wanted(self) -> set[int]:
-        """Workloads' interfaces; each must have the programs."""
+        """Indices of workloads' interfaces. Each of these interfaces must have the programs."""
         candidates = {ifindex for ifindex in self.wiring.links if self._assignments.is_workload(ifindex)}
         return candidates | set(self.located.values())
 
     def bindings(self) -> dict[EndpointKey, Binding]:
-        """The binding (row) of each local workload that has an interface."""
+        """The binding of each local workload that has an interface."""
         before, self._bindings = self._bindings, {}
         links, local = self.wiring.links, self._objects.local
         for key, ifindex in self.located.items():
@@ -119,8 +119,12 @@ class LocalInterfaces:
         sources = endpoint.allowed_sources if self._settings.borrow_sources else ()
         return Binding(ifindex, allowed_sources=sources, link=self.wiring.link_of(ifindex), flags=flags)
 
+    def bound_sockets(self) -> frozenset[tuple[int, IPAddress, int]]:
+        """See `NetworkAccess`."""
+        return self._network.bound_sockets()
+
     def interface_towards(self, address: IPAddress) -> int | None:
-        """The interface by which the node would now send to an address, None where there is no route."""
+        """The interface by which the node would now send to an address; None if there is no route."""
         return self._network.interface_towards(address)
 
     def with_evident_addresses(self) -> Iterator[tuple[Interface, tuple[IPAddress, ...]]]:
@@ -151,7 +155,7 @@ class LocalInterfaces:
     # --- looking ----------------------------------------------------------------------------------------------------
 
     def look(self, bound: Collection[int] = ()) -> None:
-        """Take a snapshot and locate the workloads in it. ``bound``: interfaces with a workload's row."""
+        """Take a new snapshot and find the workloads' interfaces in it. ``bound``: interfaces with a workload's row."""
         self._looked_at_s, self.has_looked = self._clock(), True
         self.wiring = self._network.snapshot(set(bound))
         self._objects.set_tunnels(self.wiring.tunnels | self._settings.tunnels)
@@ -190,16 +194,16 @@ class LocalInterfaces:
             log.error("%s", message)
 
     def is_there(self, handed: Handover) -> bool:
-        """Whether the node has the interface of a handover, with the other end that the plugin reported."""
+        """Whether the node has the interface of a handover, with the reported name and other end."""
         link = self.wiring.links.get(handed.ifindex)
         return link is not None and (link.name, link.peer) == (handed.name, handed.peer)
 
     def problem_of(self, key: EndpointKey) -> str | None:
-        """Why a workload has no interface although there is evidence of one; None: no such problem."""
+        """Why a workload has no interface although there is evidence of one; None if that is not so."""
         return self._located.problems.get(key)
 
     def is_search_due(self) -> bool:
-        """Whether a search for changes without a notification is due."""
+        """Whether it is time to search for changes of which the kernel does not notify."""
         return self._clock() - self._looked_at_s >= SEARCH_S
 
     def is_curious(self) -> bool:
@@ -211,7 +215,7 @@ class LocalInterfaces:
         return link.ifindex not in self.wiring.links and self._assignments.close_newborn(link)
 
     def forget(self, gone: Collection[int]) -> None:
-        """Forget interfaces that are gone, even if new interfaces have their numbers now."""
+        """Remove interfaces that no longer exist, even if new interfaces have the same indices now."""
         self._objects.handovers.forget(gone)
         self._assignments.forget(gone)
 
@@ -220,20 +224,20 @@ class LocalInterfaces:
         return bool(self.wiring.links) and key in self._objects.local and key not in self.located
 
     def recall_handovers(self) -> None:
-        """Restore handovers that an earlier agent got, for interfaces that still exist."""
+        """Restore the handovers that an earlier agent stored, for interfaces that still exist."""
         handovers = self._objects.handovers
         handovers.recall()
         known = [one for pod in handovers.pods for one in handovers.of(pod)]
         handovers.forget([one.ifindex for one in known if not self.is_there(one)])
 
     def forget_missing(self) -> None:
-        """Forget missing workloads that are no longer local."""
+        """Stop waiting for the interfaces of workloads that are no longer local."""
         self._missed_s = {key: since_s for key, since_s in self._missed_s.items() if key in self._objects.local}
 
     def _plugin_names(self) -> dict[EndpointKey, set[str]]:
-        """Names of the node's interfaces that plugins made for local workloads.
+        """Names of the node's interfaces that CNI plugins made for local workloads.
 
-        None for plugins that leave none on the node.
+        The set of a workload is empty if the plugin left no interface on the node.
         """
         found: dict[EndpointKey, set[str]] = {}
         for one in self.wiring.results:
@@ -254,18 +258,18 @@ class LocalInterfaces:
     def _is_expected(self, endpoint: Endpoint) -> bool:
         """Whether a workload must have an interface on this node.
 
-        Not if this node's name is not known: any workload may be elsewhere.  Not if the workload has no address: it
-        does not run.
+        This is not known without the name of this node, because a workload may then be on another node. A workload
+        without an address does not run.
         """
         return endpoint.node is not None and endpoint.node == self._settings.node and bool(endpoint.addresses)
 
     # --- beyond the process -----------------------------------------------------------------------------------------
 
     def recall(self, former: Mapping[EndpointKey, int], attached: Collection[int]) -> None:
-        """Restore the assignments of an earlier agent: from its file, otherwise from the rows in the kernel.
+        """Restore the assignments of an earlier agent: from its file, and missing ones from the rows in the kernel.
 
-        ``former``: interfaces of these rows, by workload.  ``attached``: interfaces with the programs; other interfaces
-        of the file or the rows are gone.
+        ``former``: the interface in each of these rows, by workload. ``attached``: interfaces with the programs; if a
+        row's interface is not among them, it no longer exists.
         """
         self.has_recalled = True
         if self._file is not None:
@@ -277,7 +281,10 @@ class LocalInterfaces:
             self._assignments.expect(key, ifindex if ifindex in attached else NOWHERE)
 
     def _save(self) -> None:
-        """Write assignments before the kernel has their rows. A failure is reported, and tried again."""
+        """Write the assignments, if they changed, before the kernel has their rows.
+
+        A failure is reported, and the next call writes again.
+        """
         if self._file is None or not self._assignments.is_dirty:
             return
         self._unsaved = ()
@@ -300,19 +307,19 @@ class LocalInterfaces:
             yield Problem(Location(""), "", message, slug="interface-doubt")
 
     def unenforced(self, attached: Collection[int], bound: Collection[int]) -> list[Problem]:
-        """Workloads of this node that policy does not reach as it is written.
+        """Problems of this node's workloads on which policy is not enforced as written.
 
-        ``attached``: interfaces with programs; ``bound``: interfaces with the row of an endpoint.
+        ``attached``: interfaces with the programs. ``bound``: interfaces with the row of an endpoint.
         """
         return [*self._missing(attached, bound), *self._further_interfaces()]
 
     @property
     def file_problems(self) -> tuple[Problem, ...]:
-        """Failures to read the node's network or the assignments' file, and failures to write that file."""
+        """Problems of CNI results that could not be read, and of the file of assignments."""
         return (*self.wiring.problems, *self._damage, *self._unsaved)
 
     def _missing(self, attached: Collection[int], bound: Collection[int]) -> Iterable[Problem]:
-        """Workloads of this node without a known interface for at least MISSING_S."""
+        """Problems of this node's workloads that have had no interface for at least MISSING_S."""
         closed = sorted(
             self.wiring.name_of(ifindex) for ifindex in set(attached) - set(bound) if self.is_workload(ifindex)
         )
@@ -323,7 +330,7 @@ class LocalInterfaces:
                 yield Problem(self._objects.location(key), "", message, obj=str(key), slug="not-found")
 
     def _further_interfaces(self) -> Iterable[Problem]:
-        """Interfaces of local workloads that policy does not reach."""
+        """Problems of further interfaces of local workloads, on which policy is not enforced."""
         for one in self.wiring.results:
             endpoint = self._objects.local.get(one.pod)
             if endpoint is None:
@@ -340,8 +347,8 @@ class LocalInterfaces:
 
 
 def _is_first(result: CniResult, endpoint: Endpoint) -> bool:
-    """Whether a plugin's result concerns the workload's first interface.
+    """Whether a CNI result is about the workload's first interface.
 
-    Policy knows the workload by the addresses of that interface.
+    Only that interface has the addresses in the workload's object.
     """
     return not result.addresses or bool(result.addresses & set(endpoint.addresses))

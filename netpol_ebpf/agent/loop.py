@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent's loop: waits for the kernel, the source of objects and readers of the socket, and runs the agent's steps.
+"""The agent's loop: waits for the kernel, for the source of objects and for clients, and runs the agent's steps.
 
-Invariant: `AgentLoop.run_once` is bounded; `serve` is the only endless loop.
+Invariant: the time of `AgentLoop.run_once` is bounded. `serve` contains the only endless loop.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from netpol_ebpf.agent.control_socket import ControlSocket
+from netpol_ebpf.agent.health import Health
 from netpol_ebpf.agent.service_manager import ServiceManager
 from netpol_ebpf.apply.ledger import Ledger
 
@@ -29,9 +30,10 @@ REST_FACTOR = 4
 So a busy source takes a fifth of a processor while its changes are small, and a single change waits for nothing.
 """
 TICK_S = 0.2
-"""Longest time between two steps of the agent; arbitrary. The program wakes no process when it reports a flow."""
+"""Most seconds between two steps of the agent. Steps read flow events, which wake no process. The number is
+arbitrary."""
 RETRY_S = 5.0
-"""Interval of attempts to create the socket; arbitrary."""
+"""Seconds between two attempts to create the socket. The number is arbitrary."""
 log = logging.getLogger("netpol-agent")
 
 
@@ -40,7 +42,7 @@ class AgentLoop:
     """The agent's loop, pass by pass.
 
     ``when_in_force``: called once, when a state of the source is in force.  ``service_manager``: learns of readiness,
-    and of each pass.  ``clock``: seconds.
+    and of each pass.  ``clock``: seconds.  ``health``: the health endpoint, which gets beats; None: there is none.
     """
 
     agent: Any
@@ -50,6 +52,7 @@ class AgentLoop:
     when_in_force: Callable[[], None] = lambda: None
     service_manager: ServiceManager = field(default_factory=ServiceManager)
     clock: Callable[[], float] = time.monotonic
+    health: Health | None = None
     _is_ready: bool = False
     _is_told: bool = False
     _stepped_s: float = -math.inf
@@ -58,7 +61,10 @@ class AgentLoop:
     _opened_s: float = -math.inf
 
     def open(self) -> None:
-        """Open the control socket, or try again later if the file system has no room for it. Raises PlatformError."""
+        """Open the control socket.
+
+        If the file system has no room for it, a later pass tries again. Raises PlatformError.
+        """
         self._opened_s = self.clock()
         try:
             self.control_socket.open()
@@ -69,7 +75,7 @@ class AgentLoop:
             )  # fmt: skip
 
     def run_once(self, wake: int) -> None:
-        """Wait until there is work, or ``wake`` is readable, and do the work."""
+        """Wait until there is work or ``wake`` is readable, then do the work."""
         from netpol_ebpf.agent import report
         from netpol_ebpf.apply.events import FlowEvent
 
@@ -100,6 +106,8 @@ class AgentLoop:
         if not self.control_socket.is_open and self.clock() >= self._opened_s + RETRY_S:
             self.open()
         self.control_socket.poll()
+        if self.health is not None and self.clock() >= self.health.next_s:
+            self.health.beat(report.readiness(self.agent))
         self._is_news = self._is_news or self.agent.has_handovers
         self.service_manager.tick()
 
@@ -122,7 +130,7 @@ class AgentLoop:
 
 
 def serve(loop: AgentLoop) -> None:
-    """Run steps and answers until a signal ends the loop: the endless loop."""
+    """Run passes of the loop until a signal ends it."""
     loop.open()
     loop.note_progress()
     try:
@@ -139,7 +147,10 @@ def serve(loop: AgentLoop) -> None:
 
 @contextlib.contextmanager
 def wakened_by(*signals: signal.Signals) -> Iterator[tuple[list[int], int]]:
-    """A list that receives signals, and a descriptor that becomes readable with each."""
+    """Receive signals within the context: (list of received signals, file descriptor).
+
+    The descriptor becomes readable with each signal.
+    """
     received: list[int] = []
     reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     before = {number: signal.signal(number, lambda number, _frame: received.append(number)) for number in signals}

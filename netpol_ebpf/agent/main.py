@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`netpol-agent`: enforces the policies of a cluster, or of a directory of manifests, on the workloads of this node.
 
-Enforcement continues when the agent ends, by whatever signal; the next agent takes it over.  `netpolctl cleanup` ends
-enforcement.
-
-Invariant: everything that can fail at start has failed, with one line, before any packet is judged differently.
+Enforcement continues when the agent ends, by whatever signal; the next agent takes over. `netpolctl cleanup` ends
+enforcement. Invariant: all that can fail at the start is tried before any verdict changes; a failure is reported in one
+line.
 """
 
 from __future__ import annotations
@@ -26,25 +25,27 @@ from netpol_ebpf.agent import footprint
 from netpol_ebpf.agent.answering import Answer
 from netpol_ebpf.agent.configuration import add_config_option, origin_hint, parse_arguments
 from netpol_ebpf.agent.control_socket import SOCKET_NAME, ControlSocket, Wait
+from netpol_ebpf.agent.health import parse_health_address, served
 from netpol_ebpf.agent.loop import AgentLoop, serve
+from netpol_ebpf.agent.metrics import require_metrics_package
 from netpol_ebpf.agent.service_manager import ServiceManager
 from netpol_ebpf.agent.source_options import NODE_VARIABLE, add_source_options, manifests_dir, node_name, plan_source
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, UnreachableError, UsageError
-from netpol_ebpf.terminal import LogFormatter, escaped, paragraph, say
+from netpol_ebpf.terminal import LOG_FORMATS, escaped, log_to_standard_error, paragraph, say
 
 DEFAULT_STATE_DIR = Path("/run/netpol-ebpf")
-"""Default state directory. On a tmpfs, like the pins: both are gone after a reboot."""
+"""Default state directory. It is on a tmpfs, so a reboot removes it, as it removes the pins."""
 TUNNEL_PROTOCOLS = {"udp": 17, "ipip": 4, "ip6": 41, "gre": 47}
-"""IP protocols that may carry other packets, by their names in --tunnel."""
+"""IP protocols that can carry other packets, by their names in --tunnel."""
 BARRIER_MARKS = "0x20,0x40,0x10"
-"""Default mark bits of the barrier, which no other known software uses; ADR 13."""
+"""Default mark bits of the second barrier. No other known software uses them (ADR 13)."""
 WORKLOAD_TO_HOST = {"allow": "allow", "deny": "deny", "policy": "pass"}
-"""Values of --workload-to-host, as values of `netpol_ebpf.policy.types.Action`."""
+"""Maps each value of --workload-to-host to a value of `netpol_ebpf.policy.types.Action`."""
 MOST_ENTRIES = 0xFFFF_FFFF
-"""Most entries of a map: the kernel has 32 bits for the number, and would drop upper bits of a larger one."""
+"""Largest max_entries of a map. The kernel has 32 bits for it, and would drop the upper bits of a larger number."""
 PRIVATE_UMASK = 0o077
-"""Umask of everything that the agent creates: access for others is granted explicitly."""
+"""Umask for everything that the agent creates. Access for other users is granted explicitly."""
 IN_USE_HINT = "Stop it, or give this one a --state-dir and a --pin-root of its own."
 LOCK_NAME = "lock"
 LEDGER_NAME = "numbers"
@@ -57,7 +58,7 @@ log = logging.getLogger("netpol-agent")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+    """Build the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="netpol-agent",
         description="Enforce the network policies of a cluster, or of a directory of manifests, on the workloads of this node.",
@@ -163,6 +164,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="group of users who may query the agent (netpolctl status, explain, flows, get, metrics) and read its maps; "
         "without the option, root alone may",
     )  # fmt: skip
+    parser.add_argument(
+        "--health-address", metavar="ADDRESS:PORT",
+        help="serve /livez, /readyz and /metrics over HTTP at this address of the node, such as 127.0.0.1:9976, to whoever can connect to it; "
+        "needs the extra [metrics] (default: serve nothing)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--log-format", choices=tuple(LOG_FORMATS), default="text", metavar="FORMAT",
+        help="format of the log on standard error: text (default), or json, one object a line",
+    )  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="log at level DEBUG")
     parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
     return parser
@@ -173,9 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.Namespace(debug=False, origins={})
     try:
         arguments = parse_arguments(build_parser(), argv)
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
-        logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.INFO, handlers=[handler])
+        log_to_standard_error(arguments.log_format, logging.DEBUG if arguments.verbose else logging.INFO)
         return run(arguments)
     except NetpolError as error:
         if arguments.debug:
@@ -218,6 +226,9 @@ def run(arguments: argparse.Namespace) -> int:
     mark_shift = parse_mark(arguments.service_mark)
     pin_root: Path = arguments.pin_root or DEFAULT_PIN_ROOT
     state_dir: Path = arguments.state_dir
+    health_address = parse_health_address(arguments.health_address)
+    if health_address is not None:
+        require_metrics_package()
     arguments.manifests = manifests_dir(arguments)
     node_of_pods = node_name(arguments)
     open_source = plan_source(arguments, state_dir)
@@ -261,6 +272,7 @@ def run(arguments: argparse.Namespace) -> int:
             if "attach" in slugs:
                 return PlatformError.exit_code
             return InvalidInputError.exit_code if slugs else 0
+        health = stack.enter_context(served(health_address, state_dir / SOCKET_NAME, arguments.log_format))
         agent.begin()
         place = {
             "pid": os.getpid(),
@@ -271,13 +283,14 @@ def run(arguments: argparse.Namespace) -> int:
         control_socket = ControlSocket(
             state_dir / SOCKET_NAME, answers_of(agent, node, ledger, place), group, waits_of(agent)
         )
-        serve(AgentLoop(agent, node, ledger, control_socket, tell_in_force, ServiceManager.of_environment()))
+        manager = ServiceManager.of_environment()
+        serve(AgentLoop(agent, node, ledger, control_socket, tell_in_force, manager, health=health))
     return 0
 
 
 @contextlib.contextmanager
 def claimed(pin_root: Path) -> Iterator[None]:
-    """Create a pin root and hold its lock: only one agent or `netpolctl cleanup` can use it at a time.
+    """Create a pin root and hold its lock, so that only one agent or `netpolctl cleanup` uses it.
 
     Raises PlatformError.
     """
@@ -295,7 +308,7 @@ def claimed(pin_root: Path) -> Iterator[None]:
 
 
 def open_to_group(state_dir: Path, pin_root: Path, group: int | None) -> None:
-    """Give the group access to the socket in the state directory, and to nothing else there. Raises PlatformError."""
+    """Let members of the group enter the state directory, to connect to the socket there. Raises PlatformError."""
     from netpol_loader.pins import access
 
     try:
@@ -343,8 +356,12 @@ def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) 
         node.barrier.part()
         return report.status(agent, node.maps, place, ledger.problems, node.network.listed_again)
 
+    def metrics(request: Mapping[str, Any]) -> Any:
+        return report.metrics(agent, node.maps, status(request))
+
     return {
         "status": status,
+        "metrics": metrics,
         "rules": apart(lambda: report.rules(agent, node.maps)),
         "identities": apart(lambda: report.identities(agent)),
         "connections": apart(lambda: report.connections(agent, node.maps)),

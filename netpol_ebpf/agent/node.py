@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The node's kernel: its network, and the dataplane on its interfaces.
+"""The agent's access to the kernel: the network of this node, and the programs and maps of the dataplane.
 
-The agent changes the kernel through this module alone. Invariant: enforcement outlives this object; only `netpolctl
+The agent changes the kernel only through this module. Invariant: enforcement outlives a `KernelNode`; only `netpolctl
 cleanup` ends it.
 """
 
@@ -31,20 +31,19 @@ from netpol_loader.tables.events import EventRecord
 POLICY_MAPS = frozenset(
     abi.maps_of(abi.MapRole.ENDPOINT, abi.MapRole.ENDPOINT_CACHE, abi.MapRole.NODE, abi.MapRole.TABLE)
 )
-"""Maps of policy, and the program's caches of policy.
+"""The maps that contain policy, and the program's caches of policy.
 
-All other maps hold connections, counters and settings, and outlive an exchange of policy maps.
-"""
+All other maps contain connections, counters and settings, and are kept when policy maps are replaced."""
 
 
 EVENTS_A_LOOK = 1000
-"""Most events read in one pass, so that a flood of them does not delay everything else; arbitrary."""
+"""Most events that one pass reads, so that many events do not delay everything else. The number is arbitrary."""
 CLSACT_TURN = 10
-"""Interfaces with clsact that one audit checks; arbitrary."""
+"""Number of interfaces with clsact that one audit checks. The number is arbitrary."""
 
 
 class KernelNode:
-    """`NodeAccess` on the network namespace of this process. A context manager."""
+    """Implements `NodeAccess` for the network namespace of this process. A context manager."""
 
     def __init__(
         self,
@@ -55,10 +54,10 @@ class KernelNode:
         timeouts_s: Mapping[str, int] | None = None,
         plugin_results: Path | None = None,
     ) -> None:
-        """``sizes``: max_entries by map name. ``group``: id of a group that may read the maps.
+        """``sizes``: max_entries by map name. ``group``: id of a group that may read the maps; None: no group.
 
-        ``timeouts_s``: time-outs that differ from the default (`timeouts`). ``plugin_results``: the directory of
-        `CniResultCache`.
+        ``timeouts_s``: the time-outs that are not the default, by state (`timeouts`). ``plugin_results``: the directory
+        of libcni's cache; None: the default directory.
         """
         self._network = KernelNetwork(plugin_results)
         self._pin_root = pin_root
@@ -143,7 +142,7 @@ class KernelNode:
         self._dataplane.set_config(config)
 
     def _is_new(self) -> bool:
-        """Whether these maps have no policy yet and no interface has programs: then there is no state to take over."""
+        """Whether there is no state to take over: no policy in these maps and no interface with the programs."""
         return next(iter(self._dataplane.maps["np_rule"].items()), None) is None and not self.attached()
 
     def former_numbers(self) -> Mapping[int, int]:
@@ -192,9 +191,9 @@ class KernelNode:
         attach.prune(self._dataplane, self._network.interfaces)
 
     def mend(self, ifindexes: Collection[int]) -> list[Drift]:
-        """See `NodeAccess`.
+        """See `NodeAccess`. Each call checks some of the interfaces (`Turns`).
 
-        Checks interfaces in turns (`Turns`), at most CLSACT_TURN of those with clsact, whose check is slow.
+        Of interfaces with clsact these are at most CLSACT_TURN, because checking one is slow.
         """
         found = mend_pins(self._dataplane)
         restored = {one.where for one in found}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The agent's view of the node: one protocol for each subject.
 
-`netpol_ebpf.agent.node` implements it on the kernel; tests have another implementation.
+`netpol_ebpf.agent.node` implements the protocols for the kernel; tests implement them without one.
 """
 
 from __future__ import annotations
@@ -24,48 +24,57 @@ class NetworkAccess(Protocol):
     """Interfaces, addresses and routes of the node, and changes of them."""
 
     def snapshot(self, bound: Collection[int] = ()) -> Wiring:
-        """Interfaces, routes and addresses as they are now.
+        """Take a snapshot of interfaces, routes and addresses.
 
-        ``bound``: interfaces with the row of a workload. Addresses at their other ends are not listed again.
+        ``bound``: interfaces with the row of a workload; addresses at their other ends are not listed again.
         """
 
     def has_news(self) -> bool:
         """Whether interfaces, routes or addresses may have changed since the last call."""
 
     def take_born(self) -> list[Interface]:
-        """Interfaces that the kernel reported since the last call, new ones included.
+        """Interfaces that appeared or changed since the last call, as far as notifications tell.
 
-        All other notifications stay queued.
+        Notifications of other kinds stay queued.
         """
 
     def take_gone(self) -> set[int] | None:
-        """Interfaces that vanished since the last call, even if new interfaces have their indices now.
+        """Indices of interfaces that vanished since the last call, even if new interfaces have the same indices now.
 
-        None: notifications were lost.
+        None if notifications were lost.
         """
 
+    def bound_sockets(self) -> frozenset[tuple[int, IPAddress, int]]:
+        """(protocol, address, port) of sockets of the node that accept packets at one address. Raises PlatformError."""
+
     def interface_towards(self, address: IPAddress) -> int | None:
-        """The interface by which the node would send to ``address``; None if there is no route."""
+        """The interface by which the node would now send to ``address``; None if there is no route."""
 
 
 class ProgramAccess(Protocol):
-    """Our programs on interfaces."""
+    """Attachment of our programs to interfaces."""
 
     def attached(self) -> set[int]:
-        """Interfaces with our programs on them."""
+        """Indices of the interfaces to which our programs are attached."""
 
     def attach(self, ifindex: int, *, is_newborn: bool = False) -> bool:
-        """Attach our programs to an interface; False when it is gone. ``is_newborn``: the interface just appeared."""
+        """Attach our programs to an interface; returns False if the interface no longer exists.
+
+        ``is_newborn``: the interface just appeared.
+        """
 
     def detach(self, ifindex: int) -> None:
         """Detach our programs from an interface."""
 
     def prune(self) -> None:
-        """Remove pins of interfaces that are gone; detach programs from interfaces that left this network namespace."""
+        """Clean up after interfaces that no longer exist, or that moved to another network namespace.
+
+        Their pins are removed, and the programs are detached from those that moved.
+        """
 
 
 class MapAccess(Protocol):
-    """The maps that hold policy, and their exchange for new maps."""
+    """The maps that contain policy, and their replacement by new maps."""
 
     def renewal(self) -> contextlib.AbstractContextManager[Mapping[str, KernelMap]]:
         """A context manager that gives empty policy maps to fill.
@@ -74,34 +83,34 @@ class MapAccess(Protocol):
         """
 
     def renewal_sizes(self) -> Mapping[str, int]:
-        """The sizes in rows of the maps that the next `renewal` gives."""
+        """The sizes, in rows by map name, of the maps that the next `renewal` provides."""
 
     def former_numbers(self) -> Mapping[int, int]:
-        """Endpoint numbers of the rows in force, by interface; also of an agent of another version."""
+        """The endpoint number in each interface's row in force, also if an agent of another version wrote the row."""
 
     def drop_rows(self, gone: Collection[int]) -> None:
         """Delete the rows in force of interfaces that are gone, so that no new interface with such an index has one."""
 
 
 class RepairAccess(Protocol):
-    """Detection and repair of changes by other programs."""
+    """Detection and repair of changes that other programs made."""
 
     def mend(self, ifindexes: Collection[int]) -> list[Drift]:
-        """Restore pins, and our programs on the next of these interfaces, where something removed or changed them.
+        """Restore pins, and our programs on some of these interfaces, if another program removed or changed them.
 
-        Returns what was restored. Raises PlatformError, or PartlyMendedError with what was restored, when something
-        could not be restored.
+        Successive calls cover all interfaces. Returns what was restored. Raises PlatformError if something could not be
+        restored, or PartlyMendedError if other things were.
         """
 
     def other_programs(self, attached: Collection[int]) -> list[Other]:
-        """Other parties' programs on the node's interfaces, as last read.
+        """Other software's programs on the node's interfaces, as last read.
 
         ``attached``: interfaces with our programs.
         """
 
 
 class NodeAccess(ProgramAccess, MapAccess, RepairAccess, ConnectionAccess, Protocol):
-    """All access to the node; `Agent` passes the parts of it to its own parts."""
+    """All access to the node. `Agent` gives each of its parts the protocol that the part needs."""
 
     @property
     def network(self) -> NetworkAccess:
@@ -112,7 +121,7 @@ class NodeAccess(ProgramAccess, MapAccess, RepairAccess, ConnectionAccess, Proto
         """The tables of the second barrier in this node's network namespace."""
 
     def others(self, ifindex: int) -> list[str]:
-        """Other parties' programs on the TC ingress hook of an interface, as text for messages."""
+        """Other software's programs at TC ingress of an interface, as texts for messages."""
 
     def read_events(self, consume: Callable[[EventRecord], None]) -> int:
-        """Pass queued events to ``consume``, at most a bounded number; returns how many."""
+        """Pass queued events to ``consume``, up to a fixed number of them; returns how many were passed."""

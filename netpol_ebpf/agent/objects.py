@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The translated objects of the source, the holder of each contested address, and the world that is in force.
+"""The translated objects of the source, the holder of each contested address, and the world in force.
 
-Invariants: an address that several workloads claim counts for its holder only (`AddressClaims`);
-`ClusterObjects.world_in_force` is the world of the last change that was applied whole.  The module knows no interface
-and no map.
+Invariants: an address that several workloads claim counts only for its holder (`AddressClaims`).
+`ClusterObjects.world_in_force` is the world after the last change that was applied whole. This module does not know
+interfaces or maps.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
+from netpol_ebpf.agent.change_record import ObjectCounts
 from netpol_ebpf.agent.claims import AddressClaims
 from netpol_ebpf.agent.handover import Handover, Handovers
 from netpol_ebpf.agent.in_force import WorldInForce
@@ -34,19 +35,21 @@ from netpol_ebpf.policy.types import (
 from netpol_ebpf.resources.types import Pod, Resource
 from netpol_ebpf.sources.source import SourceUpdate, Upsert
 
+MOST_LINES = 20
+"""Most lines of the log about problems of a source that begin, or end, at one time; arbitrary."""
 log = logging.getLogger(__name__)
 
 
 class ClusterObjects:
     """The objects of the source.
 
-    Call `take` with an update, then `take_changes`; call `accept` when the changes are in force. ``derivation``: the
-    translated objects; read-only for callers.  ``local``: the workloads of this node with their effective addresses;
-    read-only for callers.  ``handovers``: interfaces that the CNI plugin handed over.
+    Callers call `take` with an update, then `take_changes`, and `accept` when the changes are in force. ``derivation``:
+    the translated objects; read-only for callers. ``local``: the workloads of this node with the addresses that they
+    hold; read-only for callers. ``handovers``: interfaces that the CNI plugin handed over.
     """
 
     def __init__(self, settings: AgentSettings, handovers_file: Path | None = None) -> None:
-        """``handovers_file``: where handovers are kept across restarts; None: they are not kept."""
+        """``handovers_file``: the file that keeps handovers across restarts; None: they are not kept."""
         self.derivation = Derivation(PolicySettings(workload_to_host=settings.workload_to_host))
         self.local: dict[EndpointKey, Endpoint] = {}
         self._settings = settings
@@ -63,7 +66,10 @@ class ClusterObjects:
 
     @property
     def world_in_force(self) -> World:
-        """The world that the rows in force were made of, each address its holder's alone; read-only for callers."""
+        """The world from which the rows in force were made; each address belongs only to its holder.
+
+        Read-only for callers.
+        """
         return self._in_force.world
 
     # --- changes ----------------------------------------------------------------------------------------------------
@@ -71,7 +77,7 @@ class ClusterObjects:
     def take(self, update: SourceUpdate) -> None:
         """Translate the changed objects of an update, and log new problems.
 
-        Keeps no reference to the update, which is large.
+        No reference to the update is kept, because it is large.
         """
         self.note_problems(update.problems)
         for event in update.events:
@@ -81,15 +87,28 @@ class ClusterObjects:
                 self.derivation.remove(*event.key)
 
     def note_problems(self, problems: tuple[Problem, ...]) -> None:
-        """Replace the source's problems by the present ones, and log the new ones."""
-        known = set(self._source_problems)
-        for problem in problems:
-            if problem not in known:
-                log.log(logging.ERROR if problem.severity == "error" else logging.WARNING, "%s", problem)
+        """Replace the source's problems by the present ones; log each once when it begins, and once when it ends.
+
+        A problem whose message alone changes is the same problem.  At most MOST_LINES lines tell of each.
+        """
+        before, now = set(map(_problem_key, self._source_problems)), set(map(_problem_key, problems))
+        begun = [one for one in problems if _problem_key(one) not in before]
+        over = [one for one in self._source_problems if _problem_key(one) not in now]
+        for problem in begun[:MOST_LINES]:
+            level = logging.ERROR if problem.severity == "error" else logging.WARNING
+            log.log(level, "%s", problem, extra={"fields": {"problem": problem.slug}})
+        for problem in over[:MOST_LINES]:
+            log.info("over: %s", problem, extra={"fields": {"problem": problem.slug}})
+        for what, found in (("began", begun), ("are over", over)):
+            if found[MOST_LINES:]:
+                log.warning(
+                    "%d more problems %s at the same time; `netpolctl status` names those that are left",
+                    len(found) - MOST_LINES, what,
+                )  # fmt: skip
         self._source_problems = problems
 
     def take_changes(self, older: Collection[EndpointKey], is_idle: Callable[[EndpointKey], bool]) -> Changes:
-        """The changes since the last call, with each contested address given to its holder only.
+        """The changes since the last call. A contested address belongs only to its holder.
 
         ``older``, ``is_idle``: see `AddressClaims.apply_changes`.
         """
@@ -118,7 +137,7 @@ class ClusterObjects:
         return self.derivation.is_changed or self.handovers.is_changed
 
     def _lend_addresses(self, changes: Changes) -> None:
-        """Lend pods the addresses that the CNI plugin handed over; the effects are added to ``changes``."""
+        """Lend pods the addresses that the CNI plugin handed over. Changed endpoints are added to ``changes``."""
         changed = self.handovers.take_changed()
         for key in {*changed, *self.handovers.pods, *self._claims.borrowers}:
             handed = self.handed(key)
@@ -127,12 +146,15 @@ class ClusterObjects:
             if endpoint is not None and (is_news or key in changed):
                 changes.endpoints.setdefault(key, endpoint)
 
-    def accept(self) -> None:
-        """Mark all taken changes as in force."""
-        self._in_force.accept()
+    def accept(self) -> dict[str, ObjectCounts]:
+        """Mark all taken changes as in force. Returns the number of objects by table of the world."""
+        return self._in_force.accept()
 
     def set_tunnels(self, encapsulations: Iterable[tuple[int, int]]) -> None:
-        """Set the tunnels (IP protocol, UDP port) that nodes accept from any sender, besides those of all nodes."""
+        """Set the tunnels, as (IP protocol, UDP port), that this node accepts from any sender.
+
+        Tunnels of all nodes stay.
+        """
         self.derivation.set_tunnels(TUNNELS.union(Tunnel(*one) for one in encapsulations))
 
     # --- questions --------------------------------------------------------------------------------------------------
@@ -142,14 +164,15 @@ class ClusterObjects:
         return endpoint.kind is EndpointKind.WORKLOAD and self.is_ours(endpoint)
 
     def is_ours(self, endpoint: Endpoint) -> bool:
-        """Whether policy must be compiled for an endpoint: a workload of this node, or a host endpoint of it.
+        """Whether policy must be compiled for an endpoint: a workload or host endpoint of this node.
 
-        Without a node name every host endpoint may be of this node; its addresses decide when it gets its interfaces.
+        Without a node name, every endpoint counts. The agent then finds by its addresses whether a host endpoint is of
+        this node.
         """
         return self._settings.node in (None, endpoint.node)
 
     def is_contested(self, key: EndpointKey) -> bool:
-        """Whether another workload claims an address of this one."""
+        """See `AddressClaims.is_contested`."""
         return self._claims.is_contested(key)
 
     def effective_world(self) -> World:
@@ -164,7 +187,10 @@ class ClusterObjects:
         return [nodes[one] for one in (self._settings.node,) if one in nodes]
 
     def owner_of(self, address: IPAddress) -> str | None:
-        """The workload that has an address, otherwise the host endpoint or node; of several the first by name."""
+        """The name of the workload that holds an address, otherwise of a host endpoint or node with this address.
+
+        Of several host endpoints or nodes the first by name counts; a host endpoint comes before a node.
+        """
         holder = self._claims.holder(address)
         if holder is not None:
             return str(holder)
@@ -176,13 +202,13 @@ class ClusterObjects:
         return self._other_owners.get(address)
 
     def handed(self, key: EndpointKey) -> Handover | None:
-        """The handover of a pod's first interface; None if there is none for the pod that now has this name."""
+        """The handover of a pod's first interface; None if there is none for the pod that has this name now."""
         pod = self._resource(key)
         first = (one for one in self.handovers.of(key) if one.is_first)
         return next((one for one in first if isinstance(pod, Pod) and one.is_of(pod.uid)), None)
 
     def missing_for(self, handed: Handover) -> str:
-        """Why the objects do not allow policy to be in force on a handed-over interface yet; "": they do."""
+        """Why policy cannot be in force yet on an interface that was handed over; "" if it can."""
         key = handed.pod
         if not handed.is_first:
             return f"{handed.inside} is a further interface, and policy knows a workload by its first"
@@ -201,15 +227,15 @@ class ClusterObjects:
         return "; ".join(others)
 
     def is_in_force(self, key: EndpointKey) -> bool:
-        """Whether the world in force has a local workload exactly as the objects now describe it."""
+        """Whether the world in force has a local workload exactly as the objects describe it now."""
         return self.world_in_force.endpoints.get(key) == self.local.get(key)
 
     def _resource(self, key: EndpointKey) -> Resource | None:
-        """The resource that an endpoint was translated from."""
+        """The resource from which an endpoint was translated; None if there is none."""
         return self.derivation.get(ResourceKey(key.kind, key.namespace, key.name))
 
     def location(self, key: EndpointKey) -> Location:
-        """File and line, or cluster name, of the resource behind an endpoint."""
+        """The position of an endpoint's resource: file and line, or the name of the cluster."""
         resource = self._resource(key)
         return Location("") if resource is None else resource.meta.location
 
@@ -217,22 +243,26 @@ class ClusterObjects:
 
     @property
     def source_problems(self) -> tuple[Problem, ...]:
-        """The problems of the source's last update."""
+        """The problems that the source reported with its last update."""
         return self._source_problems
 
     def disputes(self) -> Iterable[Problem]:
-        """Addresses that several workloads claim."""
+        """The problems of addresses that several workloads claim."""
         for address, holder, other in self._claims.disputes():
             message = _dispute(address, holder, other)
             severity = "error" if other in self.local else "warning"  # the other workload's node reports the error
             yield Problem(self.location(other), "", message, obj=str(other), severity=severity, slug="address-claimed")
 
     def without_namespace(self) -> Iterable[Problem]:
-        """Local workloads without a Namespace object; rules that select by namespace labels do not match them."""
+        """The problems of local workloads without a Namespace object, which rules on namespace labels cannot match."""
         for key in sorted(self.local):
             if key.namespace and self.derivation.get(ResourceKey("Namespace", "", key.namespace)) is None:
                 message = f"its Namespace {key.namespace} is missing: no rule that selects by labels of the namespace matches it"
                 yield Problem(self.location(key), "", message, obj=str(key), slug="no-namespace")
+
+
+def _problem_key(problem: Problem) -> tuple[object, ...]:
+    return problem.slug, problem.severity, problem.location, problem.obj, problem.path
 
 
 def _dispute(address: IPAddress, holder: EndpointKey, other: EndpointKey) -> str:

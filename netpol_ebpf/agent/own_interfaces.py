@@ -60,9 +60,11 @@ class HostPolicyInputs:
         return cls(hosts, {key: rows[key].number for key in hosts}, vips, nodes)
 
     def without_removed(self, after: HostPolicyInputs) -> HostPolicyInputs:
-        """These inputs without host endpoints that ``after`` lacks: interfaces lose them before their rows are removed.
+        """These inputs without host endpoints that ``after`` lacks.
 
-        Nodes have their old and new addresses, since rows of their workloads are written in between.
+        With them interfaces lose such host endpoints before the rows of the host endpoints are removed. Nodes have
+        their old and their new addresses, because rows of their workloads are written in between. Services are those of
+        ``after``.
         """
         staying = {key: after.hosts[key] for key in self.hosts if key in after.hosts}
         return HostPolicyInputs(staying, self.numbers, after.vips, {**self.nodes, **after.nodes})

@@ -17,7 +17,7 @@ from netpol_ebpf.analysis.explanation import explain, parse_engine, parse_reques
 from netpol_ebpf.cases.engines import open_engine
 from netpol_ebpf.cases.runner import Cast
 from netpol_ebpf.errors import InvalidInputError
-from netpol_ebpf.policy.journey import FlowEnd, FlowEndKind, Journey, Topology
+from netpol_ebpf.policy.journey import Flow, FlowEnd, FlowEndKind, Journey, Topology
 from netpol_ebpf.policy.types import (
     ICMP,
     ICMPV6,
@@ -70,6 +70,7 @@ class NodeTopology(Topology):
         self._agent = agent
         self._takes = agent.interfaces.wiring.tunnels | agent.settings.tunnels
         self._own = frozenset(agent.interfaces.wiring.addresses)
+        self._bound: frozenset[tuple[int, IPAddress, int]] | None = None  # read if an answer depends on it
 
     def locate(self, address: IPAddress) -> FlowEnd:
         """See `Topology`."""
@@ -77,6 +78,19 @@ class NodeTopology(Topology):
         if place.kind is FlowEndKind.OUTSIDE and address in self._own and self._agent.settings.node is not None:
             return FlowEnd(FlowEndKind.HOST, node=self._agent.settings.node)
         return place
+
+    def is_bound(self, flow: Flow) -> bool:
+        """See `Topology`. A sender on another node meets that node's translation, which is not known here.
+
+        Raises PlatformError if the kernel does not list the node's sockets.
+        """
+        packet = flow.packet
+        source = flow.source or self.locate(packet.source)
+        if packet.destination not in self._own or source.node not in (None, self._agent.settings.node):
+            return False
+        if self._bound is None:
+            self._bound = self._agent.interfaces.bound_sockets()
+        return (packet.protocol, packet.destination, packet.destination_port) in self._bound
 
     def is_tunnelled(self, packet: Packet) -> bool:
         """See `Topology`."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes that were rejected because they did not fit: their number, the map without room, and the next attempt.
+"""Changes that were rejected because they did not fit: their number, the full map, and the time of the next attempt.
 
-Invariant: counters only grow, and every count has its line in the log.
+Invariant: counters only grow, and for every count there is a line in the log.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from netpol_ebpf.policy.types import Changes
 log = logging.getLogger(__name__)
 
 NAMED = 3
-"""Largest number of objects named in a message; arbitrary."""
+"""Largest number of objects that a message names. The number is arbitrary."""
 RETRY_S = 5.0
 LONGEST_RETRY_S = 300.0
-"""Longest interval in seconds between attempts of a change for which the kernel had no memory; it doubles with each
-attempt; arbitrary.
-"""
+"""Longest interval in seconds between two attempts of a change for which the kernel had no memory. The interval doubles
+with each attempt; the number is arbitrary."""
 
 MAPS_BY_LIMIT = {
     "peer_classes": "np_peer_class",
@@ -33,16 +32,17 @@ MAPS_BY_LIMIT = {
     "verdicts": "np_verdict",
     "rules": "np_rule, np_rule_count",
 }
-"""By limit of the compiler, the maps whose sizes determine it."""
+"""The maps whose sizes determine a limit of the compiler, by the limit's name."""
 
 
 @dataclass(slots=True)
 class RejectedChanges:
-    """Changes that did not fit into a map or a limit.
+    """Changes that did not fit into a map or exceeded a limit.
 
-    ``objects``: the changed objects that are not in force yet, with file and line; ``count``: number of rejections;
-    ``by_map``: the same for each map; ``full``: the map (or limit) without room now.  ``retry_at_s``: time of the next
-    attempt; None: at the next change.
+    ``objects``: the changed objects that are not in force yet, by name, each with its file and line. ``count``: the
+    number of rejections. ``by_map``: the number of rejections for each map or limit. ``full``: the map without room, or
+    the limit, of the last rejection; "" if nothing is rejected now. ``retry_at_s``: the time of the next attempt; None:
+    with the next change.
     """
 
     objects: dict[str, Location] = field(default_factory=dict)
@@ -54,7 +54,10 @@ class RejectedChanges:
     _gap_s: float = RETRY_S
 
     def expect(self, changes: Changes, locate: Callable[[object], Location]) -> None:
-        """Add the objects of changes to those that are not in force yet."""
+        """Add the objects of ``changes`` to those that are not in force yet.
+
+        ``locate``: returns an object's file and line.
+        """
         tables: dict[str, Mapping[Any, Any]] = {
             "Tier": changes.tiers, "": changes.policies, "Profile": changes.profiles, " ": changes.endpoints,
             "NetworkSet": changes.network_sets, "Node": changes.nodes, "Service": changes.services,
@@ -66,13 +69,17 @@ class RejectedChanges:
                 self.objects[f"{kind}/{name}" if kind.strip() else name] = place
 
     def accept(self) -> None:
-        """Mark everything as in force."""
+        """Mark everything as in force, and log the end of a rejection."""
+        if self.problem is not None:
+            log.info(
+                "over: what %s had no room for is in force", self.full, extra={"fields": {"problem": self.problem.slug}}
+            )
         self.objects.clear()
         self.full = ""
         self.problem, self.retry_at_s, self._gap_s = None, None, RETRY_S
 
     def reject(self, error: LimitError | MapFullError, now_s: float) -> None:
-        """Count and log a rejection: none of the change is in force, the previous policy stays in force."""
+        """Count and log a rejection. Nothing of the change is in force; the previous policy stays in force."""
         self.count += 1
         full = error.map_name if isinstance(error, MapFullError) else MAPS_BY_LIMIT.get(error.limit, error.limit)
         self.full = full

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The agent's state as plain values: the data of `netpolctl status` and `netpolctl get`.
 
-Invariant: only facts that the agent holds or reads from the maps in force; nothing is computed for the reader.  Field
-names are stable: scripts read them.
+Invariant: every value is a fact that the agent knows or reads from the maps in force. Field names never change between
+versions, because scripts read them.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ from typing import Any
 from netpol_ebpf import __version__
 from netpol_ebpf.agent.assignments import Evidence
 from netpol_ebpf.agent.core import Agent
+from netpol_ebpf.agent.metrics import families
 from netpol_ebpf.agent.timeouts import STATES, read_timeouts
 from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.apply.events import FlowEvent
 from netpol_ebpf.errors import Problem
 from netpol_ebpf.policy.provenance import trace
-from netpol_ebpf.policy.types import EndpointKey
+from netpol_ebpf.policy.types import Cause, CauseKind, EndpointKey
 from netpol_loader import abi
 
 WAITING = 100
 """Objects shown of a rejected change; arbitrary."""
+CAUSES = 3
+"""Most causes that a failed readiness check names; arbitrary."""
 CONNECTIONS = 10_000
-"""Connections shown; arbitrary: some megabytes of answer."""
+"""Most connections that are reported. The number is arbitrary: they make an answer of some megabytes."""
 CONNECTION_TABLES = (
     *((name, "established") for name in abi.UNREPLIED_VIEWS),
     *((name, "unreplied") for name in abi.UNREPLIED_VIEWS.values()),
@@ -44,8 +47,8 @@ def status(
 ) -> dict[str, Any]:
     """The agent's whole state, for `netpolctl status`.
 
-    ``place``: facts about the agent's process, and the directories of its options, by name; ``others``: further
-    problems. ``listed_again``: see `KernelNode`.
+    ``place``: facts about the agent's process and directories, by field name, which are added to the result.
+    ``others``: further problems. ``listed_again``: see `KernelNetwork.listed_again`.
     """
     world = agent.objects.world
     endpoints = local_endpoints(agent)
@@ -91,7 +94,10 @@ def status(
 
 
 def waiting(agent: Agent, place: Mapping[str, Any], others: Iterable[Problem] = ()) -> dict[str, Any]:
-    """The state of an agent that has put nothing in force yet. ``waiting``: the reason. Arguments as for `status`."""
+    """The state of an agent that has put no policy in force yet. The field ``waiting`` says why.
+
+    The arguments are those of `status`.
+    """
     return {
         "version": __version__,
         "node": agent.settings.node,
@@ -104,12 +110,12 @@ def waiting(agent: Agent, place: Mapping[str, Any], others: Iterable[Problem] = 
 
 
 def sources(agent: Agent) -> list[dict[str, Any]]:
-    """See `Source.report`."""
+    """The state of each source; see `Source.report`."""
     return [dict(one) for one in agent.source.report()]
 
 
 def flow(agent: Agent, event: FlowEvent) -> dict[str, Any]:
-    """A flow event, with the endpoints at both ends, and the file and line of the rule that decided."""
+    """A flow event as plain values, with the owners of both addresses, and file and line of the rule that decided."""
     plain = event.as_dict()
     if event.packet is not None:
         plain["source_name"] = agent.objects.owner_of(event.packet.source)
@@ -120,7 +126,7 @@ def flow(agent: Agent, event: FlowEvent) -> dict[str, Any]:
 
 
 def problem(one: Problem) -> dict[str, Any]:
-    """A problem, with its file and line."""
+    """A problem as plain values, with its file and line."""
     return {
         "severity": one.severity,
         "slug": one.slug,
@@ -133,7 +139,7 @@ def problem(one: Problem) -> dict[str, Any]:
 
 
 def local_endpoints(agent: Agent) -> list[dict[str, Any]]:
-    """Local workloads and their interfaces. ``state``: enforced, or waiting for an interface."""
+    """The local workloads and their interfaces. ``state``: "enforced", or "waiting" for an interface."""
     found = []
     closed = agent.closed.keys
     for endpoint in sorted(
@@ -158,7 +164,10 @@ def local_endpoints(agent: Agent) -> list[dict[str, Any]]:
 
 
 def evidence(agent: Agent, key: EndpointKey) -> str | None:
-    """The evidence for a workload's interface; "address (weak)" if the workload could have influenced the evidence."""
+    """The name of the evidence for a workload's interface; None without an interface.
+
+    "address (weak)" is evidence that the workload itself could have made.
+    """
     found = agent.interfaces.evidence.get(key)
     if found is None:
         return None
@@ -166,9 +175,10 @@ def evidence(agent: Agent, key: EndpointKey) -> str | None:
 
 
 def interfaces(agent: Agent) -> list[dict[str, Any]]:
-    """Interfaces with programs.
+    """The interfaces with the programs.
 
-    ``state``: enforced; own (the node's); or closed (a workload's, of an unknown workload).
+    ``state``: "enforced" with a workload's row, "own" for the node's own interfaces, or "closed" for a workload's
+    interface whose workload is not known.
     """
     closed = agent.closed.keys
     bindings = agent.enforcement.applier.bindings.items()
@@ -183,15 +193,15 @@ def interfaces(agent: Agent) -> list[dict[str, Any]]:
 
 
 def name_of(agent: Agent, ifindex: int) -> str | None:
-    """An interface's name, None when it is gone."""
+    """The name of an interface; None if the interface no longer exists."""
     link = agent.interfaces.wiring.links.get(ifindex)
     return None if link is None else link.name
 
 
 def rules(agent: Agent, maps: Mapping[str, KernelMap]) -> list[dict[str, Any]]:
-    """Rules in force, with the packets and bytes that they decided since the counters were made.
+    """The rules in force, with the packets and bytes that they decided since their counters were made.
 
-    ``staged_packets``: packets judged by policy that the rule would decide if staged policies were enforced.
+    ``staged_packets``: the packets that the rule would decide if staged policies were enforced.
     """
     counted, staged = maps["np_rule_count"], maps["np_staged_count"]
     found = []
@@ -204,8 +214,83 @@ def rules(agent: Agent, maps: Mapping[str, KernelMap]) -> list[dict[str, Any]]:
     return found
 
 
+def readiness(agent: Agent) -> dict[str, str]:
+    """The readiness checks of the agent: name, and the reason of failure, "" for a check that passes.
+
+    ``synced``: the agent has all objects of all sources.  ``programmed``: they are in force.  ``fresh``: no source is
+    behind.  An object that its writer has to correct fails no check: a tenant could then make every node unready.
+    """
+    reports = agent.source.report()
+    missing = [f"{one['source']}: {', '.join(one['waiting_for'][:CAUSES])}" for one in reports if not one["synced"]]
+    behind = [f"{one['source']}: {part}" for one in reports for part in one["behind"]]
+    return {
+        "synced": f"waiting for all objects of {'; '.join(missing)}" if missing else "",
+        "programmed": _not_programmed(agent),
+        "fresh": "; ".join(behind[:CAUSES]) + ("; ..." if behind[CAUSES:] else ""),
+    }
+
+
+def _not_programmed(agent: Agent) -> str:
+    if not agent.is_started:
+        return "what an earlier agent put in force stays" if agent.keeps_enforcement else "nothing is in force yet"
+    if not agent.is_in_force:
+        return "the workloads of this node are closed until the sources have synced"
+    if agent.rejected.problem is not None:
+        return agent.rejected.problem.message
+    failed = list(agent.attachments.problems)
+    return "; ".join(one.message for one in failed[:CAUSES])
+
+
+def rule_labels(cause: Cause) -> dict[str, str]:
+    """The labels of a rule in metrics; different causes have different labels.
+
+    ``rule``: the index; or end-of-tier, no-match, or failsafe or tunnel with the index; or missing, for the absence of
+    a profile.  ``kind``: of the policy; Profile for a profile, which ``policy`` then names.
+    """
+    key, index = cause.policy, str(cause.index)
+    rules = {
+        CauseKind.RULE: index,
+        CauseKind.TIER_END: "end-of-tier",
+        CauseKind.PROFILE: index if cause.index >= 0 else "missing",
+        CauseKind.NO_MATCH: "no-match",
+        CauseKind.FAILSAFE: f"failsafe-{index}",
+        CauseKind.TUNNEL: f"tunnel-{index}",
+    }
+    return {
+        "tier": cause.tier,
+        "kind": "" if key is None else key.kind,
+        "namespace": "" if key is None else key.namespace,
+        "policy": "" if key is None else key.name,
+        **({"kind": "Profile", "policy": cause.profile} if cause.kind is CauseKind.PROFILE else {}),
+        "direction": cause.direction.value,
+        "rule": rules[cause.kind],
+        "action": cause.action.value,
+    }
+
+
+def metrics(agent: Agent, maps: Mapping[str, KernelMap], state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The agent's metrics, see `netpol_ebpf.agent.metrics`. ``state``: the answer of `status` or `waiting`."""
+    whole = {**state, "readiness": readiness(agent)}
+    if not agent.is_started:
+        return [one.as_dict() for one in families(whole)]
+    whole |= {"change_seconds": agent.enforcement.record.histogram(), "connections": connection_counts(maps)}
+    counted = (
+        {**one, "labels": rule_labels(cause)}
+        for one, (_, cause) in zip(rules(agent, maps), sorted(agent.enforcement.tables.rules.items()), strict=True)
+    )
+    return [one.as_dict() for one in families(whole, counted)]
+
+
+def connection_counts(maps: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Live connections by table; see `ConnectionMap`: ``established``, ``unreplied``, and ``size``, the number of slots."""
+    return {
+        name: {"established": maps[name].count_live(), "unreplied": maps[view].count_live(), "size": maps[name].slots}
+        for name, view in abi.UNREPLIED_VIEWS.items()
+    }
+
+
 def identities(agent: Agent) -> list[dict[str, Any]]:
-    """Identities and the addresses and prefixes that have them."""
+    """The identities in force, with the addresses and prefixes that have each identity."""
     members: dict[int, list[str]] = {}
     for address, row in agent.enforcement.tables.addresses.items():
         members.setdefault(row.identity, []).append(str(address))
@@ -218,10 +303,11 @@ def identities(agent: Agent) -> list[dict[str, Any]]:
 
 
 def connections(agent: Agent, maps: Mapping[str, KernelMap]) -> dict[str, Any]:
-    """Rows of the connection tables, at most `CONNECTIONS`.
+    """The rows of the connection tables, at most `CONNECTIONS`.
 
-    Expired rows are included until another connection needs their slot. ``more``: how many are left out.  ``form``:
-    established, or unreplied while no reply was seen.  ``rule`` None: exempt, or judged elsewhere.
+    A row whose time-out has passed is included until another connection takes its slot. ``more``: how many rows are
+    left out. ``form``: "established", or "unreplied" if no reply was seen so far. ``rule`` is None if the connection is
+    exempt or was judged elsewhere.
     """
     endpoints = {row.number: str(key) for key, row in agent.enforcement.tables.endpoints.items()}
     states = {number: state for state, number in STATES.items()}
@@ -263,7 +349,7 @@ def connections(agent: Agent, maps: Mapping[str, KernelMap]) -> dict[str, Any]:
 
 
 def reason_counts(counted: KernelMap) -> dict[str, int]:
-    """Packets by reason, without reasons that never occurred."""
+    """The number of packets for each reason, without reasons that never occurred."""
     found = {}
     for number, reason in abi.REASONS.items():
         packets, _ = _sum(counted.get(struct.pack("=I", number)))
@@ -273,6 +359,6 @@ def reason_counts(counted: KernelMap) -> dict[str, int]:
 
 
 def _sum(cells: bytes | None) -> tuple[int, int]:
-    """Packets and bytes over all CPUs."""
+    """The sums of packets and bytes over all CPUs."""
     pairs = list(_COUNT.iter_unpack(cells or b""))
     return sum(packets for packets, _ in pairs), sum(size for _, size in pairs)

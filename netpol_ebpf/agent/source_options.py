@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options for the origin of the agent's objects: a directory of manifests, the API of a cluster, or both.
 
-Invariant: a fault in the options, in a kubeconfig or in the installation is reported before anything is changed.
+Invariant: errors in the options, in a kubeconfig or in the installation are reported before anything is changed.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from netpol_ebpf.sources.source import Source
 
 COPIES_NAME = "manifests"
 DEFAULT_MANIFESTS = Path("/etc/netpol-ebpf/manifests")
-"""Default directory of manifests, where no cluster is watched."""
+"""Default directory of manifests. It is used only if no cluster is watched."""
 NODE_VARIABLE = "NODE_NAME"
-"""Environment variable with the name of this node: a pod has it from the downward API, the service from its unit."""
+"""Environment variable with the name of this node. The downward API sets it in a pod, the unit file in a service."""
 DEFAULT_SAVED_STATE = Path("/var/lib/netpol-ebpf/cluster")
-"""Default file of the saved state. On a disk, unlike other state: for the start of a node without an API server."""
+"""Default file of the saved state. Unlike other state it is on a disk, so that a node can start without an API
+server."""
 
 OpenSource = Callable[[bool], Source]
-"""Makes the source. Argument: whether nothing is in force on this node, so that the saved state may be used."""
+"""Makes the source. The argument says whether nothing is in force on this node; only then the saved state may be
+used."""
 
 log = logging.getLogger("netpol-agent")
 
@@ -61,9 +63,9 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
 
 
 def node_name(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> str | None:
-    """The name of this node: from ``--node``, else from `NODE_VARIABLE`; None: not given, and not needed.
+    """The name of this node: from ``--node``, otherwise from `NODE_VARIABLE`; None if neither gives it.
 
-    Raises UsageError if it is needed: an API server lists the pods of all nodes.
+    Raises UsageError if neither gives it and a cluster is watched, because an API server lists the pods of all nodes.
     """
     if arguments.node:
         return str(arguments.node)
@@ -80,7 +82,10 @@ def watches_cluster(arguments: argparse.Namespace) -> bool:
 
 
 def manifests_dir(arguments: argparse.Namespace) -> Path | None:
-    """The directory of manifests: from ``--manifests``, else the default one; None if a cluster alone is watched."""
+    """The directory of manifests: from ``--manifests``, otherwise the default directory, if it exists.
+
+    None if only a cluster is watched, or if there is no directory.
+    """
     if arguments.manifests is None and not watches_cluster(arguments) and DEFAULT_MANIFESTS.exists():
         return DEFAULT_MANIFESTS
     given: Path | None = arguments.manifests
@@ -88,9 +93,10 @@ def manifests_dir(arguments: argparse.Namespace) -> Path | None:
 
 
 def plan_source(arguments: argparse.Namespace, state_dir: Path) -> OpenSource:
-    """Check the options; returns a function that makes the source. If both origins have an object, the API's counts.
+    """Check the options; returns a function that makes the source.
 
-    Raises UsageError, InvalidInputError, and PlatformError if a package is missing.
+    If both a cluster and the manifests have an object, the cluster's is used. Raises UsageError, InvalidInputError, and
+    PlatformError if a Python package is missing.
     """
     plans: list[OpenSource] = []
     if watches_cluster(arguments):
@@ -141,7 +147,10 @@ def _plan_cluster(arguments: argparse.Namespace) -> OpenSource:
 
 
 def _open_watch() -> DirectoryWatch | None:
-    """A watch for the manifests; None if the user has too many: then the directory is only scanned at intervals."""
+    """A watch for the manifests; None if inotify has no watch left for this user.
+
+    Without a watch the directory is scanned at intervals.
+    """
     try:
         return DirectoryWatch()
     except OSError as error:

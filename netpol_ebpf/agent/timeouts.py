@@ -52,7 +52,7 @@ def parse_timeouts(texts: Sequence[str]) -> dict[str, int]:
 
 
 def set_timeouts(config: abi.np_config, asked_s: Mapping[str, int]) -> None:
-    """Write all time-outs into a configuration: the given ones, and the defaults of the others."""
+    """Write the time-outs of all states into ``config``. A state that ``asked_s`` lacks gets its default."""
     for state, number in STATES.items():
         config.timeout_jiffies[number] = int(asked_s.get(state, TIMEOUTS_S[number]) * config.jiffies_per_second)
 

@@ -85,7 +85,10 @@ class Wiring:
         return frozenset(one for link in self.links.values() for one in link.takes)
 
     def link_of(self, ifindex: int) -> int:
-        """The interface that has the addresses of an interface's link: its bridge, or itself."""
+        """The index of the interface that has the node's addresses on a link.
+
+        That is the bridge if the interface is a port of one, otherwise the interface itself.
+        """
         link = self.links.get(ifindex)
         master = self.links.get(link.master) if link is not None else None
         return master.ifindex if master is not None and master.kind == BRIDGE_KIND else ifindex

@@ -18,7 +18,8 @@ from netpol_ebpf.cases.runner import Cast
 from netpol_ebpf.errors import Location, UsageError
 from netpol_ebpf.policy.journey import Finding, HopReason, Journey, walk
 from netpol_ebpf.policy.provenance import trace
-from netpol_ebpf.policy.types import PORT_PROTOCOLS, Cause, Direction, IPAddress, Outcome, Question, World
+from netpol_ebpf.policy.services import Translation
+from netpol_ebpf.policy.types import PORT_PROTOCOLS, Cause, Direction, IPAddress, Outcome, Packet, Question, World
 
 ENGINES = ("model", "tables")
 """The names of the engines that `explain` can use: the reference model, and the compiled tables."""
@@ -52,7 +53,8 @@ def describe(cast: Cast, world: World, journey: Journey, engine: Engine) -> dict
     finding = walk(journey, engine.decide)
     flow, packet = journey.flow, journey.flow.packet
     decided = finding.cause
-    service = cast.service_of(replace(flow, dnat_to=None, destination=None))
+    written = replace(flow, dnat_to=None, destination=None)
+    service, bound = cast.service_of(written), cast.bound_service(written)
     return {
         "source": str(packet.source),
         "destination": str(packet.destination),
@@ -63,7 +65,7 @@ def describe(cast: Cast, world: World, journey: Journey, engine: Engine) -> dict
         "allowed": finding.allowed,
         "staged_allowed": finding.staged_allowed,
         "decided_by": trace(world, decided).as_dict() if isinstance(decided, Cause) else _reason_step(decided),
-        "note": _note(journey, finding, engine),
+        "note": _note(journey, finding, engine) if bound is None else _bound_note(packet, bound),
         "steps": list(_steps(world, journey, finding)),
     }
 
@@ -116,6 +118,13 @@ def _note(journey: Journey, finding: Finding, engine: Engine) -> str | None:
     return (
         f"policy allows {written.destination} port {written.destination_port}, the service's own address; "
         f"what is judged is the backend, {address} port {port}"
+    )
+
+
+def _bound_note(packet: Packet, service: Translation) -> str:
+    return (
+        f"a process of this node has bound {packet.destination} port {packet.destination_port}, an address of "
+        f"{', '.join(service.owners)}: what is judged is that address, and no backend"
     )
 
 

@@ -322,8 +322,18 @@ class Cast:
     def service_of(self, flow: Flow) -> Translation | None:
         """The service that translates a flow's destination, None if no service has this destination.
 
-        The result is also None if the flow already states its backend in ``dnat_to``.
+        The result is also None if the flow already states its backend in ``dnat_to``, or if a process of the node has bound
+        the destination.
         """
+        found = self._service_at(flow)
+        return None if found is None or self._topology.is_bound(flow) else found
+
+    def bound_service(self, flow: Flow) -> Translation | None:
+        """The service with a flow's destination, if a process of the node has bound that address and port; else None."""
+        found = self._service_at(flow)
+        return found if found is not None and self._topology.is_bound(flow) else None
+
+    def _service_at(self, flow: Flow) -> Translation | None:
         place = flow.destination or self._topology.locate(flow.packet.destination)
         if flow.dnat_to is not None or place.kind is FlowEndKind.WORKLOAD:
             return None

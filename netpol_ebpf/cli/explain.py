@@ -38,6 +38,11 @@ FROM_FILES = (
     "what is in force"
 )
 
+TRANSLATED = (
+    "note: this answer assumes that the node translates the service's address, and that no process of the node has bound it; the "
+    "agent of the node knows which addresses are bound"
+)
+
 
 def register(subparsers: Any) -> None:
     """Add the command to the parser of `netpolctl`."""
@@ -92,6 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
         paths = [one or manifests_dir(arguments.config) for one in arguments.manifests]
         ways = _by_files(paths, probe, arguments.engine)
         say(FROM_FILES, file=sys.stderr)
+        if any(one["backend"] is not None for one in ways):
+            say(TRANSLATED, file=sys.stderr)
     else:
         request = {**as_request(probe), "engine": arguments.engine}
         (answer,) = ask_agent(arguments, "explain", timeout_s=WORK_S + SEND_S, **request)

@@ -69,6 +69,12 @@ def _source(source: dict[str, Any]) -> str:
         parts.append(f"CUT OFF, later changes than of {source['stale_since'] or 'the start'} may be missing")
     elif source.get("confirmed"):
         parts.append(f"confirmed at {source['confirmed']}")
+    if source.get("went_back_at"):
+        parts.append(f"WENT BACK to an older state at {source['went_back_at']}, all kinds were listed again")
+    if source.get("gaps"):
+        parts.append(
+            f"events lost and listed again: {', '.join(f'{kind} {n} times' for kind, n in source['gaps'].items())}"
+        )
     return f"{source['type']} {source['source']}: {'; '.join(parts)}"
 
 

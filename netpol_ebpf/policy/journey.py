@@ -310,6 +310,10 @@ class Topology:
         """The owner of an address: a workload, else a host (by its Node or a host endpoint), else `OUTSIDE`."""
         return self._workloads.get(address) or self._hosts.get(address) or OUTSIDE
 
+    def is_bound(self, flow: Flow) -> bool:  # noqa: ARG002 - a world has no sockets
+        """Whether a process of the sender's node has bound the destination, so that the node does not translate it."""
+        return False
+
     def plan(self, flow: Flow) -> Journey:
         """The hops at which the packets of a flow are judged, in the order in which the packets pass them."""
         return Journey(flow, tuple(_Planner(self, flow).hops()))

@@ -59,7 +59,7 @@ class ServiceAddresses:
                 sliced.add((one.meta.namespace, one.service))
         for service in services:
             name = service.meta.namespace, service.meta.name
-            stand_ins = () if name in sliced else _slices_of(service, pods[name[0]])
+            stand_ins = () if name in sliced else tuple(_slices_of(service, pods[name[0]]))
             for vip in endpoints.vips(service, stand_ins):
                 self._owners[vip.key].append("/".join(("Service", *name)))
                 self._selected[vip.key] |= vip.backends

@@ -42,7 +42,7 @@ from netpol_ebpf.resources.manifest_files import MOST_BYTES, DirectoryId, find_m
 from netpol_ebpf.resources.types import Resource
 from netpol_ebpf.sources.copies import LastGoodCopies
 from netpol_ebpf.sources.directory_watch import DirectoryWatch
-from netpol_ebpf.sources.reading import Reading, ReadResult, ReadTask, can_read_in_place, read, unreadable
+from netpol_ebpf.sources.reading import UNREADABLE, Reading, ReadResult, ReadTask, can_read_in_place, read, unreadable
 from netpol_ebpf.sources.source import KEEPS_NOTHING, ObjectEvent, Remove, SourceUpdate, Upsert
 
 log = logging.getLogger(__name__)
@@ -318,7 +318,13 @@ class ManifestDirectory:
         """See `Source`."""
         waiting_for = () if self.has_synced else ("its files",)
         return (
-            {"source": self.name, "type": "manifests", "synced": self.has_synced, "waiting_for": list(waiting_for)},
+            {
+                "source": self.name,
+                "type": "manifests",
+                "synced": self.has_synced,
+                "waiting_for": list(waiting_for),
+                "behind": [f"{one.location}: {one.message}" for one in self.problems if one.slug == UNREADABLE],
+            },
         )
 
     def sync(self) -> SourceUpdate:
@@ -382,7 +388,7 @@ class ManifestDirectory:
         except OSError as error:
             message = f"cannot be read ({error.strerror}); the agent applies no change of the manifests until it can"
             place = Location(str(error.filename or self.root))
-            self._directory_problems = (Problem(place, "", message, slug="unreadable"),)
+            self._directory_problems = (Problem(place, "", message, slug=UNREADABLE),)
             self._seen = None
             return self._batch(()) if self.problems != self._reported or not self._started else None
         self._directory_problems = ()
@@ -521,7 +527,7 @@ class ManifestDirectory:
             message = (
                 f"cannot start a process to read the manifests ({error.strerror}); their last good state stays in force"
             )
-            self._process_problems = (Problem(Location(str(self.root)), "", message, slug="unreadable"),)
+            self._process_problems = (Problem(Location(str(self.root)), "", message, slug=UNREADABLE),)
             return self._batch(())
         self._pending = None
         try:
@@ -577,7 +583,7 @@ class ManifestDirectory:
             entry.resources, entry.version, entry.skipped = outcome.resources, outcome.version, outcome.skipped
         if outcome.state == "good":
             self._uncopied[outcome.name] = outcome.text
-        if outcome.state == "unreadable":
+        if outcome.state == UNREADABLE:
             entry.signature = UNREAD  # the next scan tries again in any case
         if outcome.state == "kept":
             entry.read_at_s = self.clock()  # a failure alone is no reason to read again soon
@@ -735,7 +741,7 @@ def _signature(status: os.stat_result) -> Signature:
 
 def _hidden(path: Path, reason: str) -> Problem:
     message = f"cannot be read ({reason}); the last good state of everything at and below it stays in force"
-    return Problem(Location(str(path)), "", message, slug="unreadable")
+    return Problem(Location(str(path)), "", message, slug=UNREADABLE)
 
 
 def _without_manifests(root: Path) -> Problem:

@@ -47,6 +47,9 @@ MOST_PROBLEMS = 100
 TAKEN_TOGETHER = 250
 """Objects processed between two pauses; arbitrary, a few milliseconds."""
 
+UNREADABLE = "unreadable"
+"""Slug of a problem, and state of a read: the file or directory cannot be read, so its objects stay as they were."""
+
 _DOCUMENT_MARK = re.compile(r"^---(?:\s|$)", re.MULTILINE)
 _ALIAS = re.compile(rb"[&*]\w")
 """Finds YAML aliases: a small text with aliases may expand to large values."""
@@ -122,7 +125,7 @@ def read(task: ReadTask, copies: LastGoodCopies | None) -> ReadResult:
     except FileNotFoundError:
         return ReadResult(task.name, "gone")
     except OSError as error:
-        outcome = ReadResult(task.name, "unreadable", problems=(unreadable(task.place, error.strerror),))
+        outcome = ReadResult(task.name, UNREADABLE, problems=(unreadable(task.place, error.strerror),))
         return _with_last_good(outcome, task, copies)
     digest = hashlib.sha256(raw).digest()
     if digest == task.digest:
@@ -324,7 +327,7 @@ def _reason(code: int) -> tuple[str, bool]:
 def unreadable(place: Path, reason: str | None) -> Problem:
     """The problem of a file that cannot be read, with its consequence."""
     message = f"cannot be read ({reason}); its last good state stays in force"
-    return Problem(Location(str(place)), "", message, slug="unreadable")
+    return Problem(Location(str(place)), "", message, slug=UNREADABLE)
 
 
 def _parse(raw: bytes, path: Path) -> LoadResult:

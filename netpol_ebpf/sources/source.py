@@ -97,8 +97,9 @@ class Source(Protocol):
     def report(self) -> tuple[Mapping[str, Any], ...]:
         """The data that ``status`` shows for this source, or for each source in it: values that JSON can hold.
 
-        ``source``: its name; ``type``; ``synced``; ``waiting_for``: missing parts until it has synced.  Takes no lock:
-        a forked child of the agent calls it, in which no other thread runs that could release one.
+        ``source``: its name; ``type``; ``synced``; ``waiting_for``: missing parts until it has synced; ``behind``: parts
+        whose changes do not arrive now, each with the reason.  Takes no lock: a forked child of the agent calls it, in
+        which no other thread runs that could release one.
         """
 
     def fileno(self) -> int | None:

@@ -175,6 +175,7 @@ class Server:
             headers.append(("Impersonate-User", user))
             headers += [("Impersonate-Group", group) for group in ("system:authenticated", *groups)]
         target = path + (f"?{urllib.parse.urlencode(query)}" if query else "")
+        is_old = self._connection is not None
         if self._connection is None:
             context = ssl.create_default_context(cafile=str(self._authority))
             self._connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=60, context=context)
@@ -187,9 +188,13 @@ class Server:
             self._connection.endheaders(data)
             response = self._connection.getresponse()
             text = response.read()
-        except (OSError, http.client.HTTPException):
+        except (OSError, http.client.HTTPException) as error:
             self._connection.close()
             self._connection = None
+            if is_old and isinstance(error, http.client.RemoteDisconnected):  # closed by the server while it was idle
+                return self.request(
+                    method, path, body, user=user, groups=groups, content_type=content_type, accept=accept, **query
+                )
             raise
         kind = response.headers.get_content_type()
         warnings = tuple(response.headers.get_all("Warning", ()))

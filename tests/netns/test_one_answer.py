@@ -281,3 +281,37 @@ def test_settings_of_the_agent_count(lab: Lab, scene: Scene) -> None:
             assert "workload_to_host" in way["decided_by"]["sentence"]
     finally:
         scene.options = ()
+
+
+CACHE = {4: "10.96.0.70", 6: "fd00:96::70"}
+BOUND = f"""\
+apiVersion: v1
+kind: Service
+metadata: {{name: cache, namespace: shop}}
+spec:
+  clusterIPs: ["{CACHE[4]}", "{CACHE[6]}"]
+  ports: [{{name: open, port: {OPEN}, targetPort: 5432}}, {{name: shut, port: {SHUT}, targetPort: 5432}}]
+  selector: {{app: db}}
+"""
+
+
+def test_a_service_address_that_a_process_of_the_node_has_bound(lab: Lab, scene: Scene) -> None:
+    """As a node-local DNS cache has it: policy judges the address itself, though every backend may be reached."""
+    for version, address in CACHE.items():
+        lab.run(NODE, ["ip", f"-{version}", "address", "add", address, "dev", "lo"])
+    lab.prober.listen(NODE, map(ip_address, CACHE.values()), [Listen(TCP, OPEN), Listen(TCP, SHUT)])
+    attempts = [Attempt("shop/web", ip_address(one), TCP, port) for one in CACHE.values() for port in (OPEN, SHUT)]
+    scene.write("cache.yaml", BOUND)
+    scene.await_status(lambda state: state["in_force"], "the service is known")
+
+    def answers() -> list[dict[str, Any]] | None:
+        found = [way for attempt in attempts for way in explained(scene, attempt)[1]]
+        return found if all(way["note"] for way in found) else None
+
+    found = wait_for(answers, "the agent sees the sockets")
+    assert [way["allowed"] for way in found] == [True, False] * 2
+    assert all("a process of this node has bound" in way["note"] for way in found)
+    assert scene.reached(*attempts) == [True, False] * 2
+    read = [str(scene.manifests), "--from", "shop/web", "--to", CACHE[4], "--port", str(SHUT)]
+    files = scene.ctl("explain", "--manifests", *read)
+    assert (files.returncode, "assumes that the node translates" in files.stderr) == (0, True)

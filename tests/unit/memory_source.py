@@ -45,7 +45,8 @@ class MemorySource:
 
     def report(self) -> tuple[dict[str, object], ...]:
         waiting_for = [] if self.has_synced else ["objects"]
-        return ({"source": self.name, "type": "memory", "synced": self.has_synced, "waiting_for": waiting_for},)
+        state = {"source": self.name, "type": "memory", "synced": self.has_synced, "waiting_for": waiting_for}
+        return ({**state, "behind": []},)
 
     def sync(self) -> SourceUpdate:
         events: list[ObjectEvent] = []

@@ -352,6 +352,8 @@ def test_status_shows_each_source_and_what_is_not_followed(
         ({"synced": False, "waiting_for": ["pods", "nodes"]}, "waits for pods, nodes"),
         ({"cut_off": True, "stale_since": "2026-01-02T03:04:05Z"}, "CUT OFF, later changes than of 2026-01-02T03:04:05Z may be missing"),
         ({"cut_off": True, "confirmed": None}, "CUT OFF, later changes than of the start may be missing"),
+        ({"went_back_at": "2026-01-01T00:00:00Z"}, "WENT BACK to an older state at 2026-01-01T00:00:00Z"),
+        ({"gaps": {"pods": 2}}, "events lost and listed again: pods 2 times"),
         ({"restored": True, "stale_since": "2025-12-31T00:00:00Z"}, "NOT READ, the state saved at 2025-12-31T00:00:00Z is in force"),
     ],
 )  # fmt: skip
@@ -368,7 +370,7 @@ def test_status_says_since_when_a_cluster_is_stale(
 def test_status_of_an_agent_that_waits_is_exit_1(
     agent: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It has sources and problems and nothing else; metrics are those that hold without enforcement."""
+    """It has sources and problems and nothing else."""
     missing = {**SOURCES[0], "synced": False, "waiting_for": ["nodes"], "cut_off": True}
     agent["status"] = {
         "version": "1", "pid": 7, "node": "n", "manifests": None, "pin_dir": "/p", "upgrade": "", "in_force": False, "waiting": "it waits",
@@ -380,15 +382,6 @@ def test_status_of_an_agent_that_waits_is_exit_1(
     assert "error: is wrong" in shown
     assert run(tmp_path, "status", "-o", "json") == 1
     assert json.loads(capsys.readouterr().out)["waiting"] == "it waits"
-    assert run(tmp_path, "metrics") == 0
-    lines = capsys.readouterr().out.splitlines()
-    for line in (
-        "netpol_in_force 0",
-        'netpol_source_synced{type="kubernetes",source="https://api:6443"} 0',
-        'netpol_source_cut_off{source="https://api:6443"} 1',
-        'netpol_problems{severity="error",kind="not-synced"} 1',
-    ):
-        assert line in lines
 
 
 def test_no_agent_is_exit_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -442,18 +435,14 @@ def test_get_lists(agent: dict[str, Any], tmp_path: Path, capsys: pytest.Capture
 def test_refused_object_is_named_with_its_map(
     tmp_path: Path, agent: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Status and metrics say what does not fit, and in which map."""
+    """Status says what does not fit, and in which map."""
     agent["status"]["refused"] = {"changes": 3, "by_map": {"np_rule": 3}, "map": "np_rule", "waiting": ["Pod/shop/db"]}
     assert run(tmp_path, "status") == 0
     assert "rejected   Pod/shop/db: no room in np_rule" in capsys.readouterr().out
-    assert run(tmp_path, "metrics") == 0
-    shown = capsys.readouterr().out.splitlines()
-    assert 'netpol_refused_object{object="Pod/shop/db",map="np_rule"} 1' in shown
-    assert 'netpol_map_refusals_total{map="np_rule"} 3' in shown
 
 
 def test_the_second_barrier_is_shown(tmp_path: Path, agent: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """Whether it is in force, what it dropped and what it leaves open; metrics have the counters."""
+    """Whether it is in force, what it dropped and what it leaves open."""
     assert run(tmp_path, "status") == 0
     assert "barrier    inet and bridge, 2 interfaces; 3 packets dropped" in capsys.readouterr().out
     agent["status"]["barrier"] = {**STATE["barrier"], "patterns": ["cali*"], "open": ["what a bridge passes on"]}
@@ -466,54 +455,35 @@ def test_the_second_barrier_is_shown(tmp_path: Path, agent: dict[str, Any], caps
         agent["status"]["barrier"] = {**STATE["barrier"], **change}
         assert run(tmp_path, "status") == 0
         assert f"barrier    {text}" in capsys.readouterr().out
+
+
+FAMILIES: list[dict[str, Any]] = [
+    {"name": "netpol_in_force", "kind": "gauge", "meaning": "Whether.", "samples": [{"labels": {}, "value": 1}]},
+    {"name": "netpol_packets_total", "kind": "counter", "meaning": "Packets.", "samples": [{"labels": {"reason": "policy-deny"}, "value": 4}]},
+]  # fmt: skip
+
+
+def test_metrics_are_those_that_the_agent_answers(
+    tmp_path: Path, agent: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Prometheus' text, and as plain values."""
+    pytest.importorskip("prometheus_client", reason="the extra [metrics] is not installed")
+    agent["metrics"] = FAMILIES
     assert run(tmp_path, "metrics") == 0
-    metrics = capsys.readouterr().out.splitlines()
-    assert 'netpol_barrier_installed{mode="off"} 1' in metrics
-    assert 'netpol_barrier_packets_total{reason="unsigned",family="inet"} 3' in metrics
-    assert 'netpol_barrier_unsigned_packets_total{interface="cali1"} 3' in metrics
+    assert 'netpol_packets_total{reason="policy-deny"} 4.0' in capsys.readouterr().out.splitlines()
+    assert run(tmp_path, "metrics", "-o", "json") == 0
+    assert json.loads(capsys.readouterr().out) == FAMILIES
 
 
-METRIC = re.compile(
-    r"# HELP (?P<helped>\w+) \S.*|# TYPE (?P<typed>\w+) (?P<kind>counter|gauge)"
-    r'|(?P<name>\w+)(?:\{\w+="(?:[^"\\\n]|\\["\\n])*"(?:,\w+="(?:[^"\\\n]|\\["\\n])*")*\})? -?\d+(?:\.\d+)?'
-)
-"""A line of Prometheus' text format, as far as it is used here."""
-
-
-def test_metrics_are_prometheus_text(tmp_path: Path, agent: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """Every line is of the format, every metric is announced first, counters end in _total, and strange names are escaped."""
-    strange = 'rule "x" of a\\b\nc'
-    agent["rules"] = [{"number": 4, "rule": strange, "packets": 7, "bytes": 700, "staged_packets": 1}]
-    agent["status"]["packets"] = {"policy-deny": 4, "event-lost": 5}
-    agent["status"]["problems"] = [PROBLEM]
-    assert run(tmp_path, "metrics") == 0
-    text = capsys.readouterr().out
-    announced = ""
-    for line in text.splitlines():
-        matched = METRIC.fullmatch(line)
-        assert matched is not None, line
-        if matched["typed"]:
-            announced = matched["typed"]
-            assert announced.endswith("_total") == (matched["kind"] == "counter"), line
-        elif matched["name"]:
-            assert matched["name"] == announced
-    for line in (
-        'netpol_packets_total{reason="policy-deny"} 4',
-        "netpol_events_lost_total 5",
-        'netpol_rule_packets_total{rule="rule \\"x\\" of a\\\\b\\nc",number="4"} 7',
-        'netpol_rule_staged_packets_total{rule="rule \\"x\\" of a\\\\b\\nc",number="4"} 1',
-        'netpol_map_entries{map="np_rule"} 8',
-        'netpol_map_max_entries{map="np_rule"} 65536',
-        'netpol_drift_repairs_total{kind="pin"} 2',
-        'netpol_drift_repairs_total{kind="row"} 0',
-        'netpol_local_endpoints{state="waiting"} 1',
-        'netpol_problems{severity="error",kind="invalid"} 1',
-        "netpol_refused_changes_total 0",
-        "netpol_listed_again_total 2",
-        "netpol_closed_interfaces 1",
-        "netpol_in_force 1",
-    ):
-        assert line in text.splitlines()
+def test_metrics_as_text_need_the_extra(
+    tmp_path: Path, agent: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the package the text is refused by name; plain values need none."""
+    agent["metrics"] = FAMILIES
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    assert run(tmp_path, "metrics") == 5
+    assert "netpol-ebpf[metrics]" in capsys.readouterr().err
+    assert run(tmp_path, "metrics", "-o", "json") == 0
 
 
 # --- doctor, cleanup ------------------------------------------------------------------------------------------------
@@ -780,15 +750,6 @@ def test_every_command_prints_json_as_the_readme_says() -> None:
     choices = {name: one._option_string_actions["-o"].choices for name, one in commands.items()}
     assert choices.pop("bench") is None
     assert [name for name, known in choices.items() if "json" not in known] == []
-
-
-def test_metrics_as_plain_values(tmp_path: Path, agent: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """The same names and values as in the text."""
-    assert agent
-    assert run(tmp_path, "metrics", "-o", "json") == 0
-    families = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
-    assert families["netpol_packets_total"]["samples"] == [{"labels": {"reason": "policy-deny"}, "value": 4}]
-    assert families["netpol_in_force"]["kind"] == "gauge"
 
 
 def test_doctor_says_of_the_jit_whether_it_is_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

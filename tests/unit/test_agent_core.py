@@ -28,7 +28,7 @@ from netpol_ebpf.agent.wiring import Interface, Wiring
 from netpol_ebpf.apply import encode
 from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.apply.ledger import Ledger
-from netpol_ebpf.errors import LimitError, MapFullError
+from netpol_ebpf.errors import LimitError, MapFullError, PlatformError
 from netpol_ebpf.policy.types import EndpointKey, IPAddress
 from netpol_ebpf.sources.files import ManifestDirectory
 from netpol_loader import abi
@@ -97,6 +97,7 @@ class MemoryNode:
     asked: list[set[int]] = field(default_factory=list)
     barrier: MemoryTables = field(default_factory=MemoryTables)
     routes: dict[IPAddress, int] = field(default_factory=dict)
+    bound: frozenset[tuple[int, IPAddress, int]] | None = frozenset()  # None: the kernel does not list sockets
 
     @property
     def network(self) -> MemoryNode:
@@ -112,6 +113,11 @@ class MemoryNode:
 
     def interface_towards(self, address: IPAddress) -> int | None:
         return self.routes.get(address, min(self.wiring.uplinks, default=None))
+
+    def bound_sockets(self) -> frozenset[tuple[int, IPAddress, int]]:
+        if self.bound is None:
+            raise PlatformError("the kernel does not list this node's sockets")
+        return self.bound
 
     def live_connections(self, namespaces: Collection[int]) -> LiveConnections:
         self.asked.append(set(namespaces))

@@ -19,8 +19,8 @@ from test_agent_core import CLUSTER, POD, POLICY, WIRING, Bench, settle
 from netpol_ebpf.agent.core import Agent
 from netpol_ebpf.agent.questions import answer_question
 from netpol_ebpf.agent.settings import AgentSettings
-from netpol_ebpf.agent.wiring import Interface
-from netpol_ebpf.errors import InvalidInputError, LimitError, UsageError
+from netpol_ebpf.agent.wiring import Interface, Wiring
+from netpol_ebpf.errors import InvalidInputError, LimitError, PlatformError, UsageError
 from netpol_ebpf.policy.types import Action
 
 NODE = """\
@@ -267,3 +267,46 @@ def test_request_of_anybody_is_read_strictly(bench: Bench, wrong: dict[str, Any]
     agent = bench.agent()
     with pytest.raises(UsageError):
         ways(agent, **{"source": "shop/web", "destination": "shop/db", **wrong})
+
+
+VIP = ip_address("10.96.0.5")
+
+
+def bound_answer(
+    bench: Bench, wiring: Wiring, bound: frozenset[Any] | None, source: str = "shop/web"
+) -> dict[str, Any]:
+    """The one way to port 80 of the service, with these addresses and sockets of the node."""
+    bench.write("service.yaml", SERVICE)
+    bench.node.wiring, bench.node.bound = wiring, bound
+    (way,) = ways(bench.agent(AgentSettings("here")), source, str(VIP), port=80)
+    return way
+
+
+def test_a_service_address_that_a_process_has_bound_is_judged_itself(bench: Bench) -> None:
+    """No backend is judged, as on the node: the packet goes to that process. The answer says so."""
+    local = replace(WIRING, addresses={**WIRING.addresses, VIP: 1})
+    way = bound_answer(bench, local, frozenset({(6, VIP, 80)}))
+    assert (way["backend"], way["service"]) == (None, [])
+    assert "a process of this node has bound 10.96.0.5 port 80, an address of Service/shop/db" in way["note"]
+
+
+@pytest.mark.parametrize("bound", [(17, VIP, 80), (6, VIP, 81), (6, ip_address("10.96.0.6"), 80)])
+def test_another_socket_changes_no_answer(bench: Bench, bound: Any) -> None:
+    """Of another protocol, port or address; nor does an address alone, as IPVS gives all of them to the node."""
+    local = replace(WIRING, addresses={**WIRING.addresses, VIP: 1})
+    way = bound_answer(bench, local, frozenset({bound}))
+    assert (way["backend"], way["note"]) == ({"address": "10.0.0.2", "port": 5432}, None)
+
+
+def test_sockets_are_read_only_where_they_count(bench: Bench) -> None:
+    """For an address that the node lacks, and for a sender on another node, the backends are judged."""
+    assert bound_answer(bench, WIRING, None)["backend"] is not None
+    local = replace(WIRING, addresses={**WIRING.addresses, VIP: 1})
+    assert bound_answer(bench, local, None, source="shop/far")["backend"] is not None
+
+
+def test_without_the_sockets_there_is_no_answer(bench: Bench) -> None:
+    """Whether the backends or the address itself is judged is not known then."""
+    local = replace(WIRING, addresses={**WIRING.addresses, VIP: 1})
+    with pytest.raises(PlatformError, match="does not list this node's sockets"):
+        bound_answer(bench, local, None)

@@ -102,6 +102,7 @@ def test_going_back_lists_everything_again(bench: Bench) -> None:
     assert [watcher.told for watcher in bench.watchers.values()] == [["relist"]] * 4
     assert bench.woken == list(bench.watchers)
     assert bench.slugs() == []
+    assert (bench.probe.went_back, bench.probe.went_back_at) == (1, bench.probe.confirmed)
 
 
 @pytest.mark.parametrize("version", ["100", "101", "1000"])

@@ -334,7 +334,9 @@ def test_expired_watch_lists_again_and_clears_nothing(make: Make, number: int) -
     """W9, W10: HTTP 200 and an ERROR event with code 410, for metadata too; what is known stays until the list is whole."""
     bench = listed(make, pod("web"), kind=PODS)
     bench.script.replies = [recorded("expired-410", number), AWAY, stream(mark("9", ends_list=True))]
+    assert bench.watcher.gaps == 0
     assert bench.steps() == 0.0
+    assert bench.watcher.gaps == 1
     assert bench.names() == ["web"]
     bench.steps()
     assert "sendInitialEvents" in bench.script.targets[-1]

@@ -106,6 +106,16 @@ def test_ports_of_nodes_are_translated_at_each_node() -> None:
     assert backends(MANIFESTS, "from: 192.0.2.1, to: 192.0.2.9, protocol: TCP, port: 30080") == ["as written"]
 
 
+def test_every_port_of_a_service_without_slices_has_the_selected_pods() -> None:
+    """Not the first port alone."""
+    two = MANIFESTS.replace(
+        "targetPort: sql, nodePort: 30080}", "targetPort: sql}, {name: u, port: 81, targetPort: 9000}"
+    )
+    for port, last in ((80, "5432"), (81, "9000")):
+        probe = f"from: shop/web, to: 10.96.0.5, protocol: TCP, port: {port}"
+        assert f"10.0.1.2:{last}" in backends(two, probe)
+
+
 def test_probe_that_says_what_it_is_translated_to_is_left_alone() -> None:
     """A case's own dnatTo counts."""
     probe = "from: shop/web, to: 10.96.0.5, protocol: TCP, port: 80, dnatTo: {ip: 10.0.2.1, port: 1}"

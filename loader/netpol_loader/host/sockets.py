@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open TCP connections as sockets show them, in this namespace and at the other ends of veth pairs.
+"""Open TCP connections as sockets show them, in this namespace and at the other ends of veth pairs; bound sockets.
 
 The agent uses this on kernels without connection tracking. A socket does not tell which side opened its connection. If
 another socket listens on the same port, the connection counts as accepted, otherwise as opened by this side. So a
@@ -38,7 +38,8 @@ CLONE_NEWNET = 0x4000_0000  # linux/sched.h; os.setns comes with Python 3.12
 _SOCK_DIAG_BY_FAMILY = 20
 _RTM_NEWNSID, _RTM_GETNSID = 88, 90
 _NETNSA_NSID, _NETNSA_FD = 1, 3
-_LISTEN = 10
+_UDP = 17
+_CLOSE, _LISTEN = 7, 10  # a UDP socket without a peer is in the state TCP_CLOSE
 _OPEN_STATES = (1, 4, 5, 8, 9)  # ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK
 _REQUEST = struct.Struct("=BBBBI48x")  # struct inet_diag_req_v2
 _ANSWER = struct.Struct("=BBBB2s2s16s16s")  # the beginning of struct inet_diag_msg
@@ -88,7 +89,7 @@ def tcp_sockets() -> list[Ends]:
     listening: set[tuple[IPAddress | None, int]] = set()
     pairs: list[Ends] = []
     for family in (socket.AF_INET, socket.AF_INET6):
-        for state, ends in _dump(family):
+        for state, ends in _dump(family, TCP, (_LISTEN, *_OPEN_STATES)):
             if state != _LISTEN:
                 pairs.append(ends)
             else:
@@ -99,9 +100,23 @@ def tcp_sockets() -> list[Ends]:
     ]
 
 
-def _dump(family: int) -> Iterator[tuple[int, Ends]]:
-    states = sum(1 << state for state in (_LISTEN, *_OPEN_STATES))
-    body = _REQUEST.pack(family, TCP, 0, 0, states)
+def bound_sockets() -> frozenset[tuple[int, IPAddress, int]]:
+    """(protocol, address, port) of the TCP and UDP sockets of this namespace that accept packets at one address.
+
+    Sockets that are bound to all addresses are left out.  Raises NetlinkError.
+    """
+    return frozenset(
+        (protocol, ends.source, ends.source_port)
+        for protocol, state in ((TCP, _LISTEN), (_UDP, _CLOSE))
+        for family in (socket.AF_INET, socket.AF_INET6)
+        for _, ends in _dump(family, protocol, (state,))
+        if not ends.source.is_unspecified and ends.source_port
+    )
+
+
+def _dump(family: int, protocol: int, states: Collection[int]) -> Iterator[tuple[int, Ends]]:
+    """The sockets of an address family and protocol in one of the states (include/net/tcp_states.h)."""
+    body = _REQUEST.pack(family, protocol, 0, 0, sum(1 << state for state in states))
     with Channel(SOCK_DIAG, "sock_diag") as channel:
         for kind, _, payload in channel.stream(_SOCK_DIAG_BY_FAMILY, body):
             if kind == _SOCK_DIAG_BY_FAMILY:

@@ -17,6 +17,7 @@ import mmap
 import os
 import struct
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,23 @@ class ConnectionMap(Map):
         """All keys with their rows, also those of expired connections. Concurrent changes may be missed or included."""
         for number in self._used():
             yield self._entry(number)
+
+    @property
+    def slots(self) -> int:
+        """Number of slots of the whole table, for connections of both forms."""
+        return self._tags.buckets * _WAYS
+
+    def count_live(self) -> int:
+        """Number of connections of this form that have not expired. Cost: a pass over all tags."""
+        low = memoryview(self._tags.words.tobytes()).cast("I")[sys.byteorder == "big" :: 2]
+        now = read_jiffies() // abi.NP_TAG_JIFFIES
+        return sum(count for tag, count in Counter(low).items() if self._is_live(tag, now))
+
+    def _is_live(self, tag: int, now: int) -> bool:
+        """Whether the lower half of a tag is that of a live connection of this form."""
+        left = ((tag >> _TIME_SHIFT) - now) & _TIME_MASK
+        is_used = bool(tag & abi.NP_TAG_RANK_MASK) and tag & abi.NP_TAG_UNREPLIED == self._who
+        return is_used and not left >> (_TIME_BITS - 1)
 
     def close(self) -> None:
         """Close the descriptor. The kernel keeps the map as long as it is pinned or a program uses it."""

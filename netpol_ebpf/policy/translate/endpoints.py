@@ -9,7 +9,7 @@ pod in the host's network, or a finished pod, is no endpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 
 from netpol_ebpf.policy.translate.composition import (
@@ -187,7 +187,7 @@ def backends(endpoint_slice: resources.EndpointSlice) -> frozenset[Backend]:
     )
 
 
-def vips(service: resources.Resource | None, slices: Iterable[resources.Resource]) -> Iterator[Vip]:
+def vips(service: resources.Resource | None, slices: Collection[resources.Resource]) -> Iterator[Vip]:
     """The addresses and node ports of a Service, each once, with the backends of ``slices``.
 
     Empty if ``service`` is not a Service.

@@ -75,6 +75,10 @@ class FreshnessProbe:
     wall: Callable[[], str] = _now
     confirmed: str = ""
     """Time of the last answered probe; "" for none."""
+    went_back: int = 0
+    """How often the server went back to an older resourceVersion, as after a restored backup."""
+    went_back_at: str = ""
+    """Time when it last did; "" for never."""
     _failures: int = 0
     _behind: Counter[WatchedKind] = field(default_factory=Counter)
     _reopened: set[WatchedKind] = field(default_factory=set)
@@ -106,6 +110,7 @@ class FreshnessProbe:
                 watermark,
                 number,
             )
+            self.went_back, self.went_back_at = self.went_back + 1, self.confirmed
             self._behind.clear()
             self._last_seen = 0
             for one, watcher in self.watchers.items():

@@ -15,8 +15,9 @@ import math
 import select
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,10 +48,16 @@ RESTORED, SAVED, BUG = "restored", "saved-state", "bug"
 log = logging.getLogger(__name__)
 
 
+def _iso(seconds: float) -> str | None:
+    """A time since 1970 as UTC, ISO 8601; None for 0."""
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ") if seconds else None
+
+
 class KindState(NamedTuple):
     """The state of one kind, for ``status``.
 
-    ``kept``: objects that stay in force although their definition was deleted.
+    ``kept``: objects that stay in force although their definition was deleted.  ``lists``, ``watches``: requests so
+    far.  ``last_sync``: time of the last list, event or bookmark, UTC, ISO 8601; None: never.
     """
 
     kind: str
@@ -59,6 +66,9 @@ class KindState(NamedTuple):
     objects: int
     kept: int
     resource_version: str
+    lists: int
+    watches: int
+    last_sync: str | None
 
 
 @dataclass(slots=True)
@@ -211,6 +221,9 @@ class KubernetesSource:
                 len(store.entries),
                 len(store.orphans),
                 store.resource_version,
+                self.watchers[kind].lists,
+                self.watchers[kind].watches,
+                _iso(self.watchers[kind].synced_at),
             )
             for kind, store in self.cache.stores.items()
         ]
@@ -221,6 +234,8 @@ class KubernetesSource:
         ``restored``: whether the saved state is in force; ``confirmed``: when the server last answered a probe, None:
         never; ``cut_off``: whether the server no longer answers probes; ``stale_since``: since when changes may be
         missing, None: none are, or the time is unknown. Times are UTC, ISO 8601.  ``kinds``: see `KindState`.
+        ``gaps``: by kind, how often events were lost, so that the kind was listed again; ``went_back`` and
+        ``went_back_at``: how often the server went back to an older state, and when it last did (None: never).
         """
         noted = self.cache.noted
         confirmed = self.probe.confirmed or None
@@ -230,13 +245,28 @@ class KubernetesSource:
             "type": "kubernetes",
             "synced": self.has_synced,
             "waiting_for": [str(kind) for kind in self.cache.unsynced],
+            "behind": [
+                *([f"the saved state of {self._saved_at} is in force"] if is_restored else ()),
+                *([f"the server has confirmed nothing since {confirmed or 'the start'}"] if is_cut_off else ()),
+                *(f"{kind}: {problem.slug}" for kind, problem in self._unwatched()),
+            ],
             "restored": is_restored,
             "confirmed": confirmed,
             "cut_off": is_cut_off,
             "stale_since": self._saved_at if is_restored else confirmed if is_cut_off else None,
             "kinds": [one._asdict() for one in self.states()],
+            "gaps": {str(kind): one.gaps for kind, one in self.watchers.items() if one.gaps},
+            "went_back": self.probe.went_back,
+            "went_back_at": self.probe.went_back_at or None,
         }
         return (state,)
+
+    def _unwatched(self) -> Iterator[tuple[WatchedKind, Problem]]:
+        """The kinds that are not watched now, with the reason."""
+        for kind, store in self.cache.stores.items():
+            problem = store.problem  # read once: a thread may replace it
+            if problem is not None:
+                yield kind, problem
 
     def save(self) -> float:
         """Write the saved state if it is out of date. Returns the seconds until the next check."""

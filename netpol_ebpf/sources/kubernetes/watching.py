@@ -175,7 +175,9 @@ class _RelistError(Exception):
 class KindWatcher:
     """Watches one kind.
 
-    ``pace_s``: random seconds until an absent kind is listed again; ``chance``: random numbers from [0, 1).
+    ``pace_s``: random seconds until an absent kind is listed again; ``chance``: random numbers from [0, 1).  ``wall``:
+    seconds since 1970.  ``lists``, ``watches``: requests so far.  ``synced_at``: time of the last list, event or
+    bookmark, in seconds since 1970; 0: never.
     """
 
     kind: WatchedKind
@@ -184,7 +186,13 @@ class KindWatcher:
     pace_s: Callable[[], float]
     clock: Callable[[], float] = time.monotonic
     chance: Callable[[], float] = random.random
+    wall: Callable[[], float] = time.time
     state: State = State.LISTING
+    gaps: int = 0
+    """How often the server had no events from the known resourceVersion on, so that the kind was listed again."""
+    lists: int = 0
+    watches: int = 0
+    synced_at: float = 0.0
     _resource_version: str = ""  # where the next WATCH begins; "": a LIST comes first
     _streams: bool = True
     _stream_failures: int = 0
@@ -259,6 +267,7 @@ class KindWatcher:
 
     def _list(self) -> float:
         self.state = State.LISTING if self.state not in (State.ABSENT, State.DELETED) else self.state
+        self.lists += 1
         if self._streams:
             # No resourceVersion: the list is at least as new as this question, whatever the server's cache holds.
             return self._stream({"sendInitialEvents": "true", "resourceVersionMatch": "NotOlderThan"}, staged={})
@@ -281,6 +290,7 @@ class KindWatcher:
         return 0.0
 
     def _watch(self) -> float:
+        self.watches += 1
         return self._stream({"resourceVersion": self._resource_version}, staged=None)
 
     def _stream(self, query: Mapping[str, str], staged: dict[Name, object] | None) -> float:
@@ -411,6 +421,7 @@ class KindWatcher:
         if status.code in (_GONE, _ERROR) or status.code in _OURS:  # 500: a resourceVersion of another server
             self._resource_version = ""
         if status.code == _GONE:
+            self.gaps += not is_list
             self._expired += 1
             return self._backoff_s(self._expired - 1) if self._expired > 1 else 0.0
         if status.code == _FORBIDDEN:
@@ -446,6 +457,7 @@ class KindWatcher:
     def _succeeded(self) -> None:
         """Record success, after an event or a list."""
         self._expired, self._short_streams, self._opened_s = 0, 0, None
+        self.synced_at = self.wall()
         self._recovered()
 
     def _recovered(self) -> None:

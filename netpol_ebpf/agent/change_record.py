@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Record of the changes that came into force: one log line for each, and a histogram of the time that each took.
+
+Invariant: a change is in the histogram and in the log exactly once.  Changes that come into force within LINE_S of a
+line share the next line, which adds up their objects and has the longest time.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+"""Upper bounds of the histogram; arbitrary: from one policy on a small node to the first start of a large cluster."""
+LINE_S = 1.0
+"""Least time between two lines; arbitrary."""
+
+log = logging.getLogger(__name__)
+
+
+class ObjectCounts(NamedTuple):
+    """Objects that a change added, changed and removed."""
+
+    added: int = 0
+    changed: int = 0
+    removed: int = 0
+
+    def plus(self, other: ObjectCounts) -> ObjectCounts:
+        """The sums."""
+        return ObjectCounts(self.added + other.added, self.changed + other.changed, self.removed + other.removed)
+
+
+class ChangeRecord:
+    """Call `begin` when a change is taken up, then `note` when it is in force, or `drop` when there was none."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """``clock``: seconds."""
+        self._clock = clock
+        self._begun_s: float | None = None
+        self._counts = [0] * (len(BUCKETS_S) + 1)
+        self._sum_s = 0.0
+        self._line_s = -math.inf
+        self._changes = 0  # without a line
+        self._longest_s = 0.0
+        self._generation = 0
+        self._objects: dict[str, ObjectCounts] = {}
+
+    def begin(self) -> None:
+        """Start the clock, unless a change that was taken up is not in force yet."""
+        if self._begun_s is None:
+            self._begun_s = self._clock()
+
+    def drop(self) -> None:
+        """Stop the clock: what was taken up changed nothing."""
+        self._begun_s = None
+
+    def note(self, objects: Mapping[str, ObjectCounts], generation: int) -> None:
+        """Record that everything that was taken up is in force. ``objects``: by table of the world."""
+        now_s = self._clock()
+        took_s = 0.0 if self._begun_s is None else now_s - self._begun_s
+        self._begun_s = None
+        self._counts[sum(took_s > bound for bound in BUCKETS_S)] += 1
+        self._sum_s += took_s
+        self._changes += 1
+        self._longest_s = max(self._longest_s, took_s)
+        self._generation = generation
+        for table, counts in objects.items():
+            self._objects[table] = self._objects.get(table, ObjectCounts()).plus(counts)
+        self.write_line()
+
+    def write_line(self) -> None:
+        """Log the changes that have no line yet, if the last line is LINE_S ago."""
+        if not self._changes or self._clock() < self._line_s + LINE_S:
+            return
+        total = ObjectCounts()
+        for counts in self._objects.values():
+            total = total.plus(counts)
+        fields: dict[str, Any] = {"changes": self._changes, "generation": self._generation}
+        fields |= {"milliseconds": round(1000 * self._longest_s, 1), **total._asdict()}
+        fields |= {table: "+{}~{}-{}".format(*counts) for table, counts in self._objects.items() if any(counts)}
+        log.info("in force", extra={"fields": fields})
+        self._line_s, self._changes, self._longest_s = self._clock(), 0, 0.0
+        self._objects.clear()
+
+    def histogram(self) -> dict[str, Any]:
+        """The times: ``buckets``, a list of (upper bound, cumulative count), and ``sum`` in seconds."""
+        bounds = [*map(str, BUCKETS_S), "+Inf"]
+        total, buckets = 0, []
+        for bound, count in zip(bounds, self._counts, strict=True):
+            total += count
+            buckets.append([bound, total])
+        return {"buckets": buckets, "sum": self._sum_s}
