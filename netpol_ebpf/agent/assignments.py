@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from netpol_ebpf.agent.derived_names import derived_hash, hash_in
 from netpol_ebpf.agent.settled import LookInputs, Settled, can_settle, still_settled
@@ -31,6 +31,8 @@ from netpol_ebpf.agent.wiring import ETHERNET, NOWHERE, TAP_KINDS, Interface, Wi
 from netpol_ebpf.apply.records import EntryFile, checked, checked_list
 from netpol_ebpf.errors import Location, Problem
 from netpol_ebpf.policy.types import Endpoint, EndpointKey, IPAddress, IPNetwork
+
+K = TypeVar("K")
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +105,11 @@ class LocatedEndpoints:
     evidence: Mapping[EndpointKey, Evidence] = field(default_factory=dict)
     problems: Mapping[EndpointKey, str] = field(default_factory=dict)
 
+    def differences(self, other: LocatedEndpoints) -> list[str]:
+        """Endpoints about which another search found otherwise."""
+        found = _differing(self.interfaces, other.interfaces) | _differing(self.evidence, other.evidence)
+        return sorted(map(str, found | _differing(self.problems, other.problems)))
+
 
 class _Candidate(NamedTuple):
     """The interface that one endpoint would be assigned."""
@@ -172,10 +179,12 @@ class InterfaceAssignments:
         ``node_addresses``: the addresses in this node's Node object. ``results``: names of the interfaces that CNI
         plugins made for each pod; no name if the plugin left no interface on the node. ``is_contested``: whether other
         workloads claim an address of an endpoint; such an endpoint keeps its present interface and gets no other one.
-        Cost: linear in the numbers of endpoints, links and addresses.
+
+        A settled assignment is not decided again (`netpol_ebpf.agent.settled`). Cost: linear in the numbers of
+        endpoints, links and routes, and small for a settled assignment.
         """
         before = dict(self._seen)
-        self.forget([ifindex for ifindex, one in self._seen.items() if not self._is_there(ifindex, one, wiring)])
+        self._forget_gone(wiring)
         self._traits = self._traits_in(wiring)
         if self._is_recalled:
             self._settled = {}
@@ -187,7 +196,7 @@ class InterfaceAssignments:
         settled = still_settled(self._settled, self._last, now, self._seen)
         located = {one.endpoint.key for one in settled.values()}
         others = [one for one in endpoints if one.key not in located]
-        trusted = _TrustedEvidence(now, self._traits.values())
+        trusted = _TrustedEvidence(now, self._traits.values() if others else ())
         traces = {endpoint.key: trusted.beyond_reach(endpoint) for endpoint in others}
         self.doubts = {}
         self._decide_roles(now, {ifindex for _, found in traces.values() for ifindex in found}, settled)
@@ -195,10 +204,10 @@ class InterfaceAssignments:
         problems: dict[EndpointKey, str] = {}
         wanted = self._wanted(others, traces, held, wiring, is_contested, problems)
         for ifindex in wanted.keys() & settled.keys():  # others want it as well: it is decided again
-            endpoint, assignment = settled.pop(ifindex)[:2]
-            wanted[ifindex].append(_Candidate(endpoint, assignment.evidence, ifindex))
+            one = settled.pop(ifindex)
+            wanted[ifindex].append(_Candidate(one.endpoint, one.evidence, ifindex))
         interfaces = {one.endpoint.key: ifindex for ifindex, one in settled.items()}
-        by = {one.endpoint.key: one.assignment.evidence for one in settled.values()}
+        by = {one.endpoint.key: one.evidence for one in settled.values()}
         self._lost.difference_update(interfaces)
         for ifindex, claims in wanted.items():
             winner = self._choose(ifindex, claims, wiring, problems)
@@ -208,12 +217,25 @@ class InterfaceAssignments:
             interfaces[key] = ifindex
             by[key] = self._bind(ifindex, winner, wiring)
             record = self._seen[ifindex]
-            is_kept = before.get(ifindex) is record and held.get(key) == ifindex
-            is_alone = len(claims) == 1 and key not in problems and traces[key][1] <= {ifindex}
-            if is_kept and is_alone and record.assignment is not None and can_settle(winner.endpoint, ifindex, now):
-                settled[ifindex] = Settled(winner.endpoint, record.assignment, record)
+            is_as_before = before.get(ifindex) is record and held.get(key) == ifindex
+            leads_nowhere_else = len(claims) == 1 and traces[key][1] <= {ifindex}
+            if is_as_before and leads_nowhere_else and can_settle(winner.endpoint, ifindex, now):
+                settled[ifindex] = Settled(winner.endpoint, by[key], record)
         self._settled, self._last = settled, now
         return LocatedEndpoints(interfaces, by, problems)
+
+    def unsettled(self) -> InterfaceAssignments:
+        """A copy of these assignments, none of them settled: its next look decides everything."""
+        copy = InterfaceAssignments(self._workload_patterns, self._own_patterns)
+        copy._seen, copy._lost, copy._written = dict(self._seen), set(self._lost), dict(self._written)  # noqa: SLF001 - of the same class
+        copy._is_recalled, copy.is_dirty = self._is_recalled, self.is_dirty  # noqa: SLF001 - of the same class
+        return copy
+
+    def differences(self, other: InterfaceAssignments) -> list[str]:
+        """Names of interfaces and endpoints about which other assignments decided otherwise."""
+        interfaces = _differing(self._seen, other._seen) | _differing(self.doubts, other.doubts)  # noqa: SLF001 - of the same class
+        known = {**other._seen, **self._seen}  # noqa: SLF001 - of the same class
+        return sorted({known[one].name for one in interfaces} | {str(one) for one in self._lost ^ other._lost})  # noqa: SLF001 - of the same class
 
     def _wanted(
         self,
@@ -244,7 +266,7 @@ class InterfaceAssignments:
 
     def decide_roles(self, wiring: Wiring) -> None:
         """Decide the role of each interface while no endpoint is known; assignments stay."""
-        self.forget([ifindex for ifindex, one in self._seen.items() if not self._is_there(ifindex, one, wiring)])
+        self._forget_gone(wiring)
         self._traits = self._traits_in(wiring)
         self._settled = {}
         self.doubts = {}
@@ -259,6 +281,16 @@ class InterfaceAssignments:
         """The oldest address of each family at an interface's other end, when addresses were first seen there."""
         seen = self._seen.get(ifindex)
         return () if seen is None else seen.first
+
+    def _forget_gone(self, wiring: Wiring) -> None:
+        """Forget interfaces that are gone, and interfaces of an earlier agent whose index another interface has now.
+
+        If an earlier agent stored the record, the interface must still have the recorded name, "" if none was recorded.
+        """
+        self.forget(self._seen.keys() - wiring.links.keys())
+        if self._is_recalled:
+            names = {ifindex: (wiring.links[ifindex].name, "") for ifindex in self._seen}
+            self.forget([ifindex for ifindex, one in self._seen.items() if one.name not in names[ifindex]])
 
     def _release_named(self, wiring: Wiring, endpoints: Iterable[Endpoint]) -> None:
         """Release interfaces that were assigned because an object named them, if no object names them any more.
@@ -283,14 +315,6 @@ class InterfaceAssignments:
             ):
                 self._keep(ifindex, replace(seen, side=None, assignment=None))
 
-    def _is_there(self, ifindex: int, seen: InterfaceRecord, wiring: Wiring) -> bool:
-        """Whether an interface still exists and is the same one.
-
-        If an earlier agent stored the record, the interface must still have the recorded name, "" if none was recorded.
-        """
-        link = wiring.links.get(ifindex)
-        return link is not None and (not self._is_recalled or seen.name in (link.name, ""))
-
     def is_curious(self, wiring: Wiring) -> bool:
         """Whether addresses may still appear for the first time at the other end of some interface."""
         peers = {ifindex for ifindex, link in wiring.links.items() if link.peer is not None}
@@ -307,6 +331,11 @@ class InterfaceAssignments:
             return False
         self._keep(link.ifindex, InterfaceRecord(link.name, InterfaceRole.WORKLOAD))
         return True
+
+    @property
+    def workloads(self) -> set[int]:
+        """Interfaces that count as workloads', so that they are closed until their workloads are known."""
+        return {ifindex for ifindex, seen in self._seen.items() if seen.side is InterfaceRole.WORKLOAD}
 
     def is_workload(self, ifindex: int) -> bool:
         """Whether an interface counts as a workload's, so that it is closed until its workload is known."""
@@ -664,6 +693,11 @@ def _oldest(addresses: Sequence[IPAddress]) -> tuple[IPAddress, ...]:
         return ()
     found = [[one for one in addresses if one.version == version and not one.is_link_local] for version in (IPV4, IPV6)]
     return (*found[0][:1], *found[1][-1:])
+
+
+def _differing(one: Mapping[K, object], other: Mapping[K, object]) -> set[K]:
+    """Keys with different values."""
+    return {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
 
 
 def _is_same(assignment: Assignment, endpoint: Endpoint) -> bool:

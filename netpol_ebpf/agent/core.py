@@ -56,7 +56,7 @@ class Agent:
     """Keeps enforcement on a node up to date. Call `begin` or `start` once, then `step` again and again.
 
     ``is_started``: whether this agent has put a state in force; before that, the state of an earlier agent remains.
-    Callers may only read its parts.
+    ``changes_seen``: grows with each change of objects or interfaces.  Callers may only read its parts.
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class Agent:
         self._ledger = ledger
         self._clock = clock
         self.is_started = False
+        self.changes_seen = 0
         self._early: list[ObjectEvent] = []  # events of sources that synced before the others
         self._early_handovers: list[Handover] = []  # handovers from before the start
         self._enforced: frozenset[int] = frozenset()  # interfaces with an earlier agent's programs at the start
@@ -135,8 +136,8 @@ class Agent:
 
     @property
     def is_in_force(self) -> bool:
-        """Whether a state of the source is in force."""
-        return self.is_started and self.source.has_synced
+        """Whether a state of the source is in force, and no change of it waits because it was rejected."""
+        return self.is_started and self.source.has_synced and not self.enforcement.is_pending
 
     @property
     def keeps_enforcement(self) -> bool:
@@ -212,6 +213,7 @@ class Agent:
         self.enforcement.install()
         self.binder.take_over()
         self.is_started = True
+        self.changes_seen += 1
 
     def step(self) -> list[ProgramEvent]:
         """Do all work that is due. Returns the events that the program reported since the last step.
@@ -236,11 +238,16 @@ class Agent:
             self._look()
             self._update_closed()
             self.binder.reconcile()
+            self.changes_seen += 1
         is_news = self._take(update)
         if is_news or self.objects.is_changed:
+            self.changes_seen += 1
             self._bring_into_force(self._take_changes())
         elif self.rejected.retry_at_s is not None and self._clock() >= self.rejected.retry_at_s:
+            self.changes_seen += 1
             self._bring_into_force(Changes())
+        if self.interfaces.audit():
+            self.binder.reconcile()
         self.enforcement.record.write_line()
         if self.repair.step():
             self._log_unenforced()
@@ -327,6 +334,7 @@ class Agent:
                 self.own_interfaces.inputs is not before
             ):  # interfaces that the change would have released need their rows again
                 self.own_interfaces.inputs = before
+                self.interfaces.locate()  # the change may have removed workloads
                 self.binder.reconcile()
             return
         self.rejected.accept()
@@ -369,7 +377,7 @@ class Agent:
         found += [*self.objects.disputes(), *self.binder.problems, *self.attachments.problems, *self.binder.warnings]
         found += [*self.barrier.problems, *self.repair.other_programs]
         found += [one for one in (self.rejected.problem, self.repair.failure, own.no_room) if one is not None]
-        found += [*self.interfaces.conflicts(), *self._unenforced(), *self.interfaces.file_problems]
+        found += [*self.interfaces.conflicts(), *self.unenforced(), *self.interfaces.file_problems]
         if not self.source.has_synced:
             found.append(self._not_synced())
         return [*found, *self.objects.handovers.problems]
@@ -400,14 +408,14 @@ class Agent:
         names = sorted(map(self._name_of, interfaces))
         return f"{', '.join(names[:SHOWN])}{', ...' if names[SHOWN:] else ''}"
 
-    def _unenforced(self) -> list[Problem]:
+    def unenforced(self) -> list[Problem]:
         """Workloads of this node that policy does not reach as it is written."""
         found = self.interfaces.unenforced(self.attachments.interfaces, self.enforcement.bound)
         return [*found, *self.objects.without_namespace()]
 
     def _log_unenforced(self) -> None:
         """Log newly unenforced workloads; some become so by the passing of time alone."""
-        found = {str(one): one for one in self._unenforced()}
+        found = {str(one): one for one in self.unenforced()}
         for text in found.keys() - self._logged:
             log.log(logging.ERROR if found[text].severity == "error" else logging.WARNING, "%s", text)
         self._logged = frozenset(found)

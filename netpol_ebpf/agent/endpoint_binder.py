@@ -109,13 +109,14 @@ class EndpointBinder:
             self._attach(ifindex)
         self._barrier.reconcile(wiring, wanted, self._attachments.interfaces)  # before programs come off own interfaces
         bindings = self._interfaces.bindings()
-        for key, binding in list(applier.bindings.items()):
-            if binding.kind is EndpointKind.WORKLOAD and key not in bindings:
+        for key in applier.bindings.keys() - bindings.keys():
+            if applier.bindings[key].kind is EndpointKind.WORKLOAD:
                 applier.unbind(key)
         self._no_room.clear()
         self._adoption.go_ahead(self._node, *self._adoptable())
+        written = applier.bindings
         for key, binding in bindings.items():
-            if applier.bindings.get(key) is binding:
+            if written.get(key) is binding:
                 continue
             try:
                 applier.bind(key, binding)
@@ -181,7 +182,7 @@ class EndpointBinder:
         """
         workloads, concerned, tables = {}, self._adoption.concerned, self._enforcement.tables
         wiring = self._interfaces.wiring
-        for key, ifindex in self._interfaces.located.items():
+        for key, ifindex in self._interfaces.located.items() if concerned else ():
             if ifindex in concerned and key in tables.endpoints:
                 peer = wiring.links[ifindex].peer
                 number, addresses = tables.endpoints[key].number, self._objects.local[key].addresses

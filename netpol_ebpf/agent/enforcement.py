@@ -37,6 +37,7 @@ from netpol_ebpf.policy.types import (
     EndpointKey,
     LabelledNets,
     Policy,
+    PolicyKey,
     PolicySettings,
     PolicyTier,
     ProfileRules,
@@ -146,6 +147,14 @@ class Enforcement:
         """
         policies = [one for one in self._compiler.policies_of(key) if one.staged is Staged.NO]
         return {way: [one for one in policies if way in one.types] for way in Direction}
+
+    def policies_of(self, key: EndpointKey) -> list[PolicyKey]:
+        """The policies, staged ones included, that select a local endpoint, in order."""
+        return [one.key for one in self._compiler.policies_of(key)]
+
+    def selecting(self) -> set[PolicyKey]:
+        """The policies, staged ones included, that select any local endpoint, as a new set."""
+        return self._compiler.selecting()
 
     # --- changes ----------------------------------------------------------------------------------------------------
 

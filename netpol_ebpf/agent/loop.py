@@ -42,7 +42,8 @@ class AgentLoop:
     """The agent's loop, pass by pass.
 
     ``when_in_force``: called once, when a state of the source is in force.  ``service_manager``: learns of readiness,
-    and of each pass.  ``clock``: seconds.  ``health``: the health endpoint, which gets beats; None: there is none.
+    and of each pass.  ``after_step``: called after each step; it must not wait.  ``clock``: seconds.  ``health``: the
+    health endpoint, which gets beats; None: there is none.
     """
 
     agent: Any
@@ -51,6 +52,7 @@ class AgentLoop:
     control_socket: ControlSocket
     when_in_force: Callable[[], None] = lambda: None
     service_manager: ServiceManager = field(default_factory=ServiceManager)
+    after_step: Callable[[], None] = lambda: None
     clock: Callable[[], float] = time.monotonic
     health: Health | None = None
     _is_ready: bool = False
@@ -101,6 +103,7 @@ class AgentLoop:
             self.control_socket.publish(report.flow(self.agent, flow) for flow in flows)
             self.ledger.try_again()
             self.note_progress()
+            self.after_step()
             ended_s = self.clock()
             self._rested_s = ended_s + min(NEWS_GAP_S, REST_FACTOR * (ended_s - self._stepped_s))
         if not self.control_socket.is_open and self.clock() >= self._opened_s + RETRY_S:

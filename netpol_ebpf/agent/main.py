@@ -17,7 +17,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,16 @@ from netpol_ebpf.agent.health import parse_health_address, served
 from netpol_ebpf.agent.loop import AgentLoop, serve
 from netpol_ebpf.agent.metrics import require_metrics_package
 from netpol_ebpf.agent.service_manager import ServiceManager
-from netpol_ebpf.agent.source_options import NODE_VARIABLE, add_source_options, manifests_dir, node_name, plan_source
+from netpol_ebpf.agent.source_options import (
+    NODE_VARIABLE,
+    add_source_options,
+    cluster_of,
+    manifests_dir,
+    node_name,
+    plan_source,
+)
 from netpol_ebpf.apply.ledger import Ledger
-from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, UnreachableError, UsageError
+from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, Problem, UnreachableError, UsageError
 from netpol_ebpf.terminal import LOG_FORMATS, escaped, log_to_standard_error, paragraph, say
 
 DEFAULT_STATE_DIR = Path("/run/netpol-ebpf")
@@ -282,12 +289,12 @@ def run(arguments: argparse.Namespace) -> int:
             "pin_dir": str(node.pin_dir),
             "upgrade": node.upgraded,
         }
-        control_socket = ControlSocket(
-            state_dir / SOCKET_NAME, answers_of(agent, node, ledger, place), group, waits_of(agent)
-        )
+        look, problems = begin_reporting(agent, stack)
+        answers = answers_of(agent, node, ledger, place, problems)
+        control_socket = ControlSocket(state_dir / SOCKET_NAME, answers, group, waits_of(agent))
         manager = ServiceManager.of_environment()
         faulthandler.enable()  # SIGABRT, which a watchdog sends, logs where the loop hangs
-        serve(AgentLoop(agent, node, ledger, control_socket, tell_in_force, manager, health=health))
+        serve(AgentLoop(agent, node, ledger, control_socket, tell_in_force, manager, look, health=health))
     return 0
 
 
@@ -331,12 +338,37 @@ def open_to_group(state_dir: Path, pin_root: Path, group: int | None) -> None:
         )
 
 
-def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) -> dict[str, Answer]:
-    """The operations that the agent answers, by name.
+def begin_reporting(
+    agent: Any, stack: contextlib.ExitStack
+) -> tuple[Callable[[], None], Callable[[], Iterable[Problem]]]:
+    """Report to the cluster whose policies the agent enforces, until ``stack`` is closed.
+
+    Returns what the loop calls after each step, and the problems of reporting; without a cluster both do nothing.
+    """
+    cluster, node = cluster_of(agent.source), agent.settings.node
+    if cluster is None or node is None:
+        return (lambda: None), tuple
+    from netpol_ebpf.agent.reporting import Reporting
+
+    reporting = Reporting(agent, cluster, node)
+    stack.callback(reporting.close)
+    reporting.start()
+    return reporting.look, lambda: reporting.problems
+
+
+def answers_of(
+    agent: Any,
+    node: Any,
+    ledger: Ledger,
+    place: Mapping[str, Any],
+    others: Callable[[], Iterable[Problem]] = tuple,
+) -> dict[str, Answer]:
+    """The operations that the agent answers, by name. ``others``: problems that are not the agent's own.
 
     Children of this process run them (`netpol_ebpf.agent.answering`).
     """
     from netpol_ebpf.agent import report
+    from netpol_ebpf.agent.policies_in_force import standing_here
     from netpol_ebpf.agent.questions import answer_question
 
     def asked(answer: Answer) -> Answer:
@@ -355,9 +387,9 @@ def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) 
 
     def status(_request: Mapping[str, Any]) -> Any:
         if not agent.is_started:
-            return report.waiting(agent, place, ledger.problems)
+            return report.waiting(agent, place, (*ledger.problems, *others()))
         node.barrier.part()
-        return report.status(agent, node.maps, place, ledger.problems, node.network.listed_again)
+        return report.status(agent, node.maps, place, (*ledger.problems, *others()), node.network.listed_again)
 
     def metrics(request: Mapping[str, Any]) -> Any:
         return report.metrics(agent, node.maps, status(request))
@@ -369,6 +401,7 @@ def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) 
         "identities": apart(lambda: report.identities(agent)),
         "connections": apart(lambda: report.connections(agent, node.maps)),
         "explain": asked(lambda request: answer_question(agent, request)),
+        "policy": asked(lambda request: standing_here(agent, request)),
     }
 
 

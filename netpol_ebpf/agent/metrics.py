@@ -130,6 +130,10 @@ def _clusters(clusters: Sequence[Mapping[str, Any]]) -> Iterator[Family]:
         "netpol_source_last_read_timestamp_seconds", "gauge", "Time of the last consistent read of the API server.",
         tuple(({"source": one["source"]}, _timestamp(one["confirmed"])) for one in clusters if one["confirmed"]),
     )  # fmt: skip
+    yield Family(
+        "netpol_source_went_back_total", "counter", "Times that the API server went back to an older state.",
+        tuple(({"source": one["source"]}, one["went_back"]) for one in clusters),
+    )  # fmt: skip
     kinds = [(one["source"], kind) for one in clusters for kind in one["kinds"]]
     for name, form, field, meaning in (
         ("netpol_source_kind_synced", "gauge", "is_synced", "1 when the agent has all objects of a kind."),
@@ -137,6 +141,12 @@ def _clusters(clusters: Sequence[Mapping[str, Any]]) -> Iterator[Family]:
         ("netpol_source_kept_objects", "gauge", "kept", "Objects that stay although their definition was deleted."),
         ("netpol_source_lists_total", "counter", "lists", "Requests that list a kind."),
         ("netpol_source_watches_total", "counter", "watches", "Requests that watch a kind; more than one: restarts."),
+        (
+            "netpol_source_gaps_total",
+            "counter",
+            "gaps",
+            "Times that events of a kind were lost, so that it was listed again.",
+        ),
     ):
         samples = (({"source": source, "kind": kind["kind"]}, int(kind[field])) for source, kind in kinds)
         yield _limited(name, form, meaning, samples, KINDS)

@@ -20,7 +20,11 @@ from netpol_ebpf.agent.wiring import Wiring
 from netpol_ebpf.policy.types import Endpoint, EndpointKey, IPAddress
 
 if TYPE_CHECKING:
-    from netpol_ebpf.agent.assignments import Assignment, InterfaceRecord
+    from netpol_ebpf.agent.assignments import Evidence, InterfaceRecord
+
+
+Peer = tuple[int, int]
+"""The other end of a pair: namespace id, and interface index there."""
 
 
 class LookInputs(NamedTuple):
@@ -37,10 +41,10 @@ class LookInputs(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """A settled assignment: the endpoint, its assignment, and the record of its interface."""
+    """A settled assignment: the endpoint, the evidence, and the record of the interface."""
 
     endpoint: Endpoint
-    assignment: Assignment
+    evidence: Evidence
     record: InterfaceRecord
 
 
@@ -66,8 +70,9 @@ def still_settled(
     changed = _changed_links(old, new)
     if (old.uplinks | before.stated, old.subnets) != (new.uplinks | now.stated, new.subnets):
         return {}
-    if any(not changed.keys().isdisjoint(interfaces) for interfaces in new.subnets.values()):
+    if changed and any(not changed.keys().isdisjoint(interfaces) for interfaces in new.subnets.values()):
         return {}
+    behind = _changed_peers(old.peer_addresses, new.peer_addresses)
     moved = _moved_addresses(old.host_routes, new.host_routes)
     concerned = _concerned_by_name({name for names in changed.values() for name in names}, settled, before, now)
     found = {}
@@ -79,15 +84,17 @@ def still_settled(
             and ifindex not in changed
             and endpoint.key not in concerned
             and (not moved or moved.isdisjoint(endpoint.addresses))
-            and (record.first or _addresses_behind(ifindex, old) == _addresses_behind(ifindex, new))
+            and (record.first or not behind or new.links[ifindex].peer not in behind)
         ):
             found[ifindex] = one
     return found
 
 
-def _addresses_behind(ifindex: int, wiring: Wiring) -> Collection[IPAddress]:
-    peer = wiring.links[ifindex].peer
-    return () if peer is None else wiring.peer_addresses.get(peer, ())
+def _changed_peers(before: Mapping[Peer, object], now: Mapping[Peer, object]) -> set[Peer]:
+    """Other ends of pairs with other addresses than before."""
+    if before == now:
+        return set()
+    return {peer for peer in before.keys() | now.keys() if before.get(peer) != now.get(peer)}
 
 
 def _changed_links(before: Wiring, now: Wiring) -> dict[int, set[str]]:
@@ -106,7 +113,10 @@ def _moved_addresses(before: Mapping[IPAddress, int], now: Mapping[IPAddress, in
     """Addresses with a host route that came, went, or leads to another interface."""
     if before == now:
         return set()
-    return {one for one, ifindex in now.items() if before.get(one) != ifindex} | (before.keys() - now.keys())
+    found = {one for one, ifindex in now.items() if before.get(one) != ifindex}
+    if len(before) + len(found) != len(now):  # not only new ones
+        found |= before.keys() - now.keys()
+    return found
 
 
 def _concerned_by_name(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`netpolctl`: the command line. Runs a subcommand, and maps its result or error to an exit code.
 
-Exit codes: 0 yes or done, 1 the answer is no, 2 usage, 3 invalid input, 4 agent not reachable, 5 kernel or permission,
+Exit codes: 0 yes or done, 1 the answer is no, 2 usage, 3 invalid input, 4 agent or API server not reachable, 5 kernel or permission,
 70 a bug; 130 interrupted, 141 the reader of the output went away.
 
 Invariants: a user gets a traceback only with ``--debug``.  Modules that need BCC, root or a kernel are imported only
@@ -34,6 +34,8 @@ COMMANDS = (
     "netpol_ebpf.cli.explain",
     "netpol_ebpf.cli.get",
     "netpol_ebpf.cli.status",
+    "netpol_ebpf.cli.wait",
+    "netpol_ebpf.cli.can_i",
     "netpol_ebpf.cli.metrics",
     "netpol_ebpf.cli.flows",
     "netpol_ebpf.cli.release",

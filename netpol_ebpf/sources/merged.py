@@ -41,6 +41,11 @@ class MergedSources:
             self._polling().register(descriptor, select.EPOLLIN)
 
     @property
+    def parts(self) -> tuple[Source, ...]:
+        """The merged sources, in order of precedence."""
+        return self._sources
+
+    @property
     def name(self) -> str:
         """The names of all sources, in order."""
         return ", ".join(one.name for one in self._sources)

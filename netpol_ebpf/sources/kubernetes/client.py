@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
@@ -87,6 +88,15 @@ class HttpAnswer:
         """Seconds of the Retry-After header; None without it, or for a date, which the API server never sends."""
         text = self._response.getheader("Retry-After", "")
         return float(text) if text.isascii() and text.isdigit() else None
+
+    @property
+    def server_time_s(self) -> float | None:
+        """The server's clock when it answered, in seconds since 1970; None without a Date header."""
+        text = self._response.getheader("Date", "")
+        try:
+            return parsedate_to_datetime(text).timestamp()
+        except (TypeError, ValueError):  # Python 3.10 raises the first for a text that is no date
+            return None
 
     def body(self) -> bytes:
         """The whole body, uncompressed. Raises UnreachableError when it is truncated or too large."""
@@ -167,21 +177,31 @@ class Client:
         ``target``: path and query; ``head_s``: time limit for the head; ``idle_s``: longest silence in the body.
         Raises UnreachableError, also when credentials or certificates cannot be read now.
         """
-        return self._begin("GET", target, head_s, idle_s, _METADATA if metadata_only else _JSON)
+        accept = _METADATA if metadata_only else _JSON
+        return self._begin("GET", target, None, {"Accept": accept}, head_s=head_s, idle_s=idle_s)
+
+    def send(
+        self, method: str, target: str, body: bytes, *, head_s: float, idle_s: float, content_type: str = _JSON
+    ) -> HttpAnswer:
+        """Begin a request that writes; arguments and errors as for `get`. An error does not tell whether it was done."""
+        headers = {"Accept": _JSON, "Content-Type": content_type}
+        return self._begin(method, target, body, headers, head_s=head_s, idle_s=idle_s)
 
     def delete(self, target: str, *, head_s: float, idle_s: float) -> HttpAnswer:
-        """Begin a DELETE; as `get`."""
-        return self._begin("DELETE", target, head_s, idle_s, _JSON)
+        """Begin a DELETE; arguments and errors as for `get`."""
+        return self._begin("DELETE", target, None, {"Accept": _JSON}, head_s=head_s, idle_s=idle_s)
 
-    def _begin(self, method: str, target: str, head_s: float, idle_s: float, accept: str) -> HttpAnswer:
+    def _begin(
+        self, method: str, target: str, body: bytes | None, own: Mapping[str, str], *, head_s: float, idle_s: float
+    ) -> HttpAnswer:
         connection = self._connection()
         try:
             credentials = self._credentials()
             self._connect(connection, credentials)
-            headers = {**credentials.headers, "Accept": accept, "Accept-Encoding": "gzip", "User-Agent": USER_AGENT}
+            headers = {**credentials.headers, **own, "Accept-Encoding": "gzip", "User-Agent": USER_AGENT}
             sock: socket.socket = connection.sock
             sock.settimeout(head_s)
-            connection.request(method, self._prefix + target, headers=headers)
+            connection.request(method, self._prefix + target, body, headers)
             response = connection.getresponse()
             sock.settimeout(idle_s)
         except (OSError, http.client.HTTPException, ValueError) as error:

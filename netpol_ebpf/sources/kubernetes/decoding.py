@@ -394,7 +394,7 @@ def decode_object(kind: WatchedKind, raw: Any) -> Decoded:
         _drop_annotations(metadata)
     else:
         fields.pop("status", None)
-        for key in ("managedFields", "generation", "uid", "creationTimestamp"):
+        for key in ("managedFields", "creationTimestamp"):
             metadata.pop(key, None)
     # Items of built-in lists have neither, so the request tells both.
     fields["apiVersion"], fields["kind"] = kind.api_version, kind.kind

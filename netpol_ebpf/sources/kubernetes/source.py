@@ -57,7 +57,7 @@ class KindState(NamedTuple):
     """The state of one kind, for ``status``.
 
     ``kept``: objects that stay in force although their definition was deleted.  ``lists``, ``watches``: requests so
-    far.  ``last_sync``: time of the last list, event or bookmark, UTC, ISO 8601; None: never.
+    far.  ``gaps``: how often events were lost, so that the kind was listed again.  ``last_sync``: time of the last list, event or bookmark, UTC, ISO 8601; None: never.
     """
 
     kind: str
@@ -68,6 +68,7 @@ class KindState(NamedTuple):
     resource_version: str
     lists: int
     watches: int
+    gaps: int
     last_sync: str | None
 
 
@@ -223,6 +224,7 @@ class KubernetesSource:
                 store.resource_version,
                 self.watchers[kind].lists,
                 self.watchers[kind].watches,
+                self.watchers[kind].gaps,
                 _iso(self.watchers[kind].synced_at),
             )
             for kind, store in self.cache.stores.items()
@@ -234,8 +236,7 @@ class KubernetesSource:
         ``restored``: whether the saved state is in force; ``confirmed``: when the server last answered a probe, None:
         never; ``cut_off``: whether the server no longer answers probes; ``stale_since``: since when changes may be
         missing, None: none are, or the time is unknown. Times are UTC, ISO 8601.  ``kinds``: see `KindState`.
-        ``gaps``: by kind, how often events were lost, so that the kind was listed again; ``went_back`` and
-        ``went_back_at``: how often the server went back to an older state, and when it last did (None: never).
+        ``went_back`` and ``went_back_at``: how often the server went back to an older state, and when it last did (None: never).
         """
         noted = self.cache.noted
         confirmed = self.probe.confirmed or None
@@ -255,7 +256,6 @@ class KubernetesSource:
             "cut_off": is_cut_off,
             "stale_since": self._saved_at if is_restored else confirmed if is_cut_off else None,
             "kinds": [one._asdict() for one in self.states()],
-            "gaps": {str(kind): one.gaps for kind, one in self.watchers.items() if one.gaps},
             "went_back": self.probe.went_back,
             "went_back_at": self.probe.went_back_at or None,
         }
