@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`netpolctl status`: print what the agent of this node enforces, on which interfaces, and every problem.
 
-With ``--policy`` it shows where one policy of a cluster is in force, from the reports of the nodes.
+With ``--policy`` it prints on which nodes one policy of a cluster is in force, from the reports of the nodes.
 
-Exit codes: 0 all objects of the sources (or the policies) are in force, 1 some are not, 3 no such policy, 4 the agent or
-the API server does not respond, 5 a right is missing.
+Exit codes: 0 all objects of the sources (or the policies) are in force, 1 some are not, 3 the policy does not exist, 4
+the agent or the API server does not answer, 5 a right is missing.
 """
 
 from __future__ import annotations
