@@ -416,7 +416,7 @@ class Agent:
         return [*found, *self.objects.without_namespace()]
 
     def _log_unenforced(self) -> None:
-        """Log new problems of `unenforced`, some of which arise only because time passes."""
+        """Log workloads that became unenforced, or enforced; some become so by the passing of time alone."""
         found = {str(one): one for one in self.unenforced()}
         for text in found.keys() - self._logged:
             log.log(logging.ERROR if found[text].severity == "error" else logging.WARNING, "%s", text)

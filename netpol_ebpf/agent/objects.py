@@ -88,13 +88,7 @@ class ClusterObjects:
                 self.derivation.remove(*event.key)
 
     def note_problems(self, problems: tuple[Problem, ...]) -> None:
-        """Replace the problems of the source by ``problems``.
-
-        Log each problem once when it begins and once when it ends.
-
-        If only the message of a problem changes, it is the same problem. At most MOST_LINES lines are logged for
-        problems that begin, and as many for problems that end.
-        """
+        """Replace the source's problems by the present ones, and log which began and which are over."""
         before, now = set(map(_problem_key, self._source_problems)), set(map(_problem_key, problems))
         begun = [one for one in problems if _problem_key(one) not in before]
         over = [one for one in self._source_problems if _problem_key(one) not in now]

@@ -196,7 +196,7 @@ class Client:
         return self._begin(method, target, body, headers, head_s=head_s, idle_s=idle_s)
 
     def delete(self, target: str, *, head_s: float, idle_s: float) -> HttpAnswer:
-        """Send a DELETE request; arguments and errors are those of `get`."""
+        """Begin a DELETE; arguments and errors as for `get`."""
         return self._begin("DELETE", target, None, {"Accept": _JSON}, head_s=head_s, idle_s=idle_s)
 
     def _begin(
