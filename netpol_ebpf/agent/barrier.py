@@ -205,6 +205,8 @@ class Barrier:
             self._layout = None
             self._fail(error)
             return []
+        if self._failure is not None:
+            log.info("over: the second barrier is in force", extra={"fields": {"problem": self._failure.slug}})
         self._layout, self._failure = wanted, None
         return found
 

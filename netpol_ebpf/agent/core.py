@@ -31,6 +31,7 @@ from netpol_ebpf.agent.local_interfaces import LocalInterfaces
 from netpol_ebpf.agent.node_access import NodeAccess
 from netpol_ebpf.agent.objects import ClusterObjects
 from netpol_ebpf.agent.own_interfaces import OwnInterfaces
+from netpol_ebpf.agent.problem_log import ProblemLog
 from netpol_ebpf.agent.rejected import RejectedChanges
 from netpol_ebpf.agent.repair import Repair
 from netpol_ebpf.agent.settings import AgentSettings
@@ -101,7 +102,7 @@ class Agent:
         self._enforced: frozenset[int] = frozenset()  # interfaces with an earlier agent's programs at the start
         self._close_at_s = math.inf
         self._tell_at_s = math.inf
-        self._logged: frozenset[str] = frozenset()  # problems of unenforced workloads that were logged
+        self._unenforced_log = ProblemLog(log)
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -163,10 +164,12 @@ class Agent:
         if self.closed:
             self.binder.expect_old_connections(self.closed.keys)
         queued = (*self.closed.release(), *self._early)
-        self.enforcement.record.begin()
+        is_news = bool(queued or update.events)
+        if is_news:
+            self.enforcement.record.begin()
         self._early.clear()
         self.objects.take(SourceUpdate((*queued, *update.events), update.problems))
-        return bool(queued or update.events)
+        return is_news
 
     def _put_in_force_if_due(self) -> None:
         """Before the start: put the objects in force if the source has synced.
@@ -417,10 +420,7 @@ class Agent:
 
     def _log_unenforced(self) -> None:
         """Log workloads that became unenforced, or enforced; some become so by the passing of time alone."""
-        found = {str(one): one for one in self.unenforced()}
-        for text in found.keys() - self._logged:
-            log.log(logging.ERROR if found[text].severity == "error" else logging.WARNING, "%s", text)
-        self._logged = frozenset(found)
+        self._unenforced_log.note(self.unenforced())
 
     def _name_of(self, ifindex: int) -> str:
         return self.interfaces.wiring.name_of(ifindex)

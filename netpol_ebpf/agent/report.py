@@ -288,10 +288,11 @@ def metrics(agent: Agent, maps: Mapping[str, KernelMap], state: Mapping[str, Any
 
 def connection_counts(maps: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Live connections by table; see `ConnectionMap`: ``established``, ``unreplied``, and ``size``, the number of slots."""
-    return {
-        name: {"established": maps[name].count_live(), "unreplied": maps[view].count_live(), "size": maps[name].slots}
-        for name, view in abi.UNREPLIED_VIEWS.items()
-    }
+    found = {}
+    for name in abi.UNREPLIED_VIEWS:
+        established, unreplied = maps[name].count_live()
+        found[name] = {"established": established, "unreplied": unreplied, "size": maps[name].slots}
+    return found
 
 
 def identities(agent: Agent) -> list[dict[str, Any]]:

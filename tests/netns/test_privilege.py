@@ -27,7 +27,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent))
 
 import service_filter
-from agent_scene import DB_POLICY, NODE, OTHER_ALLOWED, Scene, scene_in, to_db, with_capabilities
+from agent_scene import DB_POLICY, NODE, OTHER_ALLOWED, Scene, scene_in, to_db, wait_for, with_capabilities
 
 from netpol_ebpf.agent.configuration import API_VERSION, KIND
 from netpol_ebpf.agent.control_socket import SOCKET_NAME, ask
@@ -320,19 +320,50 @@ def open_files(pid: int) -> set[str]:
     return found
 
 
+def network_sockets(pid: int) -> dict[str, list[str]]:
+    """The lines of /proc/net that are about sockets of the process, by family; only families of networks."""
+    held = {name for name in open_files(pid) if name.startswith("socket:")}
+    found: dict[str, list[str]] = {}
+    for name in ("tcp", "tcp6", "udp", "udp6", "raw", "raw6", "udplite", "packet", "unix", "netlink"):
+        table = Path(f"/proc/{pid}/net/{name}")
+        lines = table.read_text().splitlines()[1:] if table.exists() else []
+        found[name] = [line for line in lines if held & {f"socket:[{field}]" for field in line.split()}]
+    assert found.pop("netlink"), "the agent's own sockets are seen in these tables"
+    del found["unix"]
+    return {name: lines for name, lines in found.items() if lines}
+
+
 def test_agent_listens_on_no_network(make: Callable[..., LeastScene]) -> None:
     """In the node's network namespace no socket listens besides those of the laboratory's own peers; the agent has none."""
     scene = make()
-    state = scene.start()
-    held = {name for name in open_files(state["pid"]) if name.startswith("socket:")}
-    families = {}
-    for name in ("tcp", "tcp6", "udp", "udp6", "raw", "raw6", "udplite", "packet", "unix", "netlink"):
-        table = Path(f"/proc/{state['pid']}/net/{name}")
-        lines = table.read_text().splitlines()[1:] if table.exists() else []
-        families[name] = {f"socket:[{field}]" for line in lines for field in line.split()}
-    network = set(families) - {"unix", "netlink"}
-    assert held & families["netlink"], "the agent's own sockets are seen in these tables"
-    assert {name for name in network if held & families[name]} == set()
+    assert network_sockets(scene.start()["pid"]) == {}
+
+
+@pytest.mark.parametrize("user", [0, AGENT], ids=["root", "user"])
+def test_agent_listens_at_its_health_address_alone(make: Callable[..., LeastScene], user: int) -> None:
+    """With --health-address it has one listening socket more, at that address; three capabilities suffice, and the server has none."""
+    pytest.importorskip("prometheus_client", reason="the extra [metrics] is not installed")
+    scene = make(options=("--health-address", "127.0.0.1:9976"), user=user)
+    scene.prepare()
+    pid = scene.start()["pid"]
+    sockets = network_sockets(pid)
+    assert {name: [line.split()[1:4:2] for line in lines] for name, lines in sockets.items()} == {
+        "tcp": [["0100007F:26F8", "0A"]]
+    }
+    for path, found in (("/readyz", b"[+]programmed ok"), ("/metrics", b"netpol_in_force 1.0")):
+        command = [
+            sys.executable,
+            "-c",
+            f"import urllib.request as r; print(r.urlopen('http://127.0.0.1:9976{path}').read().decode())",
+        ]
+        wait_for(lambda: found.decode() in scene.lab.run(NODE, command, check=False).stdout, path)  # noqa: B023 - called at once
+    children = [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    servers = [one for one in children if b"health_server" in Path(f"/proc/{one}/cmdline").read_bytes()]
+    assert len(servers) == 1
+    kept = capabilities_of(servers[0])
+    assert {name: kept[name] for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == dict.fromkeys(
+        ("CapInh", "CapPrm", "CapEff", "CapAmb"), 0
+    )
 
 
 def test_group_reads_with_the_command_line(make: Callable[..., LeastScene]) -> None:
@@ -354,5 +385,5 @@ def test_group_reads_with_the_command_line(make: Callable[..., LeastScene]) -> N
         shown[command] = done.stdout
     assert f"{scene.manifests}/db.yaml" in shown[explain]
     assert "in force   yes" in shown["status"]
-    assert "netpol_in_force 1" in shown["metrics"].splitlines()
+    assert "netpol_in_force 1.0" in shown["metrics"].splitlines()
     assert 'netpol_packets_total{reason="policy-deny"}' in shown["metrics"]
