@@ -419,7 +419,7 @@ class Agent:
         return [*found, *self.objects.without_namespace()]
 
     def _log_unenforced(self) -> None:
-        """Log workloads that became unenforced, or enforced; some become so by the passing of time alone."""
+        """Log the workloads that became unenforced or enforced. Some become so only because time passes."""
         self._unenforced_log.note(self.unenforced())
 
     def _name_of(self, ifindex: int) -> str:

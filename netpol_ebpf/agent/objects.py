@@ -86,7 +86,7 @@ class ClusterObjects:
                 self.derivation.remove(*event.key)
 
     def note_problems(self, problems: tuple[Problem, ...]) -> None:
-        """Replace the source's problems by the present ones, and log which began and which are over."""
+        """Replace the problems of the source by ``problems``. Log those that began and those that ended."""
         self._source_problems.note(problems)
 
     def take_changes(self, older: Collection[EndpointKey], is_idle: Callable[[EndpointKey], bool]) -> Changes:
