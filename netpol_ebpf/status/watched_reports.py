@@ -81,5 +81,5 @@ class ReportStore:
         self.is_listed = True
 
     def note(self, problem: Problem | None) -> None:
-        """Set the problem why reports are not watched now; None: they are watched."""
+        """Set the problem that says why reports are not watched now; None if they are watched."""
         self.problem = problem
