@@ -81,6 +81,10 @@ class Condition:
         return (self.status, self.revision, self.reason)
 
 
+class WriteRefusedError(UnreachableError):
+    """The server answered, and refused; other kinds may be written."""
+
+
 class _Due(NamedTuple):
     """A policy whose condition must be compared with the server's. ``key``: None for an object that is not valid."""
 
@@ -121,23 +125,34 @@ class ConditionWriter:
         self._swept_s = -math.inf
 
     def round(self, view: View, reports: Mapping[str, NodeReport]) -> None:
-        """Write what has changed. Raises UnreachableError; the next round writes the rest."""
+        """Write what has changed.
+
+        Raises UnreachableError, after the writes of all kinds that the server takes; the next round writes the rest.
+        """
         if view is not self._view:
             self._take(view)
         is_sweep = self.clock() >= self._swept_s + SWEEP_S
         if is_sweep:
             self._seen_faults.clear()
-        left = WRITES_PER_ROUND
-        due = [*self._faulty(view), *self._valid(view, reports, is_sweep=is_sweep)]
+        left, refused = WRITES_PER_ROUND, dict[PolicyKind, WriteRefusedError]()
+        due = [*self._faulty(view, refused), *self._valid(view, reports, is_sweep=is_sweep)]
         for one in sorted(due, key=lambda one: one.standing.is_programmed):
             if left <= 0:
-                return  # the next round goes on; a sweep begins anew
-            left -= self._write(one)
+                break  # the next round goes on; a sweep begins anew
+            if one.kind in refused:
+                continue
+            try:
+                left -= self._write(one)
+            except WriteRefusedError as error:
+                refused[one.kind] = error
+                continue
             if one.key is not None and one.standing.is_programmed:
                 self._settled[one.key] = one.revision
             elif one.key is not None:
                 self._settled.pop(one.key, None)
-        if is_sweep:
+        if refused:
+            raise next(iter(refused.values()))
+        if is_sweep and left > 0:
             self._swept_s = self.clock()
 
     def _take(self, view: View) -> None:
@@ -171,15 +186,16 @@ class ConditionWriter:
             if not (is_settled and is_proven(revision, nodes, reports, now_s)):
                 yield _Due(evaluate(str(key), revision, nodes, reports, now_s), revision, kind, path, key)
 
-    def _faulty(self, view: View) -> Iterator[_Due]:
-        """The objects that are not valid. Their generation is read from the server."""
+    def _faulty(self, view: View, refused: dict[PolicyKind, WriteRefusedError]) -> Iterator[_Due]:
+        """The objects that are not valid. Their generation is read from the server. ``refused``: gets refusals."""
         for path, fault in view.faults.items():
             kind = kind_at(path)
             if kind is None or self._seen_faults.get(path) == fault:
                 continue
             answer = request(self.sender, "GET", path)
             if not answer.is_done and answer.status != HTTPStatus.NOT_FOUND:
-                raise UnreachableError(f"{path} cannot be read ({answer.message})", hint="")
+                refused[kind] = WriteRefusedError(f"{path} cannot be read ({answer.message})", hint="")
+                continue
             self._seen_faults[path] = fault
             metadata = answer.body.get("metadata", {}) if answer.is_done else {}
             if "uid" in metadata and "generation" in metadata:
@@ -221,15 +237,15 @@ class ConditionWriter:
         if answer.is_done:
             self._conditions[due.path] = wanted
         elif answer.status not in (HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT):  # deleted, or made anew, meanwhile
-            raise UnreachableError(f"the condition of {due.path} was not written ({answer.message})", hint="")
+            raise WriteRefusedError(f"the condition of {due.path} was not written ({answer.message})", hint="")
         return 1
 
     def _takes_status(self, kind: PolicyKind) -> bool:
         """Whether the server has a status for a kind. Before the first write, the present conditions are read."""
         if kind not in self._has_status:
             offered = request(self.sender, "GET", kind.group_path)
-            if not offered.is_done:
-                raise UnreachableError(f"{kind.group_path} cannot be read ({offered.message})", hint="")
+            if not offered.is_done and offered.status != HTTPStatus.NOT_FOUND:  # Calico's may be there as stored alone
+                raise WriteRefusedError(f"{kind.group_path} cannot be read ({offered.message})", hint="")
             names = {one.get("name") for one in offered.body.get("resources", ())}
             if f"{kind.plural}/status" in names:
                 self._read_conditions(kind)
@@ -242,7 +258,7 @@ class ConditionWriter:
             query = f"?limit={PAGE_OBJECTS}" + (f"&continue={quote(more, safe='')}" if more else "")
             page = request(self.sender, "GET", f"{kind.group_path}/{kind.plural}{query}")
             if not page.is_done:
-                raise UnreachableError(f"{kind.plural} of {kind.api_version} cannot be read ({page.message})", hint="")
+                raise WriteRefusedError(f"{kind.plural} of {kind.api_version} cannot be read ({page.message})", hint="")
             for item in page.body.get("items") or ():
                 self._note(kind, item)
             more = page.body.get("metadata", {}).get("continue", "")
@@ -299,7 +315,7 @@ class ConditionWriter:
         answer = request(self.sender, "POST", f"{EVENTS}/{namespace or 'default'}/events", body)
         self._events_left -= 1
         if not answer.is_done and answer.status != HTTPStatus.CONFLICT:
-            raise UnreachableError(f"the Event of {due.path} was not made ({answer.message})", hint="")
+            raise WriteRefusedError(f"the Event of {due.path} was not made ({answer.message})", hint="")
         self._told.add(mark)
         return 1
 

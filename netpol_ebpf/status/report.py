@@ -85,8 +85,10 @@ def fingerprint(revision: str) -> bytes:
     return sha256(revision.encode()).digest()[:FINGERPRINT_BYTES]
 
 
-def render_report(node: str, status: NodeStatus, renewed_s: float, period_s: float) -> dict[str, Any]:
-    """The object that a node's agent writes."""
+def render_report(
+    node: str, status: NodeStatus, renewed_s: float, period_s: float, node_uid: str = ""
+) -> dict[str, Any]:
+    """The object that a node's agent writes. ``node_uid``: of the Node object, with which the report goes; "" for none."""
     fingerprints = sorted(fingerprint(one) for one in status.in_force.values())
     spec: dict[str, Any] = {
         "agentVersion": __version__,
@@ -98,7 +100,10 @@ def render_report(node: str, status: NodeStatus, renewed_s: float, period_s: flo
     }
     missing = {policy for one in status.shortfalls for policy in one.policies}
     spec |= {"policies": len(status.in_force.keys() | missing), "missing": len(missing)}
-    return {"apiVersion": schema.VERSION, "kind": schema.KIND, "metadata": {"name": node}, "spec": spec}
+    metadata: dict[str, Any] = {"name": node}
+    if node_uid:
+        metadata["ownerReferences"] = [{"apiVersion": "v1", "kind": "Node", "name": node, "uid": node_uid}]
+    return {"apiVersion": schema.VERSION, "kind": schema.KIND, "metadata": metadata, "spec": spec}
 
 
 def _render_shortfall(one: Shortfall) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 from netpol_ebpf.errors import Location, Problem, UnreachableError
 from netpol_ebpf.status.report import COLLECTION, NodeStatus, fingerprint, render_report
-from netpol_ebpf.status.requests import Response, Sender, apply
+from netpol_ebpf.status.requests import Response, Sender, apply, request
 
 WRITES_PER_S = 100.0
 """Most reports per second of all nodes of a cluster: a fifth of what their kubelets write in any case, because each
@@ -33,6 +33,7 @@ FIRST_RETRY_S, LONGEST_RETRY_S = 2.0, 120.0
 ABSENT_RETRY_S = 60.0
 """Seconds between two attempts while the server has no kind NodeReport, or this node may not write it."""
 SLUG = "status-report"
+NODES = "/api/v1/nodes"
 
 
 def gap_s(nodes: int) -> float:
@@ -69,6 +70,7 @@ class ReportWriter:
     _renew_s: float = math.inf  # when the report must be written in any case
     _earliest_s: float = -math.inf
     _failures: int = 0
+    _node_uid: str = ""
 
     def offer(self, status: NodeStatus) -> None:
         """Set the status that the next report must have. A later call replaces it."""
@@ -95,6 +97,8 @@ class ReportWriter:
             return self._failed(error.message, self._backoff_s())
         if not response.is_done:
             return self._refused(response)
+        if response.status == HTTPStatus.CREATED:
+            self._node_uid = ""  # the report was deleted, perhaps with its Node: the next one reads the UID again
         now_s = self.clock()
         self.problem, self._failures, self.written = None, 0, self.written + 1
         self._confirmed, self._told = wanted, frozenset(map(fingerprint, wanted.in_force.values()))
@@ -112,8 +116,18 @@ class ReportWriter:
         return not self._told.issuperset(map(fingerprint, wanted.in_force.values()))
 
     def _write(self, wanted: NodeStatus) -> Response:
-        report = render_report(self.node, wanted, self.wall(), period_s(wanted.nodes))
+        self._node_uid = self._node_uid or self._read_node_uid()
+        report = render_report(self.node, wanted, self.wall(), period_s(wanted.nodes), self._node_uid)
         return apply(self.sender, f"{COLLECTION}/{quote(self.node, safe='')}", report)
+
+    def _read_node_uid(self) -> str:
+        """The UID of the Node, "" if there is none: then nobody deletes the report, which nobody reads either.
+
+        A list of one, because agents have the right to list Nodes in any case.
+        """
+        found = request(self.sender, "GET", f"{NODES}?fieldSelector=metadata.name%3D{quote(self.node, safe='')}")
+        items = found.body.get("items") or [{}]
+        return str(items[0].get("metadata", {}).get("uid", ""))
 
     def _refused(self, response: Response) -> float:
         status = response.status
