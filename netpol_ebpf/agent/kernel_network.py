@@ -55,8 +55,8 @@ class KernelNetwork:
         self._gone: set[int] | None = set()
         self._born: list[Interface] = []
         self._is_news = False  # whether notifications were read since the last `has_news`
-        self._groups: frozenset[IPAddress] = frozenset()  # joined groups, without those of addresses
-        self._not_joined: set[IPAddress] = set()  # groups of addresses that are not joined
+        self._groups: frozenset[IPAddress] = frozenset()  # joined groups, without solicited-node groups
+        self._not_joined: set[IPAddress] = set()  # solicited-node groups that were not joined
         self._groups_s = -GROUPS_S
         self._version: tuple[int, int] | None = None  # the follower's version at the last read of notifications
         self._links: dict[int, tuple[Link, Interface]] = {}

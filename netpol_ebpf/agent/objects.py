@@ -56,7 +56,7 @@ class ClusterObjects:
         self._claims = AddressClaims(self.derivation.world)
         self._in_force = WorldInForce()
         self._source_problems = ProblemLog(log)
-        self._other_owners: dict[IPAddress, str] | None = None  # hosts and nodes; None: not known yet
+        self._other_owners: dict[IPAddress, str] | None = None  # hosts and nodes; None: must be computed
 
     @property
     def world(self) -> World:
@@ -86,7 +86,7 @@ class ClusterObjects:
                 self.derivation.remove(*event.key)
 
     def note_problems(self, problems: tuple[Problem, ...]) -> None:
-        """Replace the source's problems by the present ones, and log which began and which are over."""
+        """Replace the problems of the source by ``problems``. Log those that began and those that ended."""
         self._source_problems.note(problems)
 
     def take_changes(self, older: Collection[EndpointKey], is_idle: Callable[[EndpointKey], bool]) -> Changes:
@@ -129,13 +129,13 @@ class ClusterObjects:
                 changes.endpoints.setdefault(key, endpoint)
 
     def accept(self) -> dict[str, ObjectCounts]:
-        """Mark all taken changes as in force. Returns the number of objects by table of the world."""
+        """Note that all changes that `take_changes` returned are in force; returns the numbers of objects by table."""
         return self._in_force.accept()
 
     def set_tunnels(self, encapsulations: Iterable[tuple[int, int]]) -> None:
-        """Set the tunnels, as (IP protocol, UDP port), that this node accepts from any sender.
+        """Set which tunnels, as (IP protocol, UDP port), nodes accept from any sender.
 
-        Tunnels of all nodes stay.
+        Those in `TUNNELS` always count.
         """
         self.derivation.set_tunnels(TUNNELS.union(Tunnel(*one) for one in encapsulations))
 

@@ -127,7 +127,7 @@ class Repair:
     def _note_programs(self, found: Collection[Drift], now_s: float) -> None:
         self.drift.note(found, now_s)
         if any(one.kind == "program" for one in found):
-            self._enforcement.applier.bump_generation()  # packets may have passed unjudged meanwhile
+            self._enforcement.applier.bump_generation()  # packets may have passed without a verdict meanwhile
 
     def _restore_rows(self, now_s: float) -> None:
         audit = self._enforcement.audit

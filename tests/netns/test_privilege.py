@@ -12,6 +12,7 @@ import grp
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,15 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import service_filter
 from agent_scene import DB_POLICY, NODE, OTHER_ALLOWED, Scene, scene_in, to_db, wait_for, with_capabilities
 
+from netpol_ebpf.agent.configuration import API_VERSION, KIND
 from netpol_ebpf.agent.control_socket import SOCKET_NAME, ask
 from netpol_ebpf.errors import UnreachableError
 from netpol_ebpf.lab.laboratory import Lab
+from netpol_ebpf.lab.patience import scaled
 from netpol_loader import abi
 from netpol_loader.kernel import syscall
 from netpol_loader.pins import access
@@ -47,19 +51,33 @@ GROUP = "daemon"
 
 @dataclass
 class LeastScene(Scene):
-    """An agent with some capabilities, as root or as another user; ``is_filtered``: with the unit's system calls alone."""
+    """An agent with some capabilities, as root or as another user; ``is_service``: as the unit has it.
+
+    The service has its options from the configuration file, and the system calls of the unit's filter alone.
+    """
 
     capabilities: tuple[str, ...] = NAMES
     user: int = 0
-    is_filtered: bool = False
+    is_service: bool = False
 
     def command(self, *options: str) -> list[str]:
         prefix = with_capabilities(self.capabilities)
         if self.user:
             prefix += ["--ambient-caps", prefix[-1], "--reuid", str(self.user), "--regid", str(self.user)]
         member = str(grp.getgrnam(GROUP).gr_gid)
-        filtered = [sys.executable, service_filter.__file__] if self.is_filtered else []
-        return [*prefix, "--groups", member, *filtered, *super().command(*options)]
+        prefix += ["--groups", member]
+        if not self.is_service:
+            return [*prefix, *super().command(*options)]
+        places = {"manifests": self.manifests, "pinRoot": self.pin_root, "stateDir": self.state_dir}
+        written = {name: str(path) for name, path in places.items()} | {"node": self.node}
+        text = yaml.safe_dump({"apiVersion": API_VERSION, "kind": KIND, **written})
+        self.configuration.write_text(text)
+        filtered = [sys.executable, service_filter.__file__, sys.executable, *self.entry]
+        return [*prefix, *filtered, "--config", str(self.configuration), *options]
+
+    @property
+    def configuration(self) -> Path:
+        return self.home / "config.yaml"
 
     def ctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """See `Scene`. Root has the agent's capabilities here as well; pins of another user are opened to root by one more."""
@@ -116,24 +134,34 @@ def capabilities_of(process: int) -> dict[str, int]:
     return {line.split(":")[0]: int(line.split()[1], 16) for line in lines if line.startswith("Cap")}
 
 
+def abort_as_watchdog(scene: LeastScene) -> None:
+    """End the agent as systemd's watchdog does; the log then has where each thread was."""
+    assert scene.process is not None
+    scene.process.send_signal(signal.SIGABRT)
+    assert scene.process.wait(scaled(30)) == -signal.SIGABRT
+    log = (scene.home / "agent.log").read_text()
+    assert "Fatal Python error: Aborted" in log
+    assert "in run_once" in log
+
+
 def require_filter() -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
 
 
 @pytest.mark.parametrize(
-    ("user", "is_filtered"), [(0, False), (AGENT, False), (0, True)], ids=["root", "user", "service"]
+    ("user", "is_service"), [(0, False), (AGENT, False), (0, True)], ids=["root", "user", "service"]
 )
 def test_least_privilege_is_enough_for_everything(
-    make: Callable[..., LeastScene], user: int, *, is_filtered: bool
+    make: Callable[..., LeastScene], user: int, *, is_service: bool
 ) -> None:
     """With the three capabilities alone the agent finds pods, judges, follows changes, is succeeded, and is cleaned up.
 
-    So it does under the system call filter of the service.
+    So it does as the service: with the configuration file alone, which netpolctl reads too, and under the unit's filter.
     """
-    if is_filtered:
+    if is_service:
         require_filter()
-    scene = make(user=user, is_filtered=is_filtered)
+    scene = make(user=user, is_service=is_service)
     if user:
         scene.prepare()
     state = scene.start()
@@ -143,12 +171,18 @@ def test_least_privilege_is_enough_for_everything(
     sets = capabilities_of(state["pid"])
     expected = sum(1 << one.number for one in CAPABILITIES)
     assert (sets["CapEff"], sets["CapPrm"], sets["CapBnd"]) == (expected, expected, expected)
-    assert ("Seccomp:\t2" in Path(f"/proc/{state['pid']}/status").read_text().splitlines()) is is_filtered
+    assert ("Seccomp:\t2" in Path(f"/proc/{state['pid']}/status").read_text().splitlines()) is is_service
     assert Path(f"/proc/{state['pid']}").stat().st_uid == user
+    if is_service:
+        command = ["status", "--config", str(scene.configuration), "-o", "json"]
+        told = wait_for(lambda: scene.ctl(*command).stdout, "netpolctl finds the agent by the file")
+        assert json.loads(told)["pid"] == state["pid"]
     both = [to_db(source, version) for source in ("shop/web", "shop/other") for version in (4, 6)]
     assert scene.reached(*both) == [True, True, False, False]
     scene.write("db.yaml", OTHER_ALLOWED)
     scene.await_reached(to_db("shop/other"), expected=True)
+    if is_service:
+        abort_as_watchdog(scene)
     scene.kill()
     scene.write("db.yaml", DB_POLICY)
     assert scene.start()["in_force"]
