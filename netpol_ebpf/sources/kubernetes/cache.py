@@ -166,7 +166,7 @@ class KindStore:
             self._synced()
 
     def note(self, problem: Problem | None) -> None:
-        """Set the problem why the kind is not watched now; None: it is watched."""
+        """Set the problem that says why the kind is not watched now; None if it is watched."""
         with self._cache.lock:
             if problem != self.problem:
                 self.problem = problem
