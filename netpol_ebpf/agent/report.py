@@ -287,7 +287,10 @@ def metrics(agent: Agent, maps: Mapping[str, KernelMap], state: Mapping[str, Any
 
 
 def connection_counts(maps: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """Live connections by table; see `ConnectionMap`: ``established``, ``unreplied``, and ``size``, the number of slots."""
+    """The connections in each connection table, without those whose time-out has passed; see `ConnectionMap`.
+
+    ``established``, ``unreplied``: the number of connections in this state. ``size``: the number of slots.
+    """
     found = {}
     for name in abi.UNREPLIED_VIEWS:
         established, unreplied = maps[name].count_live()
