@@ -368,6 +368,5 @@ def reason_counts(counted: KernelMap) -> dict[str, int]:
 
 
 def _sum(cells: bytes | None) -> tuple[int, int]:
-    """The sums of packets and bytes over all CPUs."""
     pairs = list(_COUNT.iter_unpack(cells or b""))
     return sum(packets for packets, _ in pairs), sum(size for _, size in pairs)
