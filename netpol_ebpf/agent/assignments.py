@@ -54,7 +54,7 @@ class Evidence(enum.IntEnum):
     NAME = 3
     """The interface's name is derived from the pod's name."""
     ROUTE = 4
-    """The node has a route to an address of the endpoint by the interface.
+    """The node has a route through the interface to an address of the endpoint.
 
     A route to a prefix counts only if the agent cannot read the addresses at the interface's other end."""
     ADDRESS = 5
@@ -69,7 +69,7 @@ class InterfaceRole(enum.Enum):
 
 
 class Assignment(NamedTuple):
-    """The endpoint of an interface.
+    """The assignment of an interface to an endpoint.
 
     ``addresses``: the endpoint's addresses when it was last located at this interface; None: not known.
     """
@@ -112,7 +112,7 @@ class LocatedEndpoints:
 
 
 class _Candidate(NamedTuple):
-    """The interface that one endpoint would be assigned."""
+    """An endpoint and the interface that it would get."""
 
     endpoint: Endpoint
     evidence: Evidence
@@ -122,9 +122,9 @@ class _Candidate(NamedTuple):
 class _Traits(NamedTuple):
     """The properties of an interface that follow from its kind, its name and the agent's options.
 
-    ``is_judged``: whether the agent decides its role.  ``is_possible``: whether it can be a workload's.
-    ``is_bindable``: whether it can be assigned to an endpoint that does not name it in its object.  ``name_hash``: the
-    hash in its name, if that is a derived name.
+    ``is_judged``: the agent must decide whether it is the node's own or a workload's. ``is_possible``: it can be a
+    workload's. ``is_bindable``: it may be assigned to an endpoint whose object does not name it. ``name_hash``: the
+    hash at the end of a derived name; None if the name is not derived from a pod's.
     """
 
     link: Interface
@@ -136,7 +136,7 @@ class _Traits(NamedTuple):
 
 def may_be_workloads(link: Interface) -> bool:
     """Whether an interface is of a kind that workloads have: one end of a pair into another namespace, or a tap."""
-    is_tap = link.kind in TAP_KINDS and link.hardware == ETHERNET  # without Ethernet headers it is the node's tunnel
+    is_tap = link.kind in TAP_KINDS and link.hardware == ETHERNET  # a tun device is a tunnel of the node
     return link.peer is not None or is_tap
 
 
@@ -154,7 +154,7 @@ class InterfaceAssignments:
         """
         self._workload_patterns, self._own_patterns = tuple(workloads), tuple(own)
         self._seen: dict[int, InterfaceRecord] = {}
-        self._lost: set[EndpointKey] = set()  # endpoints with an assignment to an interface that is gone
+        self._lost: set[EndpointKey] = set()  # endpoints whose assigned interface no longer exists
         self._traits: dict[int, _Traits] = {}  # of the interfaces of the last wiring
         self._settled: dict[int, Settled] = {}
         self._last = LookInputs(Wiring(), {}, frozenset(), {})  # the inputs of the look that left them settled
@@ -246,9 +246,10 @@ class InterfaceAssignments:
         is_contested: Callable[[EndpointKey], bool],
         problems: dict[EndpointKey, str],
     ) -> dict[int, list[_Candidate]]:
-        """By interface, the endpoints that would be assigned it.
+        """The endpoints that would get each interface, by interface index. Adds to ``problems``.
 
-        ``traces``: the trusted evidence of each endpoint; ``held``: their present interfaces.  Adds to ``problems``.
+        ``traces``: for each endpoint, the strongest evidence that a workload cannot forge, and the interfaces that it
+        gives. ``held``: the present interface of each endpoint.
         """
         wanted: dict[int, list[_Candidate]] = {}
         first: _FirstAddresses | None = None  # made only if an endpoint needs it
@@ -274,7 +275,7 @@ class InterfaceAssignments:
 
     @property
     def assigned(self) -> set[int]:
-        """The interfaces that have an endpoint."""
+        """Indices of the interfaces that are assigned to an endpoint."""
         return {ifindex for ifindex, one in self._seen.items() if one.assignment is not None}
 
     def first_addresses(self, ifindex: int) -> tuple[IPAddress, ...]:
@@ -306,7 +307,7 @@ class InterfaceAssignments:
                 self._keep(ifindex, replace(seen, side=None, assignment=None))
 
     def _release_unbindable(self) -> None:
-        """Release interfaces that an earlier agent assigned and that this agent's options exclude."""
+        """Release interfaces that an earlier agent assigned, but which the options of this agent exclude."""
         for ifindex, seen in self._seen.items():
             if (
                 seen.assignment is not None
@@ -326,7 +327,7 @@ class InterfaceAssignments:
     # --- own or workload's ------------------------------------------------------------------------------------------
 
     def close_newborn(self, link: Interface) -> bool:
-        """Whether an interface that just appeared must be closed; if its role is in doubt, it must."""
+        """Whether an interface that just appeared must be closed. If its role is in doubt, it must."""
         if link.ifindex in self._seen or not self._traits_of(link).is_possible:
             return False
         self._keep(link.ifindex, InterfaceRecord(link.name, InterfaceRole.WORKLOAD))
@@ -343,7 +344,7 @@ class InterfaceAssignments:
         return seen is not None and seen.side is InterfaceRole.WORKLOAD
 
     def _traits_in(self, wiring: Wiring) -> dict[int, _Traits]:
-        """The traits of all interfaces. Cost: little for an interface that is as it was at the last look."""
+        """The traits of all interfaces, by index. An interface that did not change since the last call costs little."""
         before, found = self._traits, {}
         for ifindex, link in wiring.links.items():
             known = before.get(ifindex)
@@ -366,8 +367,8 @@ class InterfaceAssignments:
     def _decide_roles(self, now: LookInputs, claimed: Collection[int], settled: Collection[int]) -> None:
         """Decide the role of every interface.
 
-        ``claimed``: interfaces of endpoints, by evidence that a workload cannot forge; ``settled``: interfaces with a
-        settled assignment, which are workloads' and stay as they are.
+        ``claimed``: interfaces of endpoints by evidence that a workload cannot forge. ``settled``: interfaces with a
+        settled assignment; they are workloads', and their records stay.
         """
         wiring = now.wiring
         for ifindex, traits in self._traits.items():
@@ -388,7 +389,10 @@ class InterfaceAssignments:
     def _side(
         self, traits: _Traits, wiring: Wiring, seen: InterfaceRecord, *, is_stated: bool, is_claimed: bool
     ) -> InterfaceRole | None:
-        """The role of an interface; None: in doubt, so it is treated as the node's own until there is evidence."""
+        """The role of an interface; None if it is in doubt.
+
+        Such an interface is treated as the node's own until there is evidence.
+        """
         link = traits.link
         if self._workload_patterns:
             return InterfaceRole.WORKLOAD if traits.is_possible else InterfaceRole.OWN
@@ -569,7 +573,7 @@ class _TrustedEvidence:
     """Finds the interfaces of endpoints by evidence that a workload cannot forge."""
 
     def __init__(self, now: LookInputs, traits: Collection[_Traits]) -> None:
-        """``traits``: of all interfaces."""
+        """``traits``: the traits of all interfaces."""
         self._wiring, self._results = now.wiring, now.results
         # These are certainly the node's own, although a route to an endpoint leads there.  A route alone proves
         # nothing: the node's route to a macvlan pod may use a macvlan device of its own, which the pod's other packets
@@ -586,10 +590,10 @@ class _TrustedEvidence:
             self._ways.insert(0, (Evidence.CNI, self._by_result))
 
     def beyond_reach(self, endpoint: Endpoint) -> tuple[Evidence, set[int]]:
-        """The strongest evidence that a workload cannot forge, and the interfaces that it gives for an endpoint.
+        """The kind of the strongest evidence for an endpoint that a workload cannot forge, and the interfaces it names.
 
-        There are none if the CNI plugin left no interface on the node. If there is no such evidence, the kind is
-        ADDRESS.
+        If the CNI plugin left no interface on the node, there are no such interfaces. If there is no such evidence, the
+        kind is ADDRESS.
         """
         if endpoint.interface is not None:
             named = self._by_name.get(endpoint.interface)
@@ -634,7 +638,7 @@ class _TrustedEvidence:
         return ifindex if link is None or link.peer is None else None
 
     def _longest_match(self, address: IPAddress) -> Collection[int]:
-        """The interfaces of the longest prefix that contains an address."""
+        """The interfaces to the longest directly connected prefix that contains an address."""
         for version, host_bits, nets in self._subnets:
             if version == address.version:
                 found = nets.get(int(address) >> host_bits)
@@ -646,7 +650,10 @@ class _TrustedEvidence:
 def _by_length(
     subnets: Mapping[IPNetwork, Collection[int]],
 ) -> list[tuple[int, int, dict[int, Collection[int]]]]:
-    """The interfaces of prefixes: for each IP version and number of host bits, by the bits before those; longest prefix first."""
+    """The interfaces of prefixes as a list of (IP version, host bits, map), longest prefix first.
+
+    The map gives the interfaces by the network bits of the prefix, as a number.
+    """
     found: dict[tuple[int, int], dict[int, Collection[int]]] = {}
     for net, interfaces in subnets.items():
         host_bits = net.max_prefixlen - net.prefixlen
@@ -665,7 +672,7 @@ class _FirstAddresses:
                 self._by_address.setdefault(address, set()).add(ifindex)
 
     def of(self, endpoint: Endpoint) -> set[int]:
-        """The interfaces at whose other ends the first addresses are the endpoint's.
+        """The interfaces with first addresses of the endpoint at their other ends.
 
         Interfaces that are assigned to another endpoint are returned only if there are no others.
         """
@@ -677,7 +684,7 @@ class _FirstAddresses:
     def _speaks_for(self, ifindex: int, endpoint: Endpoint) -> bool:
         """Whether the first addresses at an interface's other end fit the endpoint.
 
-        Of each family in which the endpoint has addresses, they must be addresses of the endpoint.
+        Each first address must be an address of the endpoint, unless the endpoint has no address of that family.
         """
         families = {address.version for address in endpoint.addresses}
         return all(one in endpoint.addresses for one in self._seen[ifindex].first if one.version in families)
@@ -688,7 +695,10 @@ class _FirstAddresses:
 
 
 def _oldest(addresses: Sequence[IPAddress]) -> tuple[IPAddress, ...]:
-    """The oldest address of each family: the kernel lists IPv4 from the oldest on, IPv6 from the newest on."""
+    """The oldest address of each family that is not link-local.
+
+    ``addresses``: in the kernel's order, which is oldest first for IPv4 and newest first for IPv6.
+    """
     if not addresses:
         return ()
     found = [[one for one in addresses if one.version == version and not one.is_link_local] for version in (IPV4, IPV6)]

@@ -55,8 +55,8 @@ class KernelNetwork:
         self._gone: set[int] | None = set()
         self._born: list[Interface] = []
         self._is_news = False  # whether notifications were read since the last `has_news`
-        self._groups: frozenset[IPAddress] = frozenset()  # joined groups, without those of addresses
-        self._not_joined: set[IPAddress] = set()  # groups of addresses that are not joined
+        self._groups: frozenset[IPAddress] = frozenset()  # joined groups, without solicited-node groups
+        self._not_joined: set[IPAddress] = set()  # solicited-node groups that were not joined
         # Most news changes neither addresses nor local routes, so these are derived only from other ones than before.
         self._group_inputs: tuple[list[IPAddress], list[LocalRoute]] = [], []
         self._of_addresses: set[IPAddress] = set()

@@ -41,9 +41,9 @@ SHOWN = 5
 class LocalInterfaces:
     """Finds the interfaces of local workloads.
 
-    `locate` is enough if only the objects changed. ``wiring``: the last snapshot; read-only for callers.
-    ``has_looked``: whether `look` was called since the owner last set this to False.  ``has_recalled``: whether
-    `recall` was called.
+    `look` takes a new snapshot and searches it. `locate` searches the last one, which is enough if no interface
+    changed. ``wiring``: the last snapshot; read-only for callers. ``has_looked``: whether `look` ran since the caller
+    last reset this to False. ``has_recalled``: whether `recall` ran.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class LocalInterfaces:
         self._damage: tuple[Problem, ...] = ()
         self._unsaved: tuple[Problem, ...] = ()
         self._located = LocatedEndpoints()
-        # What each row was made of: the workload, its interface, and the one that this belongs to.
+        # The inputs of each binding (workload, its interface, that interface's bridge or VRF), and the binding.
         self._bindings: dict[EndpointKey, tuple[Endpoint, Interface | None, Interface | None, Binding]] = {}
         self._missed_s: dict[EndpointKey, float] = {}  # since when a workload has had no interface
         self._looked_at_s = self._audited_s = clock()
@@ -129,11 +129,11 @@ class LocalInterfaces:
         return self._network.interface_towards(address)
 
     def with_evident_addresses(self) -> Iterator[tuple[Interface, tuple[IPAddress, ...]]]:
-        """Workloads' interfaces whose workload is not known, each with the addresses that the node has evidence of.
+        """Workloads' interfaces for which the node has evidence of addresses, each with these addresses.
 
-        The strongest evidence counts: the CNI plugin's handover, the result that the plugin left on the node, routes,
-        or the first addresses at the other end.  The latter do not count on a bridge: the workload chose them, and could
-        answer there in the name of another host.  Interfaces without evidence are left out.
+        The strongest evidence counts: the CNI plugin's handover, the result that the plugin left on the node, host
+        routes, or the first addresses at the other end. First addresses do not count on a bridge, because the workload
+        chose them and could answer there in the name of another host.
         """
         handed = {
             one.ifindex: one.addresses
@@ -163,7 +163,7 @@ class LocalInterfaces:
         self.locate()
 
     def look_for_roles(self) -> None:
-        """Take a snapshot and decide which interfaces are workloads', before the objects are known.
+        """Take a new snapshot and decide which interfaces are workloads', before the objects are known.
 
         Assignments of an earlier agent stay.
         """
@@ -276,7 +276,7 @@ class LocalInterfaces:
         for key in self._objects.handovers.pods:
             handed = self._objects.handed(key)
             if handed is not None and key in self._objects.local and self.is_there(handed):
-                found[key] = {handed.name}  # newer than the runtime's result for an earlier interface
+                found[key] = {handed.name}  # a handover is newer than the cached result of an earlier interface
         return found
 
     def _note_missing(self) -> None:
@@ -330,7 +330,10 @@ class LocalInterfaces:
     # --- problems ---------------------------------------------------------------------------------------------------
 
     def conflicts(self) -> Iterable[Problem]:
-        """Problems of workloads that get no interface although there is evidence of one, and of interfaces in doubt."""
+        """Problems of workloads that get no interface although there is evidence of one.
+
+        Also problems of interfaces that may be the node's own or a workload's.
+        """
         for key, message in sorted(self._located.problems.items()):
             yield Problem(self._objects.location(key), "", f"interface: {message}", obj=str(key), slug="interface")
         for message in self._assignments.doubts.values():
