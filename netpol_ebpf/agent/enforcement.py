@@ -47,7 +47,7 @@ from netpol_ebpf.policy.types import (
 from netpol_loader import abi
 
 HOST_ENDPOINT = "HostEndpoint"
-"""The kind of host endpoints. Their rows name no interface."""
+"""The kind in the keys of host endpoints. The row of a host endpoint names no interface."""
 
 
 @dataclass(slots=True)
@@ -70,10 +70,9 @@ class NumberNames:
 
 
 class Enforcement:
-    """The policy in force. `install` makes a new set of maps; `apply` changes the set in force.
+    """The policy in force. `install` makes a new set of maps; `apply` changes the maps in force.
 
-    ``audit``: compares the maps in force with the tables; None before the first `install`.  ``is_pending``: whether the
-    tables lag behind the objects because a change was rejected.  ``record``: of the changes that came into force.
+    ``audit``: compares the maps in force with the tables; None before the first `install`.
     """
 
     def __init__(
@@ -105,8 +104,8 @@ class Enforcement:
         self._names = NumberNames()
         self._compiler = Compiler()
         self._applier: Applier | None = None
-        self._is_behind = False  # the compiler dropped changes and needs the whole world
-        self._is_ahead = False  # the kernel rejected compiled tables: new maps are needed
+        self._is_behind = False  # a change exceeded a limit: the compiler must compile the whole world again
+        self._is_ahead = False  # the maps had no room for the compiled tables: new maps are needed
 
     @property
     def applier(self) -> Applier:
@@ -213,7 +212,7 @@ class Enforcement:
         inputs = HostPolicyInputs.of(self._objects.world, compiler.tables, self._settings.node)
         own = self._own.initial_state(inputs, wiring, self._interfaces.wanted(), self._programs.attached())
         bindings = {**self._interfaces.bindings(), **own.bindings}
-        # Checked before maps and programs are made, which would be in vain.
+        # Checked first, so that no maps and programs are made in vain.
         require_room(compiler.tables, sizes, bindings, own.complete.elements())
         with self._maps.renewal() as maps:
             applier = Applier(maps)
@@ -251,7 +250,10 @@ class Enforcement:
         self.last_change_s = self._clock()
 
     def unbind(self, gone: Collection[int]) -> None:
-        """Delete the rows of interfaces that are gone; before the first `install`, rows of an earlier agent."""
+        """Delete the rows of interfaces that no longer exist.
+
+        Before the first `install`, these are an earlier agent's rows.
+        """
         if self._applier is None:
             self._maps.drop_rows(gone)
             return
@@ -330,7 +332,7 @@ def limits_of(size: Mapping[str, int]) -> Limits:
         cidrs=size["np_cidr4"] + size["np_cidr6"],
         column_blocks=size["np_l4_col"],
         verdicts=size["np_verdict"],
-        rules=min(size["np_rule"], size["np_rule_count"] - 1),  # rule 0 is exempt traffic
+        rules=min(size["np_rule"], size["np_rule_count"] - 1),  # rule 0 counts exempt traffic
     )
 
 

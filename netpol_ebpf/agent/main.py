@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import grp
 import logging
 import os
@@ -113,7 +114,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="MAP=ENTRIES",
-        help="size of a map (may be repeated), such as np_addr4=1000000",
+        help="size of a map (may be repeated), such as np_addr4=1000000; a restarted agent makes the maps of policy anew in this size, "
+        "other maps keep theirs",
     )
     parser.add_argument(
         "--timeout", action="append", default=[], metavar="STATE=SECONDS",
@@ -200,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if hint:
                 say(paragraph(f"netpol-agent: hint: {hint}"), file=sys.stderr)
         return error.exit_code
-    except OSError as error:  # no room, no permission, an existing file: a fault of the machine, not a bug
+    except OSError as error:  # such as no room or no permission: a fault of the machine, not a bug
         if arguments.debug:
             say(traceback.format_exc(), file=sys.stderr)
         what = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror or str(error)
@@ -217,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the agent until it ends; returns the exit code. Raises NetpolError."""
-    # The kernel, root and BCC are needed from here on, not for --help.
+    # Imported here, because --help must work without BCC, root and a kernel.
     from netpol_ebpf.agent.barrier import parse_barrier
     from netpol_ebpf.agent.core import Agent
     from netpol_ebpf.agent.node import KernelNode
@@ -291,6 +293,7 @@ def run(arguments: argparse.Namespace) -> int:
         answers = answers_of(agent, node, ledger, place, problems)
         control_socket = ControlSocket(state_dir / SOCKET_NAME, answers, group, waits_of(agent))
         manager = ServiceManager.of_environment()
+        faulthandler.enable()  # SIGABRT, which a watchdog sends, logs where the loop hangs
         serve(AgentLoop(agent, node, ledger, control_socket, tell_in_force, manager, look, health=health))
     return 0
 
@@ -310,7 +313,7 @@ def claimed(pin_root: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # pins stay; a directory without any is removed
+            with contextlib.suppress(OSError):  # removes the directory only if it has no pins
                 pin_root.rmdir()
 
 
@@ -338,9 +341,10 @@ def open_to_group(state_dir: Path, pin_root: Path, group: int | None) -> None:
 def begin_reporting(
     agent: Any, stack: contextlib.ExitStack
 ) -> tuple[Callable[[], None], Callable[[], Iterable[Problem]]]:
-    """Report to the cluster whose policies the agent enforces, until ``stack`` is closed.
+    """Start to report to the cluster that the agent watches. Closing ``stack`` ends it.
 
-    Returns what the loop calls after each step, and the problems of reporting; without a cluster both do nothing.
+    Returns two functions: the first must be called after each step of the agent, the second returns the problems of
+    reporting. Without a cluster both do nothing.
     """
     cluster, node = cluster_of(agent.source), agent.settings.node
     if cluster is None or node is None:
@@ -360,9 +364,10 @@ def answers_of(
     place: Mapping[str, Any],
     others: Callable[[], Iterable[Problem]] = tuple,
 ) -> dict[str, Answer]:
-    """The operations that the agent answers, by name. ``others``: problems that are not the agent's own.
+    """The functions that answer requests to the agent, by the name of the operation.
 
-    Children of this process run them (`netpol_ebpf.agent.answering`).
+    Children of this process run them (`netpol_ebpf.agent.answering`). ``place``: see `report.status`. ``others``:
+    returns problems that are not the agent's own.
     """
     from netpol_ebpf.agent import report
     from netpol_ebpf.agent.policies_in_force import standing_here
@@ -403,7 +408,11 @@ def answers_of(
 
 
 def waits_of(agent: Any, clock: Callable[[], float] = time.monotonic) -> dict[str, Callable[[Mapping[str, Any]], Wait]]:
-    """The operations of the CNI plugin, and ``release``, by name; the agent's own loop answers them. ``clock``: seconds."""
+    """The functions that start waiting for a state, by the name of the operation.
+
+    The CNI plugin uses ``attach`` and ``ready``, `netpolctl release` uses ``release``. The agent's own loop runs them.
+    ``clock``: returns the time in seconds.
+    """
     from netpol_ebpf.agent.handover import parse_attach
 
     def attach(request: Mapping[str, Any]) -> Wait:
@@ -439,9 +448,9 @@ def waits_of(agent: Any, clock: Callable[[], float] = time.monotonic) -> dict[st
 
 @contextlib.contextmanager
 def exclusive(state_dir: Path, *, hint: str = IN_USE_HINT) -> Iterator[None]:
-    """Hold the lock of a state directory, so that only one agent uses it; the lock ends with the process.
+    """Hold the lock of a state directory within the context, so that only one agent uses the directory.
 
-    Raises PlatformError, with ``hint``, if another agent runs.
+    The kernel ends the lock with the process. Raises PlatformError, with ``hint``, if another agent runs.
     """
     from netpol_loader.pins.lock import locked_alone
 
@@ -457,7 +466,7 @@ def exclusive(state_dir: Path, *, hint: str = IN_USE_HINT) -> Iterator[None]:
 
 
 def parse_mark(text: str | None) -> int:
-    """Parse a mask of 16 adjacent bits; returns its lowest bit, or 0 without a mask. Raises UsageError."""
+    """Parse a mask of 16 adjacent bits; returns the position of its lowest bit, 0 without a mask. Raises UsageError."""
     if text is None:
         return 0
     try:
@@ -482,7 +491,7 @@ def parse_tunnel(text: str) -> tuple[int, int]:
 
 
 def parse_router(text: str) -> str:
-    """Parse a pattern of ``NAMESPACE/NAME``. Raises UsageError: any other pattern would match no workload."""
+    """Parse a pattern of ``NAMESPACE/NAME``. Raises UsageError for others, which would match no workload."""
     namespace, slash, name = text.partition("/")
     if not (namespace and slash and name) or "/" in name:
         raise UsageError(f"--router {text}: expected NAMESPACE/NAME, such as network/router or network/*")
@@ -490,7 +499,7 @@ def parse_router(text: str) -> str:
 
 
 def parse_group(name: str | None) -> int | None:
-    """Parse a group given by name or number; returns its id, None without a group. Raises UsageError."""
+    """Parse a group's name or number; returns its id, None if no group is given. Raises UsageError."""
     if name is None:
         return None
     try:
@@ -500,7 +509,7 @@ def parse_group(name: str | None) -> int | None:
 
 
 def parse_sizes(texts: Sequence[str]) -> dict[str, int]:
-    """Parse ``MAP=ENTRIES`` pairs; returns sizes by map name. Raises UsageError."""
+    """Parse options of the form ``MAP=ENTRIES``; returns the number of entries by map name. Raises UsageError."""
     from netpol_loader.tables.buckets import SIZED
 
     sizes: dict[str, int] = {}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The policies that this node needs: which revision of each is in force, and why a newer one is not.
 
-Invariant: a policy counts as in force only if its whole present spec is in the maps, and every workload of this node
+Invariant: a policy counts as in force only if its whole present spec is in the maps, and if each workload of this node
 that it selects has the policy on its interface.
 """
 
@@ -19,14 +19,17 @@ from netpol_ebpf.status.standing import IN_FORCE, NodeStanding, Standing
 
 
 class PoliciesInForce:
-    """Compares what the agent wants with what is in force. ``look`` costs a step for each policy of the cluster."""
+    """Compares the policies that the agent wants with those in force.
+
+    Cost of `look`: linear in the cluster's policies.
+    """
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._revisions: dict[PolicyKey, str] = {}  # in force, also while a newer revision is rejected
 
     def look(self) -> NodeStatus:
-        """The present state of the node."""
+        """The status of this node now: which policies are in force, and why others are not."""
         agent = self._agent
         desired, actual = agent.objects.world.policies, agent.objects.world_in_force.policies
         pending = {key for key, one in desired.items() if actual.get(key) is not one and actual.get(key) != one}
@@ -42,20 +45,24 @@ class PoliciesInForce:
         return NodeStatus(kept, (*rejected, *unenforced), max(1, len(agent.objects.world.nodes)))
 
     def _revision(self, key: PolicyKey, is_pending: bool) -> str:  # noqa: FBT001 - private
-        """The revision of a policy that is in force, "" for none.
+        """The revision of a policy that is in force; "" if none is.
 
-        Also "" if a policy has changed without its spec (by labels of namespaces), and the change is rejected.
+        The result is also "" if a rejected change affects the policy without a change of its spec, such as a change of
+        a namespace's labels.
         """
         revision = self._revisions.get(key, "")
         return "" if is_pending and revision == self._present(key) else revision
 
     def _present(self, key: PolicyKey) -> str:
-        """The revision of a policy that the source last gave as valid."""
+        """The newest valid revision of a policy that the source has."""
         resource = self._agent.objects.derivation.get(key)
         return "" if resource is None else resource.meta.revision
 
     def _rejected(self, pending: set[PolicyKey], needed: set[PolicyKey]) -> list[Shortfall]:
-        """The policies of a rejected change. Those that select nothing here are not told."""
+        """The shortfalls for policies of a rejected change.
+
+        Policies that select no endpoint of this node are left out.
+        """
         rejected = self._agent.rejected.problem
         if rejected is None:
             return []
@@ -70,7 +77,7 @@ class PoliciesInForce:
         return [Shortfall(reason, rejected.message, tuple(names))] if names else []
 
     def _unenforced(self) -> list[Shortfall]:
-        """The policies of endpoints that policy does not reach, with a shortfall for each endpoint."""
+        """A shortfall for each endpoint on which policy is not enforced, with the endpoint's policies."""
         agent, found = self._agent, []
         problems: list[Problem] = [*agent.binder.problems, *agent.interfaces.conflicts(), *agent.unenforced()]
         messages = {one.obj: one.message for one in problems if one.severity == "error"}
@@ -85,9 +92,10 @@ class PoliciesInForce:
 
 
 def standing_here(agent: Agent, request: Mapping[str, Any]) -> dict[str, Any]:
-    """The standing of one policy on this node alone, for `netpolctl status --policy --local`. ``key``: see `PolicyKey`.
+    """The standing of one policy on this node, for `netpolctl status --policy --local`.
 
-    Raises InvalidInputError for a policy that no source has.
+    ``request``: its field ``key`` names the policy, see `PolicyKey`. Raises InvalidInputError if no source has the
+    policy.
     """
     key = _key(request)
     fault = _fault(agent, key)
@@ -121,7 +129,7 @@ def _key(request: Mapping[str, Any]) -> PolicyKey:
 
 
 def _fault(agent: Agent, key: PolicyKey) -> str:
-    """Why the newest state of a policy is not valid, or ""."""
+    """Why the newest state of a policy is not valid; "" if it is valid."""
     kind = POLICY_KINDS.get(key.kind)
     name = "/".join(part for part in (key.kind if kind is None else kind.kind, key.namespace, key.name) if part)
     for one in agent.objects.source_problems:

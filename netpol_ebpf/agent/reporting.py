@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The threads that report to the API server: one writes this node's report, three more lead where this agent leads.
+"""The threads that report to the API server.
 
-The agent's loop calls `Reporting.look`, which waits for nothing.  Threads get copies of what the agent knows.
+One writes this node's report; three others work only where this agent leads.
 
-Invariant: an exception in a thread ends neither the thread nor enforcement; it becomes a warning.
+The agent's loop calls `Reporting.look`, which never waits. The threads get copies of the agent's data. Invariant: an
+exception in a thread ends neither the thread nor enforcement; it becomes a warning.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from netpol_ebpf.status.watched_reports import REPORTS, ReportStore
 from netpol_ebpf.status.writer import ABSENT_RETRY_S, SLUG, ReportWriter
 
 LOOK_S = 0.5
-"""Least time between two looks at the policies in force after a change; arbitrary."""
+"""Least seconds between two calls of `PoliciesInForce.look` after a change. The number is arbitrary."""
 SLOW_LOOK_S = 10.0
-"""The same without a change: some workloads become unenforced by the passing of time alone."""
+"""The same in seconds if nothing changed. Without a change a workload can become unenforced because time passes."""
 IDLE_S = 3600.0
 END_S = 5.0
-"""Time limit for threads to end; one that waits for a connection is left to end by itself."""
+"""Time limit in seconds for threads to end. A thread that still waits for a connection then ends later by itself."""
 AFTER_BUG_S = 60.0
 LOOK = "the look at the policies in force"
 
@@ -40,7 +41,10 @@ log = logging.getLogger(__name__)
 
 
 class Reporting:
-    """Reports what this agent has in force, and leads where it is elected. Call `look` after each step of the agent."""
+    """Reports what this agent has in force, and writes conditions of policies where this agent is the elected leader.
+
+    Callers call `look` after each step of the agent.
+    """
 
     def __init__(self, agent: Agent, cluster: Cluster, node: str, clock: Callable[[], float] = time.monotonic) -> None:
         client = Client(cluster)
@@ -101,7 +105,7 @@ class Reporting:
             self._view = self._copy()
 
     def _copy(self) -> View:
-        """A copy of the cluster for the leader: of the mappings, not of the objects in them."""
+        """A copy of the cluster's state for the leader. Mappings are copied; the objects in them are shared."""
         objects = self._agent.objects
         world, get = objects.world, objects.derivation.get
         resources = {key: get(key) for key in world.policies}
@@ -114,7 +118,10 @@ class Reporting:
 
     @property
     def problems(self) -> Iterable[Problem]:
-        """Why reports or conditions are not written, as warnings: enforcement does not depend on them."""
+        """Why reports or conditions are not written.
+
+        These are warnings, because enforcement does not depend on them.
+        """
         if self.writer.problem is not None:
             yield self.writer.problem
         found = dict(self._bugs)
@@ -150,7 +157,7 @@ class Reporting:
         return pause_s
 
     def _watch(self) -> float:
-        """Watch the reports while this agent leads; a stream ends by itself after some minutes."""
+        """Watch the reports of all nodes while this agent leads. Each stream ends by itself after some minutes."""
         if not self.election.is_leading:
             self.watcher.relist()
             return IDLE_S

@@ -117,7 +117,7 @@ def plan_source(arguments: argparse.Namespace, state_dir: Path) -> OpenSource:
 
 
 def cluster_of(source: Source) -> Cluster | None:
-    """The cluster that a source watches, itself or as one of several; None: it reads manifests alone."""
+    """The cluster that a source, or one of its merged sources, watches; None if it reads only manifests."""
     for one in source.parts if isinstance(source, MergedSources) else (source,):
         cluster = getattr(one, "cluster", None)
         if isinstance(cluster, Cluster):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Access to an API server for the commands that ask one: the options ``--kubeconfig`` and ``--context``.
+"""Access to an API server for the commands that query one: the options ``--kubeconfig`` and ``--context``.
 
-The credentials are those of the user, as kubectl finds them; the option ``--kubeconfig`` of the agent is another.
+The credentials are those of the user, found as kubectl finds them. The agent's own option ``--kubeconfig`` is not used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from netpol_ebpf.sources.kubernetes.kubeconfig import find_cluster
 
 
 def add_api_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
+    """Add the options ``--kubeconfig`` and ``--context``."""
     parser.add_argument(
         "--kubeconfig", default="", metavar="FILE",
         help="kubeconfig (default: as kubectl, KUBECONFIG, ~/.kube/config, or the service account of this pod)",
@@ -22,5 +22,5 @@ def add_api_options(parser: argparse.ArgumentParser) -> None:
 
 
 def open_api(arguments: argparse.Namespace) -> Client:
-    """A client of the server that the options name. Raises InvalidInputError."""
+    """A client of the API server that the options name. Raises InvalidInputError."""
     return Client(find_cluster(arguments.kubeconfig, arguments.context))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`netpolctl can-i`: ask an API server whether the caller may write policies of a tier, and which right is missing.
 
-The checks are those of the admission policy deploy/chart/admission/tier-rights.yaml, which kubectl cannot ask: they concern
-virtual resources (``tier.networkpolicies``) with names such as ``security.*``.
+The checks are those of the admission policy deploy/chart/admission/tier-rights.yaml. kubectl cannot make them, because
+they concern virtual resources (``tier.networkpolicies``) with names such as ``security.*``.
 
-Exit codes: 0 yes, 1 no, 2 usage, 4 the API server does not answer.
+Exit codes: 0 yes, 1 no, 2 wrong usage, 4 the API server does not answer.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ TIERED = {
     "stagednetworkpolicies": True,
     "stagedglobalnetworkpolicies": False,
 }
-"""The kinds with a tier: whether they belong to a namespace. `tests/unit/test_cli_can_i.py` compares them with the policy."""
+"""The kinds that have a tier; the value says whether the kind is namespaced. `tests/unit/test_cli_can_i.py` compares
+them with the admission policy."""
 READS = ("get", "list", "watch")
 WRITES = {"create": "create", "update": "update", "patch": "update", "delete": "delete", "deletecollection": "delete"}
-"""The verbs of writes, and the verb that the admission policy checks for each."""
+"""Maps each verb of a write to the verb that the admission policy checks."""
 NO_READS = "Admission decides no reads: who may list a kind sees the policies of all tiers, and the rights to tiers have no part in it."
 
 
 @dataclass(frozen=True, slots=True)
 class Right:
-    """A right that was asked for: ``why``: the server's reason, such as the binding that grants it."""
+    """One right, and whether the caller has it. ``why``: the server's reason, such as the binding that grants it."""
 
     right: str
     allowed: bool
@@ -68,7 +69,7 @@ def register(subparsers: Any) -> None:
 
 
 def parse_kind(text: str) -> str:
-    """Read a kind, as its plural, singular or name, with or without its group. Raises ArgumentTypeError."""
+    """Parse a kind, given as its plural, singular or name, with or without its group. Raises ArgumentTypeError."""
     name, _, group = text.lower().partition(".")
     plural = f"{name[:-1]}ies" if name.endswith("policy") else name
     if plural not in TIERED or group not in ("", GROUP):
@@ -95,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def ask(sender: Sender, verb: str, kind: str, tier: str, namespace: str, name: str) -> dict[str, Any]:
-    """Ask for all rights. ``namespace``, ``name``: "" for all. Raises UnreachableError."""
+    """Check all rights that a write needs. ``namespace``, ``name``: "" for all. Raises UnreachableError."""
     plain = check(sender, verb, kind, namespace, name)
     if verb in READS:
         return {"allowed": plain.allowed, "checks": [asdict(plain)], "notes": [NO_READS]}
@@ -119,7 +120,7 @@ def ask(sender: Sender, verb: str, kind: str, tier: str, namespace: str, name: s
 
 
 def check(sender: Sender, verb: str, resource: str, namespace: str, name: str) -> Right:
-    """Ask for one right of the caller. Raises UnreachableError."""
+    """Ask the API server for one right of the caller. Raises UnreachableError."""
     attributes = {"group": GROUP, "resource": resource, "verb": verb, "namespace": namespace, "name": name}
     spec = {"resourceAttributes": {key: text for key, text in attributes.items() if text}}
     body = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview", "spec": spec}
@@ -136,7 +137,10 @@ def check(sender: Sender, verb: str, resource: str, namespace: str, name: str) -
 
 
 def admission(sender: Sender) -> tuple[bool, str]:
-    """Whether rights to tiers must be taken for in force, and a sentence that says why."""
+    """Whether to assume that the API server enforces rights to tiers, and a sentence with the reason.
+
+    The result is also True if the caller may not read the admission policy.
+    """
     kinds = ("validatingadmissionpolicies", "validatingadmissionpolicybindings")
     found = [request(sender, "GET", f"{ADMISSION}/{kind}/{POLICY}").status for kind in kinds]
     if HTTPStatus.NOT_FOUND in found:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The standing of policies for `netpolctl status --policy` and `netpolctl wait`: from an API server, or this node's agent."""
+"""The standing of policies, for `netpolctl status --policy` and `netpolctl wait`.
+
+It comes from an API server, or from this node's agent.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ POLICY_HELP = "NAMESPACE/NAME of a NetworkPolicy of Kubernetes, KIND/NAMESPACE/N
 
 
 def policy(text: str) -> PolicyKey:
-    """See `parse_policy`, for argparse. Raises ArgumentTypeError."""
+    """Parse the name of a policy with `parse_policy`, for argparse. Raises ArgumentTypeError."""
     try:
         return parse_policy(text)
     except UsageError as error:
@@ -29,7 +32,7 @@ def policy(text: str) -> PolicyKey:
 
 
 def add_local_option(parser: argparse.ArgumentParser) -> None:
-    """Add ``--local``."""
+    """Add the option ``--local``."""
     parser.add_argument(
         "--local", action="store_true",
         help="ask the agent of this node about this node, instead of an API server about all nodes",
@@ -37,7 +40,7 @@ def add_local_option(parser: argparse.ArgumentParser) -> None:
 
 
 def reader_of(arguments: argparse.Namespace) -> Callable[[PolicyKey], dict[str, Any]]:
-    """A function that gives the standing of a policy, as `Standing.as_dict`."""
+    """A function that returns the standing of a policy, in the form of `Standing.as_dict`."""
     if arguments.local:
 
         def ask_here(key: PolicyKey) -> dict[str, Any]:
@@ -50,7 +53,7 @@ def reader_of(arguments: argparse.Namespace) -> Callable[[PolicyKey], dict[str, 
 
 
 def print_standings(standings: Iterable[dict[str, Any]], *, wide: bool) -> None:
-    """Print each policy, and the nodes on which it is not in force; with ``wide`` all nodes that need it."""
+    """Print each policy and the nodes on which it is not in force; with ``wide``, all nodes that need it."""
     for one in standings:
         word = "in force" if one["programmed"] else "NOT in force"
         say(paragraph(f"{one['policy']}: {word}: {one['message']}"))

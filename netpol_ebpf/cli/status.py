@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`netpolctl status`: print what the agent of this node enforces, on which interfaces, and every problem.
 
-With ``--policy`` it shows where one policy of a cluster is in force, from the reports of the nodes.
+With ``--policy`` it prints on which nodes one policy of a cluster is in force, from the reports of the nodes.
 
-Exit codes: 0 all objects of the sources (or the policies) are in force, 1 some are not, 3 no such policy, 4 the agent or
-the API server does not respond, 5 a right is missing.
+Exit codes: 0 all objects of the sources (or the policies) are in force, 1 some are not, 3 the policy does not exist, 4
+the agent or the API server does not answer, 5 a right is missing.
 """
 
 from __future__ import annotations
@@ -92,10 +92,9 @@ def _source(source: dict[str, Any]) -> str:
         parts.append(f"confirmed at {source['confirmed']}")
     if source.get("went_back_at"):
         parts.append(f"WENT BACK to an older state at {source['went_back_at']}, all kinds were listed again")
-    if source.get("gaps"):
-        parts.append(
-            f"events lost and listed again: {', '.join(f'{kind} {n} times' for kind, n in source['gaps'].items())}"
-        )
+    gaps = [f"{one['kind']} {one['gaps']} times" for one in source.get("kinds", ()) if one.get("gaps")]
+    if gaps:
+        parts.append(f"events lost and listed again: {', '.join(gaps)}")
     return f"{source['type']} {source['source']}: {'; '.join(parts)}"
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`netpolctl wait`: wait until policies are in force on every node that needs them.
 
-Exit codes: 0 they are, 1 they are not in time, 2 usage, 3 no such policy, 4 no API server or agent answers, 5 a right is
-missing.
+Exit codes: 0 they are in force, 1 they are not in force in time, 2 wrong usage, 3 a policy does not exist, 4 no API
+server or agent answers, 5 a right is missing.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from netpol_ebpf.terminal import say
 EXIT_NOT_IN_TIME = 1
 SHORTEST_PAUSE_S = 0.5
 WORK_SHARE = 4
-"""The pause between two looks is at least this many times the duration of a look, so that a large cluster's server has
-little to do."""
+"""Factor of the pause between two queries: the pause lasts at least this many times as long as a query, so that a large
+cluster's server has little to do."""
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -73,9 +73,9 @@ def wait(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> list[dict[str, Any]]:
-    """The standing of each policy, when all are in force or the time is over.
+    """Wait until all policies are in force or the time is over. Returns the standing of each policy.
 
-    Raises the errors of ``look``; UnreachableError only when the last look had it.
+    Raises the errors of ``look``; an UnreachableError only if the last call of ``look`` raised it.
     """
     until_s = clock() + timeout_s
     found: dict[PolicyKey, dict[str, Any]] = {}
@@ -100,7 +100,7 @@ def wait(
 
 
 def parse_seconds(text: str) -> float:
-    """Read ``30``, ``30s``, ``5m`` or ``1h``. Raises ArgumentTypeError."""
+    """Parse a duration such as ``30``, ``30s``, ``5m`` or ``1h``; returns seconds. Raises ArgumentTypeError."""
     unit = _UNITS.get(text[-1:], 0.0)
     number = text[:-1] if unit else text
     if not number.isascii() or not number.isdecimal():
