@@ -296,7 +296,7 @@ def _place_of(maps: Mapping[str, KernelMap], key: bytes, one: OldConnection) -> 
 def look_at_connections(namespaces: Collection[int]) -> LiveConnections:
     """Read the connections that the kernel reports.
 
-    Sockets that cannot be read are mentioned only if connection tracking has no connections.
+    The field ``unknown`` names unreadable sockets only if connection tracking has no connections.
     """
     unknown = []
     found: list[Tracked] = []

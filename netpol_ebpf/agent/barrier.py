@@ -185,13 +185,15 @@ class Barrier:
 
         ``workloads``: workloads' interfaces. ``attached``: interfaces with the programs, which set the sign.
         """
-        bound = {wiring.links[one].name: one for one in workloads if one in attached and one in wiring.links}
-        known = {*attached, *(wiring.links.keys() - set(workloads))} & wiring.links.keys()
+        links = wiring.links
+        bound = {links[one].name: one for one in links.keys() & set(workloads) & set(attached)}
         settings = self.settings
         wanted = without_sign(BarrierSpec(settings.in_force))
         if settings.is_on:
             patterns = settings.patterns
-            numbers = frozenset(known) if patterns else frozenset[int]()
+            numbers = frozenset[int]()
+            if patterns:
+                numbers = frozenset(links.keys() & (set(attached) | (links.keys() - set(workloads))))
             wanted = BarrierSpec(settings.in_force, 0, patterns, frozenset(bound), numbers)
         self._wanted, self._numbers = wanted, bound
         if self._is_signed and self._layout != wanted:

@@ -34,9 +34,9 @@ PREFIX = "NETPOL_EBPF_"
 CONFIG_VARIABLE = f"{PREFIX}CONFIG"
 COMMAND_LINE_ONLY = frozenset({"--help", "--version", "--config", "--once"})
 """Options that only the command line can give, because they describe one command and not the agent of this node."""
-SERVICE_VARIABLE = re.compile(r"(?:SERVICE_(?:HOST|PORT(?:_\w+)?)|PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_\w+)?)?)")
-"""Matches the rest, after PREFIX, of variables that a kubelet sets in pods for a Service named netpol-ebpf. These
-variables are not options."""
+SERVICE_VARIABLE = re.compile(r"(?:\w+_)?(?:SERVICE_(?:HOST|PORT(?:_\w+)?)|PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_\w+)?)?)")
+"""Matches the rest, after PREFIX, of variables that a kubelet sets in pods for a Service named netpol-ebpf or
+netpol-ebpf-NAME. These variables are not options."""
 MOST_BYTES = 1 << 20
 """Largest file that is read, in bytes. The number is arbitrary: a thousand times what all options need."""
 MOST_LINKS = 40

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import grp
 import logging
 import os
@@ -293,6 +294,7 @@ def run(arguments: argparse.Namespace) -> int:
         answers = answers_of(agent, node, ledger, place, problems)
         control_socket = ControlSocket(state_dir / SOCKET_NAME, answers, group, waits_of(agent))
         manager = ServiceManager.of_environment()
+        faulthandler.enable()  # SIGABRT, which a watchdog sends, logs where the loop hangs
         serve(AgentLoop(agent, node, ledger, control_socket, tell_in_force, manager, look, health=health))
     return 0
 

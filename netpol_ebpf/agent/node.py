@@ -80,8 +80,8 @@ class KernelNode:
                 self.upgraded = self._upgrade.summary
                 stack.callback(self._upgrade.discard)
             self._reader = stack.enter_context(self._dataplane.events(lambda event: self._consume(event)))
-            is_clsact = attach.preferred_mechanism(self._dataplane) is attach.Mechanism.CLSACT
-            self._turns = Turns(CLSACT_TURN if is_clsact else None)
+            self._mechanism = attach.preferred_mechanism(self._dataplane)
+            self._turns = Turns(CLSACT_TURN if self._mechanism is attach.Mechanism.CLSACT else None)
             access.grant(self._dataplane, self._group)
             stack.callback(self._barrier.close)
             self._stack = stack.pop_all()
@@ -177,7 +177,7 @@ class KernelNode:
             if self._upgrade is not None:
                 self._upgrade.attach(ifindex, is_newborn=is_newborn)
             else:
-                attach.attach(ifindex, self._dataplane, is_newborn=is_newborn)
+                attach.attach(ifindex, self._dataplane, self._mechanism, is_newborn=is_newborn)
         except PlatformError:
             if find_link(ifindex) is None:
                 return False

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log lines about problems: one when a problem begins, and one when it ends.
+"""Log lines about problems: one line when a problem begins, and one when it ends.
 
-Invariant: a problem that lasts has no further line, also when its message changes.
+Invariant: a problem that continues has no further line, even if its message changes.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from netpol_ebpf.errors import Problem
 
 MOST_LINES = 20
-"""Most lines about problems that begin, or end, at one time; arbitrary."""
+"""Largest number of log lines for problems that begin at one time, and for problems that end. The number is
+arbitrary."""
 
 
 @dataclass(slots=True)
 class ProblemLog:
-    """The problems of one part of the agent, as last noted. ``log``: where their lines go."""
+    """The present problems of one part of the agent. ``log``: the logger for their lines."""
 
     log: logging.Logger
     present: tuple[Problem, ...] = ()
@@ -46,7 +47,10 @@ class ProblemLog:
 
 
 def _identity(problem: Problem) -> tuple[object, ...]:
-    """What stays the same while a problem lasts: its message does not, unless nothing else names the object."""
+    """The part of a problem that stays the same while it continues.
+
+    Its message is part of this only if nothing else identifies the object.
+    """
     text = "" if _is_placed(problem) else problem.message
     return problem.slug, problem.severity, problem.location, problem.obj, problem.path, text
 

@@ -35,6 +35,7 @@ IDLE_S = 3600.0
 END_S = 5.0
 """Time limit in seconds for threads to end. A thread that still waits for a connection then ends later by itself."""
 AFTER_BUG_S = 60.0
+LOOK = "the look at the policies in force"
 
 log = logging.getLogger(__name__)
 
@@ -82,12 +83,21 @@ class Reporting:
 
     def look(self) -> None:
         """Give the threads the present state, if it may have changed."""
+        try:
+            self._look()
+        except Exception as error:  # a bug in a report must not end enforcement's loop
+            log.exception("bug: the policies in force cannot be reported")
+            self._bugs[LOOK] = f"a bug, which the log tells ({type(error).__name__}: {error})"
+            self._looked_s = self._clock() + AFTER_BUG_S
+
+    def _look(self) -> None:
         agent, now_s = self._agent, self._clock()
         is_changed = agent.changes_seen != self._seen
         if not agent.is_in_force or now_s < self._looked_s + (LOOK_S if is_changed else SLOW_LOOK_S):
             return
         self._seen, self._looked_s = agent.changes_seen, now_s
         status = self._policies.look()
+        self._bugs.pop(LOOK, None)
         self.election.nodes = status.nodes
         self.writer.offer(status)
         if self.election.is_leading and self._viewed != self._seen:

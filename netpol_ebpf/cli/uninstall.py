@@ -14,12 +14,11 @@ import http
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from netpol_ebpf.cli.api_access import add_api_options, open_api
 from netpol_ebpf.errors import UnreachableError
-from netpol_ebpf.sources.kubernetes.client import Client, Cluster, HttpAnswer, in_cluster
-from netpol_ebpf.sources.kubernetes.kubeconfig import load_kubeconfig
+from netpol_ebpf.sources.kubernetes.client import Client, HttpAnswer
 from netpol_ebpf.terminal import escaped, say
 
 AGENTS, CLEANUP = "netpol-agent", "netpol-cleanup"
@@ -44,25 +43,21 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--namespace", default="kube-system", metavar="NAME", help="namespace of the DaemonSets (default: %(default)s)"
     )
-    parser.add_argument(
-        "--kubeconfig", type=Path, metavar="FILE", help="kubeconfig of the cluster (default: that of this pod)"
-    )
+    add_api_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    kubeconfig: Path | None = arguments.kubeconfig
-    cluster = in_cluster() if kubeconfig is None else load_kubeconfig([kubeconfig.expanduser()])
-    STEPS[arguments.step](DaemonSets(cluster, arguments.namespace))
+    STEPS[arguments.step](DaemonSets(open_api(arguments), arguments.namespace))
     return 0
 
 
 class DaemonSets:
     """Access to the DaemonSets of one namespace."""
 
-    def __init__(self, cluster: Cluster, namespace: str) -> None:
-        self._client = Client(cluster)
+    def __init__(self, client: Client, namespace: str) -> None:
+        self._client = client
         self._path = f"/apis/apps/v1/namespaces/{namespace}/daemonsets/"
 
     def read(self, name: str) -> dict[str, Any] | None:
@@ -75,7 +70,9 @@ class DaemonSets:
         The object disappears when all its pods have ended.
         """
         target = f"{self._path}{name}?propagationPolicy=Foreground"
-        return self._answer(name, self._client.delete(target, head_s=ANSWER_S, idle_s=ANSWER_S)) is not None
+        return (
+            self._answer(name, self._client.send("DELETE", target, b"", head_s=ANSWER_S, idle_s=ANSWER_S)) is not None
+        )
 
     def _answer(self, name: str, answer: HttpAnswer) -> dict[str, Any] | None:
         try:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where each policy of a cluster is in force: reports of the nodes, and what is made of them (ADR 20)."""
+"""Where each policy of a cluster is in force: reports of the nodes, and conditions made from them (ADR 20)."""

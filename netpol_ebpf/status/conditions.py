@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conditions `Programmed` and Events of policies, which the leading agent writes from the reports of all nodes.
+"""The conditions `Programmed` and the Events of policies, which the leading agent writes from the reports of all nodes.
 
-The leader writes a condition when its status, reason or generation changes, and its text at most every `TEXT_S`.  It
-writes at most `WRITES_PER_ROUND` objects in a round.  A refused policy gets one Event for each generation and reason.
+The leader writes a condition when its status, reason or generation changes, and a changed text at most every `TEXT_S`.
+It writes at most `WRITES_PER_ROUND` objects in a round. A rejected policy gets one Event for each generation and
+reason.
 
-Invariants: a condition says True only when the report of each node that needs the policy proves it; a condition that
-the server has already is not written again.
+Invariants: a condition is True only if the report of each node that needs the policy proves it. A condition that the
+server already has is not written again.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from netpol_ebpf.status.requests import Sender, apply, request
 from netpol_ebpf.status.standing import Standing, evaluate, is_proven
 
 ROUND_S = 2.0
-"""Interval of rounds, in which the leader looks at new reports and changed policies; arbitrary."""
+"""Seconds between two rounds, in which the leader handles new reports and changed policies. The number is arbitrary."""
 SWEEP_S = 60.0
-"""Interval of rounds in which it looks at all policies, also at those that were in force everywhere."""
+"""Seconds between two rounds that handle all policies, including those that were in force on every node."""
 TEXT_S = 30.0
 MOST_MESSAGE, MOST_NOTE = 32_000, 1000
-"""Longest texts of a condition and an Event; the server's limits are a little higher."""
+"""Longest texts of a condition and of an Event, in characters. The server's limits are a little higher."""
 MOST_NAME = 200
-"""Most characters of a policy's name in that of its Event, which has 253 at most."""
+"""Largest number of characters of a policy's name in the name of its Event, which may have 253 characters."""
 WRITES_PER_ROUND = 20
 PAGE_OBJECTS = 100
 EVENTS_PER_MINUTE = 10
@@ -49,7 +50,8 @@ REFUSED = frozenset({"MapFull", "LimitExceeded", "Invalid"})
 class View:
     """The cluster as the leader's agent knows it, copied for another thread.
 
-    ``revisions``: of each policy, see `Meta.revision`; ``faults``: why an object is not valid, by its path at the server.
+    ``revisions``: the revision of each policy, see `Meta.revision`. ``faults``: why an object is not valid, by its API
+    path.
     """
 
     policies: Mapping[PolicyKey, Policy] = field(default_factory=dict)
@@ -62,8 +64,8 @@ class View:
 class Condition:
     """A condition `Programmed` as the server has it.
 
-    ``revision``: the object's UID and the condition's observedGeneration; ``changed``: its lastTransitionTime;
-    ``written_s``: when this agent wrote it.
+    ``revision``: the UID of the object and the observedGeneration of the condition. ``changed``: its
+    lastTransitionTime. ``written_s``: when this agent wrote it; -inf if another agent did.
     """
 
     status: str
@@ -75,12 +77,16 @@ class Condition:
 
     @property
     def state(self) -> tuple[str, str, str]:
-        """What must be written at once."""
+        """The fields whose change must be written at once."""
         return (self.status, self.revision, self.reason)
 
 
+class WriteRefusedError(UnreachableError):
+    """The server answered, and refused; other kinds may be written."""
+
+
 class _Due(NamedTuple):
-    """A policy to look at. ``key``: None for an object that is not valid."""
+    """A policy whose condition must be compared with the server's. ``key``: None for an object that is not valid."""
 
     standing: Standing
     revision: str
@@ -91,9 +97,9 @@ class _Due(NamedTuple):
 
 @dataclass(slots=True)
 class ConditionWriter:
-    """Writes conditions and Events while this agent leads. One thread calls it.
+    """Writes conditions and Events while this agent leads. Only one thread calls it.
 
-    ``clock``: seconds; ``wall``: seconds since 1970.
+    ``clock``: returns the time in seconds. ``wall``: returns the seconds since 1970.
     """
 
     sender: Sender
@@ -112,34 +118,45 @@ class ConditionWriter:
     _swept_s: float = -math.inf
 
     def forget(self) -> None:
-        """Forget what is known of the server's conditions: another agent may have led since."""
+        """Drop what is known of the server's conditions, because another agent may have led since."""
         self._settled.clear()
         self._conditions.clear()
         self._has_status.clear()
         self._swept_s = -math.inf
 
     def round(self, view: View, reports: Mapping[str, NodeReport]) -> None:
-        """Write what has changed. Raises UnreachableError; the next round writes the rest."""
+        """Write what has changed.
+
+        Raises UnreachableError, after the writes of all kinds that the server takes; the next round writes the rest.
+        """
         if view is not self._view:
             self._take(view)
         is_sweep = self.clock() >= self._swept_s + SWEEP_S
         if is_sweep:
             self._seen_faults.clear()
-        left = WRITES_PER_ROUND
-        due = [*self._faulty(view), *self._valid(view, reports, is_sweep=is_sweep)]
+        left, refused = WRITES_PER_ROUND, dict[PolicyKind, WriteRefusedError]()
+        due = [*self._faulty(view, refused), *self._valid(view, reports, is_sweep=is_sweep)]
         for one in sorted(due, key=lambda one: one.standing.is_programmed):
             if left <= 0:
-                return  # the next round goes on; a sweep begins anew
-            left -= self._write(one)
+                break  # the next round goes on; a sweep begins anew
+            if one.kind in refused:
+                continue
+            try:
+                left -= self._write(one)
+            except WriteRefusedError as error:
+                refused[one.kind] = error
+                continue
             if one.key is not None and one.standing.is_programmed:
                 self._settled[one.key] = one.revision
             elif one.key is not None:
                 self._settled.pop(one.key, None)
-        if is_sweep:
+        if refused:
+            raise next(iter(refused.values()))
+        if is_sweep and left > 0:
             self._swept_s = self.clock()
 
     def _take(self, view: View) -> None:
-        """Take the changes of the cluster into the index of who needs what."""
+        """Update the index of the nodes that need each policy from a new view of the cluster."""
         before, self._view = self._view, view
         for key in before.policies.keys() - view.policies.keys():
             self._needs.set_policy(key, None)
@@ -155,7 +172,7 @@ class ConditionWriter:
                 self._needs.set_endpoint(name, endpoint)
 
     def _valid(self, view: View, reports: Mapping[str, NodeReport], *, is_sweep: bool) -> Iterator[_Due]:
-        """The valid policies that are not in force everywhere, or not known to be; in a sweep all are looked at."""
+        """The valid policies that may not be in force on every node that needs them; in a sweep, all valid policies."""
         now_s = self.wall()
         for key, revision in view.revisions.items():
             is_settled = self._settled.get(key) == revision
@@ -169,15 +186,16 @@ class ConditionWriter:
             if not (is_settled and is_proven(revision, nodes, reports, now_s)):
                 yield _Due(evaluate(str(key), revision, nodes, reports, now_s), revision, kind, path, key)
 
-    def _faulty(self, view: View) -> Iterator[_Due]:
-        """The objects that are not valid. Their generation is read from the server."""
+    def _faulty(self, view: View, refused: dict[PolicyKind, WriteRefusedError]) -> Iterator[_Due]:
+        """The objects that are not valid. Their generation is read from the server. ``refused``: gets refusals."""
         for path, fault in view.faults.items():
             kind = kind_at(path)
             if kind is None or self._seen_faults.get(path) == fault:
                 continue
             answer = request(self.sender, "GET", path)
             if not answer.is_done and answer.status != HTTPStatus.NOT_FOUND:
-                raise UnreachableError(f"{path} cannot be read ({answer.message})", hint="")
+                refused[kind] = WriteRefusedError(f"{path} cannot be read ({answer.message})", hint="")
+                continue
             self._seen_faults[path] = fault
             metadata = answer.body.get("metadata", {}) if answer.is_done else {}
             if "uid" in metadata and "generation" in metadata:
@@ -187,7 +205,7 @@ class ConditionWriter:
     # --- writes -----------------------------------------------------------------------------------------------------
 
     def _write(self, due: _Due) -> int:
-        """Write a condition and an Event where they are due. Returns the number of writes."""
+        """Write the condition and the Event of a policy if they are due. Returns the number of writes."""
         return (self._write_condition(due) if self._takes_status(due.kind) else 0) + self._tell(due)
 
     def _write_condition(self, due: _Due) -> int:
@@ -219,15 +237,15 @@ class ConditionWriter:
         if answer.is_done:
             self._conditions[due.path] = wanted
         elif answer.status not in (HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT):  # deleted, or made anew, meanwhile
-            raise UnreachableError(f"the condition of {due.path} was not written ({answer.message})", hint="")
+            raise WriteRefusedError(f"the condition of {due.path} was not written ({answer.message})", hint="")
         return 1
 
     def _takes_status(self, kind: PolicyKind) -> bool:
-        """Whether the server has a status for a kind; its present conditions are read before the first write."""
+        """Whether the server has a status for a kind. Before the first write, the present conditions are read."""
         if kind not in self._has_status:
             offered = request(self.sender, "GET", kind.group_path)
-            if not offered.is_done:
-                raise UnreachableError(f"{kind.group_path} cannot be read ({offered.message})", hint="")
+            if not offered.is_done and offered.status != HTTPStatus.NOT_FOUND:  # Calico's may be there as stored alone
+                raise WriteRefusedError(f"{kind.group_path} cannot be read ({offered.message})", hint="")
             names = {one.get("name") for one in offered.body.get("resources", ())}
             if f"{kind.plural}/status" in names:
                 self._read_conditions(kind)
@@ -240,7 +258,7 @@ class ConditionWriter:
             query = f"?limit={PAGE_OBJECTS}" + (f"&continue={quote(more, safe='')}" if more else "")
             page = request(self.sender, "GET", f"{kind.group_path}/{kind.plural}{query}")
             if not page.is_done:
-                raise UnreachableError(f"{kind.plural} of {kind.api_version} cannot be read ({page.message})", hint="")
+                raise WriteRefusedError(f"{kind.plural} of {kind.api_version} cannot be read ({page.message})", hint="")
             for item in page.body.get("items") or ():
                 self._note(kind, item)
             more = page.body.get("metadata", {}).get("continue", "")
@@ -260,7 +278,7 @@ class ConditionWriter:
                 self._told.add((revision, reason))  # the leader before has made the Event
 
     def _tell(self, due: _Due) -> int:
-        """Make an Event for a refused policy, if there is none yet. Returns the number of writes."""
+        """Create the Event of a rejected policy if there is none yet. Returns the number of writes."""
         standing, kind, mark = due.standing, due.kind, (due.revision, due.standing.reason)
         if standing.reason not in REFUSED or mark in self._told:
             return 0
@@ -297,12 +315,12 @@ class ConditionWriter:
         answer = request(self.sender, "POST", f"{EVENTS}/{namespace or 'default'}/events", body)
         self._events_left -= 1
         if not answer.is_done and answer.status != HTTPStatus.CONFLICT:
-            raise UnreachableError(f"the Event of {due.path} was not made ({answer.message})", hint="")
+            raise WriteRefusedError(f"the Event of {due.path} was not made ({answer.message})", hint="")
         self._told.add(mark)
         return 1
 
 
 def _names(path: str) -> tuple[str, str]:
-    """Namespace ("" for cluster scope) and name of the object at a path."""
+    """The namespace ("" if there is none) and the name of the object at an API path."""
     parts = path.split("/")
     return (parts[parts.index("namespaces") + 1] if "namespaces" in parts else "", parts[-1])

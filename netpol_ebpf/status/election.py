@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One agent of the cluster leads: it writes the conditions of policies. A Lease says which.
+"""The election of the one agent in the cluster that writes the conditions of policies. A Lease names it.
 
-All times are the API server's, from the Date of its answers, so the clocks of nodes do not matter.  Followers look
-rarely: with 5 000 of them one looks at any moment, and the first that finds the Lease expired takes it.
+All times are the API server's, from the Date header of its answers, so the clocks of the nodes do not matter. Followers
+read the Lease rarely. With 5 000 of them one reads it at almost any moment, and the first one that finds it expired
+takes it.
 
-Invariant: an agent that could not renew the Lease stops leading before another may take it.  Two leaders at a time, as
-after a pause of the whole node, write the same conditions.
+Invariant: an agent that could not renew the Lease stops leading before another agent may take it. If two agents lead at
+a time, as after a pause of a whole node, both write the same conditions.
 """
 
 from __future__ import annotations
@@ -26,12 +27,15 @@ from netpol_ebpf.status.writer import RENEWALS_PER_S
 LEASES = "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases"
 LEASE = "netpol-status"
 DURATION_S, RENEW_S, LEADS_S = 60, 15.0, 40.0
-"""Seconds: validity of the Lease; interval of its renewal; how long after a renewal an agent still leads."""
+"""In seconds: how long the Lease is valid; the interval of its renewal; how long an agent leads after a renewal."""
 
 
 @dataclass(slots=True)
 class Election:
-    """Takes and renews the Lease for one node. ``nodes``: number of nodes; ``problem``: why it cannot lead, or ""."""
+    """Takes and renews the Lease for one node.
+
+    ``nodes``: the number of nodes in the cluster. ``problem``: why this agent cannot take part; "" if it can.
+    """
 
     sender: Sender
     node: str
@@ -47,7 +51,7 @@ class Election:
         return self.clock() < self._until_s
 
     def step(self) -> float:
-        """Look at the Lease, and take or renew it. Returns the seconds until the next step."""
+        """Read the Lease, and take or renew it if this agent may. Returns the seconds until the next step."""
         began_s = self.clock()
         try:
             response = self._take()
@@ -68,7 +72,7 @@ class Election:
         return max(RENEW_S, self.nodes / RENEWALS_PER_S) * (0.5 + self.chance())
 
     def _take(self) -> Response | None:
-        """Write the Lease if this agent holds it or may take it. None: another holds it."""
+        """Write the Lease if this agent holds it or may take it. Returns None if another agent holds it."""
         found = request(self.sender, "GET", f"{LEASES}/{LEASE}")
         now_s = found.server_time_s
         if now_s is None:

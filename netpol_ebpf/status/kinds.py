@@ -10,11 +10,11 @@ from netpol_ebpf.policy.types import PolicyKey
 from netpol_ebpf.resources import calico, kubernetes, signetwork
 
 _KUBERNETES = "KubernetesNetworkPolicy"
-"""The model's name of the kind NetworkPolicy of networking.k8s.io; NetworkPolicy is Calico's."""
+"""The policy model's name of networking.k8s.io's NetworkPolicy. In the model, NetworkPolicy is Calico's kind."""
 
 
 class PolicyKind(NamedTuple):
-    """A kind of policies at an API server."""
+    """A kind of policy at an API server."""
 
     api_version: str
     kind: str
@@ -22,16 +22,16 @@ class PolicyKind(NamedTuple):
 
     @property
     def plural(self) -> str:
-        """The plural name in paths: all kinds end in Policy."""
+        """The plural name of the kind in API paths. The singular names of all kinds end in "Policy"."""
         return f"{self.kind.lower()[:-1]}ies"
 
     @property
     def group_path(self) -> str:
-        """The path at which the server lists the kinds of this apiVersion."""
+        """The API path at which the server lists the kinds of this apiVersion."""
         return f"/apis/{self.api_version}"
 
     def path(self, namespace: str, name: str) -> str:
-        """The path of one object."""
+        """The API path of one object."""
         where = f"/namespaces/{namespace}" if self.is_namespaced else ""
         return f"{self.group_path}{where}/{self.plural}/{name}"
 
@@ -44,13 +44,17 @@ POLICY_KINDS: dict[str, PolicyKind] = {
 
 
 def kind_at(path: str) -> PolicyKind | None:
-    """The kind of the policy at a path of an API server; None if there is no policy of a known kind."""
+    """The kind of the policy at an API path; None if the path is not that of a policy."""
     kinds = POLICY_KINDS.values()
     return next((one for one in kinds if path.startswith(f"{one.group_path}/") and f"/{one.plural}/" in path), None)
 
 
 def parse_policy(text: str) -> PolicyKey:
-    """Read NAMESPACE/NAME (a NetworkPolicy of Kubernetes), KIND/NAMESPACE/NAME or KIND/NAME. Raises UsageError."""
+    """Parse the name of a policy. Raises UsageError.
+
+    The forms are NAMESPACE/NAME (a NetworkPolicy of Kubernetes), KIND/NAMESPACE/NAME, and KIND/NAME for kinds without
+    namespaces.
+    """
     first, *rest = text.split("/")
     kind, names = (first, rest) if first in POLICY_KINDS else (_KUBERNETES, [first, *rest])
     is_namespaced = POLICY_KINDS[kind].is_namespaced

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the standing of one policy from an API server, with the rights of a user who may read it.
+"""Reads the standing of one policy from an API server, with the rights of a user who may read the policy.
 
-The nodes that need a namespaced policy follow from the pods of its namespace; a policy of the whole cluster needs the
-pods of all namespaces.
-
-Invariant: nothing is answered from a part: a list that cannot be read whole is an error.
+The nodes that need a namespaced policy are found from the pods of its namespace; for a policy of the whole cluster all
+pods are needed. Invariant: no answer is given from a part of the objects; a list that cannot be read to its end is an
+error.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ from netpol_ebpf.status.standing import Standing, evaluate
 
 PAGE_OBJECTS = 500
 FEW_NODES = 20
-"""Up to so many reports are read one by one; arbitrary: a list has those of all nodes."""
+"""Largest number of reports that are read one by one. Otherwise the list with the reports of all nodes is read. The
+number is arbitrary."""
 _CALICO = "/apis/projectcalico.org/v3"
 _OF_CLUSTER = (
     ("/api/v1/namespaces", "v1", "Namespace"),
@@ -37,13 +37,14 @@ _OF_CLUSTER = (
     (f"{_CALICO}/hostendpoints", "projectcalico.org/v3", "HostEndpoint"),
     (f"{_CALICO}/kubecontrollersconfigurations", "projectcalico.org/v3", "KubeControllersConfiguration"),
 )
-"""Everything that makes endpoints and their labels: path, apiVersion and kind."""
+"""All objects from which endpoints and their labels are made: (API path, apiVersion, kind)."""
 
 
 def look_up(sender: Sender, key: PolicyKey) -> Standing:
-    """The standing of a policy now.
+    """The present standing of a policy.
 
-    Raises InvalidInputError without such a policy, PrivilegeError without a right, UnreachableError.
+    Raises InvalidInputError if the policy does not exist, PrivilegeError if the user lacks a right, and
+    UnreachableError.
     """
     kind = POLICY_KINDS[key.kind]
     path = kind.path(quote(key.namespace, safe=""), quote(key.name, safe=""))
@@ -81,7 +82,7 @@ def _nodes(sender: Sender, key: PolicyKey, policy: LoadResult) -> set[str]:
 
 
 def _items(sender: Sender, path: str, *, is_single: bool = False) -> Iterator[Mapping[str, Any]]:
-    """The objects of a list, page by page; none of a kind that the cluster does not have."""
+    """The objects of a list, page by page. A kind of Calico that the cluster does not have gives none."""
     if is_single:
         yield _read(sender, path, path).body
         return
@@ -99,7 +100,7 @@ def _items(sender: Sender, path: str, *, is_single: bool = False) -> Iterator[Ma
 
 
 def _reports(sender: Sender, nodes: set[str]) -> dict[str, NodeReport]:
-    """The reports of nodes. A report that cannot be read counts as absent."""
+    """The reports of these nodes, by node. A report that cannot be parsed counts as absent."""
     if len(nodes) > FEW_NODES:
         return parse_reports(_items(sender, COLLECTION))
     answers = [request(sender, "GET", f"{COLLECTION}/{quote(node, safe='')}") for node in sorted(nodes)]
@@ -112,7 +113,7 @@ def _read(sender: Sender, path: str, what: str) -> Response:
 
 
 def _checked(answer: Response, path: str, what: str) -> Response:
-    """An answer that is the object or the list. Raises the error that it is otherwise."""
+    """Return the answer if it is a success; otherwise raise the error that its status means."""
     if answer.is_done:
         return answer
     if answer.status == HTTPStatus.NOT_FOUND:

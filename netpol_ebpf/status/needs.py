@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The nodes that need each policy, while policies and endpoints of a whole cluster change.
+"""The nodes that need each policy, kept up to date while policies and endpoints of a whole cluster change.
 
-A node needs a policy if the policy selects an endpoint there.  Endpoints with equal labels form a group with the number
-of its endpoints on each node, so the cost of a policy for all pods grows with the groups, not with the pods.
+A node needs a policy if the policy selects an endpoint of the node. Endpoints with equal labels form a group, which
+counts its endpoints on each node. So the cost of a policy for all pods grows with the number of groups, not of pods.
 
-Invariant: the result is the same as if each policy's subject were tested on each endpoint that runs.
+Invariant: the result is the same as if each policy's subject were tested on each running endpoint.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ _Labels = frozenset[tuple[str, str]]
 
 
 def needs_policy(endpoint: Endpoint) -> bool:
-    """Whether policy must be in force for an endpoint: it is on a node, and a workload has an address, so it runs."""
+    """Whether policy must be in force for an endpoint.
+
+    It must if the endpoint is on a node and, if it is a workload, has an address, which shows that it runs.
+    """
     return endpoint.node is not None and (bool(endpoint.addresses) or endpoint.interface is not None)
 
 
 def nodes_needing(policy: Policy, endpoints: Iterable[Endpoint]) -> set[str]:
-    """The nodes that need one policy. Cost: linear in the endpoints."""
+    """The nodes that need one policy. Cost: linear in the number of endpoints."""
     found = (one.node for one in endpoints if needs_policy(one) and policy.subject.matches(one.labels))
     return {node for node in found if node is not None}
 
@@ -64,7 +67,7 @@ class Needs:
         return found.union(*(self._nodes[labels] for labels in self._index.matching_labels(key)))
 
     def _forget(self, labels: _Labels, node: str) -> None:
-        """Count one endpoint less."""
+        """Subtract one endpoint from its group; remove the group with its last endpoint."""
         counts = self._nodes[labels]
         counts[node] -= 1
         if not counts[node]:

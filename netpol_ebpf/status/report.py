@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of one node: which policies are in force there, as small as a fingerprint for each.
+"""The report of one node: which policies are in force there, as one fingerprint for each policy.
 
-A fingerprint is a hash of a policy's UID and generation.  A reader knows both of the policy that it asks about, so it
-needs neither names nor generations in the report: a fingerprint that is there proves that this generation is in force.
+A fingerprint is a short hash of a policy's UID and generation. A reader knows both for the policy in question, so the
+report needs neither names nor generations: if it has the fingerprint, this generation is in force on the node.
 
-Invariant: a policy of a shortfall has no fingerprint of its newest generation in the same report, also when the
-shortfall does not name it because there are too many.
+Invariant: if a policy has a shortfall, the report does not have the fingerprint of its newest generation. That also
+holds if the report leaves out the policy's name because there are too many.
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ from netpol_ebpf.errors import InvalidInputError
 from netpol_ebpf.resources import schema_status as schema
 
 FINGERPRINT_BYTES = 6
-"""A wrong match among 10 000 fingerprints has a probability of 4e-11."""
+"""Size of a fingerprint in bytes. A wrong match among 10 000 fingerprints has a probability of 4e-11."""
 STALE_PERIODS = 3
-"""A report that was not renewed for this many of its periods says nothing about now."""
+"""Number of periods after which a report that was not renewed no longer says anything about the present."""
 COLLECTION = f"/apis/{schema.VERSION}/{schema.PLURAL}"
 
 
 @dataclass(frozen=True, slots=True)
 class Shortfall:
-    """Policies whose newest generation is not in force on a node. ``reason``: one of `schema_status.REASONS`."""
+    """Policies whose newest generation is not in force on a node.
+
+    ``reason``: one of `schema_status.REASONS`. ``message``: the reason in full. ``policies``: their names.
+    """
 
     reason: str
     message: str
@@ -42,8 +45,8 @@ class Shortfall:
 class NodeStatus:
     """What an agent knows of its node.
 
-    ``in_force``: the revision (`Meta.revision`) in force of each policy that selects an endpoint of the node, by the
-    policy's name.  ``nodes``: number of nodes in the cluster.
+    ``in_force``: the revision in force (`Meta.revision`) of each policy that selects an endpoint of the node, by the
+    policy's name. ``nodes``: the number of nodes in the cluster.
     """
 
     in_force: Mapping[str, str]
@@ -53,7 +56,10 @@ class NodeStatus:
 
 @dataclass(frozen=True, slots=True)
 class NodeReport:
-    """A report as read. ``renewed_s``: when it was written, seconds since 1970, by the node's clock."""
+    """A node's report as read from the server.
+
+    ``renewed_s``: when it was written, in seconds since 1970 by the node's clock.
+    """
 
     node: str
     renewed_s: float
@@ -62,7 +68,7 @@ class NodeReport:
     shortfalls: tuple[Shortfall, ...] = ()
 
     def is_stale(self, now_s: float) -> bool:
-        """Whether the agent should have renewed the report several times since."""
+        """Whether the report is too old: the agent should have renewed it several times since."""
         return now_s - self.renewed_s > STALE_PERIODS * self.period_s
 
     def has(self, revision: str) -> bool:
@@ -70,7 +76,7 @@ class NodeReport:
         return fingerprint(revision) in self.fingerprints
 
     def shortfall_of(self, policy: str) -> Shortfall | None:
-        """Why a policy is not in force; None if the report does not name it."""
+        """The shortfall that names a policy; None if there is none."""
         return next((one for one in self.shortfalls if policy in one.policies), None)
 
 
@@ -79,8 +85,10 @@ def fingerprint(revision: str) -> bytes:
     return sha256(revision.encode()).digest()[:FINGERPRINT_BYTES]
 
 
-def render_report(node: str, status: NodeStatus, renewed_s: float, period_s: float) -> dict[str, Any]:
-    """The object that a node's agent writes."""
+def render_report(
+    node: str, status: NodeStatus, renewed_s: float, period_s: float, node_uid: str = ""
+) -> dict[str, Any]:
+    """The object that a node's agent writes. ``node_uid``: of the Node object, with which the report goes; "" for none."""
     fingerprints = sorted(fingerprint(one) for one in status.in_force.values())
     spec: dict[str, Any] = {
         "agentVersion": __version__,
@@ -92,7 +100,10 @@ def render_report(node: str, status: NodeStatus, renewed_s: float, period_s: flo
     }
     missing = {policy for one in status.shortfalls for policy in one.policies}
     spec |= {"policies": len(status.in_force.keys() | missing), "missing": len(missing)}
-    return {"apiVersion": schema.VERSION, "kind": schema.KIND, "metadata": {"name": node}, "spec": spec}
+    metadata: dict[str, Any] = {"name": node}
+    if node_uid:
+        metadata["ownerReferences"] = [{"apiVersion": "v1", "kind": "Node", "name": node, "uid": node_uid}]
+    return {"apiVersion": schema.VERSION, "kind": schema.KIND, "metadata": metadata, "spec": spec}
 
 
 def _render_shortfall(one: Shortfall) -> dict[str, Any]:
@@ -106,7 +117,7 @@ def _render_shortfall(one: Shortfall) -> dict[str, Any]:
 
 
 def parse_report(obj: Mapping[str, Any]) -> NodeReport:
-    """Read a report. Raises InvalidInputError if it is not as an agent writes it."""
+    """Parse a NodeReport object. Raises InvalidInputError if an agent would not have written it."""
     try:
         node, spec = obj["metadata"]["name"], obj["spec"]
         packed = base64.b64decode(spec["programmed"], validate=True)
@@ -128,12 +139,12 @@ def _parse_shortfall(one: Mapping[str, Any]) -> Shortfall:
 
 
 def parse_reports(items: Iterable[Mapping[str, Any]]) -> dict[str, NodeReport]:
-    """Read reports, by node; one that is not as an agent writes it counts as absent."""
+    """Parse NodeReport objects; returns the reports by node. An object that no agent would have written is left out."""
     return {one.node: one for one in map(try_report, items) if one is not None}
 
 
 def try_report(obj: Mapping[str, Any]) -> NodeReport | None:
-    """Read a report; None if it is not as an agent writes it."""
+    """Parse a NodeReport object; None if an agent would not have written it."""
     try:
         return parse_report(obj)
     except InvalidInputError:
@@ -141,10 +152,10 @@ def try_report(obj: Mapping[str, Any]) -> NodeReport | None:
 
 
 def render_time(seconds: float) -> str:
-    """A time as the API writes it, in UTC, to the second."""
+    """Format a time in seconds since 1970 as the API writes it: in UTC, to the second."""
     return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def parse_time(text: str) -> float:
-    """Seconds since 1970 of a time as the API writes it, with or without a fraction. Raises ValueError."""
+    """Parse a time as the API writes it; returns the seconds since 1970. Raises ValueError."""
     return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()

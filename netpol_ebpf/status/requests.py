@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that write to an API server, with their answers sorted by what the writer must do next.
+"""Requests to an API server with small answers, and what an answer means for a write.
 
-Invariant: an answer that does not say "done" is never taken for done; a write is repeated only where a repetition
-changes nothing (server-side apply), or where the server says that nothing was done.
+Invariant: a write counts as done only if the answer says so. A write is repeated only if a repetition changes nothing
+(server-side apply), or if the server says that nothing was done.
 """
 
 from __future__ import annotations
@@ -17,29 +17,31 @@ from netpol_ebpf.errors import UnreachableError
 from netpol_ebpf.sources.kubernetes.client import HttpAnswer
 
 ANSWER_S = 15.0
-"""Time limit for an answer; arbitrary, more than a loaded server takes for a write."""
+"""Time limit in seconds for an answer. The number is arbitrary; a loaded server needs less for a write."""
 FIELD_MANAGER = "netpol-ebpf"
-"""The owner of the fields that agents write, in managedFields; all agents have the same, so that any may lead."""
+"""The owner, in managedFields, of the fields that agents write. All agents have the same one, so that any agent may
+lead."""
 _APPLY = "application/apply-patch+yaml"
 
 
 class Sender(Protocol):
-    """Makes requests to one API server (`Client`)."""
+    """Makes requests to one API server; `Client` implements it."""
 
     def get(self, target: str, *, head_s: float, idle_s: float) -> HttpAnswer:
-        """Begin a GET."""
+        """Send a GET request."""
 
     def send(
         self, method: str, target: str, body: bytes, *, head_s: float, idle_s: float, content_type: str
     ) -> HttpAnswer:
-        """Begin a request that writes."""
+        """Send a request that writes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """The whole answer of a server. ``body``: its JSON, {} for none.
+    """The whole answer of a server.
 
-    ``server_time_s``: the server's clock, None if it did not tell; ``retry_after_s``: None if it did not ask to wait.
+    ``body``: its JSON object, {} if there is none. ``server_time_s``: the server's time, None if the answer has none.
+    ``retry_after_s``: seconds to wait before a repetition, None if the server gave no time.
     """
 
     status: int
@@ -49,17 +51,17 @@ class Response:
 
     @property
     def is_done(self) -> bool:
-        """Whether the server did what was asked."""
+        """Whether the server has executed the request."""
         return self.status in (HTTPStatus.OK, HTTPStatus.CREATED)
 
     @property
     def message(self) -> str:
-        """The server's reason for a refusal."""
+        """The server's reason for an error."""
         return str(self.body.get("message") or f"HTTP {self.status}")
 
 
 def request(sender: Sender, method: str, target: str, body: Any = None, *, content_type: str = "") -> Response:
-    """Make a request, and read the whole answer. Raises UnreachableError, also for an answer that is not JSON."""
+    """Make a request and read the whole answer. Raises UnreachableError, also if a successful answer is not JSON."""
     if method == "GET":
         answer = sender.get(target, head_s=ANSWER_S, idle_s=ANSWER_S)
     else:
@@ -80,6 +82,6 @@ def request(sender: Sender, method: str, target: str, body: Any = None, *, conte
 
 
 def apply(sender: Sender, target: str, obj: Mapping[str, Any]) -> Response:
-    """Server-side apply: makes the object, or changes the fields that agents own. Raises UnreachableError."""
+    """Create an object, or change the fields that agents own, by server-side apply. Raises UnreachableError."""
     query = f"?fieldManager={FIELD_MANAGER}&force=true"
     return request(sender, "PATCH", target + query, obj, content_type=_APPLY)

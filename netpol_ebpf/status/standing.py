@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether one policy is in force on the nodes that need it, from the reports of those nodes.
 
-A node needs a policy if the policy selects an endpoint there.  The reader derives the need from the cluster's objects,
-not from the reports: a node that has not heard of the policy yet cannot say that it needs it.
+A node needs a policy if the policy selects an endpoint of the node. The reader derives this from the cluster's objects,
+not from the reports, because a node that does not know the policy yet cannot report that it needs it.
 
-Invariant: a node counts as in force only if its report proves it, and is not stale.
+Invariant: a policy counts as in force on a node only if the node's report proves it and is not stale.
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ from typing import Any
 from netpol_ebpf.status.report import NodeReport, fingerprint, render_time
 
 RECENT = 16
-"""How many older generations are tried to tell which one is in force on a node that is behind; arbitrary."""
+"""Number of older generations that are tried, to tell which one is in force on a node that is behind. The number is
+arbitrary."""
 IN_FORCE = "Programmed"
 PENDING, NO_REPORT, STALE, INVALID = "Pending", "NoReport", "StaleReport", "Invalid"
 
 
 @dataclass(frozen=True, slots=True)
 class NodeStanding:
-    """A policy on one node. ``reason``: `IN_FORCE`, or why not; ``generation``: in force there, 0 if that is unknown."""
+    """The standing of a policy on one node.
+
+    ``reason``: `IN_FORCE`, or why the newest generation is not in force. ``generation``: the generation in force there,
+    0 if it is not known.
+    """
 
     node: str
     reason: str
@@ -33,9 +38,10 @@ class NodeStanding:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A policy in the cluster, or on one node.
+    """The standing of a policy in the cluster, or on one node.
 
-    ``generation``: of its spec, 0 for a policy from a manifest; ``problem``: why no node can take this spec, or "".
+    ``generation``: the newest generation of the policy's spec, 0 for a policy from a manifest. ``nodes``: the nodes
+    that need the policy. ``problem``: why no node can enforce this spec; "" if they can.
     """
 
     policy: str
@@ -55,7 +61,10 @@ class Standing:
 
     @property
     def reason(self) -> str:
-        """One word: `IN_FORCE`, `INVALID`, or the reason of the first node that is behind, refusals first."""
+        """The reason in one word: `IN_FORCE`, `INVALID`, or the reason of a node that is behind.
+
+        If several nodes are behind, a rejection comes before the reasons PENDING, NO_REPORT and STALE.
+        """
         if self.problem:
             return INVALID
         behind = [one.reason for one in self.nodes if one.reason != IN_FORCE]
@@ -64,7 +73,7 @@ class Standing:
 
     @property
     def message(self) -> str:
-        """One sentence."""
+        """The standing as one sentence."""
         what = f"generation {self.generation}" if self.generation else "it"
         if self.problem:
             return f"{what} is not valid: {self.problem}"
@@ -75,7 +84,7 @@ class Standing:
         return text if first is None else f"{text}; {first.node}: {first.message}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for `netpolctl status --policy`."""
+        """The standing as plain values, for `netpolctl status --policy`."""
         return {
             "policy": self.policy,
             "programmed": self.is_programmed,
@@ -100,7 +109,10 @@ def is_proven(revision: str, nodes: Iterable[str], reports: Mapping[str, NodeRep
 def evaluate(
     policy: str, revision: str, nodes: Iterable[str], reports: Mapping[str, NodeReport], now_s: float, problem: str = ""
 ) -> Standing:
-    """The standing of a policy. ``revision``: see `Meta.revision`; ``now_s``: seconds since 1970."""
+    """The standing of a policy on ``nodes``, from their reports.
+
+    ``revision``: see `Meta.revision`. ``now_s``: seconds since 1970. ``problem``: as in `Standing`.
+    """
     uid, _, generation = revision.rpartition("/")
     mark, current = fingerprint(revision), int(generation)
     found = []
@@ -118,7 +130,7 @@ def _proves(report: NodeReport | None, mark: bytes, now_s: float) -> bool:
 
 
 def _behind(policy: str, uid: str, generation: int, node: str, report: NodeReport | None, now_s: float) -> NodeStanding:
-    """The standing on a node that does not prove the newest generation."""
+    """The standing on a node whose report does not prove that the newest generation is in force."""
     if report is None:
         return NodeStanding(node, NO_REPORT, "no agent has reported from this node")
     known = next((one for one in _recent(generation) if report.has(f"{uid}/{one}")), 0)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reports of all nodes, as the leading agent watches them.
 
-Invariant: a report that cannot be read counts as absent, and is told.
+Invariant: a report that cannot be parsed counts as absent, and its error is kept in ``fault``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ REPORTS = WatchedKind(schema_status.VERSION, schema_status.KIND, schema_status.P
 
 
 class ReportStore:
-    """The store (`watching.Store`) of one `KindWatcher`; any thread may call `reports`."""
+    """The store (`watching.Store`) of the watcher of reports. Any thread may call `reports`."""
 
     def __init__(self) -> None:
         self.definition_uid = ""
@@ -35,12 +35,12 @@ class ReportStore:
         return not self._reports
 
     def reports(self) -> dict[str, NodeReport]:
-        """The readable reports by node, as a new mapping."""
+        """The reports that could be parsed, by node, as a new mapping."""
         with self._lock:
             return {name.name: one for name, one in self._reports.items() if one is not None}
 
     def prepare(self, decoded: Decoded) -> NodeReport | None:
-        """The report in an object; None if it is not as an agent writes it."""
+        """Parse the report in an object; None if an agent would not have written it."""
         try:
             return parse_report(decoded.fields)
         except InvalidInputError as error:
@@ -53,16 +53,19 @@ class ReportStore:
             self._reports[name] = entry if isinstance(entry, NodeReport) else None
 
     def remove(self, name: Name) -> None:
-        """Forget a report."""
+        """Remove a report."""
         with self._lock:
             self._reports.pop(name, None)
 
     def orphan(self, name: Name) -> None:
-        """Forget a report that was deleted with its definition: nobody enforces by it."""
+        """Remove a report that was deleted together with its definition.
+
+        No policy is enforced by it, so it need not be kept.
+        """
         self.remove(name)
 
     def missing(self, staged: Mapping[Name, object]) -> set[Name]:
-        """The known reports that a complete list lacks."""
+        """The names of known reports that a complete list lacks."""
         return self._reports.keys() - staged.keys()
 
     def commit(self, staged: Mapping[Name, object], *, orphaned: set[Name]) -> None:  # noqa: ARG002 - the protocol's
@@ -72,11 +75,11 @@ class ReportStore:
         self.is_listed = True
 
     def commit_absent(self) -> None:
-        """Record that the cluster has no reports."""
+        """Record that the cluster does not have the kind NodeReport."""
         with self._lock:
             self._reports = {}
         self.is_listed = True
 
     def note(self, problem: Problem | None) -> None:
-        """Set the problem that reports are not watched now; None: they are."""
+        """Set the problem that says why reports are not watched now; None if they are watched."""
         self.problem = problem

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the report of this node to the API server: when it says something new, and once in a period.
+"""Writes the report of this node to the API server: when its content changes, and once in a period.
 
-All nodes of a cluster together write at most `WRITES_PER_S` reports in a second, whatever happens: a node waits at
-least `gap_s` between two reports, and a random part of that before each.  Several changes in that time are one report.
+All nodes of a cluster together write at most `WRITES_PER_S` reports per second: each node waits at least `gap_s`
+between two reports, and a random part of `gap_s` before each. Several changes in that time make one report.
 
-Invariants: `ReportWriter.offer` never waits; a report that was not confirmed is written again; a failure is a problem
-of the report alone, and changes nothing that is in force.
+Invariants: `ReportWriter.offer` never waits. A report that the server did not confirm is written again. A failure is
+only a problem of the report and changes nothing that is in force.
 """
 
 from __future__ import annotations
@@ -21,27 +21,28 @@ from urllib.parse import quote
 
 from netpol_ebpf.errors import Location, Problem, UnreachableError
 from netpol_ebpf.status.report import COLLECTION, NodeStatus, fingerprint, render_report
-from netpol_ebpf.status.requests import Response, Sender, apply
+from netpol_ebpf.status.requests import Response, Sender, apply, request
 
 WRITES_PER_S = 100.0
-"""Reports in a second that a cluster's nodes write at most: a fifth of what their kubelets write in any case, since each
-renews its Lease every 10 s (5 000 nodes: 500 writes/s)."""
+"""Most reports per second of all nodes of a cluster: a fifth of what their kubelets write in any case, because each
+kubelet renews its Lease every 10 s (5 000 nodes: 500 writes/s)."""
 RENEWALS_PER_S = 20.0
-"""Reports in a second that a large cluster's nodes write when nothing changes."""
+"""Reports per second of all nodes of a large cluster if nothing changes."""
 SHORTEST_GAP_S, SHORTEST_PERIOD_S = 1.0, 60.0
 FIRST_RETRY_S, LONGEST_RETRY_S = 2.0, 120.0
 ABSENT_RETRY_S = 60.0
-"""Interval of attempts while the server has no NodeReports or gives no right to write them."""
+"""Seconds between two attempts while the server has no kind NodeReport, or this node may not write it."""
 SLUG = "status-report"
+NODES = "/api/v1/nodes"
 
 
 def gap_s(nodes: int) -> float:
-    """Shortest time in seconds between two reports of one node."""
+    """Shortest time in seconds between two reports of one node. ``nodes``: the number of nodes in the cluster."""
     return max(SHORTEST_GAP_S, nodes / WRITES_PER_S)
 
 
 def period_s(nodes: int) -> float:
-    """Longest time in seconds between two reports of one node."""
+    """Longest time in seconds between two reports of one node. ``nodes``: the number of nodes in the cluster."""
     return max(SHORTEST_PERIOD_S, nodes / RENEWALS_PER_S)
 
 
@@ -49,7 +50,8 @@ def period_s(nodes: int) -> float:
 class ReportWriter:
     """Writes the report of one node. One thread calls `step`; any thread may call `offer`.
 
-    ``clock``: seconds; ``wall``: seconds since 1970; ``chance``: random numbers from [0, 1).
+    ``clock``: returns the time in seconds. ``wall``: returns the seconds since 1970. ``chance``: returns random numbers
+    from [0, 1).
     """
 
     sender: Sender
@@ -60,7 +62,7 @@ class ReportWriter:
     wake: threading.Event = field(default_factory=threading.Event)
     problem: Problem | None = None
     written: int = 0
-    """Number of reports that the server confirmed."""
+    """The number of reports that the server confirmed."""
     _wanted: NodeStatus | None = None
     _confirmed: NodeStatus | None = None
     _told: frozenset[bytes] = frozenset()  # fingerprints in the confirmed report
@@ -68,15 +70,19 @@ class ReportWriter:
     _renew_s: float = math.inf  # when the report must be written in any case
     _earliest_s: float = -math.inf
     _failures: int = 0
+    _node_uid: str = ""
 
     def offer(self, status: NodeStatus) -> None:
-        """Take the present state of the node; a later one replaces it."""
+        """Set the status that the next report must have. A later call replaces it."""
         if status != self._wanted:
             self._wanted = status
             self.wake.set()
 
     def step(self) -> float:
-        """Write the report if it is due. Returns the seconds until the next step, unless `wake` is set before."""
+        """Write the report if it is due.
+
+        Returns the seconds until the next step, which setting `wake` triggers earlier.
+        """
         wanted, now_s = self._wanted, self.clock()
         if wanted is None:
             return math.inf
@@ -91,6 +97,8 @@ class ReportWriter:
             return self._failed(error.message, self._backoff_s())
         if not response.is_done:
             return self._refused(response)
+        if response.status == HTTPStatus.CREATED:
+            self._node_uid = ""  # the report was deleted, perhaps with its Node: the next one reads the UID again
         now_s = self.clock()
         self.problem, self._failures, self.written = None, 0, self.written + 1
         self._confirmed, self._told = wanted, frozenset(map(fingerprint, wanted.in_force.values()))
@@ -99,7 +107,7 @@ class ReportWriter:
         return 0.0 if self._wanted is not wanted else self._renew_s - now_s
 
     def _is_news(self, wanted: NodeStatus) -> bool:
-        """Whether a state says something that readers wait for. A policy that the node no longer needs can wait."""
+        """Whether a status has news for which readers wait. That the node no longer needs a policy is no such news."""
         known = self._confirmed
         if known is None or wanted.shortfalls != known.shortfalls:
             return True
@@ -108,8 +116,18 @@ class ReportWriter:
         return not self._told.issuperset(map(fingerprint, wanted.in_force.values()))
 
     def _write(self, wanted: NodeStatus) -> Response:
-        report = render_report(self.node, wanted, self.wall(), period_s(wanted.nodes))
+        self._node_uid = self._node_uid or self._read_node_uid()
+        report = render_report(self.node, wanted, self.wall(), period_s(wanted.nodes), self._node_uid)
         return apply(self.sender, f"{COLLECTION}/{quote(self.node, safe='')}", report)
+
+    def _read_node_uid(self) -> str:
+        """The UID of the Node, "" if there is none: then nobody deletes the report, which nobody reads either.
+
+        A list of one, because agents have the right to list Nodes in any case.
+        """
+        found = request(self.sender, "GET", f"{NODES}?fieldSelector=metadata.name%3D{quote(self.node, safe='')}")
+        items = found.body.get("items") or [{}]
+        return str(items[0].get("metadata", {}).get("uid", ""))
 
     def _refused(self, response: Response) -> float:
         status = response.status

@@ -185,6 +185,8 @@ def condition(server: Server, kind: str) -> dict[str, Any]:
 def test_report_is_made_changed_and_read(shop: Server) -> None:
     """By server-side apply with create and patch alone; the columns are there, and the schema takes every field."""
     short = Shortfall("MapFull", "np_verdict has no room", ("NetworkPolicy/shop/x",))
+    shop.request("DELETE", f"{COLLECTION}/n1")
+    assert shop.apply({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}}).status in (200, 201)
     writer = write(shop, "n1", {"P/a": "u/1"}, short)
     assert (writer.problem, writer.written) == (None, 1)
     writer.offer(NodeStatus({"P/a": "u/2"}))
@@ -193,6 +195,8 @@ def test_report_is_made_changed_and_read(shop: Server) -> None:
     found, problem = read_reports(shop)
     assert problem == ""
     assert (found["n1"].has("u/2"), found["n1"].has("u/1"), found["n1"].shortfalls) == (True, False, ())
+    (owner,) = shop.get(f"{COLLECTION}/n1").body["metadata"]["ownerReferences"]
+    assert owner["uid"] == shop.get("/api/v1/nodes/n1").body["metadata"]["uid"]
     table = shop.get(COLLECTION, accept="application/json;as=Table;v=v1;g=meta.k8s.io").body
     assert [one["name"] for one in table["columnDefinitions"]] == ["Name", "Policies", "Missing", "Renewed", "Age"]
 
@@ -334,7 +338,8 @@ def problem_of(server: Server, user: str, right: tuple[str, str, str]) -> str:
     )
     path = path_of(kind)
     whole = view(server)
-    only = View({key_of(kind): whole.policies[key_of(kind)]}, whole.endpoints, {key_of(kind): revision(server, kind)})
+    newer = f"{revision(server, kind).partition('/')[0]}/999"  # of which the server has no condition
+    only = View({key_of(kind): whole.policies[key_of(kind)]}, whole.endpoints, {key_of(kind): newer})
     with pytest.raises(UnreachableError) as found:
         writer.round(replace(only, faults={} if resource.endswith("/status") else {path: "a fault of its own"}), {})
     return found.value.message

@@ -12,6 +12,7 @@ import grp
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ from netpol_ebpf.agent.configuration import API_VERSION, KIND
 from netpol_ebpf.agent.control_socket import SOCKET_NAME, ask
 from netpol_ebpf.errors import UnreachableError
 from netpol_ebpf.lab.laboratory import Lab
+from netpol_ebpf.lab.patience import scaled
 from netpol_loader import abi
 from netpol_loader.kernel import syscall
 from netpol_loader.pins import access
@@ -132,6 +134,16 @@ def capabilities_of(process: int) -> dict[str, int]:
     return {line.split(":")[0]: int(line.split()[1], 16) for line in lines if line.startswith("Cap")}
 
 
+def abort_as_watchdog(scene: LeastScene) -> None:
+    """End the agent as systemd's watchdog does; the log then has where each thread was."""
+    assert scene.process is not None
+    scene.process.send_signal(signal.SIGABRT)
+    assert scene.process.wait(scaled(30)) == -signal.SIGABRT
+    log = (scene.home / "agent.log").read_text()
+    assert "Fatal Python error: Aborted" in log
+    assert "in run_once" in log
+
+
 def require_filter() -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
@@ -162,12 +174,15 @@ def test_least_privilege_is_enough_for_everything(
     assert ("Seccomp:\t2" in Path(f"/proc/{state['pid']}/status").read_text().splitlines()) is is_service
     assert Path(f"/proc/{state['pid']}").stat().st_uid == user
     if is_service:
-        status = scene.ctl("status", "--config", str(scene.configuration), "-o", "json")
-        assert json.loads(status.stdout)["pid"] == state["pid"], status.stderr
+        command = ["status", "--config", str(scene.configuration), "-o", "json"]
+        told = wait_for(lambda: scene.ctl(*command).stdout, "netpolctl finds the agent by the file")
+        assert json.loads(told)["pid"] == state["pid"]
     both = [to_db(source, version) for source in ("shop/web", "shop/other") for version in (4, 6)]
     assert scene.reached(*both) == [True, True, False, False]
     scene.write("db.yaml", OTHER_ALLOWED)
     scene.await_reached(to_db("shop/other"), expected=True)
+    if is_service:
+        abort_as_watchdog(scene)
     scene.kill()
     scene.write("db.yaml", DB_POLICY)
     assert scene.start()["in_force"]

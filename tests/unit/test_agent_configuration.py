@@ -19,7 +19,14 @@ import yaml
 
 from netpol_ebpf.agent import configuration
 from netpol_ebpf.agent import main as agent_main
-from netpol_ebpf.agent.configuration import CONFIG_VARIABLE, load_trusted, parse_arguments, settings_of
+from netpol_ebpf.agent.configuration import (
+    CONFIG_VARIABLE,
+    PREFIX,
+    SERVICE_VARIABLE,
+    load_trusted,
+    parse_arguments,
+    settings_of,
+)
 from netpol_ebpf.agent.main import build_parser
 from netpol_ebpf.agent.source_options import DEFAULT_MANIFESTS
 from netpol_ebpf.cli.main import main
@@ -209,7 +216,7 @@ def test_a_file_is_one_object_of_this_kind(tmp_path: Path, text: str) -> None:
 
 
 def test_an_unknown_variable_is_refused() -> None:
-    """With the nearest known one; those that a kubelet sets for a Service of this name do not count."""
+    """With the nearest known one; those that a kubelet sets for a Service whose name begins so do not count."""
     with pytest.raises(UsageError, match=r"NETPOL_EBPF_NOD is no option \(did you mean `NETPOL_EBPF_NODE`\?\)"):
         parsed(NETPOL_EBPF_NOD="a")
     with pytest.raises(UsageError, match="NETPOL_EBPF_HAIRPIN: must be one of true, false"):
@@ -217,7 +224,16 @@ def test_an_unknown_variable_is_refused() -> None:
     parsed(
         NETPOL_EBPF_SERVICE_HOST="10.0.0.1", NETPOL_EBPF_SERVICE_PORT_HTTP="80", NETPOL_EBPF_PORT="tcp://10.0.0.1:80",
         NETPOL_EBPF_PORT_80_TCP_ADDR="10.0.0.1", NETPOL_EBPF_PORT_80_TCP="tcp://10.0.0.1:80",
+        NETPOL_EBPF_METRICS_SERVICE_HOST="10.0.0.1", NETPOL_EBPF_METRICS_SERVICE_PORT="80",
+        NETPOL_EBPF_MY_APP_2_SERVICE_PORT_HTTP="80", NETPOL_EBPF_METRICS_PORT="tcp://10.0.0.1:80",
+        NETPOL_EBPF_METRICS_PORT_80_TCP_PROTO="tcp", NETPOL_EBPF_BARRIER_PORT_53_UDP="udp://10.0.0.1:53",
     )  # fmt: skip
+
+
+def test_no_option_has_the_variable_of_a_service() -> None:
+    """A Service never sets an option: no variable of an option ends as those that a kubelet sets."""
+    variables = [one.variable for one in settings_of(build_parser()).values()]
+    assert not [one for one in variables if SERVICE_VARIABLE.fullmatch(one.removeprefix(PREFIX))]
 
 
 def test_an_error_says_where_the_value_comes_from(

@@ -16,7 +16,7 @@ from writable_api import WritableApi
 
 from netpol_ebpf.agent.local_interfaces import MISSING_S
 from netpol_ebpf.agent.policies_in_force import PoliciesInForce, standing_here
-from netpol_ebpf.agent.reporting import LOOK_S, SLOW_LOOK_S, Reporting
+from netpol_ebpf.agent.reporting import AFTER_BUG_S, LOOK_S, SLOW_LOOK_S, Reporting
 from netpol_ebpf.errors import InvalidInputError, MapFullError
 from netpol_ebpf.policy.types import PolicyKey
 from netpol_ebpf.sources.kubernetes.client import Cluster
@@ -173,6 +173,22 @@ def test_agent_reports_and_takes_the_lease(bench: Bench, server: FakeServer, api
     finally:
         reporting.close()
     assert not any(thread.is_alive() for thread in reporting._threads)
+
+
+def test_bug_in_a_look_is_told_and_ends_no_loop(
+    bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried again after a while."""
+    reporting = Reporting(bench.agent(), Cluster(server.url), "here", lambda: bench.now_s)
+    with monkeypatch.context() as broken:
+        broken.setattr(reporting._policies, "look", lambda: {}["a bug"])
+        reporting.look()
+    assert ["KeyError" in one.message for one in reporting.problems] == [True]
+    reporting.look()
+    assert list(reporting.problems)
+    bench.now_s += AFTER_BUG_S + SLOW_LOOK_S
+    reporting.look()
+    assert not list(reporting.problems)
 
 
 def test_look_is_rare_and_sees_each_change(bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:

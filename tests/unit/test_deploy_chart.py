@@ -149,6 +149,7 @@ def test_nothing_is_removed_at_the_end_of_the_agent() -> None:
 def test_pods_run_on_every_node_and_may_pin(name: str) -> None:
     """Whatever a node's taints are, before all other pods, and where AppArmor and SELinux would forbid pins."""
     spec = pod_of(name)
+    assert spec["enableServiceLinks"] is False, "a Service named netpol-ebpf-... would set variables with our prefix"
     assert spec["tolerations"] == [{"operator": "Exists"}]
     assert spec["priorityClassName"] == "system-node-critical"
     assert spec["securityContext"] == {

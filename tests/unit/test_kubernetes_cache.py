@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import select
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from apiserver_traces import NAMESPACES, PODS, TIERS, pod, tier
 
-from netpol_ebpf.sources.kubernetes.cache import Cache
+from netpol_ebpf.sources.kubernetes.cache import Cache, SavedKind, SavedObject
 from netpol_ebpf.sources.kubernetes.decoding import KINDS, MalformedError, WatchedKind, decode_object
 from netpol_ebpf.sources.kubernetes.saved_state import load_state, store_state
 from netpol_ebpf.sources.source import ObjectEvent, Remove, Upsert
@@ -308,6 +309,30 @@ def test_damaged_state_is_refused(saved: Path) -> None:
             load_state(saved)
     saved.write_bytes(raw)
     assert load_state(saved) is not None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [b"{}", b'{"metadata": []}', b'{"metadata": {"name": 5}}', b'{"metadata": {"name": "a", "namespace": {}}}', b"["],
+)
+def test_state_of_objects_without_a_name_is_refused(saved: Path, fields: bytes) -> None:
+    """As a whole, before any of it is taken up; its hash proves no origin."""
+    store_state(saved, {NAMESPACES: SavedKind("", []), PODS: SavedKind("", [SavedObject(fields, is_orphan=False)])})
+    with pytest.raises(MalformedError):
+        load_state(saved)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [b'{"apiVersion": "v1", "kind": "Pod", "definition": 5, "objects": 0}', b"[" * 100_000],
+    ids=["definition", "depth"],
+)
+def test_state_with_another_head_of_a_kind_is_refused(saved: Path, kind: bytes) -> None:
+    """Of another type, or nested too deep."""
+    body = b'{"format": 1, "saved": "now"}\n' + kind + b"\n"
+    saved.write_bytes(body + hashlib.sha256(body).hexdigest().encode() + b"\n")
+    with pytest.raises(MalformedError):
+        load_state(saved)
 
 
 def test_state_of_another_format_is_refused(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from netpol_ebpf.sources.kubernetes.decoding import (
     WatchedKind,
     decode_bookmark,
     decode_event,
+    decode_fields,
     decode_object,
     decode_page,
     decode_status,
@@ -88,12 +89,46 @@ def test_every_annotation_that_a_parser_reads_is_kept() -> None:
 
 
 def test_calico_annotations_of_a_pod_are_read() -> None:
-    """An address that only an annotation has."""
-    annotations = {"cni.projectcalico.org/podIP": "10.0.0.9/32"}
-    metadata = {"name": "a", "namespace": "b", "resourceVersion": "1", "annotations": annotations}
-    decoded = decode_object(PODS, json.dumps({"metadata": metadata, "spec": {}, "status": {}}).encode())
+    """Calico has taken the address back from a pod under deletion."""
+    annotations = {"cni.projectcalico.org/podIP": ""}
+    deleted = {"deletionTimestamp": "2026-01-01T00:00:00Z", "annotations": annotations}
+    item = {
+        "metadata": {"name": "a", "namespace": "b", "resourceVersion": "1", **deleted},
+        "status": {"podIP": "10.0.0.9"},
+    }
+    decoded = decode_object(PODS, json.dumps(item).encode())
     resource = parse(PODS, decoded.name, decoded.fields).resource
-    assert [str(address) for address in resource.addresses] == ["10.0.0.9"]  # type: ignore[union-attr]
+    assert resource.finished  # type: ignore[union-attr]
+
+
+def deep(levels: int) -> bytes:
+    """An array in arrays, with brackets and quotes in a text at its end."""
+    return b"[" * levels + rb'"\\\"[{"' + b"]" * levels
+
+
+@pytest.mark.parametrize("levels", [200, 2_000, 100_000])
+@pytest.mark.parametrize("kind", [PODS, KINDS[-1]], ids=str)
+def test_nesting_of_one_object_hides_no_other(kind: WatchedKind, levels: int) -> None:
+    """A custom kind may keep unknown fields, in which a server takes thousands of levels, more than Python's stack."""
+    metadata = b'{"name": "deep", "namespace": "a", "resourceVersion": "5"}'
+    raw = b'{"metadata": %s, "spec": {"unknown": [%s, 1], "selector": %s}}' % (metadata, deep(levels), deep(3))
+    page = decode_page(b'{"metadata": {"resourceVersion": "7"}, "items": [%s, {"b": 1}]}' % raw)
+    assert len(page.items) == 2
+    event = decode_event(b'{"type": "ADDED", "object": %s}' % raw)
+    for one in (raw, page.items[0], event.raw):
+        decoded = decode_object(kind, one)
+        assert (decoded.name, decoded.resource_version) == (Name("a", "deep"), "5")
+        assert decode_fields(encode(decoded.fields)) == decoded.fields
+        parse(kind, decoded.name, decoded.fields)
+    if kind is not PODS:
+        assert decoded.fields["spec"]["selector"] == [[['\\"[{']]]
+        assert decoded.fields["spec"]["unknown"][1] == 1
+
+
+def test_nesting_without_an_end_is_malformed() -> None:
+    """Nothing of it counts."""
+    with pytest.raises(MalformedError):
+        decode_fields(b'{"a": ' + b"[" * 100_000)
 
 
 def test_unknown_field_of_a_policy_is_found() -> None:

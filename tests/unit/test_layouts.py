@@ -25,7 +25,17 @@ def test_every_map_comes_out_again() -> None:
 
 
 @pytest.mark.parametrize(
-    "raw", [b"", b"[]", b"{}", b'{"format": 1, "maps": {"a": [1, 2]}}', b'{"format": 1, "maps": {"a": []}}']
+    "raw",
+    [
+        *(b"", b"[]", b"{}", b"\xff", b"[" * 100_000),
+        *(b'{"format": 1, "maps": %s}' % maps for maps in (b"[]", b'{"a": [1, 2]}', b'{"a": []}', b'{"a": null}')),
+        *(
+            b'{"format": 1, "maps": {"a": [[["x", %s, []]], []]}}' % where
+            for where in (b"Infinity, 1", b"0, 1e400", b"-5, 1", b"0, -1", b"0.5, 1", b"true, 1", b'"0", 1', b"0, null")
+        ),
+        b'{"format": 1, "maps": {"a": [[[5, 0, 1, []]], []]}}',
+    ],
+    ids=range(18),
 )
 def test_what_is_no_document_is_refused(raw: bytes) -> None:
     """By name."""

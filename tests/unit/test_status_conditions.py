@@ -249,6 +249,19 @@ def test_invalid_object_that_cannot_be_read_is_an_error_of_the_round(api: Writab
     assert condition(api)["reason"] == "Invalid"
 
 
+def test_refused_kind_does_not_stop_the_others(api: WritableApi, writer: ConditionWriter) -> None:
+    """A right that is missing for one of them; a group that the server does not have is no error."""
+    short = (Shortfall("MapFull", "np_verdict has no room", (KEY, PLAIN_KEY)),)
+    api.refusals["PATCH"] = [failure(403, "may not patch networkpolicies/status")]
+    with pytest.raises(UnreachableError, match="may not patch"):
+        writer.round(view(), reports(("n1", {}), ("n2", {}), short=short))
+    assert {one["regarding"]["uid"] for one in api.of("POST", "/events")} == {"u2"}
+    del api.objects[CALICO]
+    writer.forget()
+    writer.round(view(), reports(("n1", IN_FORCE), ("n2", IN_FORCE)))
+    assert "status" not in api.objects[POLICY]
+
+
 @pytest.mark.parametrize("code", [404, 409])
 def test_policy_that_went_meanwhile_is_no_error(api: WritableApi, writer: ConditionWriter, code: int) -> None:
     """It was deleted, or made anew with another UID: the new one gets its own."""

@@ -17,6 +17,7 @@ from netpol_ebpf.status.report import COLLECTION, NodeStatus, Shortfall, parse_r
 from netpol_ebpf.status.writer import (
     ABSENT_RETRY_S,
     LONGEST_RETRY_S,
+    NODES,
     RENEWALS_PER_S,
     WRITES_PER_S,
     ReportWriter,
@@ -75,6 +76,28 @@ def test_report_is_written_once_and_renewed_in_its_period(writer: ReportWriter, 
     assert writer.problem is None
     run(writer, clock, 600.0)
     assert 10 <= len(api.writes) - 1 <= 20
+
+
+def test_report_goes_with_its_node(writer: ReportWriter, clock: Clock, api: WritableApi) -> None:
+    """Its owner is the Node; a Node that was made anew, whose report was deleted, becomes the owner of the next."""
+    node = {"metadata": {"name": "n1", "uid": "node-1"}}
+    api.objects[NODES] = {"items": [node], "metadata": {}}
+    writer.offer(NodeStatus(DB))
+    run(writer, clock, 200.0)
+
+    def owner() -> str:
+        (found,) = api.objects[PATH]["metadata"]["ownerReferences"]
+        assert (found["apiVersion"], found["kind"], found["name"]) == ("v1", "Node", "n1")
+        return str(found["uid"])
+
+    assert owner() == "node-1"
+    reads = api.reads.count(NODES)
+    run(writer, clock, 600.0)
+    assert api.reads.count(NODES) == reads, "it is read once"
+    node["metadata"]["uid"] = "node-2"
+    del api.objects[PATH]
+    run(writer, clock, 200.0)
+    assert owner() == "node-2"
 
 
 def test_changes_in_a_row_are_one_report(writer: ReportWriter, clock: Clock, api: WritableApi) -> None:
@@ -165,7 +188,7 @@ def test_cut_answer_is_no_confirmation(server: FakeServer, api: WritableApi, clo
 
     def cut(request):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
         wire = api(request)
-        wire.end = "cut" if len(api.writes) == 1 else "clean"
+        wire.end = "cut" if request.method == "PATCH" and len(api.writes) == 1 else "clean"
         return wire
 
     with FakeServer(cut) as other:

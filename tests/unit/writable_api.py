@@ -55,10 +55,11 @@ class WritableApi:
             known = self.objects.get(path, {}).get("metadata", {}).get("resourceVersion")
             if body["metadata"].get("resourceVersion") != known:
                 return failure(409)
+        is_new = path not in self.objects
         self.version += 1
         stored = {**body, "metadata": {**body["metadata"], "resourceVersion": str(self.version)}}
         self.objects[path] = stored
-        return ok(stored, 200 if method == "PUT" else 201)
+        return ok(stored, 201 if is_new else 200)
 
     def _read(self, path: str) -> Reply:
         if path in self.objects:

@@ -43,6 +43,8 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 {{- define "netpol.nodePod" -}}
 # The node's interfaces and tables are those of its network namespace. The CNI plugin does not wait for pods that are in it.
 hostNetwork: true
+# Otherwise a Service named netpol-ebpf-NAME would set variables that begin as those of the agent's options do.
+enableServiceLinks: false
 priorityClassName: system-node-critical
 nodeSelector: {kubernetes.io/os: linux}
 tolerations: [{operator: Exists}]

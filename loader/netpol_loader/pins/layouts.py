@@ -75,7 +75,7 @@ def decode_layouts(raw: bytes, where: str) -> Mapping[str, Layouts]:
         if document["format"] != FORMAT:
             raise PlatformError(f"{where} has format {document['format']}; this version reads format {FORMAT}")
         return {name: (_fields(key), _fields(value)) for name, (key, value) in document["maps"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PlatformError(f"{where} has no layouts of maps: {error}") from error
 
 
@@ -84,4 +84,16 @@ def _plain(layout: Layout) -> list[Any]:
 
 
 def _fields(plain: list[Any]) -> Layout:
-    return tuple(Field(str(name), int(at), int(size), _fields(inner)) for name, at, size, inner in plain)
+    return tuple(Field(_name(name), _count(at), _count(size), _fields(inner)) for name, at, size, inner in plain)
+
+
+def _name(plain: Any) -> str:
+    if not isinstance(plain, str):
+        raise TypeError(f"{plain!r} is no name of a field")
+    return plain
+
+
+def _count(plain: Any) -> int:
+    if type(plain) is not int or plain < 0:
+        raise TypeError(f"{plain!r} is no number of bytes")
+    return plain

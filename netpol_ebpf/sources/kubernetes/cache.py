@@ -31,6 +31,7 @@ from netpol_ebpf.sources.kubernetes.decoding import (
     WatchedKind,
     decode_fields,
     encode,
+    name_of,
     object_path,
     parse,
 )
@@ -165,7 +166,7 @@ class KindStore:
             self._synced()
 
     def note(self, problem: Problem | None) -> None:
-        """Set the problem why the kind is not watched now; None: it is watched."""
+        """Set the problem that says why the kind is not watched now; None if it is watched."""
         with self._cache.lock:
             if problem != self.problem:
                 self.problem = problem
@@ -251,8 +252,7 @@ class KindStore:
         orphans: set[Name] = set()
         for one in saved.objects:
             fields = decode_fields(one.fields)
-            metadata = fields.get("metadata", {})
-            name = Name(metadata.get("namespace", ""), metadata.get("name", ""))
+            name = name_of(fields, "a saved object")
             parsed = parse(self.kind, name, fields)
             entries[name] = Entry(one.fields, one.fields, parsed.resource, SAVED_VERSION, parsed.problems)
             if one.is_orphan:

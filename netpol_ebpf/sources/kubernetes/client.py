@@ -195,10 +195,6 @@ class Client:
         headers = {"Accept": _JSON, "Content-Type": content_type}
         return self._begin(method, target, body, headers, head_s=head_s, idle_s=idle_s)
 
-    def delete(self, target: str, *, head_s: float, idle_s: float) -> HttpAnswer:
-        """Send a DELETE request; arguments and errors are those of `get`."""
-        return self._begin("DELETE", target, None, {"Accept": _JSON}, head_s=head_s, idle_s=idle_s)
-
     def _begin(
         self, method: str, target: str, body: bytes | None, own: Mapping[str, str], *, head_s: float, idle_s: float
     ) -> HttpAnswer:

@@ -13,6 +13,7 @@ structure that the declaration does not allow is decoded whole, so that its pars
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -256,15 +257,51 @@ class _Definition(TypedDict, total=False):
 
 _WHOLE = dict[str, Any]
 
+DEEPEST = 100
+"""Levels of arrays and objects that are kept of a document that is nested too deep to decode.
+
+The number is arbitrary, five times what any field that is read needs.
+"""
+_TOKENS = re.compile(rb'"[^"\\]*(?:\\(?:.|\Z)[^"\\]*)*(?:"|\Z)|[\[\]{}]', re.DOTALL)
+"""Texts and brackets of JSON."""
+
 
 @lru_cache
 def _decoder(of: Any) -> Any:
     return msgspec.json.Decoder(of)
 
 
-def _decode(raw: Any, of: Any, what: str) -> Any:
+def _decode_limited(raw: Any, of: Any) -> Any:
+    """Decode JSON of any depth. Raises as msgspec does, but for RecursionError.
+
+    A server accepts thousands of levels in unknown fields of a custom kind.  One such object must not hide the others of
+    its kind, so its levels below DEEPEST become null.
+    """
     try:
         return _decoder(of).decode(raw)
+    except RecursionError:
+        return _decoder(of).decode(_without_deepest(bytes(raw)))
+
+
+def _without_deepest(raw: bytes) -> bytes:
+    """The JSON with null in place of each array and object below DEEPEST levels. Cost: linear."""
+    parts: list[bytes] = []
+    depth = begin = 0
+    for token in _TOKENS.finditer(raw):
+        if token[0] in b"[{":
+            depth += 1
+            if depth == DEEPEST + 1:
+                parts += [raw[begin : token.start()], b"null"]
+        elif token[0] in b"]}":
+            if depth == DEEPEST + 1:
+                begin = token.end()
+            depth -= 1
+    return b"".join([*parts, raw[begin:]] if depth <= DEEPEST else parts)
+
+
+def _decode(raw: Any, of: Any, what: str) -> Any:
+    try:
+        return _decode_limited(raw, of)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MalformedError(f"{what} is not as the API says: {error}") from error
 
@@ -341,7 +378,7 @@ def decode_status(raw: Any, code: int = 0) -> Status:
     ``code``: the HTTP code of the answer; 0: use the code in the Status.
     """
     try:
-        status = _decoder(_Status).decode(raw)
+        status = _decode_limited(raw, _Status)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return Status(code, "", bytes(raw[:200]).decode(errors="replace").strip())
     after = status.get("details", {}).get("retryAfterSeconds")
@@ -392,12 +429,11 @@ class Decoded(NamedTuple):
 def decode_object(kind: WatchedKind, raw: Any) -> Decoded:
     """Decode an item of a list, or the object of an event. Raises MalformedError if it has no name."""
     fields = _decode_fields(kind, raw)
-    metadata = fields.get("metadata")
-    if not isinstance(metadata, dict):
-        raise MalformedError(f"an object of {kind} has no metadata")
-    version, name, namespace = metadata.pop("resourceVersion", ""), metadata.get("name"), metadata.get("namespace", "")
-    if not (isinstance(name, str) and name and isinstance(namespace, str) and isinstance(version, str)):
-        raise MalformedError(f"an object of {kind} has no name or no resourceVersion")
+    found = name_of(fields, f"an object of {kind}")
+    metadata = fields["metadata"]
+    version = metadata.pop("resourceVersion", "")
+    if not isinstance(version, str):
+        raise MalformedError(f"an object of {kind} has no resourceVersion")
     if kind.kind in _FIELDS:
         _drop_annotations(metadata)
     else:
@@ -406,13 +442,24 @@ def decode_object(kind: WatchedKind, raw: Any) -> Decoded:
             metadata.pop(key, None)
     # Items of built-in lists have no apiVersion and kind, so both come from the request.
     fields["apiVersion"], fields["kind"] = kind.api_version, kind.kind
-    return Decoded(Name(namespace, name), version, fields)
+    return Decoded(found, version, fields)
+
+
+def name_of(fields: Mapping[str, Any], what: str) -> Name:
+    """The name of an object. Raises MalformedError, with ``what`` it is, for an object without a name."""
+    metadata = fields.get("metadata")
+    if not isinstance(metadata, dict):
+        raise MalformedError(f"{what} has no metadata")
+    name, namespace = metadata.get("name"), metadata.get("namespace", "")
+    if not (isinstance(name, str) and name and isinstance(namespace, str)):
+        raise MalformedError(f"{what} has no name")
+    return Name(namespace, name)
 
 
 def _decode_fields(kind: WatchedKind, raw: Any) -> dict[str, Any]:
     of = _FIELDS.get(kind.kind, _WHOLE)
     try:
-        fields: dict[str, Any] = _decoder(of).decode(raw)
+        fields: dict[str, Any] = _decode_limited(raw, of)
     except msgspec.ValidationError:  # a shape outside the declaration; the parser reports the fault
         fields = _decode(raw, _WHOLE, f"an object of {kind}")
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

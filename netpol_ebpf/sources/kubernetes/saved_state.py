@@ -20,7 +20,7 @@ from pathlib import Path
 
 from netpol_ebpf.resources.manifest_files import read_regular
 from netpol_ebpf.sources.kubernetes.cache import SavedKind, SavedObject
-from netpol_ebpf.sources.kubernetes.decoding import MalformedError, WatchedKind, decode_fields
+from netpol_ebpf.sources.kubernetes.decoding import MalformedError, WatchedKind, decode_fields, name_of
 
 FORMAT = 1
 _ORPHAN, _OBJECT = b"o", b"."
@@ -57,7 +57,7 @@ def load_state(path: Path) -> SavedState | None:
         raise MalformedError("its end does not fit its content")
     try:
         return _parse(iter(body.split(b"\n")))
-    except (ValueError, LookupError, TypeError, StopIteration) as error:
+    except (ValueError, LookupError, TypeError, StopIteration, RecursionError) as error:
         raise MalformedError(f"it is not of this format ({error})") from error
 
 
@@ -70,7 +70,9 @@ def _parse(lines: Iterator[bytes]) -> SavedState:
         part = json.loads(line)
         objects = [SavedObject(one[1:], one[:1] == _ORPHAN) for one in (next(lines) for _ in range(part["objects"]))]
         for one in objects:
-            decode_fields(one.fields)
+            name_of(decode_fields(one.fields), "a saved object")
+        if not isinstance(part["definition"], str):
+            raise MalformedError("the uid of a definition is no text")
         kinds[part["apiVersion"], part["kind"]] = SavedKind(part["definition"], objects)
     return SavedState(head["saved"], kinds)
 

@@ -4,8 +4,8 @@
 There is one thread for each kind, one that probes the server, and one that writes the saved state. No thread waits for
 the caller of `KubernetesSource.step`, and that method waits for no thread.
 
-Invariant: an exception in a thread ends neither the thread nor enforcement. It is reported as a bug, and the kind is
-listed again.
+Invariant: an exception in a thread ends neither the thread nor enforcement. The exception is reported as a bug, and the
+kind is listed again.
 """
 
 from __future__ import annotations

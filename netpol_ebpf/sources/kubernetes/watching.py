@@ -151,7 +151,7 @@ class Store(Protocol):
         """Record that the server does not have the kind. Its known objects are kept as orphans."""
 
     def note(self, problem: Problem | None) -> None:
-        """Set the problem why the kind is not watched now; None: it is watched."""
+        """Set the problem that says why the kind is not watched now; None if it is watched."""
 
 
 class State(enum.Enum):
