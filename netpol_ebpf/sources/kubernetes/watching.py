@@ -52,6 +52,12 @@ SHORT_S = 1.0
 """After a stream that ends sooner than this and without an event the reader waits before the next one; arbitrary."""
 UNSTABLE = 3
 """So many short streams in a row mean that the kind cannot be watched; a stream that opens is no recovery then."""
+HASTY_STEPS = 5
+"""Steps in a row that may each end in less than SHORT_S; after them each step is delayed, whatever its result.
+
+Lists that succeed and streams that expire or end at once would otherwise be an endless loop.  A start takes at most
+three such steps.
+"""
 HEAD_S = 20.0
 """Time limit for the head of an answer: a LIST that waits for etcd has none for 60 s."""
 IDLE_S = 180.0
@@ -201,6 +207,7 @@ class KindWatcher:
     _expired: int = 0
     _not_found: int = 0
     _short_streams: int = 0
+    _hasty_steps: int = 0  # in a row
     _opened_s: float | None = None  # since when this step's stream is open
     _must_relist: bool = False
     _answer: ServerAnswer | None = field(default=None)
@@ -210,6 +217,15 @@ class KindWatcher:
 
         Never raises for an answer of the server.
         """
+        began_s = self.clock()
+        delay_s = max(0.0, self._step())
+        self._hasty_steps = self._hasty_steps + 1 if self.clock() - began_s < SHORT_S else 0
+        if self._hasty_steps <= HASTY_STEPS:
+            return delay_s
+        return max(delay_s, self._backoff_s(self._hasty_steps - HASTY_STEPS))
+
+    def _step(self) -> float:
+        """Make one request. Returns the seconds until the next step that its result alone asks for."""
         self._opened_s = None
         if self._must_relist:
             self._must_relist, self._resource_version = False, ""
