@@ -83,8 +83,8 @@ NP_MAP("hash", np_ifindex, struct np_number_key, struct np_ifindex, 4096, BPF_F_
 // interface. When full: the agent rejects the change. Key: network order. A row lives as long as the address is one of
 // these.
 // Role: node.
-NP_MAP("hash", np_local4, struct np_addr4_key, struct np_local, 4096, BPF_F_NO_PREALLOC);
-NP_MAP("hash", np_local6, struct np_addr6_key, struct np_local, 4096, BPF_F_NO_PREALLOC);
+NP_MAP("hash", np_local4, struct np_addr4_key, struct np_local, 16384, BPF_F_NO_PREALLOC);
+NP_MAP("hash", np_local6, struct np_addr6_key, struct np_local, 16384, BPF_F_NO_PREALLOC);
 
 // Maps a prefix whose addresses are all the node's own to an np_local row (local routes, except 127.0.0.0/8). The agent
 // writes, the program reads. Looked up for an address that np_local lacks, if NP_CONFIG_LOCAL_NETS is set. When full:

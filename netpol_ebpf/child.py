@@ -25,12 +25,12 @@ def part_from(parent: int, work_s: int) -> None:
     seconds after which SIGALRM ends this process; a later `signal.alarm` replaces them.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it ended before
+    if os.getppid() != parent:  # the parent has ended already
         os._exit(0)
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
     signal.alarm(work_s)
-    with contextlib.suppress(OSError):  # where memory runs short, a child is given up rather than the agent
+    with contextlib.suppress(OSError):  # if memory runs short, the kernel kills the child before the agent
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-    gc.disable()  # a collection would copy every page that it looks at
+    gc.disable()  # a collection would write to, and so copy, every page that it visits

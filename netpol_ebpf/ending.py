@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals for commands that create objects on the machine and must remove them when they end early."""
+"""Makes commands that create objects on the machine remove these objects also when a signal ends the command."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class SelectorError(InvalidInputError):
     slug = "selector"
 
     def __init__(self, message: str, *, text: str, offset: int, hint: str | None = None) -> None:
-        # One character a column: a tab or a line break would put the caret elsewhere.
+        # Each character must take one column; a tab or a line break would move the caret.
         line = "".join(character if character.isprintable() else " " for character in text)
         super().__init__(f"{message}\n  {line}\n  {' ' * offset}^", hint=hint)
         self.reason = message

@@ -32,7 +32,7 @@ EXIT_WRONG, EXIT_PLATFORM = 1, 5
 TRIALS = (
     ("netpol-agent", "--version"),
     ("netpolctl", "--version"),
-    ("python3", "-c", "import netpol_ebpf.sources.kubernetes.source"),
+    ("python3", "-c", "import netpol_ebpf.sources.kubernetes.source, netpol_ebpf.agent.metrics"),
     # The compiled file is used although there is no compiler, and the plugin runs.
     ("/opt/netpol-ebpf/bin/python", "-c", "from netpol_loader.pins import build; build.compiled_program(keep=False)"),
     ("/opt/netpol-ebpf/bin/python", "-c", "from netpol_ebpf.cni import installation; installation._load_program()"),

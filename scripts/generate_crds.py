@@ -18,7 +18,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from netpol_ebpf.resources import schema_calico, schema_signetwork  # noqa: E402
+from netpol_ebpf.resources import schema_calico, schema_signetwork, schema_status  # noqa: E402
 from netpol_ebpf.resources.schema import definition  # noqa: E402
 from netpol_ebpf.resources.schema_admission import unknown_field_policy  # noqa: E402
 
@@ -36,7 +36,7 @@ class _Dumper(yaml.SafeDumper):
 
 def render() -> dict[Path, str]:
     """The text of each file."""
-    resources = (*schema_calico.RESOURCES, *schema_signetwork.RESOURCES)
+    resources = (*schema_calico.RESOURCES, *schema_signetwork.RESOURCES, *schema_status.RESOURCES)
     files = {
         TARGET / f"{one.name}.yaml": HEADER + yaml.dump(definition(one), Dumper=_Dumper, sort_keys=False, width=120)
         for one in resources

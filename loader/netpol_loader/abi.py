@@ -1347,12 +1347,12 @@ MAP_SPECS: Mapping[str, MapSpec] = MappingProxyType(
         ),
         "np_local4": MapSpec(
             "np_local4", "hash", np_addr4_key, np_local,
-            ctypes.sizeof(np_addr4_key), ctypes.sizeof(np_local), 4096, ("BPF_F_NO_PREALLOC",),
+            ctypes.sizeof(np_addr4_key), ctypes.sizeof(np_local), 16384, ("BPF_F_NO_PREALLOC",),
             MapRole.NODE,
         ),
         "np_local6": MapSpec(
             "np_local6", "hash", np_addr6_key, np_local,
-            ctypes.sizeof(np_addr6_key), ctypes.sizeof(np_local), 4096, ("BPF_F_NO_PREALLOC",),
+            ctypes.sizeof(np_addr6_key), ctypes.sizeof(np_local), 16384, ("BPF_F_NO_PREALLOC",),
             MapRole.NODE,
         ),
         "np_local4_net": MapSpec(

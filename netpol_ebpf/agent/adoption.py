@@ -61,14 +61,17 @@ class ConnectionAccess(Protocol):
     def maps(self) -> Mapping[str, KernelMap]: ...  # noqa: D102 - see `KernelNode`
 
     def live_connections(self, namespaces: Collection[int]) -> LiveConnections:
-        """Read the connections of this node from connection tracking, and those of sockets in ``namespaces`` (ids)."""
+        """Read the connections of this node, from connection tracking and from sockets.
+
+        ``namespaces``: ids of the network namespaces whose sockets must be read.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class NodeAddresses:
-    """The node's own addresses, and its services.
+    """The node's addresses and services, by which adoption recognises connections of the node and to services.
 
-    Policy evaluates the backend of a service where the packet leaves the node.
+    ``addresses``: the node's own. ``services``: those whose packets get a deferred verdict.
     """
 
     addresses: Collection[IPAddress]
@@ -77,7 +80,7 @@ class NodeAddresses:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A workload that may have old connections.
+    """A workload that may have old connections: connections that are older than enforcement.
 
     ``number``: the number of its endpoint. ``namespace``: the id of the network namespace at the other end of its
     interface; None: unknown.
@@ -90,7 +93,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class OldConnection:
-    """An old connection, as one of its workloads sees it.
+    """A connection that is older than enforcement, as one of its workloads sees it.
 
     ``number``: the number of the workload's endpoint. ``ends``: source and destination of the connection's first
     packet. ``direction``: the direction of that packet. ``flags``: enum np_conn_flag.
@@ -138,11 +141,11 @@ class OldConnection:
 
 @dataclass(slots=True)
 class Adoption:
-    """Writes old connections for interfaces that had no programs when the agent started.
+    """Writes the connections that are older than enforcement into the connection tables.
 
-    They are written twice. The first time is before the programs are attached, so that no packet of an old connection
-    finds an empty table. The second time is when rows and programs are in force. It adds connections that were opened
-    in between, and connections to services.
+    It does so for interfaces that had no programs when the agent started, twice for each. The first time is before the
+    programs are attached, so that no packet of an old connection finds an empty table. The second time is when rows and
+    programs are in force; it adds connections that were opened in between, and connections to services.
     """
 
     interfaces: set[int] = field(default_factory=set)
@@ -151,11 +154,14 @@ class Adoption:
 
     @property
     def concerned(self) -> set[int]:
-        """The interfaces whose old connections are not yet written for the second time."""
+        """The interfaces whose old connections must still be written, for the first or for the second time."""
         return self.interfaces | self._begun
 
     def expect(self, interfaces: Iterable[int]) -> None:
-        """Add interfaces with possible connections from before the agent's start, which are then adopted."""
+        """Add interfaces that may have connections from before the agent's start.
+
+        These connections are then adopted.
+        """
         self.interfaces |= set(interfaces)
 
     def forget(self, interfaces: Iterable[int]) -> None:
@@ -199,7 +205,7 @@ class Adoption:
             )
 
     def _write(self, maps: Mapping[str, KernelMap], wanted: Mapping[bytes, OldConnection], now_jiffies: int) -> int:
-        """Write the rows that the tables lack or that have a wrong direction; returns the number of written rows.
+        """Write the rows that the tables lack, or have with a wrong direction. Returns the number of written rows.
 
         ``wanted``: the old connections by their keys.
         """
@@ -233,9 +239,8 @@ def old_connections(
 ) -> Iterator[OldConnection]:
     """The connections of these workloads, as each workload sees them.
 
-    Connection tracking's come before those of sockets.
-
-    A workload's side of a connection is left out if the only evidence is a socket of another workload.
+    Connections that connection tracking reports come before those that only a socket shows. A workload's side of a
+    connection is left out if the only evidence is a socket of another workload.
     """
     owners = {address: one for one in workloads for address in one.addresses}
     for one in live.tracked:
@@ -275,8 +280,11 @@ def _deferred(protocol: int, ends: Ends, place: NodeAddresses) -> int:
 
 
 def _place_of(maps: Mapping[str, KernelMap], key: bytes, one: OldConnection) -> str | None:
-    """The name of the table in which a connection's row must be written; None if a right row exists already."""
-    for table in (f"np_conn{one.version}", f"np_unreplied{one.version}"):  # the order in which the program asks
+    """The name of the table in which a connection's row must be written.
+
+    None if a table already has a row with the right direction and flags.
+    """
+    for table in (f"np_conn{one.version}", f"np_unreplied{one.version}"):  # the program's order of lookup
         value = maps[table].get(key)
         if value is not None:
             present = abi.np_conn.from_buffer_copy(value)
@@ -288,7 +296,7 @@ def _place_of(maps: Mapping[str, KernelMap], key: bytes, one: OldConnection) -> 
 def look_at_connections(namespaces: Collection[int]) -> LiveConnections:
     """Read the connections that the kernel reports.
 
-    Sockets that cannot be read are mentioned only if connection tracking has no connections.
+    The field ``unknown`` names unreadable sockets only if connection tracking has no connections.
     """
     unknown = []
     found: list[Tracked] = []

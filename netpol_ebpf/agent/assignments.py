@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from netpol_ebpf.agent.derived_names import derived_hash, hash_in
 from netpol_ebpf.agent.settled import LookInputs, Settled, can_settle, still_settled
@@ -31,6 +31,8 @@ from netpol_ebpf.agent.wiring import ETHERNET, NOWHERE, TAP_KINDS, Interface, Wi
 from netpol_ebpf.apply.records import EntryFile, checked, checked_list
 from netpol_ebpf.errors import Location, Problem
 from netpol_ebpf.policy.types import Endpoint, EndpointKey, IPAddress, IPNetwork
+
+K = TypeVar("K")
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ class Evidence(enum.IntEnum):
     NAME = 3
     """The interface's name is derived from the pod's name."""
     ROUTE = 4
-    """The node has a route to an address of the endpoint by the interface.
+    """The node has a route through the interface to an address of the endpoint.
 
     A route to a prefix counts only if the agent cannot read the addresses at the interface's other end."""
     ADDRESS = 5
@@ -67,7 +69,7 @@ class InterfaceRole(enum.Enum):
 
 
 class Assignment(NamedTuple):
-    """The endpoint of an interface.
+    """The assignment of an interface to an endpoint.
 
     ``addresses``: the endpoint's addresses when it was last located at this interface; None: not known.
     """
@@ -103,9 +105,14 @@ class LocatedEndpoints:
     evidence: Mapping[EndpointKey, Evidence] = field(default_factory=dict)
     problems: Mapping[EndpointKey, str] = field(default_factory=dict)
 
+    def differences(self, other: LocatedEndpoints) -> list[str]:
+        """Endpoints about which another search found otherwise."""
+        found = _differing(self.interfaces, other.interfaces) | _differing(self.evidence, other.evidence)
+        return sorted(map(str, found | _differing(self.problems, other.problems)))
+
 
 class _Candidate(NamedTuple):
-    """The interface that one endpoint would be assigned."""
+    """An endpoint and the interface that it would get."""
 
     endpoint: Endpoint
     evidence: Evidence
@@ -115,9 +122,9 @@ class _Candidate(NamedTuple):
 class _Traits(NamedTuple):
     """The properties of an interface that follow from its kind, its name and the agent's options.
 
-    ``is_judged``: whether the agent decides its role.  ``is_possible``: whether it can be a workload's.
-    ``is_bindable``: whether it can be assigned to an endpoint that does not name it in its object.  ``name_hash``: the
-    hash in its name, if that is a derived name.
+    ``is_judged``: the agent must decide whether it is the node's own or a workload's. ``is_possible``: it can be a
+    workload's. ``is_bindable``: it may be assigned to an endpoint whose object does not name it. ``name_hash``: the
+    hash at the end of a derived name; None if the name is not derived from a pod's.
     """
 
     link: Interface
@@ -129,7 +136,7 @@ class _Traits(NamedTuple):
 
 def may_be_workloads(link: Interface) -> bool:
     """Whether an interface is of a kind that workloads have: one end of a pair into another namespace, or a tap."""
-    is_tap = link.kind in TAP_KINDS and link.hardware == ETHERNET  # without Ethernet headers it is the node's tunnel
+    is_tap = link.kind in TAP_KINDS and link.hardware == ETHERNET  # a tun device is a tunnel of the node
     return link.peer is not None or is_tap
 
 
@@ -147,7 +154,7 @@ class InterfaceAssignments:
         """
         self._workload_patterns, self._own_patterns = tuple(workloads), tuple(own)
         self._seen: dict[int, InterfaceRecord] = {}
-        self._lost: set[EndpointKey] = set()  # endpoints with an assignment to an interface that is gone
+        self._lost: set[EndpointKey] = set()  # endpoints whose assigned interface no longer exists
         self._traits: dict[int, _Traits] = {}  # of the interfaces of the last wiring
         self._settled: dict[int, Settled] = {}
         self._last = LookInputs(Wiring(), {}, frozenset(), {})  # the inputs of the look that left them settled
@@ -172,10 +179,12 @@ class InterfaceAssignments:
         ``node_addresses``: the addresses in this node's Node object. ``results``: names of the interfaces that CNI
         plugins made for each pod; no name if the plugin left no interface on the node. ``is_contested``: whether other
         workloads claim an address of an endpoint; such an endpoint keeps its present interface and gets no other one.
-        Cost: linear in the numbers of endpoints, links and addresses.
+
+        A settled assignment is not decided again (`netpol_ebpf.agent.settled`). Cost: linear in the numbers of
+        endpoints, links and routes, and small for a settled assignment.
         """
         before = dict(self._seen)
-        self.forget([ifindex for ifindex, one in self._seen.items() if not self._is_there(ifindex, one, wiring)])
+        self._forget_gone(wiring)
         self._traits = self._traits_in(wiring)
         if self._is_recalled:
             self._settled = {}
@@ -187,7 +196,7 @@ class InterfaceAssignments:
         settled = still_settled(self._settled, self._last, now, self._seen)
         located = {one.endpoint.key for one in settled.values()}
         others = [one for one in endpoints if one.key not in located]
-        trusted = _TrustedEvidence(now, self._traits.values())
+        trusted = _TrustedEvidence(now, self._traits.values() if others else ())
         traces = {endpoint.key: trusted.beyond_reach(endpoint) for endpoint in others}
         self.doubts = {}
         self._decide_roles(now, {ifindex for _, found in traces.values() for ifindex in found}, settled)
@@ -195,10 +204,10 @@ class InterfaceAssignments:
         problems: dict[EndpointKey, str] = {}
         wanted = self._wanted(others, traces, held, wiring, is_contested, problems)
         for ifindex in wanted.keys() & settled.keys():  # others want it as well: it is decided again
-            endpoint, assignment = settled.pop(ifindex)[:2]
-            wanted[ifindex].append(_Candidate(endpoint, assignment.evidence, ifindex))
+            one = settled.pop(ifindex)
+            wanted[ifindex].append(_Candidate(one.endpoint, one.evidence, ifindex))
         interfaces = {one.endpoint.key: ifindex for ifindex, one in settled.items()}
-        by = {one.endpoint.key: one.assignment.evidence for one in settled.values()}
+        by = {one.endpoint.key: one.evidence for one in settled.values()}
         self._lost.difference_update(interfaces)
         for ifindex, claims in wanted.items():
             winner = self._choose(ifindex, claims, wiring, problems)
@@ -208,12 +217,25 @@ class InterfaceAssignments:
             interfaces[key] = ifindex
             by[key] = self._bind(ifindex, winner, wiring)
             record = self._seen[ifindex]
-            is_kept = before.get(ifindex) is record and held.get(key) == ifindex
-            is_alone = len(claims) == 1 and key not in problems and traces[key][1] <= {ifindex}
-            if is_kept and is_alone and record.assignment is not None and can_settle(winner.endpoint, ifindex, now):
-                settled[ifindex] = Settled(winner.endpoint, record.assignment, record)
+            is_as_before = before.get(ifindex) is record and held.get(key) == ifindex
+            leads_nowhere_else = len(claims) == 1 and traces[key][1] <= {ifindex}
+            if is_as_before and leads_nowhere_else and can_settle(winner.endpoint, ifindex, now):
+                settled[ifindex] = Settled(winner.endpoint, by[key], record)
         self._settled, self._last = settled, now
         return LocatedEndpoints(interfaces, by, problems)
+
+    def unsettled(self) -> InterfaceAssignments:
+        """A copy of these assignments, none of them settled: its next look decides everything."""
+        copy = InterfaceAssignments(self._workload_patterns, self._own_patterns)
+        copy._seen, copy._lost, copy._written = dict(self._seen), set(self._lost), dict(self._written)  # noqa: SLF001 - of the same class
+        copy._is_recalled, copy.is_dirty = self._is_recalled, self.is_dirty  # noqa: SLF001 - of the same class
+        return copy
+
+    def differences(self, other: InterfaceAssignments) -> list[str]:
+        """Names of interfaces and endpoints about which other assignments decided otherwise."""
+        interfaces = _differing(self._seen, other._seen) | _differing(self.doubts, other.doubts)  # noqa: SLF001 - of the same class
+        known = {**other._seen, **self._seen}  # noqa: SLF001 - of the same class
+        return sorted({known[one].name for one in interfaces} | {str(one) for one in self._lost ^ other._lost})  # noqa: SLF001 - of the same class
 
     def _wanted(
         self,
@@ -224,9 +246,10 @@ class InterfaceAssignments:
         is_contested: Callable[[EndpointKey], bool],
         problems: dict[EndpointKey, str],
     ) -> dict[int, list[_Candidate]]:
-        """By interface, the endpoints that would be assigned it.
+        """The endpoints that would get each interface, by interface index. Adds to ``problems``.
 
-        ``traces``: the trusted evidence of each endpoint; ``held``: their present interfaces.  Adds to ``problems``.
+        ``traces``: for each endpoint, the strongest evidence that a workload cannot forge, and the interfaces that it
+        gives. ``held``: the present interface of each endpoint.
         """
         wanted: dict[int, list[_Candidate]] = {}
         first: _FirstAddresses | None = None  # made only if an endpoint needs it
@@ -244,7 +267,7 @@ class InterfaceAssignments:
 
     def decide_roles(self, wiring: Wiring) -> None:
         """Decide the role of each interface while no endpoint is known; assignments stay."""
-        self.forget([ifindex for ifindex, one in self._seen.items() if not self._is_there(ifindex, one, wiring)])
+        self._forget_gone(wiring)
         self._traits = self._traits_in(wiring)
         self._settled = {}
         self.doubts = {}
@@ -252,13 +275,23 @@ class InterfaceAssignments:
 
     @property
     def assigned(self) -> set[int]:
-        """The interfaces that have an endpoint."""
+        """Indices of the interfaces that are assigned to an endpoint."""
         return {ifindex for ifindex, one in self._seen.items() if one.assignment is not None}
 
     def first_addresses(self, ifindex: int) -> tuple[IPAddress, ...]:
         """The oldest address of each family at an interface's other end, when addresses were first seen there."""
         seen = self._seen.get(ifindex)
         return () if seen is None else seen.first
+
+    def _forget_gone(self, wiring: Wiring) -> None:
+        """Forget interfaces that are gone, and interfaces of an earlier agent whose index another interface has now.
+
+        If an earlier agent stored the record, the interface must still have the recorded name, "" if none was recorded.
+        """
+        self.forget(self._seen.keys() - wiring.links.keys())
+        if self._is_recalled:
+            names = {ifindex: (wiring.links[ifindex].name, "") for ifindex in self._seen}
+            self.forget([ifindex for ifindex, one in self._seen.items() if one.name not in names[ifindex]])
 
     def _release_named(self, wiring: Wiring, endpoints: Iterable[Endpoint]) -> None:
         """Release interfaces that were assigned because an object named them, if no object names them any more.
@@ -274,7 +307,7 @@ class InterfaceAssignments:
                 self._keep(ifindex, replace(seen, side=None, assignment=None))
 
     def _release_unbindable(self) -> None:
-        """Release interfaces that an earlier agent assigned and that this agent's options exclude."""
+        """Release interfaces that an earlier agent assigned, but which the options of this agent exclude."""
         for ifindex, seen in self._seen.items():
             if (
                 seen.assignment is not None
@@ -282,14 +315,6 @@ class InterfaceAssignments:
                 and not self._traits[ifindex].is_bindable
             ):
                 self._keep(ifindex, replace(seen, side=None, assignment=None))
-
-    def _is_there(self, ifindex: int, seen: InterfaceRecord, wiring: Wiring) -> bool:
-        """Whether an interface still exists and is the same one.
-
-        If an earlier agent stored the record, the interface must still have the recorded name, "" if none was recorded.
-        """
-        link = wiring.links.get(ifindex)
-        return link is not None and (not self._is_recalled or seen.name in (link.name, ""))
 
     def is_curious(self, wiring: Wiring) -> bool:
         """Whether addresses may still appear for the first time at the other end of some interface."""
@@ -302,11 +327,16 @@ class InterfaceAssignments:
     # --- own or workload's ------------------------------------------------------------------------------------------
 
     def close_newborn(self, link: Interface) -> bool:
-        """Whether an interface that just appeared must be closed; if its role is in doubt, it must."""
+        """Whether an interface that just appeared must be closed. If its role is in doubt, it must."""
         if link.ifindex in self._seen or not self._traits_of(link).is_possible:
             return False
         self._keep(link.ifindex, InterfaceRecord(link.name, InterfaceRole.WORKLOAD))
         return True
+
+    @property
+    def workloads(self) -> set[int]:
+        """Interfaces that count as workloads', so that they are closed until their workloads are known."""
+        return {ifindex for ifindex, seen in self._seen.items() if seen.side is InterfaceRole.WORKLOAD}
 
     def is_workload(self, ifindex: int) -> bool:
         """Whether an interface counts as a workload's, so that it is closed until its workload is known."""
@@ -314,7 +344,7 @@ class InterfaceAssignments:
         return seen is not None and seen.side is InterfaceRole.WORKLOAD
 
     def _traits_in(self, wiring: Wiring) -> dict[int, _Traits]:
-        """The traits of all interfaces. Cost: little for an interface that is as it was at the last look."""
+        """The traits of all interfaces, by index. An interface that did not change since the last call costs little."""
         before, found = self._traits, {}
         for ifindex, link in wiring.links.items():
             known = before.get(ifindex)
@@ -337,8 +367,8 @@ class InterfaceAssignments:
     def _decide_roles(self, now: LookInputs, claimed: Collection[int], settled: Collection[int]) -> None:
         """Decide the role of every interface.
 
-        ``claimed``: interfaces of endpoints, by evidence that a workload cannot forge; ``settled``: interfaces with a
-        settled assignment, which are workloads' and stay as they are.
+        ``claimed``: interfaces of endpoints by evidence that a workload cannot forge. ``settled``: interfaces with a
+        settled assignment; they are workloads', and their records stay.
         """
         wiring = now.wiring
         for ifindex, traits in self._traits.items():
@@ -359,7 +389,10 @@ class InterfaceAssignments:
     def _side(
         self, traits: _Traits, wiring: Wiring, seen: InterfaceRecord, *, is_stated: bool, is_claimed: bool
     ) -> InterfaceRole | None:
-        """The role of an interface; None: in doubt, so it is treated as the node's own until there is evidence."""
+        """The role of an interface; None if it is in doubt.
+
+        Such an interface is treated as the node's own until there is evidence.
+        """
         link = traits.link
         if self._workload_patterns:
             return InterfaceRole.WORKLOAD if traits.is_possible else InterfaceRole.OWN
@@ -540,7 +573,7 @@ class _TrustedEvidence:
     """Finds the interfaces of endpoints by evidence that a workload cannot forge."""
 
     def __init__(self, now: LookInputs, traits: Collection[_Traits]) -> None:
-        """``traits``: of all interfaces."""
+        """``traits``: the traits of all interfaces."""
         self._wiring, self._results = now.wiring, now.results
         # These are certainly the node's own, although a route to an endpoint leads there.  A route alone proves
         # nothing: the node's route to a macvlan pod may use a macvlan device of its own, which the pod's other packets
@@ -557,10 +590,10 @@ class _TrustedEvidence:
             self._ways.insert(0, (Evidence.CNI, self._by_result))
 
     def beyond_reach(self, endpoint: Endpoint) -> tuple[Evidence, set[int]]:
-        """The strongest evidence that a workload cannot forge, and the interfaces that it gives for an endpoint.
+        """The kind of the strongest evidence for an endpoint that a workload cannot forge, and the interfaces it names.
 
-        There are none if the CNI plugin left no interface on the node. If there is no such evidence, the kind is
-        ADDRESS.
+        If the CNI plugin left no interface on the node, there are no such interfaces. If there is no such evidence, the
+        kind is ADDRESS.
         """
         if endpoint.interface is not None:
             named = self._by_name.get(endpoint.interface)
@@ -605,7 +638,7 @@ class _TrustedEvidence:
         return ifindex if link is None or link.peer is None else None
 
     def _longest_match(self, address: IPAddress) -> Collection[int]:
-        """The interfaces of the longest prefix that contains an address."""
+        """The interfaces to the longest directly connected prefix that contains an address."""
         for version, host_bits, nets in self._subnets:
             if version == address.version:
                 found = nets.get(int(address) >> host_bits)
@@ -617,7 +650,10 @@ class _TrustedEvidence:
 def _by_length(
     subnets: Mapping[IPNetwork, Collection[int]],
 ) -> list[tuple[int, int, dict[int, Collection[int]]]]:
-    """The interfaces of prefixes: for each IP version and number of host bits, by the bits before those; longest prefix first."""
+    """The interfaces of prefixes as a list of (IP version, host bits, map), longest prefix first.
+
+    The map gives the interfaces by the network bits of the prefix, as a number.
+    """
     found: dict[tuple[int, int], dict[int, Collection[int]]] = {}
     for net, interfaces in subnets.items():
         host_bits = net.max_prefixlen - net.prefixlen
@@ -636,7 +672,7 @@ class _FirstAddresses:
                 self._by_address.setdefault(address, set()).add(ifindex)
 
     def of(self, endpoint: Endpoint) -> set[int]:
-        """The interfaces at whose other ends the first addresses are the endpoint's.
+        """The interfaces with first addresses of the endpoint at their other ends.
 
         Interfaces that are assigned to another endpoint are returned only if there are no others.
         """
@@ -648,7 +684,7 @@ class _FirstAddresses:
     def _speaks_for(self, ifindex: int, endpoint: Endpoint) -> bool:
         """Whether the first addresses at an interface's other end fit the endpoint.
 
-        Of each family in which the endpoint has addresses, they must be addresses of the endpoint.
+        Each first address must be an address of the endpoint, unless the endpoint has no address of that family.
         """
         families = {address.version for address in endpoint.addresses}
         return all(one in endpoint.addresses for one in self._seen[ifindex].first if one.version in families)
@@ -659,11 +695,19 @@ class _FirstAddresses:
 
 
 def _oldest(addresses: Sequence[IPAddress]) -> tuple[IPAddress, ...]:
-    """The oldest address of each family: the kernel lists IPv4 from the oldest on, IPv6 from the newest on."""
+    """The oldest address of each family that is not link-local.
+
+    ``addresses``: in the kernel's order, which is oldest first for IPv4 and newest first for IPv6.
+    """
     if not addresses:
         return ()
     found = [[one for one in addresses if one.version == version and not one.is_link_local] for version in (IPV4, IPV6)]
     return (*found[0][:1], *found[1][-1:])
+
+
+def _differing(one: Mapping[K, object], other: Mapping[K, object]) -> set[K]:
+    """Keys with different values."""
+    return {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
 
 
 def _is_same(assignment: Assignment, endpoint: Endpoint) -> bool:

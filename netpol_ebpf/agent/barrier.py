@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 RETRY_S = 5.0
 """Seconds between two attempts to install tables that the kernel rejected. The number is arbitrary."""
 TOLD_S = 60.0
-"""Seconds for which packets dropped from an attached interface remain a problem. The number is arbitrary."""
+"""Seconds for which a problem reports that packets from an attached interface were dropped. The number is arbitrary."""
 ASKED_A_LOOK = 5
 """Number of interfaces on which one pass searches for other software's programs. The search takes milliseconds for each
 interface; the number is arbitrary."""
@@ -71,7 +71,7 @@ class BarrierAccess(Protocol):
         """Whether any nf_tables table changed since the last call."""
 
     def has_changed(self) -> bool:
-        """Whether the tables may differ from what was last written."""
+        """Whether the tables in the kernel may differ from those that were last written."""
 
     def is_there(self) -> bool:
         """Whether one of the barrier's tables exists."""
@@ -129,7 +129,7 @@ class Barrier:
     others: Callable[[int], Sequence[str]]
     _writer: MarksWriter | None = None
     _is_signed: bool = False  # the programs set the sign, and the kernel accepts a table
-    _layout: BarrierSpec | None = None  # as last written whole
+    _layout: BarrierSpec | None = None  # the last one that was written completely
     _wanted: BarrierSpec | None = None
     _numbers: dict[str, int] = field(default_factory=dict)
     _failure: Problem | None = None
@@ -163,7 +163,7 @@ class Barrier:
         base = without_sign(BarrierSpec(marks))
         self.tables.open()
         if not marks.seen or not self.tables.is_there():
-            self.tables.write(base)  # without tables, this proves that the kernel accepts one
+            self.tables.write(base)  # if no table exists, this shows that the kernel accepts one
             return
         if before.seen not in (0, marks.seen):
             workloads, known = self.tables.members()
@@ -171,27 +171,29 @@ class Barrier:
             self.tables.write(older)
 
     def _may_be_there(self) -> bool:
-        """Whether an earlier agent's table may exist that drops packets by the present mark bits.
+        """Whether a table of an earlier agent may exist.
 
-        If so, the bits must not change.
+        It would drop packets by the present mark bits, so the bits must not change.
         """
         try:
             return self.tables.is_there()
         except PlatformError:
-            return True  # the kernel does not tell
+            return True  # unknown, so it counts as possible
 
     def reconcile(self, wiring: Wiring, workloads: Collection[int], attached: Collection[int]) -> None:
         """Update which interfaces the tables contain.
 
         ``workloads``: workloads' interfaces. ``attached``: interfaces with the programs, which set the sign.
         """
-        bound = {wiring.links[one].name: one for one in workloads if one in attached and one in wiring.links}
-        known = {*attached, *(wiring.links.keys() - set(workloads))} & wiring.links.keys()
+        links = wiring.links
+        bound = {links[one].name: one for one in links.keys() & set(workloads) & set(attached)}
         settings = self.settings
         wanted = without_sign(BarrierSpec(settings.in_force))
         if settings.is_on:
             patterns = settings.patterns
-            numbers = frozenset(known) if patterns else frozenset[int]()
+            numbers = frozenset[int]()
+            if patterns:
+                numbers = frozenset(links.keys() & (set(attached) | (links.keys() - set(workloads))))
             wanted = BarrierSpec(settings.in_force, 0, patterns, frozenset(bound), numbers)
         self._wanted, self._numbers = wanted, bound
         if self._is_signed and self._layout != wanted:
@@ -205,6 +207,8 @@ class Barrier:
             self._layout = None
             self._fail(error)
             return []
+        if self._failure is not None:
+            log.info("over: the second barrier is in force", extra={"fields": {"problem": self._failure.slug}})
         self._layout, self._failure = wanted, None
         return found
 
@@ -265,12 +269,12 @@ class Barrier:
         before, self._unsigned = self._unsigned, self.tables.unsigned()
         known = {name: self._counted.get(name, (number, 0)) for name, number in self._numbers.items()}
         if self._unsigned == before and all(one[0] == self._numbers[name] for name, one in known.items()):
-            self._counted = known  # nothing was dropped, so nothing from new interfaces
+            self._counted = known  # no packet was dropped since, also none of a new interface
             return
         counted = self.tables.counts().by_interface
         for name, number in self._numbers.items():
             earlier, packets = self._counted.get(name), counted.get(name, 0)
-            # A new interface may have sent packets before it had the program: only later drops count.
+            # A new interface may have sent packets before it had the program, so only later drops count.
             if earlier is not None and earlier[0] == number and packets > earlier[1]:
                 self._note_rise(name, number, packets - earlier[1], now_s)
         self._counted = {name: (number, counted.get(name, 0)) for name, number in self._numbers.items()}
@@ -291,7 +295,7 @@ class Barrier:
     def problems(self) -> list[Problem]:
         """The problem that the barrier leaves something open, if it does.
 
-        Then a problem for each attached interface whose packets the barrier dropped.
+        Also a problem for each attached interface whose packets the barrier dropped.
         """
         found = [] if self._failure is None else [self._failure]
         for name, one in sorted(self._risen.items()):
@@ -352,7 +356,7 @@ class Barrier:
 def parse_barrier(mode: str, patterns: Sequence[str], marks: str, mark_shift: int) -> BarrierSettings:
     """Parse the barrier's options. Raises UsageError.
 
-    ``mark_shift``: the lowest of the 16 bits of `--service-mark`; 0: there is none.
+    ``mark_shift``: the position of the lowest of the 16 bits of `--service-mark`; 0: there is none.
     """
     return BarrierSettings(mode != OFF, tuple(_parse_pattern(one) for one in patterns), parse_marks(marks, mark_shift))
 

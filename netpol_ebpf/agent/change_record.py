@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Record of the changes that came into force: one log line for each, and a histogram of the time that each took.
+"""The record of changes that came into force: a log line for each change, and a histogram of how long changes took.
 
-Invariant: a change is in the histogram and in the log exactly once.  Changes that come into force within LINE_S of a
-line share the next line, which adds up their objects and has the longest time.
+Invariant: a change is in the histogram and in the log exactly once. If changes come into force within LINE_S of a line,
+they share the next line, which has the sums of their objects and the longest of their times.
 """
 
 from __future__ import annotations
@@ -13,30 +13,34 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-"""Upper bounds of the histogram; arbitrary: from one policy on a small node to the first start of a large cluster."""
+"""Upper bounds of the histogram in seconds. The numbers are arbitrary. They range from the time for one policy on a
+small node to the time of the first start on a large cluster."""
 LINE_S = 1.0
-"""Least time between two lines; arbitrary."""
+"""Least seconds between two log lines. The number is arbitrary."""
 
 log = logging.getLogger(__name__)
 
 
 class ObjectCounts(NamedTuple):
-    """Objects that a change added, changed and removed."""
+    """The numbers of objects that a change added, changed and removed."""
 
     added: int = 0
     changed: int = 0
     removed: int = 0
 
     def plus(self, other: ObjectCounts) -> ObjectCounts:
-        """The sums."""
+        """Add the numbers of ``other`` to these; returns the sums."""
         return ObjectCounts(self.added + other.added, self.changed + other.changed, self.removed + other.removed)
 
 
 class ChangeRecord:
-    """Call `begin` when a change is taken up, then `note` when it is in force, or `drop` when there was none."""
+    """The record of changes. Callers call `begin` when they start to apply a change.
+
+    Then they call `note` when the change is in force, or `drop` if nothing was to be changed.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        """``clock``: seconds."""
+        """``clock``: returns the time in seconds."""
         self._clock = clock
         self._begun_s: float | None = None
         self._counts = [0] * (len(BUCKETS_S) + 1)
@@ -48,16 +52,16 @@ class ChangeRecord:
         self._objects: dict[str, ObjectCounts] = {}
 
     def begin(self) -> None:
-        """Start the clock, unless a change that was taken up is not in force yet."""
+        """Start measuring the time, unless an earlier change is still not in force."""
         if self._begun_s is None:
             self._begun_s = self._clock()
 
     def drop(self) -> None:
-        """Stop the clock: what was taken up changed nothing."""
+        """Stop measuring the time: nothing was to be changed."""
         self._begun_s = None
 
     def note(self, objects: Mapping[str, ObjectCounts], generation: int) -> None:
-        """Record that everything that was taken up is in force. ``objects``: by table of the world."""
+        """Record that everything since `begin` is in force. ``objects``: the numbers by table of the world."""
         now_s = self._clock()
         took_s = 0.0 if self._begun_s is None else now_s - self._begun_s
         self._begun_s = None
@@ -71,7 +75,7 @@ class ChangeRecord:
         self.write_line()
 
     def write_line(self) -> None:
-        """Log the changes that have no line yet, if the last line is LINE_S ago."""
+        """Log the changes that no line has yet, unless the last line is less than LINE_S old."""
         if not self._changes or self._clock() < self._line_s + LINE_S:
             return
         total = ObjectCounts()
@@ -85,7 +89,7 @@ class ChangeRecord:
         self._objects.clear()
 
     def histogram(self) -> dict[str, Any]:
-        """The times: ``buckets``, a list of (upper bound, cumulative count), and ``sum`` in seconds."""
+        """The histogram of the times: ``buckets`` as [upper bound, cumulative count], and ``sum`` in seconds."""
         bounds = [*map(str, BUCKETS_S), "+Inf"]
         total, buckets = 0, []
         for bound, count in zip(bounds, self._counts, strict=True):

@@ -25,8 +25,8 @@ class AddressClaims:
     def __init__(self, world: World) -> None:
         self._world = world
         self._holders: dict[IPAddress, EndpointKey] = {}
-        self._others: dict[IPAddress, list[EndpointKey]] = {}  # contested address -> further claimants, oldest first
-        self._addresses: dict[EndpointKey, tuple[IPAddress, ...]] = {}  # as claimed
+        self._others: dict[IPAddress, list[EndpointKey]] = {}  # other claimants of each contested address, oldest first
+        self._addresses: dict[EndpointKey, tuple[IPAddress, ...]] = {}  # the addresses that each endpoint claims
         self._lent: dict[EndpointKey, tuple[IPAddress, ...]] = {}
 
     @property
@@ -62,7 +62,7 @@ class AddressClaims:
         their addresses.
         """
         touched: dict[EndpointKey, None] = {}
-        # Removed endpoints give up addresses before new ones claim them: an address may change hands in one change.
+        # Old claims end before new ones begin, because one change may move an address to another endpoint.
         for key in changes.endpoints:
             wanted = self._wanted(key)
             for address in set(self._addresses.get(key, ())) - set(wanted):

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Closed workloads: what the node's interfaces say of workloads while no object is known and nothing is in force.
+"""Closed workloads: endpoints that the agent makes for workloads' interfaces while it knows no objects.
 
-After a reboot without an API server, the agent knows workloads' interfaces and no pod.  An interface without an endpoint
-denies everything, also the node's own packets, so the kubelet would end the containers of pods that run.  Therefore the
-agent gives each such interface a WorkloadEndpoint of its own, without profile and without policy: policy denies all
-packets in both directions, and connections of the node pass, as they do to every workload.
+After a reboot without an API server, the agent knows the interfaces of workloads but no pods. An interface without an
+endpoint denies everything, including the node's own packets. So the kubelet's probes would fail, and it would end the
+containers of running pods. Therefore the agent gives each such interface a WorkloadEndpoint without profile and policy.
+Policy then denies all packets in both directions, except connections that the node opens, which may reach every
+workload.
 
-Invariant: the first objects of the source replace these endpoints in one change.  The module decides no addresses:
-`LocalInterfaces.evident_addresses` does.
+Invariant: the first objects of the source replace these endpoints in one change. This module does not find addresses:
+`LocalInterfaces.with_evident_addresses` does.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from netpol_ebpf.resources.types import Meta, WorkloadEndpoint
 from netpol_ebpf.sources.source import ObjectEvent, Remove, Upsert
 
 ORCHESTRATOR = "closed"
-"""Label of these endpoints, in place of ``k8s``."""
+"""The value of the field ``orchestrator`` in these endpoints. In the endpoint of a pod it is ``k8s``."""
 
 
 class ClosedWorkloads:
-    """The WorkloadEndpoints of workloads whose pods are not known, as events."""
+    """The WorkloadEndpoints for workloads whose pods are not known, as events."""
 
     def __init__(self, node: str | None) -> None:
-        """``node``: name of this node."""
+        """``node``: the name of this node; None: not known."""
         self._node = node or ""
         self._made: dict[ResourceKey, WorkloadEndpoint] = {}
 
@@ -38,11 +39,14 @@ class ClosedWorkloads:
 
     @property
     def keys(self) -> Collection[EndpointKey]:
-        """Keys of the endpoints."""
+        """The keys of the endpoints that exist now."""
         return {EndpointKey(*key) for key in self._made}
 
     def update(self, interfaces: Iterable[tuple[Interface, tuple[IPAddress, ...]]]) -> tuple[ObjectEvent, ...]:
-        """The events that make the endpoints those of these interfaces, removals first. ``interfaces``: with addresses."""
+        """Make one endpoint for each interface; returns the resulting events, removals first.
+
+        ``interfaces``: each interface with its addresses.
+        """
         before = self._made
         wanted = [_endpoint(link.name, addresses, self._node) for link, addresses in interfaces]
         self._made = {key_of(one): one for one in wanted}
@@ -51,7 +55,7 @@ class ClosedWorkloads:
         return (*removed, *new)
 
     def release(self) -> tuple[ObjectEvent, ...]:
-        """The events that remove all endpoints."""
+        """Remove all endpoints; returns the resulting events."""
         return self.update(())
 
 

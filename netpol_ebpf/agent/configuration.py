@@ -205,7 +205,10 @@ def _require_compatible(
 
 
 def _read_environment(settings: Mapping[str, Setting], environment: Mapping[str, str]) -> dict[str, LayerValue]:
-    """The values that environment variables give, by setting. An empty variable gives none. Raises UsageError."""
+    """The values that environment variables give, by the attribute of the parsed arguments. Raises UsageError.
+
+    An empty variable gives no value.
+    """
     by_variable = {one.variable: dest for dest, one in settings.items()}
     found = {}
     for variable, text in environment.items():
@@ -243,7 +246,7 @@ def _parse_variable(setting: Setting, text: str) -> Any:
 
 
 def _read_file(settings: Mapping[str, Setting], named: str | None) -> dict[str, LayerValue]:
-    """The values that the file gives, by setting. Raises InvalidInputError.
+    """The values that the file gives, by the attribute of the parsed arguments. Raises InvalidInputError.
 
     ``named``: the path of the file; NO_FILE: no file; None: the default file, which need not exist.
     """
@@ -264,9 +267,9 @@ def _read_file(settings: Mapping[str, Setting], named: str | None) -> dict[str, 
 
 
 def parse_file(settings: Mapping[str, Setting], text: str, file: str) -> dict[str, LayerValue]:
-    """Parse the text of a configuration file; returns its values by setting. Raises ValidationError with all problems.
+    """Parse the text of a configuration file; returns its values by the attribute of the parsed arguments.
 
-    ``file``: the file's name for messages.
+    ``file``: the file's name for messages. Raises ValidationError with all problems.
     """
     problems: list[Problem] = []
     documents = [*read_documents(text, file, problems)]

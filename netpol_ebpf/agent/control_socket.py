@@ -5,12 +5,12 @@ Requests and answers are JSON, one object a line. A request is ``{"op": NAME, ..
 get one line back. ``flows`` gets the recent flows and, if the request has ``follow``, then each new flow until the
 client disconnects.
 
-Invariants: the agent answers only root, its own user and members of one group, if it has one (SO_PEERCRED,
-SO_PEERGROUPS: the kernel identifies the peer).  A slow reader is disconnected and never delays the agent.  Every
-request gets an answer and harms no other client.  The connections of one user leave room for those of others.
-Operations only read, except ``release`` and those of the CNI plugin, which only root may use.  This process passes over no table for a
-client: `netpol_ebpf.agent.answering` does so in a child process, and one pass of the loop starts at most one.  Runs no
-loop: `ControlSocket.poll` is one pass.
+Invariants: the agent answers only root, its own user and the members of one group, if a group is set; the kernel
+identifies the client (SO_PEERCRED, SO_PEERGROUPS). A slow client is disconnected and never delays the agent. Every
+request gets an answer, and no request affects other clients. The connections of one user leave room for those of
+others. Operations only read, except ``release`` and those of the CNI plugin, which only root may use. This process
+itself never iterates over a table for a client: `netpol_ebpf.agent.answering` does so in a child process, and each pass
+starts at most one child. This module runs no loop: `ControlSocket.poll` is one pass.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class ControlSocket:
                 f"another agent answers at {self.path}", hint="Stop it, or give a --state-dir of its own."
             )
         with contextlib.suppress(FileNotFoundError):
-            if stat.S_ISSOCK(self.path.lstat().st_mode):  # left by an agent that was killed
+            if stat.S_ISSOCK(self.path.lstat().st_mode):  # of an agent that was killed
                 self.path.unlink()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         before = os.umask(0o177)
@@ -188,7 +188,7 @@ class ControlSocket:
         """The file descriptors to poll for reading, and those to poll for writing."""
         heard = [
             client for client in self._clients if not client.is_answered or client.follows
-        ]  # data of other clients stays in the kernel's buffers
+        ]  # other clients are not read: their data stays in the kernel's buffers
         readable = [*(client.channel.fileno() for client in heard), *self._answering.descriptors()]
         if self._listener is not None:
             readable.append(self._listener.fileno())
@@ -203,7 +203,7 @@ class ControlSocket:
         for _ in range(WELCOMES if self._listener is not None else 0):
             try:
                 channel, _address = self._listener.accept()  # type: ignore[union-attr]  # it is not None
-            except OSError:  # no client, it has gone, or no descriptor is left: the next pass tries again
+            except OSError:  # no client waits, it disconnected, or no descriptor is free
                 break
             self._welcome(channel)
         for client in list(self._clients):
@@ -399,9 +399,9 @@ def ask(path: Path, request: Mapping[str, Any], *, timeout_s: float | None = CLI
         try:
             try:
                 channel.sendall(json.dumps(request).encode() + b"\n")
-            except BrokenPipeError as error:  # a rejected client got the error before its request: read it
+            except BrokenPipeError as error:  # the agent sent an error before it read the request; read the error
                 hung_up = error
-            is_answered = request.get("op") == FLOWS  # there may be no flow, so no line means no error
+            is_answered = request.get("op") == FLOWS  # there may be no flows, so an empty answer is no error
             with channel.makefile("rb") as lines:
                 for line in lines:
                     if not line.endswith(b"\n"):

@@ -31,6 +31,7 @@ from netpol_ebpf.agent.local_interfaces import LocalInterfaces
 from netpol_ebpf.agent.node_access import NodeAccess
 from netpol_ebpf.agent.objects import ClusterObjects
 from netpol_ebpf.agent.own_interfaces import OwnInterfaces
+from netpol_ebpf.agent.problem_log import ProblemLog
 from netpol_ebpf.agent.rejected import RejectedChanges
 from netpol_ebpf.agent.repair import Repair
 from netpol_ebpf.agent.settings import AgentSettings
@@ -53,10 +54,11 @@ log = logging.getLogger(__name__)
 
 
 class Agent:
-    """Keeps enforcement on a node up to date. Call `begin` or `start` once, then `step` again and again.
+    """Keeps enforcement on a node up to date. Callers call `begin` or `start` once, then `step` again and again.
 
-    ``is_started``: whether this agent has put a state in force; before that, the state of an earlier agent remains.
-    Callers may only read its parts.
+    ``is_started``: whether this agent has put a state in force; until then the state of an earlier agent remains.
+    ``changes_seen``: a number that grows with each change of objects or interfaces. The other attributes are the
+    agent's parts, which callers may only read.
     """
 
     def __init__(
@@ -94,12 +96,13 @@ class Agent:
         self._ledger = ledger
         self._clock = clock
         self.is_started = False
+        self.changes_seen = 0
         self._early: list[ObjectEvent] = []  # events of sources that synced before the others
         self._early_handovers: list[Handover] = []  # handovers from before the start
         self._enforced: frozenset[int] = frozenset()  # interfaces with an earlier agent's programs at the start
         self._close_at_s = math.inf
         self._tell_at_s = math.inf
-        self._logged: frozenset[str] = frozenset()  # unenforced workloads that the log names
+        self._unenforced_log = ProblemLog(log)
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -117,8 +120,8 @@ class Agent:
     def begin(self) -> None:
         """Start without waiting for a server. A later `step` puts the objects in force when the source has synced.
 
-        Until then the state of an earlier agent stays in force, and workloads' interfaces that it does not cover are
-        closed.  If there is no such state, only new interfaces are closed at once; the others, which may have
+        Until then the state of an earlier agent stays in force, and workloads' interfaces without policy in that state
+        are closed. If there is no such state, only new interfaces are closed at once. The others, which may have
         connections, are closed after `CLOSE_S`.
         """
         self._open()
@@ -135,21 +138,22 @@ class Agent:
 
     @property
     def is_in_force(self) -> bool:
-        """Whether a state of the source is in force."""
-        return self.is_started and self.source.has_synced
+        """Whether a state of the source is in force, and no change of it waits because it was rejected."""
+        return self.is_started and self.source.has_synced and not self.enforcement.is_pending
 
     @property
     def keeps_enforcement(self) -> bool:
-        """Whether enforcement is in place, by this agent or an earlier one."""
+        """Whether the programs enforce anything, by this agent or an earlier one."""
         return self.is_started or bool(self._enforced)
 
     def _open(self) -> None:
         self._ledger.open()
 
     def _take(self, update: SourceUpdate | None) -> bool:
-        """Apply an update to the objects; the first one replaces closed workloads and includes all queued events.
+        """Translate an update of the source, unless the source has not synced: then its events are queued.
 
-        Returns whether there was something to apply: no update is applied before the source has synced.
+        The first translated update replaces closed workloads and includes all queued events. Returns whether objects
+        changed.
         """
         if update is None:
             update = SourceUpdate((), self.objects.source_problems)
@@ -160,10 +164,12 @@ class Agent:
         if self.closed:
             self.binder.expect_old_connections(self.closed.keys)
         queued = (*self.closed.release(), *self._early)
-        self.enforcement.record.begin()
+        is_news = bool(queued or update.events)
+        if is_news:
+            self.enforcement.record.begin()
         self._early.clear()
         self.objects.take(SourceUpdate((*queued, *update.events), update.problems))
-        return bool(queued or update.events)
+        return is_news
 
     def _put_in_force_if_due(self) -> None:
         """Before the start: put the objects in force if the source has synced.
@@ -181,19 +187,19 @@ class Agent:
             log.error("%s", self._not_synced())
 
     def _recall(self) -> None:
-        """Restore the assignments of an earlier agent; only the first call has an effect."""
+        """Restore the assignments of an earlier agent. Only the first call has an effect."""
         if not self.interfaces.has_recalled:
             self.interfaces.recall(self.enforcement.former_workloads(), self._node.attached())
 
     def _close_uncovered(self) -> None:
-        """Before the start: follow interfaces, and close workloads' interfaces that no earlier agent's policy covers."""
+        """Before the start: take a snapshot, and close workloads' interfaces that no earlier agent's policy covers."""
         self._forget_gone()
         self.interfaces.look_for_roles()
         if self._enforced:
             self.binder.close_workloads()
 
     def _forget_gone(self) -> None:
-        """Forget interfaces that are gone, before a new interface with such an index counts as the same."""
+        """Remove interfaces that no longer exist, before new interfaces with the same indices are seen."""
         gone = self.binder.gone()
         self.interfaces.forget(gone)
         self.binder.forget(gone)
@@ -206,12 +212,13 @@ class Agent:
         for handed in self._early_handovers:  # newer than the handovers in the file
             self.objects.handovers.add(handed)
         self._update_closed()
-        self._take_changes()  # the world has the interfaces' tunnels already
-        self.interfaces.locate()  # pods whose addresses only the CNI plugin reported
+        self._take_changes()  # `look` has set the tunnels of the node's devices
+        self.interfaces.locate()  # finds pods whose addresses only the CNI plugin reported
         self.binder.find_attached()
         self.enforcement.install()
         self.binder.take_over()
         self.is_started = True
+        self.changes_seen += 1
 
     def step(self) -> list[ProgramEvent]:
         """Do all work that is due. Returns the events that the program reported since the last step.
@@ -236,18 +243,23 @@ class Agent:
             self._look()
             self._update_closed()
             self.binder.reconcile()
+            self.changes_seen += 1
         is_news = self._take(update)
         if is_news or self.objects.is_changed:
+            self.changes_seen += 1
             self._bring_into_force(self._take_changes())
         elif self.rejected.retry_at_s is not None and self._clock() >= self.rejected.retry_at_s:
+            self.changes_seen += 1
             self._bring_into_force(Changes())
+        if self.interfaces.audit():
+            self.binder.reconcile()
         self.enforcement.record.write_line()
         if self.repair.step():
             self._log_unenforced()
         return self.read_events()
 
     def release(self, kind: str, *, is_trial: bool = False) -> tuple[str, ...]:
-        """Put the removal of a kind's kept objects in force, see `Source.release`; returns their names.
+        """Remove the kept objects of a kind, see `Source.release`, and apply the change. Returns their names.
 
         Before the start they are removed from the objects that the start will put in force.
         """
@@ -327,11 +339,12 @@ class Agent:
                 self.own_interfaces.inputs is not before
             ):  # interfaces that the change would have released need their rows again
                 self.own_interfaces.inputs = before
+                self.interfaces.locate()  # the change may have removed workloads
                 self.binder.reconcile()
             return
         self.rejected.accept()
         if self.binder.is_waiting() and not self.interfaces.has_looked:
-            self._look()  # the kernel does not notify about addresses in a pod's namespace
+            self._look()  # the kernel does not notify of addresses in a pod's namespace
         else:
             self.interfaces.locate()
         self.binder.reconcile()
@@ -340,7 +353,7 @@ class Agent:
         self.interfaces.look(self.enforcement.bound)
 
     def _update_closed(self) -> None:
-        """While no object is known: make an endpoint of each workload's interface, see `ClosedWorkloads`."""
+        """Before any object is known: update the endpoint of each workload's interface, see `ClosedWorkloads`."""
         if not self.source.has_synced:
             events = self.closed.update(self.interfaces.with_evident_addresses())
             self.objects.take(SourceUpdate(events, self.objects.source_problems))
@@ -369,7 +382,7 @@ class Agent:
         found += [*self.objects.disputes(), *self.binder.problems, *self.attachments.problems, *self.binder.warnings]
         found += [*self.barrier.problems, *self.repair.other_programs]
         found += [one for one in (self.rejected.problem, self.repair.failure, own.no_room) if one is not None]
-        found += [*self.interfaces.conflicts(), *self._unenforced(), *self.interfaces.file_problems]
+        found += [*self.interfaces.conflicts(), *self.unenforced(), *self.interfaces.file_problems]
         if not self.source.has_synced:
             found.append(self._not_synced())
         return [*found, *self.objects.handovers.problems]
@@ -400,17 +413,14 @@ class Agent:
         names = sorted(map(self._name_of, interfaces))
         return f"{', '.join(names[:SHOWN])}{', ...' if names[SHOWN:] else ''}"
 
-    def _unenforced(self) -> list[Problem]:
-        """Workloads of this node that policy does not reach as it is written."""
+    def unenforced(self) -> list[Problem]:
+        """Problems of this node's workloads on which policy is not enforced as written."""
         found = self.interfaces.unenforced(self.attachments.interfaces, self.enforcement.bound)
         return [*found, *self.objects.without_namespace()]
 
     def _log_unenforced(self) -> None:
-        """Log newly unenforced workloads; some become so by the passing of time alone."""
-        found = {str(one): one for one in self._unenforced()}
-        for text in found.keys() - self._logged:
-            log.log(logging.ERROR if found[text].severity == "error" else logging.WARNING, "%s", text)
-        self._logged = frozenset(found)
+        """Log the workloads that became unenforced or enforced. Some become so only because time passes."""
+        self._unenforced_log.note(self.unenforced())
 
     def _name_of(self, ifindex: int) -> str:
         return self.interfaces.wiring.name_of(ifindex)

@@ -62,10 +62,10 @@ class EndpointBinder:
     # --- the first set of maps --------------------------------------------------------------------------------------
 
     def close_workloads(self) -> None:
-        """Before the first set of maps: attach an earlier agent's programs to workloads' interfaces without them.
+        """Attach the programs of an earlier agent to workloads' interfaces that lack them.
 
-        Those maps have no row of such an interface, so it is closed.  Its old connections are adopted when its workload
-        is known.
+        Must be called before the first set of maps exists. The earlier agent's maps have no row of such an interface,
+        so the interface is closed. Its old connections are adopted when its workload is known.
         """
         self._attachments.begin_round(self._interfaces.wiring.links.keys())
         uncovered = self._interfaces.wanted() - self._attachments.interfaces
@@ -94,7 +94,7 @@ class EndpointBinder:
         self.reconcile()
 
     def expect_old_connections(self, former: Collection[EndpointKey]) -> None:
-        """Adopt the connections at these endpoints' interfaces again, for the endpoints that they get next."""
+        """Adopt the connections of these endpoints' interfaces again when the interfaces get other endpoints."""
         located = self._interfaces.located
         self._adoption.expect(located[key] for key in former if key in located)
 
@@ -107,15 +107,17 @@ class EndpointBinder:
         wanted = self._interfaces.wanted()
         for ifindex in wanted - self._attachments.interfaces:
             self._attach(ifindex)
-        self._barrier.reconcile(wiring, wanted, self._attachments.interfaces)  # before programs come off own interfaces
+        # Before programs are detached from own interfaces.
+        self._barrier.reconcile(wiring, wanted, self._attachments.interfaces)
         bindings = self._interfaces.bindings()
-        for key, binding in list(applier.bindings.items()):
-            if binding.kind is EndpointKind.WORKLOAD and key not in bindings:
+        for key in applier.bindings.keys() - bindings.keys():
+            if applier.bindings[key].kind is EndpointKind.WORKLOAD:
                 applier.unbind(key)
         self._no_room.clear()
         self._adoption.go_ahead(self._node, *self._adoptable())
+        written = applier.bindings
         for key, binding in bindings.items():
-            if applier.bindings.get(key) is binding:
+            if written.get(key) is binding:
                 continue
             try:
                 applier.bind(key, binding)
@@ -181,7 +183,7 @@ class EndpointBinder:
         """
         workloads, concerned, tables = {}, self._adoption.concerned, self._enforcement.tables
         wiring = self._interfaces.wiring
-        for key, ifindex in self._interfaces.located.items():
+        for key, ifindex in self._interfaces.located.items() if concerned else ():
             if ifindex in concerned and key in tables.endpoints:
                 peer = wiring.links[ifindex].peer
                 number, addresses = tables.endpoints[key].number, self._objects.local[key].addresses

@@ -37,6 +37,7 @@ from netpol_ebpf.policy.types import (
     EndpointKey,
     LabelledNets,
     Policy,
+    PolicyKey,
     PolicySettings,
     PolicyTier,
     ProfileRules,
@@ -46,7 +47,7 @@ from netpol_ebpf.policy.types import (
 from netpol_loader import abi
 
 HOST_ENDPOINT = "HostEndpoint"
-"""The kind of host endpoints. Their rows name no interface."""
+"""The kind in the keys of host endpoints. The row of a host endpoint names no interface."""
 
 
 @dataclass(slots=True)
@@ -69,10 +70,9 @@ class NumberNames:
 
 
 class Enforcement:
-    """The policy in force. `install` makes a new set of maps; `apply` changes the set in force.
+    """The policy in force. `install` makes a new set of maps; `apply` changes the maps in force.
 
-    ``audit``: compares the maps in force with the tables; None before the first `install`.  ``is_pending``: whether the
-    tables lag behind the objects because a change was rejected.  ``record``: of the changes that came into force.
+    ``audit``: compares the maps in force with the tables; None before the first `install`.
     """
 
     def __init__(
@@ -104,8 +104,8 @@ class Enforcement:
         self._names = NumberNames()
         self._compiler = Compiler()
         self._applier: Applier | None = None
-        self._is_behind = False  # the compiler dropped changes and needs the whole world
-        self._is_ahead = False  # the kernel rejected compiled tables: new maps are needed
+        self._is_behind = False  # a change exceeded a limit: the compiler must compile the whole world again
+        self._is_ahead = False  # the maps had no room for the compiled tables: new maps are needed
 
     @property
     def applier(self) -> Applier:
@@ -146,6 +146,14 @@ class Enforcement:
         """
         policies = [one for one in self._compiler.policies_of(key) if one.staged is Staged.NO]
         return {way: [one for one in policies if way in one.types] for way in Direction}
+
+    def policies_of(self, key: EndpointKey) -> list[PolicyKey]:
+        """The policies, staged ones included, that select a local endpoint, in order."""
+        return [one.key for one in self._compiler.policies_of(key)]
+
+    def selecting(self) -> set[PolicyKey]:
+        """The policies, staged ones included, that select any local endpoint, as a new set."""
+        return self._compiler.selecting()
 
     # --- changes ----------------------------------------------------------------------------------------------------
 
@@ -204,7 +212,7 @@ class Enforcement:
         inputs = HostPolicyInputs.of(self._objects.world, compiler.tables, self._settings.node)
         own = self._own.initial_state(inputs, wiring, self._interfaces.wanted(), self._programs.attached())
         bindings = {**self._interfaces.bindings(), **own.bindings}
-        # Checked before maps and programs are made, which would be in vain.
+        # Checked first, so that no maps and programs are made in vain.
         require_room(compiler.tables, sizes, bindings, own.complete.elements())
         with self._maps.renewal() as maps:
             applier = Applier(maps)
@@ -242,7 +250,10 @@ class Enforcement:
         self.last_change_s = self._clock()
 
     def unbind(self, gone: Collection[int]) -> None:
-        """Delete the rows of interfaces that are gone; before the first `install`, rows of an earlier agent."""
+        """Delete the rows of interfaces that no longer exist.
+
+        Before the first `install`, these are an earlier agent's rows.
+        """
         if self._applier is None:
             self._maps.drop_rows(gone)
             return
@@ -321,7 +332,7 @@ def limits_of(size: Mapping[str, int]) -> Limits:
         cidrs=size["np_cidr4"] + size["np_cidr6"],
         column_blocks=size["np_l4_col"],
         verdicts=size["np_verdict"],
-        rules=min(size["np_rule"], size["np_rule_count"] - 1),  # rule 0 is exempt traffic
+        rules=min(size["np_rule"], size["np_rule_count"] - 1),  # rule 0 counts exempt traffic
     )
 
 

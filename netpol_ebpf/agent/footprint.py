@@ -11,9 +11,9 @@ import ctypes
 import gc
 
 LARGE_BLOCK_BYTES = 1 << 20
-"""Size in bytes from which a block is large. The number is arbitrary: tables of thousands of rows are larger, and the
-allocations for a single change are smaller."""
-_M_MMAP_THRESHOLD = -3  # malloc.h of glibc
+"""Size in bytes from which a block counts as large, so that freeing it returns it to the kernel. The number is
+arbitrary: tables of thousands of rows are larger, and the allocations for a single change are smaller."""
+_M_MMAP_THRESHOLD = -3  # from malloc.h of glibc
 
 
 def give_back_large_blocks() -> None:

@@ -66,11 +66,11 @@ class Handovers:
     """The handovers of interfaces that exist."""
 
     def __init__(self, file: Path | None = None) -> None:
-        """``file``: where handovers are kept across restarts; None: they are not kept."""
+        """``file``: the file that keeps handovers across restarts; None: they are not kept."""
         self._file = None if file is None else EntryFile(file, "handovers", FORMAT, MOST_BYTES)
         self._damage: tuple[Problem, ...] = ()
         self._unsaved: tuple[Problem, ...] = ()
-        self._by_pod: dict[EndpointKey, dict[str, Handover]] = {}  # by the interface's name inside
+        self._by_pod: dict[EndpointKey, dict[str, Handover]] = {}  # by pod, then by the interface's name in the pod
         self._changed: set[EndpointKey] = set()
 
     @property
@@ -95,7 +95,7 @@ class Handovers:
     def add(self, handover: Handover) -> None:
         """Add a handover.
 
-        It replaces an earlier one for the same interface name in the pod, since that was recreated.
+        An earlier one for the interface of this name in the pod is replaced: the interface is new.
         """
         if handover in self.of(handover.pod):
             return
@@ -135,7 +135,7 @@ class Handovers:
             log.warning("%s", self._damage[0])
 
     def _save(self, file: EntryFile) -> None:
-        """Write all handovers. If that fails, report it, and write again with the next change."""
+        """Write all handovers to the file. A failure is reported, and the next change writes again."""
         self._unsaved = ()
         try:
             file.save(json.dumps(_write(one)) for pod in self._by_pod for one in self.of(pod))
@@ -155,7 +155,7 @@ def parse_attach(request: Mapping[str, Any]) -> tuple[Handover, int]:
 
 
 def _problem(file: Path, what: str) -> Problem:
-    """The problem that the handovers' file has. ``what``: the end of the sentence about it."""
+    """A problem with the file of handovers. ``what``: the predicate of the message's first sentence."""
     message = (
         f"what the CNI plugin handed over {what}: after a restart of the agent, pods that the cluster has no address of yet are "
         "closed until it has"

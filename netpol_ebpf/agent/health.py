@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent's side of the health endpoint: the listening socket, the server's process, and beats.
+"""The agent's side of the health endpoint: the listening socket, the process of the server, and the beats sent to it.
 
-Invariants: the agent never waits for the server (`netpol_ebpf.agent.health_server`).  No fault of the endpoint ends the
-agent or keeps it from starting: an address that cannot be bound and a server that ended are logged and tried again.
+Invariants: the agent never waits for the server (`netpol_ebpf.agent.health_server`). No fault of the endpoint ends the
+agent or keeps it from starting: if an address cannot be bound or a server ended, that is logged and tried again.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from pathlib import Path
 from netpol_ebpf.errors import UsageError
 
 BEAT_S = 1.0
-"""Interval of beats in seconds; arbitrary, far below the server's STALL_S."""
+"""Seconds between two beats. The number is arbitrary, but far below the server's STALL_S."""
 RETRY_S = 5.0
-"""Interval of attempts to bind the address, and to start a server; arbitrary."""
+"""Seconds between two attempts to bind the address or to start a server. The number is arbitrary."""
 BACKLOG = 64
-"""Connections that the kernel keeps while no server runs; arbitrary."""
+"""Largest number of connections that the kernel queues while no server runs. The number is arbitrary."""
 END_S = 1.0
-"""How long a server may take to end after its socket is closed; then it is killed."""
+"""Seconds that a server may take to end after its socket is closed. After that time it is killed."""
 MOST_PORTS = 0xFFFF
 LOOPBACK_NAME = b"lo"
 
@@ -36,10 +36,10 @@ log = logging.getLogger("netpol-agent")
 
 
 def parse_health_address(text: str | None) -> tuple[str, int] | None:
-    """Parse ``HOST:PORT``; HOST: one IP address of the node, IPv6 in brackets. Returns (host, port), or None for None.
+    """Parse ``HOST:PORT`` into (host, port); None if ``text`` is None. Raises UsageError.
 
-    Raises UsageError.  A name could become an address that pods reach, and a wildcard includes the addresses that pods
-    have as their gateway.
+    HOST is one IP address of the node, IPv6 in brackets. A name is rejected, because it could become an address that
+    pods reach. A wildcard is rejected, because it includes the addresses that pods have as their gateway.
     """
     if text is None:
         return None
@@ -63,10 +63,11 @@ def parse_health_address(text: str | None) -> tuple[str, int] | None:
 
 @dataclass
 class Health:
-    """The endpoint. Call `open` once, then `beat` at `next_s` and later.
+    """The health endpoint. Callers call `open` once, then `beat` whenever `next_s` has passed.
 
-    ``address``: IP address and port; ``control_socket``: the agent's; ``log_format``: the server's, a key of
-    `LOG_FORMATS`; ``clock``: seconds.  ``next_s``: when the next beat is due.
+    ``address``: IP address and port. ``control_socket``: the path of the agent's control socket. ``log_format``: the
+    format of the server's log, a key of `LOG_FORMATS`. ``clock``: returns the time in seconds. ``next_s``: when the
+    next beat is due.
     """
 
     address: tuple[str, int]
@@ -81,7 +82,7 @@ class Health:
     _failure: str = ""  # logged, and not over
 
     def open(self) -> None:
-        """Bind the address and start the server, or try again at a later beat."""
+        """Bind the address and start the server. If that fails, a later beat tries again."""
         self._start_s = self.clock() + RETRY_S
         try:
             if self._listener is None:
@@ -100,7 +101,7 @@ class Health:
         log.info("health is served at %s port %d", *self.address)
 
     def beat(self, checks: Mapping[str, str]) -> None:
-        """Send a beat to the server, or start a server if none runs. Never blocks."""
+        """Send a beat to the server; start a server if none runs. Never blocks."""
         self.next_s = self.clock() + BEAT_S
         if self._server is not None and self._server.poll() is not None:
             log.error("the health server ended with status %d", self._server.returncode)
@@ -165,7 +166,7 @@ class Health:
 
 @contextlib.contextmanager
 def served(address: tuple[str, int] | None, control_socket: Path, log_format: str) -> Iterator[Health | None]:
-    """The endpoint at an address while the context lasts; None without an address."""
+    """The open health endpoint at an address, closed at the end of the context; None without an address."""
     if address is None:
         yield None
         return

@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The health server: a process of its own that answers /livez, /readyz and /metrics over HTTP.
+"""The health server: a separate process that answers /livez, /readyz and /metrics over HTTP.
 
-    /livez    200 while the agent's loop turns
-    /readyz   200 while the loop turns and every check of the last beat passes; the body names each check
+    /livez    200 while the agent's loop runs
+    /readyz   200 while the loop runs and every check of the last beat passes; the body names each check
     /metrics  the metrics that `netpolctl metrics` prints, in Prometheus' text format
 
 The agent sends a beat each second: a JSON object that maps the name of each readiness check to the reason of its
-failure, "" for a check that passes.  Metrics come over the agent's control socket, from a fork of the agent.
+failure, or to "" if the check passes. The server requests metrics over the agent's control socket; a fork of the agent
+answers.
 
-The server is neither a thread nor a fork of the agent.  A thread would take turns with the agent's loop at the
-interpreter's lock.  A fork would give a process that reads requests from the network the agent's memory, with the
-credentials of the API server.
+The server is neither a thread nor a fork of the agent. A thread would compete with the agent's loop for Python's global
+lock. A fork would have the agent's memory with the credentials of the API server, and it would read requests from the
+network.
 
-Invariants: the agent never waits for this process.  This process has no capability, and ends when the agent ends.  It
-answers GET and HEAD only.  Connections, their bytes and their time are limited; a new connection never waits for an
-older one, because the oldest is closed.  At most one request for metrics is under way at the agent.
+Invariants: the agent never waits for this process. This process has no capability, and ends when the agent ends. It
+answers only GET and HEAD. Connections, their bytes and their time are limited. A new connection never waits for an
+older one, because the oldest is closed. At most one request for metrics is open at the agent.
 """
 
 from __future__ import annotations
@@ -41,47 +42,46 @@ from netpol_ebpf.errors import NetpolError
 from netpol_ebpf.terminal import LOG_FORMATS, escaped, log_to_standard_error
 
 STALL_S = 600.0
-"""The loop counts as hung when it sent no beat for this long: as long as the watchdog of the systemd unit allows. One
-step of the loop applies all objects of a large cluster.
-"""
+"""Seconds without a beat after which the agent's loop counts as hung. The time is long, because one step of the loop
+may apply all objects of a large cluster. The watchdog of the systemd unit has the same time."""
 LATE_S = 60.0
-"""The agent counts as unready when it sent no beat for this long; arbitrary."""
+"""Seconds without a beat after which the agent counts as not ready. The number is arbitrary."""
 CONNECTIONS = 32
-"""Most connections; arbitrary. One more closes the oldest."""
+"""Largest number of connections. A further one closes the oldest. The number is arbitrary."""
 REQUEST_S = 5.0
-"""How long after connecting a request may take to arrive; arbitrary."""
+"""Seconds from the connection in which the request must arrive. The number is arbitrary."""
 CONNECTION_S = 20.0
-"""How long a connection may last, the answer included; arbitrary, more than ANSWER_S."""
+"""Longest duration of a connection in seconds, including the answer. The number is arbitrary, but larger than
+ANSWER_S."""
 REQUEST_BYTES = 8192
-"""Longest request line with its headers; arbitrary."""
+"""Longest request line with headers, in bytes. The number is arbitrary."""
 ANSWER_S = 10.0
-"""How long the agent may take to answer with its metrics: Prometheus' default time limit of a scrape."""
+"""Seconds in which the agent must answer with its metrics. Prometheus has the same default time limit for a scrape."""
 METRICS_AGE_S = 1.0
-"""Requests for metrics within this time get the same answer, so that clients cannot make the agent fork more often;
-arbitrary.
-"""
+"""Seconds in which requests for metrics get the same answer, so that clients cannot make the agent fork more often. The
+number is arbitrary."""
 BEAT_BYTES = 65536
 TEXT = "text/plain; charset=utf-8"
 METHODS = ("GET", "HEAD")
 
 _PR_SET_NO_NEW_PRIVS = 38
-"""linux/prctl.h"""
+"""Value from the kernel's linux/prctl.h."""
 _CAPABILITY_VERSION_3 = 0x20080522
-"""linux/capability.h"""
+"""Value from the kernel's linux/capability.h."""
 
 log = logging.getLogger("netpol-agent")
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """An answer: status, body and content type."""
+    """An HTTP answer."""
 
     status: HTTPStatus
     body: bytes
     content_type: str = TEXT
 
     def render(self, *, is_head: bool) -> bytes:
-        """The response as bytes. ``is_head``: without the body."""
+        """Encode the answer as an HTTP response, without the body if ``is_head``."""
         allow = f"Allow: {', '.join(METHODS)}\r\n" if self.status is HTTPStatus.METHOD_NOT_ALLOWED else ""
         head = (
             f"HTTP/1.1 {self.status.value} {self.status.phrase}\r\n"
@@ -92,15 +92,16 @@ class Page:
 
 
 def error_page(status: HTTPStatus, text: str = "") -> Page:
-    """An answer without content: the reason in one line."""
+    """An answer whose body is one line with the reason of the error."""
     return Page(status, f"{text or status.phrase}\n".encode())
 
 
 @dataclass
 class HealthServer:
-    """The state of the agent as of its last beat, and the answers from it.
+    """Answers from the state that the agent's last beat reported.
 
-    ``load_metrics``: called in a thread; returns the page of metrics and may take long.  ``clock``: seconds.
+    ``load_metrics``: returns the page of metrics; it is called in a thread and may take long. ``clock``: returns the
+    time in seconds.
     """
 
     load_metrics: Callable[[], Page]
@@ -115,21 +116,21 @@ class HealthServer:
         self._beat_s = self.clock()
 
     def note_beat(self, raw: bytes) -> None:
-        """Take a beat."""
+        """Store the checks of a beat, and the time of its arrival."""
         self._checks, self._beat_s = json.loads(raw), self.clock()
 
     # --- pages ----------------------------------------------------------------------------------------------------
 
     def livez(self) -> Page:
-        """Whether the loop turns."""
+        """The page that says whether the agent's loop runs."""
         return _checked({"loop": self._silence(STALL_S)})
 
     def readyz(self) -> Page:
-        """Whether the loop turns and every check passes."""
+        """The page that says whether the agent's loop runs and every check passes."""
         return _checked({**self._checks, "loop": self._silence(LATE_S) or self._checks.get("loop", "")})
 
     async def metrics(self) -> Page:
-        """The metrics, at most METRICS_AGE_S old."""
+        """The page of metrics, which is at most METRICS_AGE_S old."""
         loading = self._loading
         if loading is None or (loading.done() and self.clock() - self._loaded_s >= METRICS_AGE_S):
             loading = self._loading = asyncio.create_task(self._load())
@@ -142,14 +143,14 @@ class HealthServer:
             self._loaded_s = self.clock()
 
     def _silence(self, most_s: float) -> str:
-        """Why the loop counts as still; "": it sent a beat less than ``most_s`` seconds ago."""
+        """Why the agent's loop counts as hung; "" if it sent a beat less than ``most_s`` seconds ago."""
         silent_s = self.clock() - self._beat_s
         return "" if silent_s < most_s else f"the agent's loop has not turned for {silent_s:.0f} s"
 
     # --- connections ------------------------------------------------------------------------------------------------
 
     async def serve_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer the one request of a connection, and close it."""
+        """Answer the request of one connection, then close the connection."""
         task = asyncio.current_task()
         if task is None:
             raise AssertionError("a connection is served by a task")
@@ -178,7 +179,7 @@ class HealthServer:
         await writer.drain()
 
     async def _answer(self, head: bytes) -> tuple[str, Page]:
-        """The request's method, and the answer."""
+        """Answer a request, given with its headers; returns the request's method, and the answer."""
         parts = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ")
         if len(parts) != 3 or not parts[2].startswith("HTTP/1."):  # noqa: PLR2004 - method, target, version
             return "", error_page(HTTPStatus.BAD_REQUEST)
@@ -200,14 +201,17 @@ class HealthServer:
 
 
 def _checked(checks: dict[str, str]) -> Page:
-    """A page with a line for each check, in the form of the API server's /readyz. Checks: reason of failure, or ""."""
+    """A page with a line for each check, in the form of the API server's /readyz.
+
+    ``checks``: the reason of its failure for each check; "" if the check passes.
+    """
     lines = [f"[-]{name} failed: {escaped(why)}" if why else f"[+]{name} ok" for name, why in checks.items()]
     status = HTTPStatus.SERVICE_UNAVAILABLE if any(checks.values()) else HTTPStatus.OK
     return Page(status, ("\n".join(lines) + "\n").encode())
 
 
 def load_metrics(control_socket: Path) -> Page:
-    """Ask the agent for its metrics, and render them; the answer of an agent that cannot is 503."""
+    """Ask the agent for its metrics and render them. If the agent cannot answer, the page has the status 503."""
     try:
         (found,) = ask(control_socket, {"op": "metrics"}, timeout_s=ANSWER_S)
     except (NetpolError, TimeoutError) as error:
@@ -216,7 +220,7 @@ def load_metrics(control_socket: Path) -> Page:
 
 
 async def serve(server: HealthServer, listener: socket.socket, beats: socket.socket) -> None:
-    """Serve until the agent's end of ``beats`` is closed. Both sockets are non-blocking."""
+    """Serve until the agent closes its end of ``beats``. Both sockets must be non-blocking."""
     is_over = asyncio.Event()
 
     def receive() -> None:
@@ -233,7 +237,7 @@ async def serve(server: HealthServer, listener: socket.socket, beats: socket.soc
 
 
 def renounce_capabilities() -> None:
-    """Give up every capability, for good. Raises OSError."""
+    """Drop every capability, so that this process cannot get one again. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     header, data = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)()
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.capset(header, data):

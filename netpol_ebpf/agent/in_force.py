@@ -30,7 +30,10 @@ class WorldInForce:
                 setattr(self._awaited, one.name, later)
 
     def accept(self) -> dict[str, ObjectCounts]:
-        """Mark all pending changes as in force. Returns the number of objects by table of the world."""
+        """Apply all changes that are not in force yet to ``world``.
+
+        Returns the numbers of added, changed and removed objects by table of the world.
+        """
         counts = {}
         for one in fields(Changes):
             changes = getattr(self._awaited, one.name)

@@ -55,8 +55,13 @@ class KernelNetwork:
         self._gone: set[int] | None = set()
         self._born: list[Interface] = []
         self._is_news = False  # whether notifications were read since the last `has_news`
-        self._groups: frozenset[IPAddress] = frozenset()  # joined groups, without those of addresses
-        self._not_joined: set[IPAddress] = set()  # groups of addresses that are not joined
+        self._groups: frozenset[IPAddress] = frozenset()  # joined groups, without solicited-node groups
+        self._not_joined: set[IPAddress] = set()  # solicited-node groups that were not joined
+        # Most news changes neither addresses nor local routes, so these are derived only from other ones than before.
+        self._group_inputs: tuple[list[IPAddress], list[LocalRoute]] = [], []
+        self._of_addresses: set[IPAddress] = set()
+        self._meaning_inputs: tuple[list[LocalRoute], Collection[IPAddress]] = [], frozenset()
+        self._meanings: tuple[dict[IPAddress, Meaning], frozenset[IPNetwork]] = {}, frozenset()
         self._groups_s = -GROUPS_S
         self._version: tuple[int, int] | None = None  # the follower's version at the last read of notifications
         self._links: dict[int, tuple[Link, Interface]] = {}
@@ -129,8 +134,12 @@ class KernelNetwork:
 
         On links without neighbour discovery, interfaces do not join them.
         """
-        anycast = (one.address for one in self._follower.local_routes if one.is_single)
-        return {_solicited(one) for one in (*self._follower.addresses, *anycast) if one.version == IPV6}
+        addresses, routes = list(self._follower.addresses), list(self._follower.local_routes)
+        if (addresses, routes) != self._group_inputs:
+            anycast = (one.address for one in routes if one.is_single)
+            self._group_inputs = addresses, routes
+            self._of_addresses = {_solicited(one) for one in (*addresses, *anycast) if one.version == IPV6}
+        return self._of_addresses
 
     def take_gone(self) -> set[int] | None:
         """See `NodeAccess`."""
@@ -147,7 +156,10 @@ class KernelNetwork:
             self._look_at_groups()
         follower, links = self._follower, self._known_links()
         self._look_behind(links, bound)
-        meanings, nets = _meanings(follower.local_routes, self._groups | (self._address_groups() - self._not_joined))
+        routes, groups = list(follower.local_routes), self._groups | (self._address_groups() - self._not_joined)
+        if (routes, groups) != self._meaning_inputs:
+            self._meaning_inputs, self._meanings = (routes, groups), _meanings(routes, groups)
+        meanings, nets = self._meanings
         return Wiring(
             links={ifindex: link for ifindex, (_, link) in links.items()},
             host_routes=dict(follower.host_routes),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from netpol_ebpf.agent.assignments import Evidence, InterfaceAssignments, LocatedEndpoints
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 SEARCH_S = 0.5
 """Seconds between two searches for changes of which the kernel does not notify, such as addresses in a pod's namespace.
 The number is arbitrary."""
+AUDIT_S = 5.0
+"""Least time in seconds between two audits of assignments. The number is arbitrary."""
 MISSING_S = 5.0
 """Seconds that a workload may have no interface before that is reported as a problem. The number is arbitrary."""
 SHOWN = 5
@@ -38,9 +41,9 @@ SHOWN = 5
 class LocalInterfaces:
     """Finds the interfaces of local workloads.
 
-    `locate` is enough if only the objects changed. ``wiring``: the last snapshot; read-only for callers.
-    ``has_looked``: whether `look` was called since the owner last set this to False.  ``has_recalled``: whether
-    `recall` was called.
+    `look` takes a new snapshot and searches it. `locate` searches the last one, which is enough if no interface
+    changed. ``wiring``: the last snapshot; read-only for callers. ``has_looked``: whether `look` ran since the caller
+    last reset this to False. ``has_recalled``: whether `recall` ran.
     """
 
     def __init__(
@@ -67,10 +70,12 @@ class LocalInterfaces:
         self._damage: tuple[Problem, ...] = ()
         self._unsaved: tuple[Problem, ...] = ()
         self._located = LocatedEndpoints()
-        # What each row was made of: the workload, its interface, and the one that this belongs to.
+        # The inputs of each binding (workload, its interface, that interface's bridge or VRF), and the binding.
         self._bindings: dict[EndpointKey, tuple[Endpoint, Interface | None, Interface | None, Binding]] = {}
         self._missed_s: dict[EndpointKey, float] = {}  # since when a workload has had no interface
-        self._looked_at_s = clock()
+        self._looked_at_s = self._audited_s = clock()
+        self._is_unaudited = False  # interfaces were located since the last audit
+        self._wrong: tuple[Problem, ...] = ()  # of the last audit that found a difference
 
     # --- what was found ---------------------------------------------------------------------------------------------
 
@@ -90,27 +95,23 @@ class LocalInterfaces:
 
     def wanted(self) -> set[int]:
         """Indices of workloads' interfaces. Each of these interfaces must have the programs."""
-        candidates = {ifindex for ifindex in self.wiring.links if self._assignments.is_workload(ifindex)}
-        return candidates | set(self.located.values())
+        return (self._assignments.workloads & self.wiring.links.keys()) | set(self.located.values())
 
     def bindings(self) -> dict[EndpointKey, Binding]:
         """The binding of each local workload that has an interface."""
         before, self._bindings = self._bindings, {}
         links, local = self.wiring.links, self._objects.local
+        found = {}
         for key, ifindex in self.located.items():
             endpoint, link = local[key], links.get(ifindex)
-            master = None if link is None else links.get(link.master)
+            master = links.get(link.master) if link is not None and link.master else None
             known = before.get(key)
-            if (
-                known is None
-                or known[0] is not endpoint
-                or known[1] is not link
-                or known[2] is not master
-                or link is None
-            ):
+            is_known = known is not None and known[0] is endpoint and known[1] is link and known[2] is master
+            if known is None or link is None or not is_known:
                 known = endpoint, link, master, self._binding(endpoint, ifindex)
             self._bindings[key] = known
-        return {key: binding for key, (_, _, _, binding) in self._bindings.items()}
+            found[key] = known[3]
+        return found
 
     def _binding(self, endpoint: Endpoint, ifindex: int) -> Binding:
         flags = device_flags(self.wiring.links.get(ifindex))
@@ -128,11 +129,11 @@ class LocalInterfaces:
         return self._network.interface_towards(address)
 
     def with_evident_addresses(self) -> Iterator[tuple[Interface, tuple[IPAddress, ...]]]:
-        """Workloads' interfaces whose workload is not known, each with the addresses that the node has evidence of.
+        """Workloads' interfaces for which the node has evidence of addresses, each with these addresses.
 
-        The strongest evidence counts: the CNI plugin's handover, the result that the plugin left on the node, routes,
-        or the first addresses at the other end.  The latter do not count on a bridge: the workload chose them, and could
-        answer there in the name of another host.  Interfaces without evidence are left out.
+        The strongest evidence counts: the CNI plugin's handover, the result that the plugin left on the node, host
+        routes, or the first addresses at the other end. First addresses do not count on a bridge, because the workload
+        chose them and could answer there in the name of another host.
         """
         handed = {
             one.ifindex: one.addresses
@@ -162,7 +163,7 @@ class LocalInterfaces:
         self.locate()
 
     def look_for_roles(self) -> None:
-        """Take a snapshot and decide which interfaces are workloads', before the objects are known.
+        """Take a new snapshot and decide which interfaces are workloads', before the objects are known.
 
         Assignments of an earlier agent stay.
         """
@@ -176,18 +177,46 @@ class LocalInterfaces:
     def locate(self) -> None:
         """Find the local workloads' interfaces in the last snapshot."""
         before, doubts = self._located, set(self._assignments.doubts.values())
-        self._located = self._assignments.look(
-            self.wiring,
-            self._objects.local.values(),
-            node_addresses=[address for node in self._objects.nodes_here() for address in node.addresses],
-            results=self._plugin_names(),
-            is_contested=self._objects.is_contested,
-        )
+        self._located = self._looking()(self._assignments)
+        self._is_unaudited = True
         for key, message in self._located.problems.items() - before.problems.items():
             log.warning("%s: interface: %s", key, message)
         self._log_doubts(doubts)
         self._note_missing()
         self._save()
+
+    def _looking(self) -> Callable[[InterfaceAssignments], LocatedEndpoints]:
+        """A look at the last snapshot and the present objects."""
+        return partial(
+            InterfaceAssignments.look,
+            wiring=self.wiring,
+            endpoints=self._objects.local.values(),
+            node_addresses=[address for node in self._objects.nodes_here() for address in node.addresses],
+            results=self._plugin_names(),
+            is_contested=self._objects.is_contested,
+        )
+
+    def audit(self) -> bool:
+        """Look with settled assignments and without, if interfaces were located since the last audit, AUDIT_S ago.
+
+        If the two looks differ, the one without counts and the difference is reported.  Returns whether they differ.
+        """
+        if not self._is_unaudited or self._clock() - self._audited_s < AUDIT_S:
+            return False
+        self._is_unaudited, self._audited_s = False, self._clock()
+        afresh, look = self._assignments.unsettled(), self._looking()
+        located, self._located = look(self._assignments), look(afresh)
+        wrong = self._assignments.differences(afresh) + located.differences(self._located)
+        if wrong:
+            message = (
+                f"a look at what changed and a look at everything assigned interfaces differently ({', '.join(wrong[:SHOWN])}): what "
+                "the latter found is in force now, and policy may have been wrong for some seconds; this is a bug, please report it"
+            )
+            log.error("%s", message)
+            self._wrong = (Problem(Location(""), "", message, slug="interface-audit"),)
+            self._assignments = afresh
+        self._save()
+        return bool(wrong)
 
     def _log_doubts(self, before: Collection[str]) -> None:
         for message in set(self._assignments.doubts.values()) - set(before):
@@ -247,12 +276,13 @@ class LocalInterfaces:
         for key in self._objects.handovers.pods:
             handed = self._objects.handed(key)
             if handed is not None and key in self._objects.local and self.is_there(handed):
-                found[key] = {handed.name}  # newer than the runtime's result for an earlier interface
+                found[key] = {handed.name}  # a handover is newer than the cached result of an earlier interface
         return found
 
     def _note_missing(self) -> None:
         now_s = self._clock()
-        missed = [key for key, one in self._objects.local.items() if key not in self.located and self._is_expected(one)]
+        located = self.located
+        missed = [key for key, one in self._objects.local.items() if key not in located and self._is_expected(one)]
         self._missed_s = {key: self._missed_s.get(key, now_s) for key in missed}
 
     def _is_expected(self, endpoint: Endpoint) -> bool:
@@ -300,11 +330,15 @@ class LocalInterfaces:
     # --- problems ---------------------------------------------------------------------------------------------------
 
     def conflicts(self) -> Iterable[Problem]:
-        """Problems of workloads that get no interface although there is evidence of one, and of interfaces in doubt."""
+        """Problems of workloads that get no interface although there is evidence of one.
+
+        Also problems of interfaces that may be the node's own or a workload's.
+        """
         for key, message in sorted(self._located.problems.items()):
             yield Problem(self._objects.location(key), "", f"interface: {message}", obj=str(key), slug="interface")
         for message in self._assignments.doubts.values():
             yield Problem(Location(""), "", message, slug="interface-doubt")
+        yield from self._wrong
 
     def unenforced(self, attached: Collection[int], bound: Collection[int]) -> list[Problem]:
         """Problems of this node's workloads on which policy is not enforced as written.

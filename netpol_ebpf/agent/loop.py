@@ -23,15 +23,14 @@ from netpol_ebpf.agent.service_manager import ServiceManager
 from netpol_ebpf.apply.ledger import Ledger
 
 NEWS_GAP_S = 0.05
-"""Least time between two passes over all interfaces; arbitrary. New interfaces get programs without such a gap."""
+"""Least seconds between two passes over all interfaces. A new interface gets the programs without this delay. The
+number is arbitrary."""
 REST_FACTOR = 4
-"""After a step, changes of the source wait this many times as long as the step took, at most NEWS_GAP_S.
-
-So a busy source takes a fifth of a processor while its changes are small, and a single change waits for nothing.
-"""
+"""Factor of the delay of a source: after a step, its changes wait this many times as long as the step took, at most
+NEWS_GAP_S. So a source with many small changes takes a fifth of a processor, and a single change is not delayed."""
 TICK_S = 0.2
-"""Most seconds between two steps of the agent. Steps read flow events, which wake no process. The number is
-arbitrary."""
+"""Most seconds between two steps of the agent. A step reads flow events, whose arrival does not wake the agent. The
+number is arbitrary."""
 RETRY_S = 5.0
 """Seconds between two attempts to create the socket. The number is arbitrary."""
 log = logging.getLogger("netpol-agent")
@@ -39,10 +38,11 @@ log = logging.getLogger("netpol-agent")
 
 @dataclass
 class AgentLoop:
-    """The agent's loop, pass by pass.
+    """The agent's loop, as single passes.
 
-    ``when_in_force``: called once, when a state of the source is in force.  ``service_manager``: learns of readiness,
-    and of each pass.  ``clock``: seconds.  ``health``: the health endpoint, which gets beats; None: there is none.
+    ``when_in_force``: called once, when a state of the source is in force. ``service_manager``: gets the report that
+    the agent is ready, and signs of life. ``after_step``: called after each step; it must not wait. ``clock``: returns
+    the time in seconds. ``health``: the health endpoint, which gets beats; None: there is none.
     """
 
     agent: Any
@@ -51,6 +51,7 @@ class AgentLoop:
     control_socket: ControlSocket
     when_in_force: Callable[[], None] = lambda: None
     service_manager: ServiceManager = field(default_factory=ServiceManager)
+    after_step: Callable[[], None] = lambda: None
     clock: Callable[[], float] = time.monotonic
     health: Health | None = None
     _is_ready: bool = False
@@ -101,6 +102,7 @@ class AgentLoop:
             self.control_socket.publish(report.flow(self.agent, flow) for flow in flows)
             self.ledger.try_again()
             self.note_progress()
+            self.after_step()
             ended_s = self.clock()
             self._rested_s = ended_s + min(NEWS_GAP_S, REST_FACTOR * (ended_s - self._stepped_s))
         if not self.control_socket.is_open and self.clock() >= self._opened_s + RETRY_S:
@@ -121,7 +123,7 @@ class AgentLoop:
             self.when_in_force()
 
     def _wait_s(self) -> float:
-        """Seconds until the next step; 0 if it is due."""
+        """Seconds until the next step; 0 if the step is due."""
         now_s = self.clock()
         if self._is_news:
             return max(0.0, self._stepped_s + NEWS_GAP_S - now_s)
@@ -147,7 +149,7 @@ def serve(loop: AgentLoop) -> None:
 
 @contextlib.contextmanager
 def wakened_by(*signals: signal.Signals) -> Iterator[tuple[list[int], int]]:
-    """Receive signals within the context: (list of received signals, file descriptor).
+    """Receive signals within the context, which gives (list of received signals, file descriptor).
 
     The descriptor becomes readable with each signal.
     """

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import grp
 import logging
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,16 @@ from netpol_ebpf.agent.health import parse_health_address, served
 from netpol_ebpf.agent.loop import AgentLoop, serve
 from netpol_ebpf.agent.metrics import require_metrics_package
 from netpol_ebpf.agent.service_manager import ServiceManager
-from netpol_ebpf.agent.source_options import NODE_VARIABLE, add_source_options, manifests_dir, node_name, plan_source
+from netpol_ebpf.agent.source_options import (
+    NODE_VARIABLE,
+    add_source_options,
+    cluster_of,
+    manifests_dir,
+    node_name,
+    plan_source,
+)
 from netpol_ebpf.apply.ledger import Ledger
-from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, UnreachableError, UsageError
+from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, Problem, UnreachableError, UsageError
 from netpol_ebpf.terminal import LOG_FORMATS, escaped, log_to_standard_error, paragraph, say
 
 DEFAULT_STATE_DIR = Path("/run/netpol-ebpf")
@@ -106,7 +114,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="MAP=ENTRIES",
-        help="size of a map (may be repeated), such as np_addr4=1000000",
+        help="size of a map (may be repeated), such as np_addr4=1000000; a restarted agent makes the maps of policy anew in this size, "
+        "other maps keep theirs",
     )
     parser.add_argument(
         "--timeout", action="append", default=[], metavar="STATE=SECONDS",
@@ -193,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if hint:
                 say(paragraph(f"netpol-agent: hint: {hint}"), file=sys.stderr)
         return error.exit_code
-    except OSError as error:  # no room, no permission, an existing file: a fault of the machine, not a bug
+    except OSError as error:  # such as no room or no permission: a fault of the machine, not a bug
         if arguments.debug:
             say(traceback.format_exc(), file=sys.stderr)
         what = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror or str(error)
@@ -210,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the agent until it ends; returns the exit code. Raises NetpolError."""
-    # The kernel, root and BCC are needed from here on, not for --help.
+    # Imported here, because --help must work without BCC, root and a kernel.
     from netpol_ebpf.agent.barrier import parse_barrier
     from netpol_ebpf.agent.core import Agent
     from netpol_ebpf.agent.node import KernelNode
@@ -280,11 +289,12 @@ def run(arguments: argparse.Namespace) -> int:
             "pin_dir": str(node.pin_dir),
             "upgrade": node.upgraded,
         }
-        control_socket = ControlSocket(
-            state_dir / SOCKET_NAME, answers_of(agent, node, ledger, place), group, waits_of(agent)
-        )
+        look, problems = begin_reporting(agent, stack)
+        answers = answers_of(agent, node, ledger, place, problems)
+        control_socket = ControlSocket(state_dir / SOCKET_NAME, answers, group, waits_of(agent))
         manager = ServiceManager.of_environment()
-        serve(AgentLoop(agent, node, ledger, control_socket, tell_in_force, manager, health=health))
+        faulthandler.enable()  # SIGABRT, which a watchdog sends, logs where the loop hangs
+        serve(AgentLoop(agent, node, ledger, control_socket, tell_in_force, manager, look, health=health))
     return 0
 
 
@@ -303,7 +313,7 @@ def claimed(pin_root: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # pins stay; a directory without any is removed
+            with contextlib.suppress(OSError):  # removes the directory only if it has no pins
                 pin_root.rmdir()
 
 
@@ -328,12 +338,39 @@ def open_to_group(state_dir: Path, pin_root: Path, group: int | None) -> None:
         )
 
 
-def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) -> dict[str, Answer]:
-    """The operations that the agent answers, by name.
+def begin_reporting(
+    agent: Any, stack: contextlib.ExitStack
+) -> tuple[Callable[[], None], Callable[[], Iterable[Problem]]]:
+    """Start to report to the cluster that the agent watches. Closing ``stack`` ends it.
 
-    Children of this process run them (`netpol_ebpf.agent.answering`).
+    Returns two functions: the first must be called after each step of the agent, the second returns the problems of
+    reporting. Without a cluster both do nothing.
+    """
+    cluster, node = cluster_of(agent.source), agent.settings.node
+    if cluster is None or node is None:
+        return (lambda: None), tuple
+    from netpol_ebpf.agent.reporting import Reporting
+
+    reporting = Reporting(agent, cluster, node)
+    stack.callback(reporting.close)
+    reporting.start()
+    return reporting.look, lambda: reporting.problems
+
+
+def answers_of(
+    agent: Any,
+    node: Any,
+    ledger: Ledger,
+    place: Mapping[str, Any],
+    others: Callable[[], Iterable[Problem]] = tuple,
+) -> dict[str, Answer]:
+    """The functions that answer requests to the agent, by the name of the operation.
+
+    Children of this process run them (`netpol_ebpf.agent.answering`). ``place``: see `report.status`. ``others``:
+    returns problems that are not the agent's own.
     """
     from netpol_ebpf.agent import report
+    from netpol_ebpf.agent.policies_in_force import standing_here
     from netpol_ebpf.agent.questions import answer_question
 
     def asked(answer: Answer) -> Answer:
@@ -352,9 +389,9 @@ def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) 
 
     def status(_request: Mapping[str, Any]) -> Any:
         if not agent.is_started:
-            return report.waiting(agent, place, ledger.problems)
+            return report.waiting(agent, place, (*ledger.problems, *others()))
         node.barrier.part()
-        return report.status(agent, node.maps, place, ledger.problems, node.network.listed_again)
+        return report.status(agent, node.maps, place, (*ledger.problems, *others()), node.network.listed_again)
 
     def metrics(request: Mapping[str, Any]) -> Any:
         return report.metrics(agent, node.maps, status(request))
@@ -366,11 +403,16 @@ def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) 
         "identities": apart(lambda: report.identities(agent)),
         "connections": apart(lambda: report.connections(agent, node.maps)),
         "explain": asked(lambda request: answer_question(agent, request)),
+        "policy": asked(lambda request: standing_here(agent, request)),
     }
 
 
 def waits_of(agent: Any, clock: Callable[[], float] = time.monotonic) -> dict[str, Callable[[Mapping[str, Any]], Wait]]:
-    """The operations of the CNI plugin, and ``release``, by name; the agent's own loop answers them. ``clock``: seconds."""
+    """The functions that start waiting for a state, by the name of the operation.
+
+    The CNI plugin uses ``attach`` and ``ready``, `netpolctl release` uses ``release``. The agent's own loop runs them.
+    ``clock``: returns the time in seconds.
+    """
     from netpol_ebpf.agent.handover import parse_attach
 
     def attach(request: Mapping[str, Any]) -> Wait:
@@ -406,9 +448,9 @@ def waits_of(agent: Any, clock: Callable[[], float] = time.monotonic) -> dict[st
 
 @contextlib.contextmanager
 def exclusive(state_dir: Path, *, hint: str = IN_USE_HINT) -> Iterator[None]:
-    """Hold the lock of a state directory, so that only one agent uses it; the lock ends with the process.
+    """Hold the lock of a state directory within the context, so that only one agent uses the directory.
 
-    Raises PlatformError, with ``hint``, if another agent runs.
+    The kernel ends the lock with the process. Raises PlatformError, with ``hint``, if another agent runs.
     """
     from netpol_loader.pins.lock import locked_alone
 
@@ -424,7 +466,7 @@ def exclusive(state_dir: Path, *, hint: str = IN_USE_HINT) -> Iterator[None]:
 
 
 def parse_mark(text: str | None) -> int:
-    """Parse a mask of 16 adjacent bits; returns its lowest bit, or 0 without a mask. Raises UsageError."""
+    """Parse a mask of 16 adjacent bits; returns the position of its lowest bit, 0 without a mask. Raises UsageError."""
     if text is None:
         return 0
     try:
@@ -449,7 +491,7 @@ def parse_tunnel(text: str) -> tuple[int, int]:
 
 
 def parse_router(text: str) -> str:
-    """Parse a pattern of ``NAMESPACE/NAME``. Raises UsageError: any other pattern would match no workload."""
+    """Parse a pattern of ``NAMESPACE/NAME``. Raises UsageError for others, which would match no workload."""
     namespace, slash, name = text.partition("/")
     if not (namespace and slash and name) or "/" in name:
         raise UsageError(f"--router {text}: expected NAMESPACE/NAME, such as network/router or network/*")
@@ -457,7 +499,7 @@ def parse_router(text: str) -> str:
 
 
 def parse_group(name: str | None) -> int | None:
-    """Parse a group given by name or number; returns its id, None without a group. Raises UsageError."""
+    """Parse a group's name or number; returns its id, None if no group is given. Raises UsageError."""
     if name is None:
         return None
     try:
@@ -467,7 +509,7 @@ def parse_group(name: str | None) -> int | None:
 
 
 def parse_sizes(texts: Sequence[str]) -> dict[str, int]:
-    """Parse ``MAP=ENTRIES`` pairs; returns sizes by map name. Raises UsageError."""
+    """Parse options of the form ``MAP=ENTRIES``; returns the number of entries by map name. Raises UsageError."""
     from netpol_loader.tables.buckets import SIZED
 
     sizes: dict[str, int] = {}

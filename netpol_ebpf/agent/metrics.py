@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent's metrics: made from its state as plain values, and rendered in Prometheus' text format.
+"""The agent's metrics: computed from its state as plain values, and rendered in Prometheus' text format.
 
 `netpolctl metrics` and the health endpoint print the same metrics: the agent answers the operation "metrics" with
-`families`, and `render` turns the answer into text.
+`families`, and `render` makes text of the answer. The names of metrics and labels never change between versions. A
+counter restarts at 0 with a new map or a new agent. Values have base units (seconds, bytes).
 
-Names of metrics and labels are stable.  A counter restarts at 0 with a new map or a new agent.  Values have base units
-(seconds, bytes).
-
-Invariant: the number of series is bounded, whatever the number of policies and pods: a label takes its values from a
-fixed set, or its metric has a limit (`RULES`, `OBJECTS`, `INTERFACES`, `KINDS`).  `netpol_series_left_out` counts the
-series beyond a limit.
+Invariant: the number of series is bounded, whatever the number of policies and pods. Each label has values from a fixed
+set, or its metric has a limit (`RULES`, `OBJECTS`, `INTERFACES`, `KINDS`). `netpol_series_left_out` counts the series
+beyond a limit.
 """
 
 from __future__ import annotations
@@ -28,28 +26,32 @@ from netpol_ebpf.terminal import escaped
 EVENTS_LOST = "event-lost"
 """The slug of the only reason (`netpol_loader.abi`) whose counter counts events instead of packets."""
 RULES = 1000
-"""Most rules with counters of their own; arbitrary. Rules that decided packets come before others, then lower numbers
-before higher ones, which the agent keeps for as long as a rule exists: so a rule keeps its series.
-"""
+"""Largest number of rules with counters. The number is arbitrary. Rules that decided packets come first, then others,
+both by number. The agent keeps a rule's number as long as the rule exists, so a rule keeps its series."""
 OBJECTS = 100
-"""Most objects of a rejected change; arbitrary."""
+"""Largest number of objects of a rejected change that have a series. The number is arbitrary."""
 INTERFACES = 100
-"""Most interfaces with a counter of their own; arbitrary."""
+"""Largest number of interfaces with a counter. The number is arbitrary."""
 KINDS = 100
-"""Most kinds of objects over all sources; more than a source has."""
+"""Largest number of kinds with a series, over all sources. The number is arbitrary; it is larger than the number of
+kinds that a source has."""
 TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
-"""Content type of what `render` returns."""
+"""The content type of the text that `render` returns."""
 DRIFT_KINDS = ("pin", "program", "row", "configuration", "barrier")
 
 Histogram = Mapping[str, Any]
-"""Value of a histogram: ``buckets``, a list of (upper bound, cumulative count), the last bound "+Inf", and ``sum``."""
+"""The value of a histogram: ``buckets`` as [upper bound, cumulative count], with "+Inf" as the last bound, and
+``sum``."""
 Sample = tuple[Mapping[str, object], Union[float, Histogram]]
-"""(labels, value) of a metric."""
+"""One sample of a metric: (labels, value)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A metric with its samples. ``kind``: counter, gauge or histogram. ``left_out``: samples beyond the limit."""
+    """A metric with its samples.
+
+    ``kind``: counter, gauge or histogram. ``left_out``: the number of samples beyond the metric's limit.
+    """
 
     name: str
     kind: str
@@ -64,16 +66,16 @@ class Family:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Family:
-        """The metric that `as_dict` made plain."""
+        """The metric from the plain values that `as_dict` returned."""
         samples = tuple((one["labels"], one["value"]) for one in plain["samples"])
         return cls(plain["name"], plain["kind"], plain["meaning"], samples)
 
 
 def families(state: Mapping[str, Any], rules: Iterable[Mapping[str, Any]] = ()) -> list[Family]:
-    """Every metric of an agent.
+    """All metrics of an agent.
 
-    ``state``: `report.status` or `report.waiting`, with the fields that `report.metrics` adds; ``rules``:
-    `report.rules`.
+    ``state``: the result of `report.status` or `report.waiting`, with the fields that `report.metrics` adds. ``rules``:
+    the result of `report.rules`.
     """
     found = list(_sources(state))
     if "waiting" not in state:  # a state is in force
@@ -130,6 +132,10 @@ def _clusters(clusters: Sequence[Mapping[str, Any]]) -> Iterator[Family]:
         "netpol_source_last_read_timestamp_seconds", "gauge", "Time of the last consistent read of the API server.",
         tuple(({"source": one["source"]}, _timestamp(one["confirmed"])) for one in clusters if one["confirmed"]),
     )  # fmt: skip
+    yield Family(
+        "netpol_source_went_back_total", "counter", "Times that the API server went back to an older state.",
+        tuple(({"source": one["source"]}, one["went_back"]) for one in clusters),
+    )  # fmt: skip
     kinds = [(one["source"], kind) for one in clusters for kind in one["kinds"]]
     for name, form, field, meaning in (
         ("netpol_source_kind_synced", "gauge", "is_synced", "1 when the agent has all objects of a kind."),
@@ -137,6 +143,12 @@ def _clusters(clusters: Sequence[Mapping[str, Any]]) -> Iterator[Family]:
         ("netpol_source_kept_objects", "gauge", "kept", "Objects that stay although their definition was deleted."),
         ("netpol_source_lists_total", "counter", "lists", "Requests that list a kind."),
         ("netpol_source_watches_total", "counter", "watches", "Requests that watch a kind; more than one: restarts."),
+        (
+            "netpol_source_gaps_total",
+            "counter",
+            "gaps",
+            "Times that events of a kind were lost, so that it was listed again.",
+        ),
     ):
         samples = (({"source": source, "kind": kind["kind"]}, int(kind[field])) for source, kind in kinds)
         yield _limited(name, form, meaning, samples, KINDS)
@@ -188,7 +200,7 @@ def _packets(packets: Mapping[str, int]) -> Iterator[Family]:
 
 
 def _rules(rules: list[Mapping[str, Any]]) -> Iterator[Family]:
-    """Counters of rules. ``rule`` of the labels: an index, or one of the words that `report.rule_labels` names."""
+    """The counters of rules, with the labels of `report.rule_labels`."""
     first = sorted(rules, key=lambda one: (not (one["packets"] or one["staged_packets"]), one["number"]))
     for name, field, meaning in (
         ("netpol_rule_packets_total", "packets", "Packets that each rule decided."),
@@ -205,7 +217,7 @@ def _rules(rules: list[Mapping[str, Any]]) -> Iterator[Family]:
 def _maps(
     maps: Mapping[str, Any], connections: Mapping[str, Mapping[str, int]], refused: Mapping[str, Any]
 ) -> Iterator[Family]:
-    """Metrics of maps. ``connections``: by table, see `report.connection_counts`."""
+    """The metrics of maps. ``connections``: the result of `report.connection_counts`, by connection table."""
     tables = {
         name: {"entries": one["established"] + one["unreplied"], "size": one["size"]}
         for name, one in connections.items()
@@ -293,7 +305,7 @@ def _limited(name: str, kind: str, meaning: str, samples: Iterable[Sample], most
 
 
 def _timestamp(utc: str) -> float:
-    """Seconds since 1970 of a time in UTC, ISO 8601, as a source reports it."""
+    """The seconds since 1970 of a time in UTC, ISO 8601, as a source reports it."""
     return datetime.fromisoformat(re.sub("Z$", "+00:00", utc)).timestamp()
 
 
@@ -301,7 +313,7 @@ def _timestamp(utc: str) -> float:
 
 
 def require_metrics_package() -> None:
-    """Raises PlatformError if the package that renders metrics is missing."""
+    """Raise PlatformError if the package that renders metrics is missing."""
     if importlib.util.find_spec("prometheus_client") is None:
         raise PlatformError(
             "the Python package prometheus-client is missing, without which no metrics can be rendered",

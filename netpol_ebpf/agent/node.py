@@ -39,7 +39,7 @@ All other maps contain connections, counters and settings, and are kept when pol
 EVENTS_A_LOOK = 1000
 """Most events that one pass reads, so that many events do not delay everything else. The number is arbitrary."""
 CLSACT_TURN = 10
-"""Number of interfaces with clsact that one audit checks. The number is arbitrary."""
+"""Number of interfaces with clsact that one audit checks, because a check is slow there. The number is arbitrary."""
 
 
 class KernelNode:
@@ -67,7 +67,7 @@ class KernelNode:
         self._stack = contextlib.ExitStack()
         self._consume: Callable[[EventRecord], None] = lambda _event: None
         self._others = OtherPrograms()
-        self._upgrade: Upgrade | None = None  # until it has taken over
+        self._upgrade: Upgrade | None = None  # None after it has taken over
         self.upgraded = ""  # result of an upgrade of the pins, as text; "": none
         self._barrier = BarrierTables(str(pin_root.absolute()))
 
@@ -80,8 +80,8 @@ class KernelNode:
                 self.upgraded = self._upgrade.summary
                 stack.callback(self._upgrade.discard)
             self._reader = stack.enter_context(self._dataplane.events(lambda event: self._consume(event)))
-            is_clsact = attach.preferred_mechanism(self._dataplane) is attach.Mechanism.CLSACT
-            self._turns = Turns(CLSACT_TURN if is_clsact else None)
+            self._mechanism = attach.preferred_mechanism(self._dataplane)
+            self._turns = Turns(CLSACT_TURN if self._mechanism is attach.Mechanism.CLSACT else None)
             access.grant(self._dataplane, self._group)
             stack.callback(self._barrier.close)
             self._stack = stack.pop_all()
@@ -169,12 +169,15 @@ class KernelNode:
         return {one.ifindex for one in attach.attachments(self._dataplane)}
 
     def attach(self, ifindex: int, *, is_newborn: bool = False) -> bool:
-        """See `NodeAccess`. Before an upgrade takes over: the programs of the older schema, which are in force."""
+        """See `NodeAccess`.
+
+        Before an upgrade takes over, this attaches the programs of the older schema, which are in force.
+        """
         try:
             if self._upgrade is not None:
                 self._upgrade.attach(ifindex, is_newborn=is_newborn)
             else:
-                attach.attach(ifindex, self._dataplane, is_newborn=is_newborn)
+                attach.attach(ifindex, self._dataplane, self._mechanism, is_newborn=is_newborn)
         except PlatformError:
             if find_link(ifindex) is None:
                 return False

@@ -45,7 +45,7 @@ class NetworkAccess(Protocol):
         """
 
     def bound_sockets(self) -> frozenset[tuple[int, IPAddress, int]]:
-        """(protocol, address, port) of sockets of the node that accept packets at one address. Raises PlatformError."""
+        """The sockets of the node that are bound to one address, as (protocol, address, port). Raises PlatformError."""
 
     def interface_towards(self, address: IPAddress) -> int | None:
         """The interface by which the node would now send to ``address``; None if there is no route."""
@@ -77,9 +77,9 @@ class MapAccess(Protocol):
     """The maps that contain policy, and their replacement by new maps."""
 
     def renewal(self) -> contextlib.AbstractContextManager[Mapping[str, KernelMap]]:
-        """A context manager that gives empty policy maps to fill.
+        """A context manager that provides empty policy maps, which the caller must fill.
 
-        At the end of the block, unless it raised, they are in force everywhere.
+        When the context ends without an error, the new maps are in force on all interfaces.
         """
 
     def renewal_sizes(self) -> Mapping[str, int]:
@@ -89,7 +89,10 @@ class MapAccess(Protocol):
         """The endpoint number in each interface's row in force, also if an agent of another version wrote the row."""
 
     def drop_rows(self, gone: Collection[int]) -> None:
-        """Delete the rows in force of interfaces that are gone, so that no new interface with such an index has one."""
+        """Delete the rows in force of interfaces that no longer exist, so that new interfaces do not get them.
+
+        A new interface may have the index of an old one.
+        """
 
 
 class RepairAccess(Protocol):

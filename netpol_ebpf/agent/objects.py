@@ -16,6 +16,7 @@ from netpol_ebpf.agent.change_record import ObjectCounts
 from netpol_ebpf.agent.claims import AddressClaims
 from netpol_ebpf.agent.handover import Handover, Handovers
 from netpol_ebpf.agent.in_force import WorldInForce
+from netpol_ebpf.agent.problem_log import ProblemLog
 from netpol_ebpf.agent.settings import AgentSettings
 from netpol_ebpf.errors import Location, Problem
 from netpol_ebpf.policy.translate import Derivation
@@ -35,8 +36,6 @@ from netpol_ebpf.policy.types import (
 from netpol_ebpf.resources.types import Pod, Resource
 from netpol_ebpf.sources.source import SourceUpdate, Upsert
 
-MOST_LINES = 20
-"""Most lines of the log about problems of a source that begin, or end, at one time; arbitrary."""
 log = logging.getLogger(__name__)
 
 
@@ -56,8 +55,8 @@ class ClusterObjects:
         self.handovers = Handovers(handovers_file)
         self._claims = AddressClaims(self.derivation.world)
         self._in_force = WorldInForce()
-        self._source_problems: tuple[Problem, ...] = ()
-        self._other_owners: dict[IPAddress, str] | None = None  # hosts and nodes; None: not known yet
+        self._source_problems = ProblemLog(log)
+        self._other_owners: dict[IPAddress, str] | None = None  # hosts and nodes; None: must be computed
 
     @property
     def world(self) -> World:
@@ -87,25 +86,8 @@ class ClusterObjects:
                 self.derivation.remove(*event.key)
 
     def note_problems(self, problems: tuple[Problem, ...]) -> None:
-        """Replace the source's problems by the present ones; log each once when it begins, and once when it ends.
-
-        A problem whose message alone changes is the same problem.  At most MOST_LINES lines tell of each.
-        """
-        before, now = set(map(_problem_key, self._source_problems)), set(map(_problem_key, problems))
-        begun = [one for one in problems if _problem_key(one) not in before]
-        over = [one for one in self._source_problems if _problem_key(one) not in now]
-        for problem in begun[:MOST_LINES]:
-            level = logging.ERROR if problem.severity == "error" else logging.WARNING
-            log.log(level, "%s", problem, extra={"fields": {"problem": problem.slug}})
-        for problem in over[:MOST_LINES]:
-            log.info("over: %s", problem, extra={"fields": {"problem": problem.slug}})
-        for what, found in (("began", begun), ("are over", over)):
-            if found[MOST_LINES:]:
-                log.warning(
-                    "%d more problems %s at the same time; `netpolctl status` names those that are left",
-                    len(found) - MOST_LINES, what,
-                )  # fmt: skip
-        self._source_problems = problems
+        """Replace the problems of the source by ``problems``. Log those that began and those that ended."""
+        self._source_problems.note(problems)
 
     def take_changes(self, older: Collection[EndpointKey], is_idle: Callable[[EndpointKey], bool]) -> Changes:
         """The changes since the last call. A contested address belongs only to its holder.
@@ -147,13 +129,13 @@ class ClusterObjects:
                 changes.endpoints.setdefault(key, endpoint)
 
     def accept(self) -> dict[str, ObjectCounts]:
-        """Mark all taken changes as in force. Returns the number of objects by table of the world."""
+        """Note that all changes that `take_changes` returned are in force; returns the numbers of objects by table."""
         return self._in_force.accept()
 
     def set_tunnels(self, encapsulations: Iterable[tuple[int, int]]) -> None:
-        """Set the tunnels, as (IP protocol, UDP port), that this node accepts from any sender.
+        """Set which tunnels, as (IP protocol, UDP port), nodes accept from any sender.
 
-        Tunnels of all nodes stay.
+        Those in `TUNNELS` always count.
         """
         self.derivation.set_tunnels(TUNNELS.union(Tunnel(*one) for one in encapsulations))
 
@@ -244,7 +226,7 @@ class ClusterObjects:
     @property
     def source_problems(self) -> tuple[Problem, ...]:
         """The problems that the source reported with its last update."""
-        return self._source_problems
+        return self._source_problems.present
 
     def disputes(self) -> Iterable[Problem]:
         """The problems of addresses that several workloads claim."""
@@ -259,10 +241,6 @@ class ClusterObjects:
             if key.namespace and self.derivation.get(ResourceKey("Namespace", "", key.namespace)) is None:
                 message = f"its Namespace {key.namespace} is missing: no rule that selects by labels of the namespace matches it"
                 yield Problem(self.location(key), "", message, obj=str(key), slug="no-namespace")
-
-
-def _problem_key(problem: Problem) -> tuple[object, ...]:
-    return problem.slug, problem.severity, problem.location, problem.obj, problem.path
 
 
 def _dispute(address: IPAddress, holder: EndpointKey, other: EndpointKey) -> str:

@@ -32,7 +32,9 @@ SAID: dict[tuple[bool, Reach], tuple[str, str, str]] = {
         REDIRECT, "warning", "cannot tell whether programs of others redirect packets past policy: {}; " + WHY_UNKNOWN,
     ),
 }  # fmt: skip
-"""The problem of a program, as (slug, severity, message), by whether it is an XDP program and by its `Reach`."""
+"""The problem that a program causes, as (slug, severity, message).
+
+The key is (whether it is an XDP program, its `Reach`)."""
 FIRST = (OVERTAKEN, "error", "programs of others run before policy, which does not see what they let pass: {}")
 SHOWN = 10
 """Largest number of programs that a message names. The number is arbitrary."""
@@ -58,6 +60,6 @@ def problems_of(found: Iterable[Other], name_of: Callable[[int], str]) -> list[P
 
 
 def _said(one: Other) -> tuple[str, str, str] | None:
-    if one.hook == XDP:  # one that cannot redirect matters only where policy runs after it
+    if one.hook == XDP:  # an XDP program that cannot redirect matters only if our programs run after it
         return SAID[True, one.reach] if one.is_first or one.reach is not Reach.NONE else None
     return FIRST if one.is_first else SAID.get((False, one.reach))

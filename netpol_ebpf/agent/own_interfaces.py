@@ -62,9 +62,9 @@ class HostPolicyInputs:
     def without_removed(self, after: HostPolicyInputs) -> HostPolicyInputs:
         """These inputs without host endpoints that ``after`` lacks.
 
-        With them interfaces lose such host endpoints before the rows of the host endpoints are removed. Nodes have
-        their old and their new addresses, because rows of their workloads are written in between. Services are those of
-        ``after``.
+        The agent uses them before it removes the rows of those host endpoints, so that no interface needs the rows any
+        more. Nodes have their old and their new addresses, because rows of their workloads are written in between.
+        Services are those of ``after``.
         """
         staying = {key: after.hosts[key] for key in self.hosts if key in after.hosts}
         return HostPolicyInputs(staying, self.numbers, after.vips, {**self.nodes, **after.nodes})
@@ -166,7 +166,7 @@ class OwnInterfaces:
     # --- the maps in force ------------------------------------------------------------------------------------------
 
     def require_room(self, inputs: HostPolicyInputs, wiring: Wiring, workloads: Collection[int]) -> None:
-        """Raise MapFullError if the maps in force have no room for the inputs."""
+        """Raise MapFullError if the maps in force have no room for the rows that ``inputs`` require."""
         if inputs == self.inputs:
             return
         maps, _, surroundings = self._writers()
@@ -282,8 +282,8 @@ def _is_outside(link: Interface) -> bool:
 
     ``link``: the lowest of stacked devices.
 
-    They do not for a bridge, because its ports have already evaluated the packet. They do not for a veth pair with both
-    ends in this namespace, because the node itself sent the packet into the pair.
+    False for a bridge, because its ports have already evaluated the packet. False for a veth pair with both ends in
+    this namespace, because the node itself sent the packet into the pair.
     """
     is_inner = link.kind in PAIR_KINDS and link.peer is None
     return link.kind != BRIDGE_KIND and not is_inner

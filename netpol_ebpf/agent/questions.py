@@ -80,7 +80,9 @@ class NodeTopology(Topology):
         return place
 
     def is_bound(self, flow: Flow) -> bool:
-        """See `Topology`. A sender on another node meets that node's translation, which is not known here.
+        """See `Topology`.
+
+        False for a sender on another node, because that node translates and its sockets are not known.
 
         Raises PlatformError if the kernel does not list the node's sockets.
         """

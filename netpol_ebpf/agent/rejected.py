@@ -69,7 +69,7 @@ class RejectedChanges:
                 self.objects[f"{kind}/{name}" if kind.strip() else name] = place
 
     def accept(self) -> None:
-        """Mark everything as in force, and log the end of a rejection."""
+        """Note that all changes are in force, and log that a rejection is over."""
         if self.problem is not None:
             log.info(
                 "over: what %s had no room for is in force", self.full, extra={"fields": {"problem": self.problem.slug}}
@@ -90,7 +90,7 @@ class RejectedChanges:
         message += f" without {named}" if named else ""
         place = next(iter(self.objects.values()), Location(""))
         self.problem = Problem(place, "", message, obj=names[0] if names else "", slug=error.slug)
-        self.retry_at_s = None  # only another change can end the excess over a limit
+        self.retry_at_s = None  # only another change can bring the objects below a limit
         if isinstance(error, MapFullError):
             self.retry_at_s = now_s + self._gap_s
             self._gap_s = min(2 * self._gap_s, LONGEST_RETRY_S)

@@ -20,6 +20,7 @@ from netpol_ebpf.agent.barrier import Barrier
 from netpol_ebpf.agent.enforcement import Enforcement
 from netpol_ebpf.agent.node_access import RepairAccess
 from netpol_ebpf.agent.other_programs import REDIRECT, problems_of
+from netpol_ebpf.agent.problem_log import ProblemLog
 from netpol_ebpf.errors import Location, PlatformError, Problem
 from netpol_loader.pins.drift import Drift, PartlyMendedError
 
@@ -74,6 +75,7 @@ class Repair:
         self._audited_s = self._round_s = clock()
         self._failure: Problem | None = None
         self._other_programs: Sequence[Problem] = ()
+        self._problem_log = ProblemLog(log)
 
     @property
     def other_programs(self) -> Sequence[Problem]:
@@ -111,8 +113,8 @@ class Repair:
             self._restore_rows(now_s)
         except PlatformError as error:
             message = f"cannot restore what something else changed: {error.message}"
-            log.error("%s", message)  # noqa: TRY400 - the machine's state, not this code, needs attention
             self._failure = Problem(Location(""), "", message, slug="drift")
+        self._problem_log.note((*self._other_programs, *(() if self._failure is None else (self._failure,))))
         return True
 
     def _restore_programs(self, now_s: float) -> None:
@@ -125,7 +127,7 @@ class Repair:
     def _note_programs(self, found: Collection[Drift], now_s: float) -> None:
         self.drift.note(found, now_s)
         if any(one.kind == "program" for one in found):
-            self._enforcement.applier.bump_generation()  # packets may have passed unjudged meanwhile
+            self._enforcement.applier.bump_generation()  # packets may have passed without a verdict meanwhile
 
     def _restore_rows(self, now_s: float) -> None:
         audit = self._enforcement.audit
@@ -138,13 +140,9 @@ class Repair:
         self.drift.note(audit.step(), now_s)
 
     def _look_for_other_programs(self) -> None:
-        before = self._other_programs
         try:
             found = self._node.other_programs(frozenset(self._attachments.interfaces))
             self._other_programs = problems_of(found, self._name_of)
         except PlatformError as error:
             message = f"cannot tell whether programs of others bypass policy: {error.message}"
             self._other_programs = [Problem(Location(""), "", message, severity="warning", slug=REDIRECT)]
-        for one in self._other_programs:
-            if one not in before:
-                log.log(logging.ERROR if one.severity == "error" else logging.WARNING, "%s", one.message)

@@ -26,9 +26,9 @@ from netpol_ebpf.policy.types import Cause, CauseKind, EndpointKey
 from netpol_loader import abi
 
 WAITING = 100
-"""Objects shown of a rejected change; arbitrary."""
+"""Largest number of objects of a rejected change that are reported. The number is arbitrary."""
 CAUSES = 3
-"""Most causes that a failed readiness check names; arbitrary."""
+"""Largest number of causes that a failed readiness check names. The number is arbitrary."""
 CONNECTIONS = 10_000
 """Most connections that are reported. The number is arbitrary: they make an answer of some megabytes."""
 CONNECTION_TABLES = (
@@ -215,10 +215,11 @@ def rules(agent: Agent, maps: Mapping[str, KernelMap]) -> list[dict[str, Any]]:
 
 
 def readiness(agent: Agent) -> dict[str, str]:
-    """The readiness checks of the agent: name, and the reason of failure, "" for a check that passes.
+    """The readiness checks of the agent: the reason of its failure for each check, "" if the check passes.
 
-    ``synced``: the agent has all objects of all sources.  ``programmed``: they are in force.  ``fresh``: no source is
-    behind.  An object that its writer has to correct fails no check: a tenant could then make every node unready.
+    ``synced``: the agent has all objects of all sources. ``programmed``: they are in force. ``fresh``: no source is
+    behind. An error that only the author of an object can correct fails no check; otherwise a tenant could make every
+    node unready.
     """
     reports = agent.source.report()
     missing = [f"{one['source']}: {', '.join(one['waiting_for'][:CAUSES])}" for one in reports if not one["synced"]]
@@ -242,10 +243,11 @@ def _not_programmed(agent: Agent) -> str:
 
 
 def rule_labels(cause: Cause) -> dict[str, str]:
-    """The labels of a rule in metrics; different causes have different labels.
+    """The labels of a rule in metrics. Different causes have different labels.
 
-    ``rule``: the index; or end-of-tier, no-match, or failsafe or tunnel with the index; or missing, for the absence of
-    a profile.  ``kind``: of the policy; Profile for a profile, which ``policy`` then names.
+    ``rule``: the rule's index; or "end-of-tier" or "no-match"; or "failsafe" or "tunnel" with an index; or "missing" if
+    a profile does not exist. ``kind``: the kind of the policy, "Profile" for a profile. ``policy``: the name of the
+    policy or profile.
     """
     key, index = cause.policy, str(cause.index)
     rules = {
@@ -269,7 +271,10 @@ def rule_labels(cause: Cause) -> dict[str, str]:
 
 
 def metrics(agent: Agent, maps: Mapping[str, KernelMap], state: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The agent's metrics, see `netpol_ebpf.agent.metrics`. ``state``: the answer of `status` or `waiting`."""
+    """All metrics of the agent as plain values, see `netpol_ebpf.agent.metrics`.
+
+    ``state``: the result of `status` or `waiting`.
+    """
     whole = {**state, "readiness": readiness(agent)}
     if not agent.is_started:
         return [one.as_dict() for one in families(whole)]
@@ -283,10 +288,11 @@ def metrics(agent: Agent, maps: Mapping[str, KernelMap], state: Mapping[str, Any
 
 def connection_counts(maps: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Live connections by table; see `ConnectionMap`: ``established``, ``unreplied``, and ``size``, the number of slots."""
-    return {
-        name: {"established": maps[name].count_live(), "unreplied": maps[view].count_live(), "size": maps[name].slots}
-        for name, view in abi.UNREPLIED_VIEWS.items()
-    }
+    found = {}
+    for name in abi.UNREPLIED_VIEWS:
+        established, unreplied = maps[name].count_live()
+        found[name] = {"established": established, "unreplied": unreplied, "size": maps[name].slots}
+    return found
 
 
 def identities(agent: Agent) -> list[dict[str, Any]]:
@@ -322,7 +328,7 @@ def connections(agent: Agent, maps: Mapping[str, KernelMap]) -> dict[str, Any]:
                 yield table, raw_key, raw_row
 
     found: list[dict[str, Any]] = []
-    # Sorted by key: the order in the tables would reveal the secret of their hash.
+    # Sorted by key, because the order in the tables would reveal the secret of their hash.
     for table, raw_key, raw_row in heapq.nsmallest(CONNECTIONS, rows()):
         name, form = CONNECTION_TABLES[table]
         kind = abi.np_conn4_key if name.endswith("4") else abi.np_conn6_key

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 log = logging.getLogger(__name__)
 
 PARTS = 4
-"""How many signs of life the agent sends in the watchdog's time. sd_watchdog_enabled(3) recommends two."""
+"""Number of signs of life in each period of the watchdog. sd_watchdog_enabled(3) recommends two."""
 
 
 @dataclass(slots=True)

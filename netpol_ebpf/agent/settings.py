@@ -22,12 +22,12 @@ class AgentSettings:
     of workloads' interfaces; (): the built-in rule (`assignments.may_be_workloads`). ``own_interfaces``: name patterns
     of the node's own interfaces. ``borrow_sources``: a pod may send from its allowed source prefixes. ``keep_revoked``:
     a connection that policy no longer allows continues until it ends. ``workload_to_host``: the action on packets from
-    workloads to their own node; PASS: the policy of a wildcard host endpoint decides. ``mark_shift``: the lowest of the
-    16 bits of the packet mark for the sender tag; 0: there is no sender tag. ``tunnels``: (IP protocol, UDP port) of
-    encapsulations that the nodes accept from any sender, besides those of this node's devices; host endpoints let them
-    pass between known nodes. ``routers``: patterns of ``NAMESPACE/NAME`` of workloads that forward packets for other
-    hosts. ``hairpin``: a packet from outside may have the source address of a local workload. ``barrier``: options of
-    the second barrier.
+    workloads to their own node; PASS: the policy of a wildcard host endpoint decides. ``mark_shift``: the position of
+    the lowest of the 16 bits of the packet mark for the sender tag; 0: there is no sender tag. ``tunnels``: (IP
+    protocol, UDP port) of encapsulations that the nodes accept from any sender, besides those of this node's devices; a
+    host endpoint's policy does not apply to them between known nodes. ``routers``: patterns of ``NAMESPACE/NAME`` of
+    workloads that forward packets for other hosts. ``hairpin``: a packet from outside may have the source address of a
+    local workload. ``barrier``: options of the second barrier.
     """
 
     node: str | None = None

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Assignments that a look at the node's interfaces need not decide again, since nothing that they depend on changed.
+"""Settled assignments, which the search for workloads' interfaces need not decide again.
 
-An assignment *settles* when a look finds it as the look before left it (`InterfaceAssignments` decides that).  It stays
-settled until something changes that the decision depends on: the endpoint, its interface, the interface's record, the
-routes to the endpoint's addresses, the results of CNI plugins for it, or an interface to which stronger evidence may
-lead.  A look without settled assignments decides everything.
+An assignment *settles* when a search leaves it as it was before (`InterfaceAssignments` decides that). It stays settled
+until something changes on which the decision depends: the endpoint, its interface, the interface's record, the routes
+to the endpoint's addresses, the results of CNI plugins for the endpoint, or an interface to which stronger evidence may
+lead. A search without settled assignments decides everything.
 
-Invariant: a look decides the same with settled assignments and without.  In doubt an assignment is not settled.  Makes
-no system call and decides no assignment.
+Invariant: a search has the same result with settled assignments and without. In doubt an assignment is not settled.
+This module makes no system call and decides no assignment.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ from netpol_ebpf.agent.wiring import Wiring
 from netpol_ebpf.policy.types import Endpoint, EndpointKey, IPAddress
 
 if TYPE_CHECKING:
-    from netpol_ebpf.agent.assignments import Assignment, InterfaceRecord
+    from netpol_ebpf.agent.assignments import Evidence, InterfaceRecord
+
+
+Peer = tuple[int, int]
+"""The other end of a veth or netkit pair: (namespace id, interface index there)."""
 
 
 class LookInputs(NamedTuple):
-    """The inputs of a look.
+    """The inputs of a search for workloads' interfaces.
 
-    ``stated``: interfaces with an address that this node's Node object states.  ``results``: by pod, names of
-    interfaces that CNI plugins made.
+    ``endpoints``: by key. ``stated``: interfaces with an address that is in this node's Node object. ``results``: names
+    of the interfaces that CNI plugins made for each pod.
     """
 
     wiring: Wiring
@@ -37,18 +41,18 @@ class LookInputs(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """A settled assignment: the endpoint, its assignment, and the record of its interface."""
+    """A settled assignment: the endpoint, the evidence for its interface, and the interface's stored record."""
 
     endpoint: Endpoint
-    assignment: Assignment
+    evidence: Evidence
     record: InterfaceRecord
 
 
 def can_settle(endpoint: Endpoint, ifindex: int, now: LookInputs) -> bool:
-    """Whether `still_settled` notices all changes that concern the assignment of an endpoint to an interface.
+    """Whether `still_settled` notices every change that concerns an endpoint's assignment to an interface.
 
-    It does not notice changes of an interface that another host route of the endpoint leads to, nor of the name in the
-    endpoint's object.
+    It does not notice changes of an interface to which another host route of the endpoint leads, or of the interface
+    that the endpoint's object names.
     """
     routes = now.wiring.host_routes
     return endpoint.interface is None and {routes.get(one, ifindex) for one in endpoint.addresses} <= {ifindex}
@@ -57,17 +61,18 @@ def can_settle(endpoint: Endpoint, ifindex: int, now: LookInputs) -> bool:
 def still_settled(
     settled: Mapping[int, Settled], before: LookInputs, now: LookInputs, records: Mapping[int, InterfaceRecord]
 ) -> dict[int, Settled]:
-    """The assignments of ``settled``, by interface, that stay settled.
+    """The assignments in ``settled``, by interface index, that are still settled.
 
-    ``before``: the inputs of the look that returned ``settled``.  ``records``: the present records of interfaces.
-    Cost: linear, with a few comparisons by identity for each endpoint and link.
+    ``before``: the inputs of the search that returned ``settled``. ``now``: the present inputs. ``records``: the
+    present records of interfaces. Cost: linear, with a few comparisons by identity for each endpoint and link.
     """
     old, new = before.wiring, now.wiring
     changed = _changed_links(old, new)
     if (old.uplinks | before.stated, old.subnets) != (new.uplinks | now.stated, new.subnets):
         return {}
-    if any(not changed.keys().isdisjoint(interfaces) for interfaces in new.subnets.values()):
+    if changed and any(not changed.keys().isdisjoint(interfaces) for interfaces in new.subnets.values()):
         return {}
+    behind = _changed_peers(old.peer_addresses, new.peer_addresses)
     moved = _moved_addresses(old.host_routes, new.host_routes)
     concerned = _concerned_by_name({name for names in changed.values() for name in names}, settled, before, now)
     found = {}
@@ -79,19 +84,21 @@ def still_settled(
             and ifindex not in changed
             and endpoint.key not in concerned
             and (not moved or moved.isdisjoint(endpoint.addresses))
-            and (record.first or _addresses_behind(ifindex, old) == _addresses_behind(ifindex, new))
+            and (record.first or not behind or new.links[ifindex].peer not in behind)
         ):
             found[ifindex] = one
     return found
 
 
-def _addresses_behind(ifindex: int, wiring: Wiring) -> Collection[IPAddress]:
-    peer = wiring.links[ifindex].peer
-    return () if peer is None else wiring.peer_addresses.get(peer, ())
+def _changed_peers(before: Mapping[Peer, object], now: Mapping[Peer, object]) -> set[Peer]:
+    """The other ends of pairs whose addresses differ from those before."""
+    if before == now:
+        return set()
+    return {peer for peer in before.keys() | now.keys() if before.get(peer) != now.get(peer)}
 
 
 def _changed_links(before: Wiring, now: Wiring) -> dict[int, set[str]]:
-    """Interfaces that came, went or changed, each with its names before and now."""
+    """The indices of interfaces that appeared, vanished or changed, each with its old and new name."""
     found: dict[int, set[str]] = {}
     for ifindex, link in now.links.items():
         known = before.links.get(ifindex)
@@ -103,18 +110,21 @@ def _changed_links(before: Wiring, now: Wiring) -> dict[int, set[str]]:
 
 
 def _moved_addresses(before: Mapping[IPAddress, int], now: Mapping[IPAddress, int]) -> set[IPAddress]:
-    """Addresses with a host route that came, went, or leads to another interface."""
+    """The addresses whose host route appeared, vanished, or leads to another interface."""
     if before == now:
         return set()
-    return {one for one, ifindex in now.items() if before.get(one) != ifindex} | (before.keys() - now.keys())
+    found = {one for one, ifindex in now.items() if before.get(one) != ifindex}
+    if len(before) + len(found) != len(now):  # not only new ones
+        found |= before.keys() - now.keys()
+    return found
 
 
 def _concerned_by_name(
     names: Collection[str], settled: Mapping[int, Settled], before: LookInputs, now: LookInputs
 ) -> set[EndpointKey]:
-    """Endpoints whose evidence by name may have changed.
+    """The endpoints whose evidence by a name of an interface may have changed.
 
-    ``names``: of interfaces that came, went or changed.
+    ``names``: the names of interfaces that appeared, vanished or changed.
     """
     found: set[EndpointKey] = set()
     hashes = {hash_in(name) for name in names} - {None}

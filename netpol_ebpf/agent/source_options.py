@@ -16,6 +16,7 @@ from netpol_ebpf.errors import InvalidInputError, PlatformError, UsageError
 from netpol_ebpf.sources.copies import LastGoodCopies
 from netpol_ebpf.sources.directory_watch import DirectoryWatch
 from netpol_ebpf.sources.files import ManifestDirectory
+from netpol_ebpf.sources.kubernetes.client import Cluster, in_cluster
 from netpol_ebpf.sources.merged import MergedSources
 from netpol_ebpf.sources.source import Source
 
@@ -115,6 +116,15 @@ def plan_source(arguments: argparse.Namespace, state_dir: Path) -> OpenSource:
     return lambda may_restore: MergedSources([plan(may_restore) for plan in plans])
 
 
+def cluster_of(source: Source) -> Cluster | None:
+    """The cluster that a source, or one of its merged sources, watches; None if it reads only manifests."""
+    for one in source.parts if isinstance(source, MergedSources) else (source,):
+        cluster = getattr(one, "cluster", None)
+        if isinstance(cluster, Cluster):
+            return cluster
+    return None
+
+
 def _plan_manifests(manifests: Path, state_dir: Path) -> OpenSource:
     if not manifests.exists():
         raise InvalidInputError(f"--manifests {manifests}: there is no such directory")
@@ -124,7 +134,6 @@ def _plan_manifests(manifests: Path, state_dir: Path) -> OpenSource:
 
 
 def _plan_cluster(arguments: argparse.Namespace) -> OpenSource:
-    from netpol_ebpf.sources.kubernetes.client import in_cluster
     from netpol_ebpf.sources.kubernetes.kubeconfig import load_kubeconfig
 
     if arguments.kubernetes and arguments.context is not None:

@@ -23,8 +23,8 @@ STATES: Mapping[str, int] = {
     "other": abi.NP_CONN_OTHER,
     "fragment": abi.NP_CONN_FRAGMENT,
 }
-"""The number of each state (enum np_conn_state) by its name in options. "fragment": the first fragment of a
-datagram."""
+"""The number of each state (enum np_conn_state) by its name in options. The state "fragment" is that of the row for a
+datagram's first fragment."""
 
 SHORTEST_S = 2
 """Shortest time-out in seconds. The program updates the time of a connection at most once a second, so with a time-out

@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import islice
 
-from netpol_ebpf.apply.applier import ARRAYS, Applier, KernelMap
+from netpol_ebpf.apply.applier import ARRAYS, Applier, Binding, KernelMap
 from netpol_ebpf.apply.encode import ENCODERS, Element, decode_key, elements
 from netpol_ebpf.apply.surroundings import SurroundingsWriter
 from netpol_ebpf.compiler.tables import CompiledTables
 from netpol_ebpf.errors import MapFullError
+from netpol_ebpf.policy.types import EndpointKey
 from netpol_loader import abi
 from netpol_loader.pins.drift import Drift
 
@@ -82,18 +83,26 @@ class Audit:
 
         Yields for each row the difference that was restored, or None if the row was correct.
         """
-        for key in list(self._applier.bindings):
+        ours: set[tuple[str, bytes]] = set()
+        encoded: dict[EndpointKey, Binding] = {}
+        for key, binding in list(self._applier.bindings.items()):
             # The elements of one endpoint are compared in one step, because between two steps its row may change.
-            yield from [self._compare(element) for element in self._applier.endpoint_elements(key)]
+            written = list(self._applier.endpoint_elements(key))
+            ours.update((name, raw) for name, raw, _ in written)
+            encoded[key] = binding
+            yield from [self._compare(element) for element in written]
         for (name, raw), value in list(self._node.rows.items()):
             if self._node.rows.get((name, raw)) == value:  # otherwise the row changed after the list was made
                 yield self._compare((name, raw, value))
-        ours = self._of_endpoints()
+        ours |= self._node.rows.keys()
         for name in (*BY_ENDPOINT, *BY_NODE):
             for raw in self._keys(name):
-                # Before a removal the rows are computed again, because the row may be newer than ``ours``.
-                is_ours = (name, raw) in ours or (name, raw) in self._of_endpoints()
-                yield None if is_ours else self._remove(name, raw)
+                if (name, raw) not in ours:  # it may be a newer row, most often of an endpoint with a new binding
+                    ours |= self._rows_of_endpoints(encoded)
+                    encoded = dict(self._applier.bindings)
+                if (name, raw) not in ours:
+                    ours = self._rows_of_endpoints({})
+                yield None if (name, raw) in ours else self._remove(name, raw)
         for name in BY_TABLE:
             for raw in self._keys(name):
                 table, place = decode_key(name, raw)
@@ -110,11 +119,13 @@ class Audit:
         for key, _value in self._maps[name].items():  # noqa: PERF102 - a map, no dict
             yield key
 
-    def _of_endpoints(self) -> set[tuple[str, bytes]]:
+    def _rows_of_endpoints(self, encoded: Mapping[EndpointKey, Binding]) -> set[tuple[str, bytes]]:
+        """Map and key of the node's rows, and of the rows of endpoints with another binding than in ``encoded``."""
         return self._node.rows.keys() | {
-            (name, key)
-            for endpoint in self._applier.bindings
-            for name, key, _ in self._applier.endpoint_elements(endpoint)
+            (name, raw)
+            for key, binding in self._applier.bindings.items()
+            if encoded.get(key) is not binding
+            for name, raw, _ in self._applier.endpoint_elements(key)
         }
 
     def _compare(self, element: Element) -> Drift | None:

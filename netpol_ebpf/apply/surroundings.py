@@ -126,18 +126,21 @@ class SurroundingsWriter:
         if wanted == self._written:
             return
         rows = {(name, key): value for name, key, value in wanted.elements()}
-        self._require_room(rows.keys())
         before = self._rows
-        gone = before.keys() - rows.keys() - set(keep)
-        bits = [key for name, key in {**before, **rows} if name == VIP_FILTER]
+        changed = {place: value for place, value in rows.items() if before.get(place) != value}
+        if not changed.keys() <= before.keys():
+            self._require_room(rows.keys())
+        lost = before.keys() - rows.keys()
+        gone = lost - set(keep) if lost else lost
+        bits = [key for name, key in (*changed, *lost) if name == VIP_FILTER]
         both = {key: either(*(of.get((VIP_FILTER, key), NO_BITS) for of in (before, rows))) for key in bits}
         # An address must have its bit while it has a row.
         for key, value in both.items():
             self._put_bits(key, before.get((VIP_FILTER, key), NO_BITS), value)
         done: list[tuple[str, bytes]] = []
         try:
-            for (name, key), value in rows.items():
-                if name != VIP_FILTER and before.get((name, key)) != value:
+            for (name, key), value in changed.items():
+                if name != VIP_FILTER:
                     self._maps[name].put(key, value)
                     done.append((name, key))
         except PlatformError:

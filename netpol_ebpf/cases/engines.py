@@ -20,7 +20,7 @@ class Engine(Protocol):
     """An evaluator of policy: it decides the packets of one world."""
 
     def load(self, world: World) -> None:
-        """Replace the present world by ``world``. Engines with state apply only the difference, as the agent does."""
+        """Replace the present world by ``world``. Engines that keep compiled state apply only the difference."""
 
     def decide(self, question: Question) -> Verdict:
         """The verdict of the loaded world's policy on ``question``."""
@@ -51,7 +51,7 @@ def open_engine(name: str) -> Iterator[Engine]:
 
         yield TablesEngine()
     else:
-        # The kernel's engine needs bcc and privileges; the other two must work without.
+        # Imported here, because the other engines must work without BCC and privileges.
         from netpol_ebpf.apply.kernel_engine import KernelEngine
 
         with KernelEngine() as engine:

@@ -311,8 +311,8 @@ class Cast:
     def _senders(self, end: IPAddress | tuple[str, str], address: IPAddress) -> Iterator[FlowEnd | None]:
         """The possible senders of a packet from ``address``. None stands for the owner of the address.
 
-        The others are workloads that borrow it: it is in their allowed source prefixes. ``end``: the source of the
-        probe; a workload named there is the only sender.
+        The other senders are workloads that have the address in their allowed source prefixes. ``end``: the source of
+        the probe; a workload named there is the only sender.
         """
         yield None
         for one in self._borrowers if not isinstance(end, tuple) else ():

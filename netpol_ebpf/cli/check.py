@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         paths = " ".join(map(str, given))
         raise InvalidInputError(f"no object found in {paths}", hint="Manifests end in .yaml, .yml or .json.")
     problems = list(loaded.problems)
-    linted = not loaded.errors  # checks of all objects together would be wrong if objects were missing
+    linted = not loaded.errors  # checks of all objects together need objects without errors
     if linted:
         problems.extend(lint(as_cluster(loaded.resources)))
         problems = _in_file_order(problems)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`netpolctl cleanup`: end enforcement and remove everything that netpol-ebpf made on this node.
 
-Exit codes: 0 nothing is left, 5 something could not be removed, or an agent is running.
+Exit codes: 0 nothing is left; 5 something could not be removed, or an agent is running.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="list what would be removed, and remove nothing")
     add_agent_options(parser, "--pin-root", "--state-dir", "--saved-state")
-    # The default saved state is that of the agent with the default state directory.
+    # The agent with the default state directory has the default saved state; `_clean` decides by None.
     parser.set_defaults(agent_options={**parser.get_default("agent_options"), "saved_state": None})
     add_directory_options(parser, "cni-")
     add_output_option(parser)
@@ -74,7 +74,7 @@ def _clean(arguments: argparse.Namespace) -> int:
     from netpol_loader.pins.dataplane import DEFAULT_PIN_ROOT
     from netpol_loader.pins.removal import Leftover, find_leftovers
 
-    # First, so that no pod waits for an agent that does not come back.
+    # The plugin is removed first, so that no pod waits for an agent that does not come back.
     plugin = find_installed(arguments.bin_dir, arguments.conf_dir)
     leftovers = [Leftover(one.kind, str(one.path), one.remove) for one in plugin]
     leftovers += find_leftovers(arguments.pin_root or DEFAULT_PIN_ROOT)

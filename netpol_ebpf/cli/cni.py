@@ -152,7 +152,7 @@ class ConfigurationKeeper:
             self._told = error.message
             return []
         self._told = ""
-        if not written:  # after a write, another program may have written, too: look again
+        if not written:  # after a write the next `look` checks again, because another program may have written, too
             self._seen = seen
         return written
 

@@ -41,7 +41,7 @@ from netpol_ebpf.resources.load import load_paths
 from netpol_ebpf.resources.types import KubernetesNetworkPolicy, Resource
 from netpol_ebpf.terminal import escaped
 
-READY_DEADLINE_S = 120.0  # seconds, on a quiet machine; a busy machine may compile for half a minute
+READY_DEADLINE_S = 120.0  # a busy machine may compile for half a minute
 CHANGE_DEADLINE_S = 10.0
 CHANGE_ATTEMPT_S = 0.1  # how long one attempt waits for an answer while a change is due
 POLL_S = 0.02

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl`: the command line. Runs a subcommand, and maps its result or error to an exit code.
+"""`netpolctl`: runs a subcommand, and maps its result or error to an exit code.
 
-Exit codes: 0 yes or done, 1 the answer is no, 2 usage, 3 invalid input, 4 agent not reachable, 5 kernel or permission,
-70 a bug; 130 interrupted, 141 the reader of the output went away.
+Exit codes: 0 yes or done, 1 the answer is no, 2 wrong usage, 3 invalid input, 4 no agent or API server answers, 5 a
+fault of the kernel or a missing permission, 70 a bug, 130 interrupted, 141 the reader of the output ended.
 
-Invariants: a user gets a traceback only with ``--debug``.  Modules that need BCC, root or a kernel are imported only
-when a command runs, not here or by a subcommand's ``register``.
+Invariants: a user gets a traceback only with ``--debug``. Modules that need BCC, root or a kernel are imported only
+when a command runs, neither here nor in a subcommand's ``register``.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ COMMANDS = (
     "netpol_ebpf.cli.explain",
     "netpol_ebpf.cli.get",
     "netpol_ebpf.cli.status",
+    "netpol_ebpf.cli.wait",
+    "netpol_ebpf.cli.can_i",
     "netpol_ebpf.cli.metrics",
     "netpol_ebpf.cli.flows",
     "netpol_ebpf.cli.release",
@@ -45,11 +47,14 @@ COMMANDS = (
     "netpol_ebpf.cli.compile",
     "netpol_ebpf.cli.doctor",
 )
-"""The modules of the subcommands, each with a function ``register(subparsers)``, in the order of the help text."""
+"""The modules of the subcommands, in the order of the help text. Each has a function ``register(subparsers)``."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Build the parser with every subcommand; each sets ``run``, a function from the arguments to an exit code."""
+    """Build the parser of all subcommands.
+
+    Each subcommand sets ``run``, a function from the arguments to an exit code.
+    """
     parser = argparse.ArgumentParser(
         prog="netpolctl",
         description="Network policy enforced with eBPF: check and test policies, explain verdicts, inspect the agent of this node.",
@@ -63,15 +68,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: returns the exit code (argparse exits by itself with 2 on wrong usage)."""
+    """Entry point; returns the exit code. For wrong usage argparse itself exits with 2."""
     arguments = build_parser().parse_args(argv)
-    if logging.lastResort is not None:  # the handler for warnings of imported modules
+    if logging.lastResort is not None:  # this handler prints warnings of imported modules
         logging.lastResort.setFormatter(LogFormatter())
     return run(arguments.run, arguments)
 
 
 def run(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
-    """Run a command and report its failure, if any, on standard error."""
+    """Run a command; returns its exit code. A failure is reported on standard error."""
     try:
         complete_options(arguments)
         code = command(arguments)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`netpolctl metrics`: print the agent's metrics in Prometheus' text format, or as plain values.
 
-The text is for the textfile collector of the node exporter; `netpol-agent --health-address` serves the same metrics
-over HTTP.  This module computes nothing: `netpol_ebpf.agent.metrics` has every metric.
+The text is for the textfile collector of the node exporter. `netpol-agent --health-address` serves the same metrics
+over HTTP. This module computes nothing; `netpol_ebpf.agent.metrics` does.
 
-Exit codes: 0, 4 no agent answers, 5 the text needs a package that is missing.
+Exit codes: 0 printed, 4 no agent answers, 5 the package that renders the text is missing.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def render_json(value: Any, indent: int | None = None) -> str:
     """Render a value as JSON in printable ASCII. ``indent``: spaces for each level, None for a single line."""
     return json.dumps(value, indent=indent).replace(
         "\x7f", "\\u007f"
-    )  # json.dumps escapes every other control character
+    )  # json.dumps escapes all other control characters
 
 
 def counted(counts: Mapping[str, int]) -> str:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl release`: end the objects that stay in force although the definition of their kind was deleted.
+"""`netpolctl release`: remove the objects that stay in force although the definition of their kind was deleted.
 
-Exit codes: 0 they are no longer in force on this node, 1 the change was rejected, 3 nothing of the kind is kept, 4 the
-agent does not respond.
+Exit codes: 0 they are no longer in force on this node, 1 the change was rejected, 3 no object of the kind is kept, 4
+the agent does not answer.
 """
 
 from __future__ import annotations

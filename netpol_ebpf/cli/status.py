@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`netpolctl status`: print what the agent of this node enforces, on which interfaces, and every problem.
 
-Exit codes: 0 all objects of the sources are in force, 1 some are not, 4 the agent does not answer.
+With ``--policy`` it prints on which nodes one policy of a cluster is in force, from the reports of the nodes.
+
+Exit codes: 0 all objects of the sources (or the policies) are in force, 1 some are not, 3 the policy does not exist, 4
+the agent or the API server does not answer, 5 a right is missing.
 """
 
 from __future__ import annotations
@@ -11,7 +14,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from netpol_ebpf.cli.agent_access import add_agent_options, ask_agent
+from netpol_ebpf.cli.api_access import add_api_options
 from netpol_ebpf.cli.output import add_output_option, counted, print_value, render_table
+from netpol_ebpf.cli.policy_status import POLICY_HELP, add_local_option, policy, print_standings, reader_of
+from netpol_ebpf.errors import UsageError
 from netpol_ebpf.terminal import escaped, paragraph, say
 
 EXIT_NOT_IN_FORCE = 1
@@ -26,8 +32,15 @@ def register(subparsers: Any) -> None:
         "status",
         help="show what the agent of this node enforces, its sources, and every problem",
         description="Show what the agent of this node enforces, on which interfaces, and what keeps it from enforcing the rest.",
-        epilog="exit codes: 0 everything that the sources say is in force, 1 something is not, 4 no agent answers",
+        epilog="exit codes: 0 everything that the sources say (or the policy) is in force, 1 something is not, 3 no such policy, "
+        "4 no agent or API server answers, 5 no right",
     )
+    parser.add_argument(
+        "--policy", action="append", type=policy, default=[], metavar="POLICY",
+        help=f"show on which nodes of the cluster a policy is in force, and why not elsewhere: {POLICY_HELP} (may be repeated)",
+    )  # fmt: skip
+    add_local_option(parser)
+    add_api_options(parser)
     add_agent_options(parser, "--state-dir")
     add_output_option(parser)
     parser.set_defaults(run=run)
@@ -35,6 +48,14 @@ def register(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
+    if arguments.policy:
+        look = reader_of(arguments)
+        found = [look(key) for key in arguments.policy]
+        if not print_value(arguments.output, found):
+            print_standings(found, wide=arguments.output == "wide")
+        return 0 if all(one["programmed"] for one in found) else EXIT_NOT_IN_FORCE
+    if arguments.local or arguments.kubeconfig or arguments.context:
+        raise UsageError("--local, --kubeconfig and --context go with --policy", hint="Name a policy.")
     (state,) = ask_agent(arguments, "status")
     if not print_value(arguments.output, state):
         _print_text(state, wide=arguments.output == "wide")
@@ -71,10 +92,9 @@ def _source(source: dict[str, Any]) -> str:
         parts.append(f"confirmed at {source['confirmed']}")
     if source.get("went_back_at"):
         parts.append(f"WENT BACK to an older state at {source['went_back_at']}, all kinds were listed again")
-    if source.get("gaps"):
-        parts.append(
-            f"events lost and listed again: {', '.join(f'{kind} {n} times' for kind, n in source['gaps'].items())}"
-        )
+    gaps = [f"{one['kind']} {one['gaps']} times" for one in source.get("kinds", ()) if one.get("gaps")]
+    if gaps:
+        parts.append(f"events lost and listed again: {', '.join(gaps)}")
     return f"{source['type']} {source['source']}: {'; '.join(parts)}"
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl uninstall`: the two steps of an uninstallation from a cluster that need its API server.
+"""`netpolctl uninstall`: the two steps of an uninstallation from a cluster that need the API server.
 
-The chart's pre-delete hooks run them.  ``agents-gone`` deletes the agents' DaemonSet and waits for the end of its pods.
-``nodes-clean`` waits until the cleanup DaemonSet is ready on every node, that is, until every node is clean.
+The chart's pre-delete hooks run them. ``agents-gone`` deletes the agents' DaemonSet and waits for the end of its pods.
+``nodes-clean`` waits until the cleanup DaemonSet is ready on every node, which means that every node is clean.
 
-Exit codes: 0 done, 4 the API server cannot be reached or refuses.
+Exit codes: 0 done, 4 the API server cannot be reached or rejects the request.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ import http
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from netpol_ebpf.cli.api_access import add_api_options, open_api
 from netpol_ebpf.errors import UnreachableError
-from netpol_ebpf.sources.kubernetes.client import Client, Cluster, HttpAnswer, in_cluster
-from netpol_ebpf.sources.kubernetes.kubeconfig import load_kubeconfig
+from netpol_ebpf.sources.kubernetes.client import Client, HttpAnswer
 from netpol_ebpf.terminal import escaped, say
 
 AGENTS, CLEANUP = "netpol-agent", "netpol-cleanup"
-"""The DaemonSets of deploy/chart."""
+"""Names of the DaemonSets in deploy/chart: that of the agents, and that which removes their traces from nodes."""
 LOOK_S = 2.0
-"""Interval in seconds between two requests; arbitrary."""
+"""Seconds between two requests. The number is arbitrary."""
 ANSWER_S = 30.0
-"""Time limit in seconds for an answer."""
+"""Time limit in seconds for an answer of the API server."""
 
 
 def register(subparsers: Any) -> None:
@@ -44,35 +43,36 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--namespace", default="kube-system", metavar="NAME", help="namespace of the DaemonSets (default: %(default)s)"
     )
-    parser.add_argument(
-        "--kubeconfig", type=Path, metavar="FILE", help="kubeconfig of the cluster (default: that of this pod)"
-    )
+    add_api_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    kubeconfig: Path | None = arguments.kubeconfig
-    cluster = in_cluster() if kubeconfig is None else load_kubeconfig([kubeconfig.expanduser()])
-    STEPS[arguments.step](DaemonSets(cluster, arguments.namespace))
+    STEPS[arguments.step](DaemonSets(open_api(arguments), arguments.namespace))
     return 0
 
 
 class DaemonSets:
-    """The DaemonSets of a namespace."""
+    """Access to the DaemonSets of one namespace."""
 
-    def __init__(self, cluster: Cluster, namespace: str) -> None:
-        self._client = Client(cluster)
+    def __init__(self, client: Client, namespace: str) -> None:
+        self._client = client
         self._path = f"/apis/apps/v1/namespaces/{namespace}/daemonsets/"
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """The object; None if there is none. Raises UnreachableError."""
+        """Get a DaemonSet; None if it does not exist. Raises UnreachableError."""
         return self._answer(name, self._client.get(self._path + name, head_s=ANSWER_S, idle_s=ANSWER_S))
 
     def delete(self, name: str) -> bool:
-        """Begin the deletion; returns whether there was one. It ends when all its pods have. Raises UnreachableError."""
+        """Begin to delete a DaemonSet; returns whether it existed. Raises UnreachableError.
+
+        The object disappears when all its pods have ended.
+        """
         target = f"{self._path}{name}?propagationPolicy=Foreground"
-        return self._answer(name, self._client.delete(target, head_s=ANSWER_S, idle_s=ANSWER_S)) is not None
+        return (
+            self._answer(name, self._client.send("DELETE", target, b"", head_s=ANSWER_S, idle_s=ANSWER_S)) is not None
+        )
 
     def _answer(self, name: str, answer: HttpAnswer) -> dict[str, Any] | None:
         try:
@@ -94,7 +94,7 @@ class DaemonSets:
 
 
 def end_agents(daemonsets: DaemonSets, pause: Callable[[float], None] = time.sleep) -> None:
-    """Delete the agents' DaemonSet, and wait until its pods have ended."""
+    """Delete the agents' DaemonSet, and wait until its pods have ended. ``pause``: sleeps the given seconds."""
     if daemonsets.delete(AGENTS):
         say(f"DaemonSet {AGENTS}: deleted; waiting for its pods to end")
     while daemonsets.read(AGENTS) is not None:
@@ -103,7 +103,10 @@ def end_agents(daemonsets: DaemonSets, pause: Callable[[float], None] = time.sle
 
 
 def await_clean(daemonsets: DaemonSets, pause: Callable[[float], None] = time.sleep) -> None:
-    """Wait until the cleanup DaemonSet is ready on every node, and say how many are, at each change."""
+    """Wait until the cleanup DaemonSet is ready on every node.
+
+    Print the number of ready nodes at each change. ``pause``: sleeps the given seconds.
+    """
     told = ""
     while True:
         found = daemonsets.read(CLEANUP)

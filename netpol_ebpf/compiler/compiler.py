@@ -31,6 +31,7 @@ from netpol_ebpf.policy.types import (
     EndpointKey,
     LabelledNets,
     Policy,
+    PolicyKey,
     PolicySettings,
     PolicyTier,
     ProfileRules,
@@ -93,6 +94,10 @@ class Compiler:
         """The policies, staged ones included, that select a local endpoint, in the order of their keys."""
         policies = self._state.world.policies
         return [policies[key] for key in sorted(self._state.subjects.policies_of(endpoint)) if key in policies]
+
+    def selecting(self) -> set[PolicyKey]:
+        """The policies, staged ones included, that select a local endpoint, as a new set."""
+        return self._state.subjects.selecting()
 
     def content_of(self, identity: int) -> IdentityContent:
         """The labels, nets and services that all addresses of an identity have in common.

@@ -33,6 +33,10 @@ class Subjects:
         """The policies that select a local endpoint. The result is valid until the next change."""
         return self._policies_of.get(endpoint, set())
 
+    def selecting(self) -> set[PolicyKey]:
+        """The policies that select a local endpoint, as a new set."""
+        return {policy for policy, endpoints in self._endpoints_of.items() if endpoints}
+
     def set_policy(self, policy: PolicyKey, subject: Selector | None, journal: Journal) -> None:
         """Add a policy, or change the selector of its subject. ``subject`` None removes the policy."""
         before = self._selectors.get(policy)

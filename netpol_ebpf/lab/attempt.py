@@ -19,7 +19,7 @@ class Reachability(enum.Enum):
     REACHED = "reached"  # an echo came back, over the same connection
     SILENT = "silent"  # nothing came back before the deadline
     REFUSED = "refused"  # the destination answered that no socket listens on the port
-    UNREACHABLE = "unreachable"  # a router, or the source's own kernel, reported no route
+    UNREACHABLE = "unreachable"  # a router or the source's own kernel reported that there is no route
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ def processes_in(namespace: str) -> list[int]:
         try:
             seen = (entry / "ns" / "net").stat()
         except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue  # ended meanwhile, or a kernel thread
+            continue  # the process has ended, or is a kernel thread
         if (seen.st_dev, seen.st_ino) == (wanted.st_dev, wanted.st_ino):
             found.append(int(entry.name))
     return found

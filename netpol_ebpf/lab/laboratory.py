@@ -31,12 +31,12 @@ from netpol_ebpf.lab.topology import Host, IpBatch, Plan
 STOP_DEADLINE_S = 60.0
 LINKS_DEADLINE_S = 30.0
 POLL_S = 0.02
-RUN_DEADLINE_S = 120.0  # an agent that is run with --once compiles, which takes long on a busy machine
+RUN_DEADLINE_S = 120.0  # an agent with --once compiles the program, which takes long on a busy machine
 GUARD_DEADLINE_S = 15.0
 TOOLS = {"ip": "iproute2", "nsenter": "util-linux"}
 _File = Union[int, IO[bytes], IO[str], None]
 
-# Written before any interface exists, so that "default" reaches all of them.
+# These are written before any interface exists, so that "default" applies to all interfaces.
 SETTINGS_ALL = (
     ("ipv6/conf/all/disable_ipv6", "0"),
     ("ipv6/conf/default/disable_ipv6", "0"),
@@ -45,7 +45,7 @@ SETTINGS_ALL = (
     ("ipv6/conf/default/accept_ra", "0"),
     ("ipv6/conf/default/router_solicitations", "0"),
     ("ipv4/ping_group_range", "0 2147483647"),  # echo requests from datagram sockets
-    # Only the program under test may drop packets: no reverse path filter, which also judges source addresses.
+    # The reverse path filter is off, because only the program under test may drop packets.
     ("ipv4/conf/all/rp_filter", "0"),
     ("ipv4/conf/default/rp_filter", "0"),
 )
@@ -131,7 +131,7 @@ class Lab:
         return {link["ifname"] for link in links if link["operstate"] == "UP"}
 
     def _run_batch(self, batch: IpBatch) -> None:
-        # A batch applies one family option to all its lines, so neighbouring lines of one family go together.
+        # The family is an option of the whole command, so successive lines of one family become one command.
         runs: list[tuple[str, list[str]]] = []
         for line in batch.lines:
             family, text = (line[:2], line[3:]) if line.startswith("-") else ("", line)

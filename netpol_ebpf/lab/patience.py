@@ -16,7 +16,7 @@ import os
 from netpol_ebpf.errors import UsageError
 
 VARIABLE = "NETPOL_TIMEOUT_FACTOR"
-LARGEST = 1000.0  # arbitrary: a limit of 0.4 s becomes minutes
+LARGEST = 1000.0  # arbitrary; with it a limit of 0.4 s becomes minutes
 
 
 def scaled(seconds: float) -> float:

@@ -17,7 +17,7 @@ from netpol_ebpf.policy.translate import derive
 from netpol_ebpf.policy.types import Direction, EndpointKey, Packet, Policy, Staged
 from netpol_ebpf.resources.types import Resource
 
-SOURCE_PORT = 40000  # arbitrary: the kernel chooses one; no rule of a manifest for which that matters can be predicted
+SOURCE_PORT = 40000  # arbitrary, because the kernel chooses the port; so rules on source ports cannot be predicted
 ECHO_REQUEST = {ICMP: 8, ICMPV6: 128}
 
 

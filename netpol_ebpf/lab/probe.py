@@ -37,11 +37,11 @@ T = TypeVar("T")
 SETTINGS_DIR = Path("/proc/sys/net")
 CLONE_NEWNET = 0x40000000  # linux/sched.h; os.setns comes with Python 3.12
 DEADLINE_S = 0.4
-HOLD_DEADLINE_S = 5.0  # to open a connection that is expected to open: silence proves nothing here
-RESENDS = 4  # datagrams per deadline: one lost on a busy machine is no denial
+HOLD_DEADLINE_S = 5.0  # for a connection that is expected to open
+RESENDS = 4  # datagrams per deadline, because a busy machine may lose one
 LAST_TURNS = 3  # passes of the event loop before an attempt without answer counts as silent; arbitrary
 JOIN_DEADLINE_S = 5.0
-ANSWER_DEADLINE_S = 120.0  # for a whole batch; only a bug exceeds it
+ANSWER_DEADLINE_S = 120.0  # for a whole batch; only a bug can make it take longer
 _UNREACHABLE = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EACCES, errno.EPERM, errno.EHOSTDOWN}
 
 
@@ -121,7 +121,7 @@ class Prober:
 
         def write() -> None:
             for path, value in settings:
-                # The kernel looks such a file up in the namespace of the thread that opens it.
+                # The kernel uses the network namespace of the thread that opens the file.
                 (SETTINGS_DIR / path).write_text(value)
 
         self.call(self._inside(host, write))
@@ -225,7 +225,7 @@ class Prober:
                 while data := await self._loop.sock_recv(sock, 4096):
                     await self._loop.sock_sendall(sock, data)
             except OSError:
-                return  # the client is gone, or policy cut the connection: nothing is left to serve
+                return  # the client closed the connection, or policy cut it
 
     async def _echo_datagrams(self, sock: socket.socket) -> None:
         while True:
@@ -254,7 +254,7 @@ class Prober:
                 _, waiting = await asyncio.wait(waiting, timeout=left_s)
                 continue
             seen_s = batch.moved_s
-            for _ in range(LAST_TURNS):  # reads answers that arrived while the loop was busy
+            for _ in range(LAST_TURNS):  # lets the loop read answers that arrived while it was busy
                 await asyncio.sleep(0)
             if batch.moved_s == seen_s:
                 break
@@ -308,7 +308,7 @@ class Prober:
             if kind == socket.SOCK_STREAM:
                 await self._loop.sock_connect(sock, peer)
             else:
-                sock.connect(peer)  # only sets the peer; the event loop's connect would call getaddrinfo for it
+                sock.connect(peer)  # this only sets the peer; the event loop's sock_connect would call getaddrinfo
         except BaseException:
             sock.close()
             raise

@@ -20,7 +20,7 @@ from netpol_ebpf.resources.types import Resource
 
 NODE = "node-1"
 DATABASE = ip_address("10.244.1.12")
-BULK_PORT = 5433  # declared by the database and allowed from the back end: iperf3 listens there, not an echo server
+BULK_PORT = 5433  # a port of the database that policy opens to the back end; iperf3 listens there, not an echo server
 
 OUTSIDE = (
     Host("outside/customer", INTERNET, (ip_address("198.51.100.10"), ip_address("2001:db8:100::10"))),

@@ -23,7 +23,7 @@ from netpol_ebpf.errors import UsageError
 IPAddress = Union[IPv4Address, IPv6Address]
 
 ICMP, TCP, UDP, ICMPV6 = 1, 6, 17, 58
-PARENT_MAC = "ee:ee:ee:ee:ee:ee"  # as Calico does: every gateway has the same hardware address
+PARENT_MAC = "ee:ee:ee:ee:ee:ee"  # every gateway has the same hardware address, as with Calico
 GATEWAY6 = "fe80::1"
 
 
@@ -164,12 +164,12 @@ class Plan:
     def _render_link(self, parent: Host, child: Host, child_namespace: str) -> Iterator[str]:
         device = child.parent_interface
         yield f"link add {device} address {PARENT_MAC} type veth peer name eth0 netns {child_namespace}"
-        # The automatic link-local address would follow from the shared hardware address and be a second gateway.
+        # An automatic link-local address, made from the shared hardware address, would be a second gateway address.
         yield f"link set {device} addrgenmode none"
         yield f"link set {device} up"
         yield f"address add {self._gateway4(parent.name)}/32 dev {device} scope link"
         yield f"address add {GATEWAY6}/64 dev {device} scope link nodad"
-        # Without src, what the parent itself sends would come from the gateway address of the link.
+        # Without src, the parent's own packets would have the gateway address of the link as their source.
         sources = {source.version: f" src {source}" for source in self._sources(parent)}
         for host in self.below(child.name):
             for address in host.addresses:

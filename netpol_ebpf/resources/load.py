@@ -328,7 +328,15 @@ def _metadata(kind: Kind, obj: Reader) -> Meta:
     if kind.strict and (message := check_annotations(annotations)) is not None:
         metadata.error("annotations", message, slug="annotation")
     _check_meta_fields(kind, metadata)
-    return Meta(name, share_text(namespace), share_texts(labels), location, kind.is_stored, stored_name)
+    revision = _revision(metadata) if kind.strict else ""
+    return Meta(name, share_text(namespace), share_texts(labels), location, kind.is_stored, stored_name, revision)
+
+
+def _revision(metadata: Reader) -> str:
+    """See `Meta.revision`. An API server sets both fields; in a manifest they may be anything, and are no fault."""
+    uid, generation = metadata.raw("uid"), metadata.raw("generation")
+    is_given = isinstance(uid, str) and uid and isinstance(generation, int) and not isinstance(generation, bool)
+    return f"{uid}/{generation}" if is_given and generation > 0 else ""
 
 
 def _check_meta_label(key: str, value: str) -> str | None:

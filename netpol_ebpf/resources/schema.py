@@ -242,6 +242,7 @@ class CustomResource:
     ``selectable``: JSON paths of field selectors.
     ``rules``: CEL rules over the whole object, where ``metadata.name`` is readable.
     ``spec_default``: whether an object without a spec gets an empty spec.
+    ``has_status``: whether agents report on the object in conditions of its status.
     """
 
     api_version: str
@@ -254,6 +255,7 @@ class CustomResource:
     selectable: tuple[str, ...] = ()
     rules: tuple[Mapping[str, str], ...] = ()
     spec_default: bool = True
+    has_status: bool = True
     annotations: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -275,7 +277,7 @@ def definition(resource: CustomResource) -> dict[str, Any]:
             "kind": {"type": "string"},
             "metadata": {"type": "object"},
             "spec": spec,
-            "status": _STATUS,
+            **({"status": _STATUS} if resource.has_status else {}),
         },
         required=("spec",),
         rules=resource.rules,
@@ -285,7 +287,7 @@ def definition(resource: CustomResource) -> dict[str, Any]:
         "name": version,
         "served": True,
         "storage": True,
-        "subresources": {"status": {}},
+        **({"subresources": {"status": {}}} if resource.has_status else {}),
         "additionalPrinterColumns": columns,
     }
     if resource.selectable:

@@ -34,6 +34,9 @@ class Meta:
     ``stored_name``: the stored name of a stored policy, if the policy may have that name as projectcalico.org/v3 too;
     "": it has the name ``name`` there.
 
+    ``revision``: UID/GENERATION of an API server's policy, which names one state of its spec.  It is "" for other kinds,
+    and for a policy without UID or generation.
+
     Annotations are not kept, because pods have large ones.  The kinds have fields for the annotations that matter.
     """
 
@@ -43,6 +46,7 @@ class Meta:
     location: Location
     is_stored: bool = False
     stored_name: str = ""
+    revision: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sources of objects: a directory of manifests, and the API of a cluster."""
+"""The sources of objects: a directory of manifests, and the API of a cluster."""

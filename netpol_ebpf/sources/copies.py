@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copies of the last good text of each manifest file, so that a restart with a broken file changes no policy.
 
-Invariant: a copy is complete or absent; no special file (such as a pipe) in the directory of copies can block a reader.
+Invariant: a copy is either complete or does not exist. A special file in the directory of copies, such as a pipe,
+cannot block a reader.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from pathlib import Path
 from netpol_ebpf.resources.manifest_files import DirectoryId, read_regular
 
 DIRECTORIES = "directories"
-"""Name of the file with the directories' identities. It is no hash, so no copy has this name."""
+"""Name of the file with the identities of directories. It cannot be the name of a copy, which is a hash."""
 
 
 @dataclass(slots=True)
 class LastGoodCopies:
-    """The copies in one directory, which is created for the first copy.
+    """The copies in one directory, which the first copy creates.
 
-    File names are hashes of manifest names, since a manifest may have any name; the manifest's name is in a file beside
-    each copy.  All methods but `directories` raise OSError.
+    The file name of a copy is a hash of the manifest's name, because a manifest may have any name. A file beside each
+    copy has the manifest's name. All methods except `directories` may raise OSError.
     """
 
     directory: Path
@@ -34,14 +35,14 @@ class LastGoodCopies:
         return self.directory / hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
 
     def load(self, name: str) -> str | None:
-        """Load the copy for the manifest ``name``; None if there is none. Raises OSError, UnicodeDecodeError."""
+        """Load the copy of the manifest ``name``; None if it has no copy. Raises OSError, UnicodeDecodeError."""
         try:
             return read_regular(self._path(name)).decode("utf-8")
         except FileNotFoundError:
             return None
 
     def store(self, name: str, text: str) -> None:
-        """Replace the copy atomically."""
+        """Write or replace the copy of the manifest ``name``, atomically."""
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self._path(name)
         _replace(path, text.encode("utf-8"))
@@ -50,14 +51,14 @@ class LastGoodCopies:
             _replace(beside, raw)
 
     def names(self) -> list[str]:
-        """Names of the manifests that have copies, whether or not the manifests still exist."""
+        """Names of the manifests that have a copy, whether or not the manifest still exists."""
         if not self.directory.is_dir():
             return []
         found = [(_content(path) or b"").decode(errors="surrogateescape") for path in self.directory.glob("*.name")]
         return [name for name in found if self._path(name).exists()]  # a partly written name has no copy
 
     def forget(self, name: str) -> None:
-        """Remove the copy, if there is one."""
+        """Remove the copy of the manifest ``name``, if there is one."""
         for path in (self._path(name), self._path(name).with_suffix(".name")):
             path.unlink(missing_ok=True)
 
@@ -71,9 +72,9 @@ class LastGoodCopies:
                 path.unlink()
 
     def store_directories(self, directories: Mapping[str, DirectoryId]) -> None:
-        """Store the identities of the directories with manifests.
+        """Store the identities of the directories with manifests, by path below the root.
 
-        They show after a restart whether another directory has taken a directory's name.
+        After a restart they show whether another directory has taken the place of one of these directories.
         """
         path = self.directory / DIRECTORIES
         if directories:
@@ -83,7 +84,7 @@ class LastGoodCopies:
             path.unlink(missing_ok=True)
 
     def directories(self) -> dict[str, DirectoryId] | None:
-        """Load the stored identities of directories; {} if nothing was stored; None if the file is damaged."""
+        """Load the identities that `store_directories` stored; {} if none are stored; None if the file is damaged."""
         path = self.directory / DIRECTORIES
         if not path.exists():
             return {}
@@ -96,14 +97,17 @@ class LastGoodCopies:
 
 
 def _content(path: Path) -> bytes | None:
-    """The content of a regular file; None for anything else."""
+    """The content of a regular file; None if the path is anything else or cannot be read."""
     with contextlib.suppress(OSError):
         return read_regular(path)
     return None
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Replace a file atomically, by a new temporary file: an existing file under the temporary name may be a pipe."""
+    """Replace a file atomically, by renaming a new temporary file.
+
+    An existing file with the temporary name is removed first, because it may be a pipe.
+    """
     draft = path.with_suffix(".draft")
     draft.unlink(missing_ok=True)
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:

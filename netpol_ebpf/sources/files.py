@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objects from a directory of manifests, as it changes: the source for ``--manifests DIR``.
+"""The source for ``--manifests DIR``: objects from a directory of manifests that may change.
 
-A scan of the directory (name, inode, size and times of every file) finds the changes: it detects atomic renames,
-symlink swaps of mounted ConfigMaps, and changes on network file systems, and has no queue that can overflow.  Inotify
-only triggers scans.  It does not report changes that another machine makes on a network file system, or changes below a
-path outside the watched directories.  So a directory without changes is scanned every SAFETY_NET_S seconds, and every
+A scan of the directory (name, inode, size and times of every file) finds the changes. It detects atomic renames,
+symlink swaps of mounted ConfigMaps, and changes on network file systems, and it has no queue that can overflow. Inotify
+only triggers scans. It does not report changes that another machine makes on a network file system, or changes below a
+path outside the watched directories. So a directory without changes is scanned every SAFETY_NET_S seconds, or every
 INTERVAL_S seconds if inotify is known to miss changes.
 
-Invariants.  One scan gives one batch, so objects that change together arrive together.  A file that cannot be read, is
-not valid, or is empty keeps the objects of its last good state (also over a restart, if there is a directory for
-copies) and is reported until it is corrected; the same holds for all files below a directory that cannot be read.
-Objects are removed when their file is removed, when the file no longer contains them, or when it states that it has
-none (``---`` or an empty List).  If several files have an object, the first by file name counts and the others are
-reported; if an object is given in Calico's stored form and as projectcalico.org/v3, the latter counts.
+Invariants: one scan gives one update, so objects that change together arrive together. A file that cannot be read, is
+not valid, or is empty keeps the objects of its last good state and is reported until it is corrected. The same holds
+for all files below a directory that cannot be read. With a directory for copies, last good states survive a restart.
+Objects are removed only when their file is removed, when the file no longer contains them, or when it states that it
+has none (``---`` or an empty List). If several files have an object, the first by file name is used and the others are
+reported. If an object is given both in Calico's stored form and as projectcalico.org/v3, the latter is used.
 
-A directory is applied when two scans in a row had the same result, so neither a half-written file nor the moment
-between the removal of a file and the appearance of its successor becomes policy.  This module runs no loop:
+The state of the directory is applied when two successive scans had the same result. So neither a half-written file nor
+the moment between the removal of a file and the appearance of its successor becomes policy. This module runs no loop:
 `ManifestDirectory.step` is one scan.
 """
 
@@ -48,38 +48,41 @@ from netpol_ebpf.sources.source import KEEPS_NOTHING, ObjectEvent, Remove, Sourc
 log = logging.getLogger(__name__)
 
 INTERVAL_S = 0.2
-"""Interval of scans while the directory changes: a change is applied at the second scan that finds it."""
+"""Seconds between two scans while the directory changes. A change is applied at the second scan that finds it."""
 SAFETY_NET_S = 2.0
-"""Interval of scans of a watched directory without changes, for changes that inotify does not report; arbitrary."""
+"""Seconds between two scans of a watched directory without changes, for changes that inotify does not report. The
+number is arbitrary."""
 
 MAX_UNSETTLED_LOOKS = 3
-"""A directory that never stops changing is applied as it is after this many scans."""
+"""Number of scans after which a directory that never stops changing is applied as it is."""
 
 RACY_S = 2.0
-"""Age in seconds. A younger file may change again without a change of its times or size, so its content is compared."""
+"""Age of a file in seconds. A younger file may change again without a change of its times or size, so its content is
+compared."""
 
 RETRY_S = 60.0
-"""Interval after which a file is read again when another process ended its reading; arbitrary."""
+"""Seconds until a file is read again after another process ended the child that read it. The number is arbitrary."""
 
 SLOW_S = 5.0
-"""Time in seconds after which a slow reading of files is reported as a problem; arbitrary."""
+"""Seconds of reading after which the source reports as a problem that a change is not in force yet. The number is
+arbitrary."""
 
 MOST_TOLD = 1000
-"""Most problems that the source reports; arbitrary. Each scan goes through all of them."""
+"""Largest number of problems that the source reports. Each scan iterates over them. The number is arbitrary."""
 
 MOST_BYTES_IN_ALL = 256 << 20
-"""Most bytes of one directory: four of the largest files."""
+"""Largest total size, in bytes, of the files of one directory that are read: four of the largest files."""
 
 _UNKNOWN: DirectoryId = (0, 0)
 """An identity that no directory has."""
 
 _NOTHING: tuple[str, tuple[Resource, ...]] = ("", ())
-"""Version and objects of a file that is gone."""
+"""Version and objects of a file that no longer exists."""
 
 _IF_MEANT = "remove it, or put a manifest into it, if that is intended"
 
 Signature = tuple[int, int, int, int, int]
-"""Device, inode, size in bytes, modification time, change time (ns)."""
+"""(device, inode, size in bytes, modification time in ns, change time in ns) of a file."""
 UNREAD: Signature = (0, 0, 0, 0, 0)
 """A signature that no file has."""
 
@@ -88,9 +91,9 @@ UNREAD: Signature = (0, 0, 0, 0, 0)
 class _File:
     """The state of one file.
 
-    ``digest`` and ``problems`` belong to the text last read, valid or not; ``version`` belongs to the text that gave
-    ``resources``, a digest in hexadecimal digits; ``skipped``: objects of other kinds beside ``resources``, by
-    apiVersion and kind.
+    ``digest``, ``problems``: of the text that was read last, valid or not. ``resources``: of the last good text.
+    ``version``: the digest of that text, in hexadecimal digits. ``skipped``: the number of other objects in that text,
+    by apiVersion and kind.
     """
 
     signature: Signature
@@ -108,22 +111,27 @@ class _File:
 
 @dataclass(frozen=True, slots=True)
 class _Scan:
-    """One scan: manifests by name ("" for a root that is a file), and unreadable paths with the reasons."""
+    """The result of one scan.
+
+    ``files``: the signature of each manifest by its name, which is "" if the root is a file. ``hidden``: the paths that
+    cannot be read, with the reasons. ``directories``: the identity of each directory.
+    """
 
     files: dict[str, Signature]
     hidden: dict[str, str]
     directories: dict[str, DirectoryId] = field(default_factory=dict, compare=False)
 
     def is_hidden(self, name: str) -> bool:
-        """Whether a file may exist at or below a path that could not be read."""
+        """Whether the file ``name`` may exist although it was not found, because a path to it could not be read."""
         return not self.hidden.keys().isdisjoint(_with_parents(name))
 
 
 @dataclass(slots=True)
 class _Pending:
-    """A scan that was not applied yet: the files to read, the time of the scan, and the reader.
+    """A scan that is not applied yet.
 
-    ``reading``: the reader in a child process; None: this process reads.
+    ``tasks``: the files to read. ``began_s``: the time of the scan. ``reading``: the reader in a child process; None:
+    this process reads.
     """
 
     scan: _Scan
@@ -133,16 +141,17 @@ class _Pending:
 
 
 ObjectPosition = tuple[bool, str, int]
-"""Whether the object has Calico's stored form, name of the file, number of the object in it: the least position counts.
-"""
+"""(whether the object has Calico's stored form, name of its file, its number in the file). Of several positions of an
+object the least is used."""
 
 
 @dataclass(slots=True)
 class _MergedFiles:
-    """The objects of all files, updated file by file: the cost of a change depends on the changed files alone.
+    """The objects of all files. The cost of a change depends only on the changed files.
 
-    Invariant: ``homes`` has for each key the least position that gives the object, ``others`` the further positions, in
-    order; a key with one position is not in ``others``.  ``given``: the version and the applied objects of each file.
+    Invariant: for each key, ``homes`` has the least position with the object and ``others`` has the further positions,
+    in order. A key with only one position is not in ``others``. ``given``: the version and the applied objects of each
+    file.
     """
 
     given: dict[str, tuple[str, tuple[Resource, ...]]] = field(default_factory=dict)
@@ -150,9 +159,9 @@ class _MergedFiles:
     others: dict[ResourceKey, list[ObjectPosition]] = field(default_factory=dict)
 
     def replace(self, files: Mapping[str, tuple[str, tuple[Resource, ...]]]) -> tuple[ObjectEvent, ...]:
-        """Replace the objects of ``files``: (version, objects) by file name; without objects for a removed file.
+        """Replace the objects of ``files``, which gives (version, objects) by file name; a removed file has no objects.
 
-        Returns the events: removals first, each part in file order.
+        Returns the resulting events: first removals, then changed objects, each in the order of the files.
         """
         was: dict[ResourceKey, tuple[ObjectPosition, Resource, str] | None] = {}
         for name in files:
@@ -181,9 +190,9 @@ class _MergedFiles:
         return tuple(event for part in (removals, upserts) for _, event in sorted(part, key=lambda one: one[0]))
 
     def duplicates(self) -> Iterator[Problem]:
-        """A problem for each position of an object but the first.
+        """A problem for each position of an object except the least.
 
-        No problem if an object in Calico's stored form is overridden by its projectcalico.org/v3 form.
+        There is no problem if the object's stored form is overridden by its projectcalico.org/v3 form.
         """
         for key in nsmallest(MOST_TOLD, self.others):
             home = self._at(self.homes[key])
@@ -221,11 +230,11 @@ class _MergedFiles:
 
 @dataclass(slots=True)
 class ManifestDirectory:
-    """Watches one directory (or one file) of manifests.
+    """A `Source` for one directory, or one file, of manifests.
 
-    ``copies``: stores last good states across restarts; None: they are in memory only.  ``clock``: wall-clock seconds,
-    comparable with file times.  ``watch``: wakes the agent when a file changes; None: the directory is scanned every
-    ``interval_s`` seconds of the ``monotonic`` clock.  ``close`` closes the watch.
+    ``copies``: stores last good states across restarts; None: they are only in memory. ``clock``: returns wall-clock
+    seconds, which are compared with times of files. ``watch``: wakes the agent when a file changes; None: the directory
+    is scanned every ``interval_s`` seconds of the ``monotonic`` clock. ``close`` closes the watch.
     """
 
     root: Path
@@ -234,7 +243,7 @@ class ManifestDirectory:
     watch: DirectoryWatch | None = None
     interval_s: float = INTERVAL_S
     monotonic: Callable[[], float] = time.monotonic
-    _looked_s: float = -math.inf  # by the monotonic clock
+    _looked_s: float = -math.inf  # when the last scan began, by the monotonic clock
     _has_news: bool = False  # the watch reported a change since the last look
     _watched: _Scan | None = None  # the scan with the watched directories
     _watch_failure: str = ""
@@ -245,8 +254,8 @@ class ManifestDirectory:
     _faulty: set[str] = field(default_factory=set)
     _unmerged: set[str] = field(default_factory=set)
     _merged: _MergedFiles = field(default_factory=_MergedFiles)
-    _uncopied: dict[str, str | None] = field(default_factory=dict)  # texts to be copied, None: a copy to be removed
-    _is_swept: bool = False  # copies of files removed while no agent ran are deleted
+    _uncopied: dict[str, str | None] = field(default_factory=dict)  # by file: the text to copy; None: remove the copy
+    _is_swept: bool = False  # whether copies of files removed while no agent ran were deleted
     _copy_problems: tuple[Problem, ...] = ()
     _directory_problems: tuple[Problem, ...] = ()
     _process_problems: tuple[Problem, ...] = ()
@@ -278,12 +287,12 @@ class ManifestDirectory:
 
     @property
     def has_synced(self) -> bool:
-        """Whether the directory has been applied at least once."""
+        """Whether all objects of the directory have been read at least once."""
         return self._is_read
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Number of objects of kinds that are not read, by apiVersion and kind."""
+        """The number of objects of kinds that are not read, by apiVersion and kind."""
         total: Counter[str] = Counter()
         for file in self._files.values():
             if file.skipped:
@@ -292,7 +301,7 @@ class ManifestDirectory:
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """The problems of the manifests as last applied, in file and line order; at most the first MOST_TOLD."""
+        """The problems of the manifests as last applied, in order of file and line; at most MOST_TOLD."""
         found = [*self._directory_problems, *self._copy_problems, *self._process_problems, *self._slowness()]
         if self._is_read and not self._taken and not self._hidden:
             found.append(_without_manifests(self.root))
@@ -307,7 +316,7 @@ class ManifestDirectory:
         return tuple(found)
 
     def begin(self) -> SourceUpdate | None:
-        """See `Source`. Files that a child must read are returned by a later `step`."""
+        """See `Source`. The objects of files that a child must read are returned by a later `step`."""
         self._waits = False
         update = self.step()
         if self._pending is None:
@@ -328,7 +337,7 @@ class ManifestDirectory:
         )
 
     def sync(self) -> SourceUpdate:
-        """See `Source`. Waits until all files are read, without a time limit."""
+        """See `Source`. Waits without a time limit until all files are read."""
         update = self.step()
         self._require_read()
         return update or SourceUpdate((), self.problems)
@@ -339,7 +348,10 @@ class ManifestDirectory:
             raise InvalidInputError(f"cannot read the manifests: {reasons}")
 
     def release(self, kind: str, *, is_trial: bool = False) -> tuple[str, ...]:  # noqa: ARG002
-        """See `Source`. Manifests need no definitions, so nothing is kept."""
+        """See `Source`.
+
+        Always raises InvalidInputError: manifests need no definitions, so no object is kept without one.
+        """
         raise InvalidInputError(
             f"nothing of {kind} is kept: {self.root} is a directory of manifests", hint=KEEPS_NOTHING
         )
@@ -357,7 +369,7 @@ class ManifestDirectory:
     def wait_s(self) -> float:
         """See `Source`.
 
-        Two scans are at least `interval_s` apart, however often the watch wakes the agent; otherwise a half-written
+        Two scans are at least `interval_s` apart, however often the watch wakes the agent. Otherwise a half-written
         file could be applied.
         """
         is_at_rest = (
@@ -371,11 +383,13 @@ class ManifestDirectory:
         return max(0.0, self._looked_s + wait_s - self.monotonic())
 
     def step(self, pause: Callable[[], None] = never_pause) -> SourceUpdate | None:
-        """Scan once, or check whether the files of the last scan are read. None: nothing to apply (yet).
+        """Scan once, or check whether the files of the last scan have been read.
 
-        Without `begin`, the first step waits until the files are read; no other step does.
-        ``pause`` is called every few milliseconds while there is work in this process.  Never raises for the state of
-        the manifests; that is in ``SourceUpdate.problems``.
+        Returns None if nothing must be applied.
+
+        Without `begin`, the first step waits until the files are read; no other step does. ``pause``: a function to
+        call every few milliseconds during work in this process. This method raises no error for the state of the
+        manifests; ``SourceUpdate.problems`` has it.
         """
         self._looked_s = self.monotonic()
         if self._pending is not None:
@@ -401,7 +415,7 @@ class ManifestDirectory:
         return self._go_on(self._pending, pause)
 
     def _look(self, pause: Callable[[], None]) -> _Scan:
-        """All manifests below the root, which may itself be a manifest. Raises OSError."""
+        """Find all manifests below the root, which may itself be a manifest. Raises OSError."""
         status = self.root.stat()
         is_file = not stat.S_ISDIR(status.st_mode)
         if is_file and not stat.S_ISREG(status.st_mode):
@@ -419,7 +433,7 @@ class ManifestDirectory:
         return _Scan(files, found.hidden, found.directories)
 
     def _watch(self, scan: _Scan) -> None:
-        """Watch the directories of a scan. If that is not possible, the directory is only scanned at intervals."""
+        """Watch the directories of a scan. If they cannot be watched, they are only scanned at intervals."""
         last = self._watched
         if self.watch is None or (
             last is not None and (last.files, last.directories) == (scan.files, scan.directories)
@@ -440,9 +454,9 @@ class ManifestDirectory:
         self._watch_failure = failure
 
     def _places(self, scan: _Scan) -> set[Path]:
-        """The paths to watch: the directories of a scan, and those of the files that symbolic links lead to.
+        """The paths to watch: the directories of a scan, and the directories to which symbolic links of its files lead.
 
-        Before the first directory was found: the root and its parent.
+        Before a directory was found, these are the root and its parent.
         """
         if not scan.directories:
             return {self.root, self.root.parent}
@@ -451,7 +465,7 @@ class ManifestDirectory:
         return {self.root / name for name in scan.directories} | links
 
     def _look_for_displaced(self, scan: _Scan) -> None:
-        """Add to a scan the files that were not found, unless their absence is certain. Raises OSError."""
+        """Add files that a scan did not find, unless their absence is certain. Raises OSError."""
         if not self._is_read and self.copies is not None:
             self._homes = self.copies.directories()
         missing = [name for name in self._known() if name not in scan.files]
@@ -463,14 +477,14 @@ class ManifestDirectory:
                 scan.files[name] = UNREAD
 
     def _known(self) -> list[str]:
-        """Names of the applied files; before the first application, of those that an earlier agent applied.
+        """Names of the applied files. Before any were applied, of the files that an earlier agent applied.
 
         Raises OSError.
         """
         return list(self._taken) if self._is_read or self.copies is None else sorted(self.copies.names())
 
     def _is_due(self, scan: _Scan) -> bool:
-        """Whether the directory differs from its applied state and has settled."""
+        """Whether the directory differs from its applied state and no longer changes."""
         is_taken = scan == _Scan(self._taken, self._hidden)
         is_retry = any(at_s <= self.clock() for at_s in self._retries.values())
         if self._started and is_taken and not self._racy and not is_retry and self.problems == self._reported:
@@ -485,7 +499,7 @@ class ManifestDirectory:
         return True
 
     def _begin(self, scan: _Scan) -> _Pending:
-        """Choose the files of a scan that must be read; a child begins to read them if they are large."""
+        """Choose the files of a scan that must be read. If they are large, prepare a child that reads them."""
         now_s, before = self.clock(), self._too_many
         too_many = self._too_many = _beyond_all(scan.files)
         changed = {name for name, signature in scan.files.items() if self._taken.get(name) != signature}
@@ -511,7 +525,7 @@ class ManifestDirectory:
         return ReadTask(name, place, place, digest, copy, signature[2])
 
     def _go_on(self, pending: _Pending, pause: Callable[[], None]) -> SourceUpdate | None:
-        """Apply the files of a scan, if they have been read."""
+        """Apply the files of a scan if they have been read. Otherwise returns None, or an update with new problems."""
         reading = pending.reading
         if reading is None:
             self._pending = None
@@ -536,7 +550,7 @@ class ManifestDirectory:
             reading.close()
 
     def _slowness(self) -> Iterator[Problem]:
-        """A problem if reading takes long: the change is not in force yet."""
+        """A problem if reading takes long, because the change is not in force yet."""
         reading = None if self._pending is None else self._pending.reading
         if reading is not None and time.monotonic() - reading.began_s >= SLOW_S:
             message = (
@@ -545,7 +559,7 @@ class ManifestDirectory:
             yield Problem(Location(str(self.root)), "", message, severity="warning", slug="reading")
 
     def _take_up(self, pending: _Pending, outcomes: Iterator[tuple[ReadTask, ReadResult]]) -> tuple[ObjectEvent, ...]:
-        """Update the files' states from the read results, and forget removed files; returns the resulting events."""
+        """Update the files' states from the read results, and drop removed files. Returns the resulting events."""
         scan = pending.scan
         for name in self._taken.keys() - scan.files.keys():
             self._unmerged.add(name)
@@ -558,7 +572,7 @@ class ManifestDirectory:
             before = self._files.get(task.name)
             self._note(task.name, self._entry(scan.files[task.name], pending.began_s, before, outcome), before)
             if task.name in self._uncopied and not self._copy_problems:
-                self._keep_copies()  # the texts of all files at once would be the agent's peak of memory
+                self._keep_copies()  # at once, because the texts of all files together would need much memory
         self._is_read, self._process_problems = True, ()
         self._hidden, self._is_file = scan.hidden, not scan.directories
         self._homes = _DirectoryHistory(scan, self.root, self._homes).homes()
@@ -573,8 +587,8 @@ class ManifestDirectory:
         return events
 
     def _entry(self, signature: Signature, began_s: float, before: _File | None, outcome: ReadResult) -> _File | None:
-        """The new state of a file; an invalid file keeps its objects. None: no state of the file is known yet."""
-        if outcome.state == "gone":  # removed after the scan; the next scan shows that
+        """The new state of a file. An invalid file keeps its objects. None if no state of the file is known yet."""
+        if outcome.state == "gone":  # removed after the scan, so the next scan does not find it
             return before
         entry = _File(signature, began_s) if before is None else replace(before, signature=signature, read_at_s=began_s)
         if outcome.state == "same":
@@ -584,7 +598,7 @@ class ManifestDirectory:
         if outcome.state == "good":
             self._uncopied[outcome.name] = outcome.text
         if outcome.state == UNREADABLE:
-            entry.signature = UNREAD  # the next scan tries again in any case
+            entry.signature = UNREAD  # so the next scan reads it again
         if outcome.state == "kept":
             entry.read_at_s = self.clock()  # a failure alone is no reason to read again soon
         if outcome.state != "kept" or outcome.problems:
@@ -595,7 +609,7 @@ class ManifestDirectory:
         return entry
 
     def _keep_copies(self) -> None:
-        """Update the copies. A failure to write is a problem, and is tried again at the next scan."""
+        """Update the copies. A failure to write is reported as a problem, and the next scan writes again."""
         self._copy_problems = ()
         if self.copies is None:
             self._uncopied.clear()
@@ -616,7 +630,7 @@ class ManifestDirectory:
     def _sweep_copies(self) -> None:
         """Remove copies of files that were removed while no agent ran.
 
-        Once, when all files have been read and no path is unreadable.
+        This happens once, when all files have been read and every path is readable.
         """
         if self.copies is None or self._is_swept or self._copy_problems or self._hidden:
             return
@@ -627,7 +641,7 @@ class ManifestDirectory:
             self._copy_problems = (_uncopied(self.copies, error),)
 
     def _note(self, name: str, entry: _File | None, before: _File | None) -> None:
-        """Cache per-file facts that every scan needs, so that a scan need not visit each file."""
+        """Record facts about a file that every scan needs, so that a scan need not visit each file."""
         if entry is None:
             return
         self._files[name] = entry
@@ -653,10 +667,10 @@ class ManifestDirectory:
 
 @dataclass(slots=True)
 class _DirectoryHistory:
-    """Result of one scan: the directories that contain manifests, and the files that exist or could not be checked.
+    """The directories with manifests of one scan, compared with those before.
 
-    ``known``: the directories that contained manifests when the source was last applied; None if the file that records
-    them was lost.
+    ``known``: the directories that contained manifests when the source was last applied, with their identities; None if
+    the file that records them was lost.
     """
 
     scan: _Scan
@@ -669,13 +683,13 @@ class _DirectoryHistory:
         found = {name.rpartition("/")[0] for name, signature in self.scan.files.items() if signature != UNREAD}
         holders = {directories[above] for one in found & directories.keys() for above in _with_parents(one)}
         for name in directories:
-            if directories[name] in holders:  # whatever names its files have now
+            if directories[name] in holders:  # even if its files have other names now
                 self._with_manifests.update(_with_parents(name))
 
     def displaced(self, name: str) -> dict[str, str]:
-        """For a file that was not found: the path that replaced it or a directory above it, with a description.
+        """For a file that was not found: the path that took its place, or its directory's place, with a description.
 
-        Empty if the file, or its directory, was removed: then its objects may go.
+        {} if nothing took its place: the file, or its directory, was removed, so its objects must be removed.
         """
         directories = self.scan.directories
         if name in directories:
@@ -691,9 +705,9 @@ class _DirectoryHistory:
         return {}
 
     def homes(self) -> dict[str, DirectoryId]:
-        """The directories of all files, by name with device and inode.
+        """The directories of all files, with their identities (device and inode), by path below the root.
 
-        A file that was not found but may still exist counts, and a place that could not be read keeps its earlier
+        Files that were not found but may still exist are included. A directory that could not be read keeps its earlier
         identity.
         """
         now, known = self.scan.directories, self.known or {}
@@ -713,7 +727,7 @@ class _DirectoryHistory:
 
 
 def _with_parents(name: str) -> list[str]:
-    """A name and those of its parent directories, the root's "" last."""
+    """A path and the paths of its parent directories; the last is "", the root."""
     names = [name]
     while names[-1]:
         names.append(names[-1].rpartition("/")[0])
@@ -721,13 +735,13 @@ def _with_parents(name: str) -> list[str]:
 
 
 def _beyond_all(files: Mapping[str, Signature]) -> frozenset[str]:
-    """The files that exceed MOST_BYTES_IN_ALL together with all files before them by name."""
+    """The files that, with all files before them by name, exceed MOST_BYTES_IN_ALL."""
     left, beyond = MOST_BYTES_IN_ALL, set()
     if sum(signature[2] for signature in files.values()) <= left:
         return frozenset()
     for name in sorted(files):
         size_bytes = files[name][2]
-        if size_bytes > MOST_BYTES:  # refused by itself
+        if size_bytes > MOST_BYTES:  # rejected because of its own size
             continue
         left -= size_bytes
         if left < 0:

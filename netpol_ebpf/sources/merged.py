@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several sources as one: for an object that several sources have, the first source in the given order wins.
+"""Merges several sources into one. If several sources have an object, that of the first source in order is used.
 
-The other sources' objects are reported as problems; they are applied when the winner removes its object.  So the
-objects in force follow from the sources' content, not from the order of their updates.
+The objects of the other sources are reported as problems. They are used when the first source removes its object. So
+the objects in force follow from the content of the sources, not from the order of their updates.
 
-Invariant: a source that has not synced contributes nothing, neither objects nor removals; when it syncs, one update
-adds all its objects.
+Invariant: a source that has not synced contributes neither objects nor removals. When it syncs, one update adds all its
+objects.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from netpol_ebpf.resources.manifest_files import never_pause
 from netpol_ebpf.sources.source import ObjectEvent, Remove, Source, SourceUpdate, Upsert
 
 SHOWN = 1000
-"""Most objects that are reported because several sources have them, the first by key; arbitrary."""
+"""Largest number of objects that are reported because several sources have them; the first ones by key. The number is
+arbitrary."""
 
 
 class MergedSources:
-    """A `Source` that merges other sources, and closes them."""
+    """A `Source` that merges several sources. Closing it closes them."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
-        """``sources``: in order of precedence; for an object in several of them the first wins."""
+        """``sources``: in order of precedence. If several of them have an object, the first one's is used."""
         self._sources = tuple(sources)
         self._objects: tuple[dict[ResourceKey, Upsert], ...] = tuple({} for _ in sources)
-        self._merged: set[int] = set()  # sources that contribute
+        self._merged: set[int] = set()  # indices of sources that have synced and contribute
         self._winners: dict[ResourceKey, tuple[int, Upsert]] = {}
         self._shadowed: set[ResourceKey] = set()  # keys that several contributing sources have
         self._reported: tuple[Problem, ...] | None = None
@@ -41,8 +42,13 @@ class MergedSources:
             self._polling().register(descriptor, select.EPOLLIN)
 
     @property
+    def parts(self) -> tuple[Source, ...]:
+        """The merged sources, in order of precedence."""
+        return self._sources
+
+    @property
     def name(self) -> str:
-        """The names of all sources, in order."""
+        """The names of all sources, in order of precedence."""
         return ", ".join(one.name for one in self._sources)
 
     @property
@@ -52,7 +58,7 @@ class MergedSources:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Numbers of objects of kinds that are not read, summed over all sources, by apiVersion and kind."""
+        """The number of objects of kinds that are not read, over all sources, by apiVersion and kind."""
         total: Counter[str] = Counter()
         for one in self._sources:
             total.update(one.skipped)
@@ -60,7 +66,7 @@ class MergedSources:
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """Problems of all sources in order, then one for each object that another source overrides."""
+        """The problems of all sources, then one for each object that a source before its own also has."""
         return (*(problem for one in self._sources for problem in one.problems), *self._duplicates())
 
     def begin(self) -> SourceUpdate | None:
@@ -79,11 +85,11 @@ class MergedSources:
         return self._update(events) or SourceUpdate((), self.problems)
 
     def fileno(self) -> int | None:
-        """A descriptor that is readable when that of any source is."""
+        """An epoll descriptor. It is readable when the descriptor of any source is readable."""
         return None if self._epoll is None else self._epoll.fileno()
 
     def note_news(self) -> None:
-        """See `Source`; called only for sources with news."""
+        """See `Source`. Calls the same method of the sources whose descriptor is readable."""
         for descriptor, _ in self._polling().poll(timeout=0):
             self._descriptors[descriptor].note_news()
 
@@ -92,7 +98,7 @@ class MergedSources:
         return min(one.wait_s() for one in self._sources)
 
     def step(self, pause: Callable[[], None] = never_pause) -> SourceUpdate | None:
-        """See `Source`. Steps only the sources that need it."""
+        """See `Source`. Calls `step` only of the sources for which a step is due."""
         updates = {number: one.step(pause) for number, one in enumerate(self._sources) if one.wait_s() <= 0}
         return self._update(self._merge({number: one.events for number, one in updates.items() if one is not None}))
 
@@ -122,10 +128,10 @@ class MergedSources:
         return self._epoll
 
     def _merge(self, reported: dict[int, Sequence[ObjectEvent]]) -> tuple[ObjectEvent, ...]:
-        """Merge the events that the sources reported; returns the events of the merged objects, removals first.
+        """Merge new events of the sources; returns the resulting events of the merged objects, removals first.
 
-        ``reported``: by index of the source.  Cost: linear in the events, and in the objects of a source that has just
-        synced.
+        ``reported``: the events by index of the source. Cost: linear in the events, and in the objects of a source that
+        has just synced.
         """
         touched: dict[ResourceKey, None] = {}
         for number, events in reported.items():

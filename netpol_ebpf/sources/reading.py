@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads manifest files into objects: in this process if that takes milliseconds, otherwise in a forked child process.
 
-Parsing a megabyte of YAML takes seconds of CPU time, and can take a hundred megabytes of memory; the child has a limit
-on each.  The parent goes on with its work, polls for the child's exit, and reads the results from a memfd.  Rejected:
-parsing in portions in the event loop (a comment of 30 MB is one step of the parser), threads (the parser holds the
-GIL).
+Parsing a megabyte of YAML takes seconds of CPU time and up to a hundred megabytes of memory, so the child has a limit
+on each. The parent goes on with its work, polls for the child's exit, and reads the results from a memfd. Rejected
+alternatives: parsing in portions in the event loop (a comment of 30 MB is one step of the parser), and threads (the
+parser holds Python's global lock).
 
-Invariant: both ways give the same results, in the order of the tasks.  A file on which the child fails is reported as a
-problem; all other files are still read.
+Invariant: both ways give the same results, in the order of the tasks. A file at which the child fails is reported as a
+problem, and all other files are still read.
 """
 
 from __future__ import annotations
@@ -37,27 +37,30 @@ from netpol_ebpf.resources.yamltree import read_documents
 from netpol_ebpf.sources.copies import LastGoodCopies
 
 IN_PLACE_BYTES = 4096
-"""Largest total size, in bytes, that is read in this process: a few milliseconds, the cost of a child."""
+"""Largest total size, in bytes, of files that this process reads itself. That takes a few milliseconds, as starting a
+child does."""
 READ_S = 300
-"""Time limit in seconds for one file; 64 MiB of a cluster's objects take half of it on a slow processor."""
+"""Time limit in seconds for one file. A file of 64 MiB, the largest that is read, needs half of it on a slow
+processor."""
 CHILD_BYTES = 2 << 30
-"""Memory limit of the child in bytes, besides what it shares; 64 MiB of a cluster's objects need half of it."""
+"""Memory limit of the child in bytes, without the memory that it shares with the parent. A file of 64 MiB, the largest
+that is read, needs half of it."""
 MOST_PROBLEMS = 100
-"""Largest number of reported problems of one file; arbitrary."""
+"""Largest number of problems of one file that are reported. The number is arbitrary."""
 TAKEN_TOGETHER = 250
-"""Objects processed between two pauses; arbitrary, a few milliseconds."""
+"""Number of objects processed between two pauses, which takes a few milliseconds. The number is arbitrary."""
 
 UNREADABLE = "unreadable"
 """Slug of a problem, and state of a read: the file or directory cannot be read, so its objects stay as they were."""
 
 _DOCUMENT_MARK = re.compile(r"^---(?:\s|$)", re.MULTILINE)
 _ALIAS = re.compile(rb"[&*]\w")
-"""Finds YAML aliases: a small text with aliases may expand to large values."""
+"""Matches anchors and aliases of YAML, with which a small text can expand to large values."""
 
 _LENGTH_BYTES = 8
 _STANDARD_ERROR = 2
 _NO_MEMORY, _BUG = 12, 70
-"""Exit codes of the child."""
+"""The child's exit codes for too little memory and for a bug."""
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +69,10 @@ log = logging.getLogger(__name__)
 class ReadTask:
     """A file to read.
 
-    ``path``: None for a file that must not be read; then only its last good state can be read.  ``digest``: of the text
-    last read; b"" for none.  ``copy``: read the last good state if the file is not valid.  ``size_bytes``: size from
-    the scan. ``problems``: why the file is not read; ``again``: whether a later attempt may succeed although the file
-    does not change.
+    ``path``: the file; None: do not read it, only its last good state. ``digest``: of the text that was read last; b""
+    if none was. ``copy``: use the last good state from its copy if the file is not valid. ``size_bytes``: the size that
+    the scan found. ``problems``: why the file must not be read. ``again``: whether a later attempt may succeed although
+    the file does not change.
     """
 
     name: str
@@ -84,12 +87,13 @@ class ReadTask:
 
 @dataclass(slots=True)
 class ReadResult:
-    """The result for a file.
+    """The result of reading one file.
 
-    ``state``: "good"; "bad"; "same" as last read; "gone"; "unreadable"; "kept": not read.  ``resources`` and
-    ``skipped``: the file's objects, and the objects of other kinds; for a file that is not good those of its last good
-    state, if the task asked for it.  ``version``: hex digest of the text with these objects.  ``text``: of a good file,
-    for its copy. ``again``: as in the task.
+    ``state``: "good" or "bad" after reading; "same" if the text did not change; "gone" if the file no longer exists;
+    "unreadable"; or "kept" if the file was not read. ``resources``, ``skipped``: the file's objects, and numbers of
+    objects of other kinds. If the file is not good and the task has ``copy``, they are those of the last good state.
+    ``version``: hex digest of the text with these objects. ``text``: the text of a good file, for its copy. ``again``:
+    as in the task.
     """
 
     name: str
@@ -104,20 +108,20 @@ class ReadResult:
 
 
 def can_read_in_place(tasks: Sequence[ReadTask]) -> bool:
-    """Whether reading in this process takes only some milliseconds."""
+    """Whether reading these files in this process takes only some milliseconds."""
     if sum(task.size_bytes for task in tasks) > IN_PLACE_BYTES:
         return False
     return not any(_has_aliases(task.path) for task in tasks if task.path is not None)
 
 
 def _has_aliases(path: Path) -> bool:
-    with contextlib.suppress(OSError):  # `read` meets and reports the same error
+    with contextlib.suppress(OSError):  # `read` reports the error
         return len(_ALIAS.findall(read_regular(path))) > 1
     return False
 
 
 def read(task: ReadTask, copies: LastGoodCopies | None) -> ReadResult:
-    """Read one file in this process; faults of the file are in the result."""
+    """Read one file in this process. Errors in the file are part of the result."""
     if task.path is None:
         return _with_last_good(ReadResult(task.name, "kept", problems=task.problems, again=task.again), task, copies)
     try:
@@ -140,7 +144,10 @@ def read(task: ReadTask, copies: LastGoodCopies | None) -> ReadResult:
 
 
 def _with_last_good(outcome: ReadResult, task: ReadTask, copies: LastGoodCopies | None) -> ReadResult:
-    """The outcome, completed by the last good state that an earlier agent stored, if this process knows none."""
+    """The read result; if the task has ``copy``, with the objects of the file's last good state.
+
+    That state is read from the copy that an earlier agent stored.
+    """
     if not task.copy or copies is None:
         return outcome
     try:
@@ -153,14 +160,17 @@ def _with_last_good(outcome: ReadResult, task: ReadTask, copies: LastGoodCopies 
         good = parse_documents(text, str(task.place))
         outcome.resources, outcome.skipped = tuple(good.resources), good.skipped
         outcome.version = hashlib.sha256(text.encode()).hexdigest()
-        if good.errors:  # valid for another version of the agent only
+        if good.errors:  # it was valid only for another version of the agent
             outcome.problems += (_no_longer_good(task.place, good),)
     return outcome
 
 
 @dataclass(slots=True)
 class Reading:
-    """Reads the files of one scan. Call `begin`, poll `has_ended`, then call `outcomes` once."""
+    """Reads the files of one scan in a child process.
+
+    Callers call `begin`, poll `has_ended`, then call `outcomes` once.
+    """
 
     tasks: Sequence[ReadTask]
     copies: LastGoodCopies | None
@@ -172,7 +182,7 @@ class Reading:
 
     @property
     def has_begun(self) -> bool:
-        """Whether a child was begun."""
+        """Whether a child was started."""
         return bool(self._results)
 
     def begin(self) -> None:
@@ -188,9 +198,9 @@ class Reading:
             _work(parent, results, self._left, self.copies)
 
     def has_ended(self, *, wait: bool = False) -> bool:
-        """Whether all files have been read. ``wait``: block until they are.
+        """Whether all files have been read. ``wait``: block until they have been read.
 
-        Raises OSError if no further child can be started now.
+        Raises OSError if a further child cannot be started now.
         """
         while self._left:
             done, status = os.waitpid(self._process, 0 if wait else os.WNOHANG)
@@ -201,7 +211,10 @@ class Reading:
         return True
 
     def _note_end(self, code: int) -> None:
-        """Handle the end of a child: start another one for the remaining files, without the one on which it ended."""
+        """Handle the end of a child. If files remain, start another child for them.
+
+        The file at which the child ended is not read again; it gets a problem.
+        """
         number, results = len(self._results) - 1, self._results[-1]
         results.seek(0)
         while self._left and _skip(results):
@@ -217,7 +230,10 @@ class Reading:
             self._fork()
 
     def outcomes(self, pause: Callable[[], None] = never_pause) -> Iterator[tuple[ReadTask, ReadResult]]:
-        """The results of all files, in the order of the tasks. ``pause`` is called every few milliseconds."""
+        """The results of all files, in the order of the tasks.
+
+        ``pause``: a function to call every few milliseconds.
+        """
         # A file object without `peek` keeps the unpickler from reading beyond its object.
         feeds = [SimpleNamespace(read=one.read, readline=one.readline) for one in self._results]
         unpicklers = [pickle.Unpickler(one) for one in feeds]  # noqa: S301 - written by our own child
@@ -225,7 +241,7 @@ class Reading:
             yield task, _load(self._results[number], unpicklers[number], pause)
 
     def close(self) -> None:
-        """End a running child, and close the files with its results."""
+        """End a running child, and close the files that contain results."""
         if self._process:
             os.kill(self._process, signal.SIGKILL)
             os.waitpid(self._process, 0)
@@ -239,7 +255,7 @@ class Reading:
 
 
 def _skip(results: io.BufferedReader) -> bool:
-    """Skip the rest of one file's results; returns whether they are complete."""
+    """Skip the rest of one file's results. Returns False if they are not complete."""
     length = int.from_bytes(results.read(_LENGTH_BYTES), "little")
     if length:
         results.seek(length, os.SEEK_CUR)
@@ -260,7 +276,7 @@ def _load(results: io.BufferedReader, unpickler: pickle.Unpickler, pause: Callab
 
 
 def _work(parent: int, results: int, tasks: Sequence[ReadTask], copies: LastGoodCopies | None) -> NoReturn:
-    """The child's whole work; it never returns."""
+    """Do the child's work, then exit the process. Never returns."""
     code = _BUG
     try:
         part_from(parent, READ_S)
@@ -277,7 +293,7 @@ def _work(parent: int, results: int, tasks: Sequence[ReadTask], copies: LastGood
 
 
 def _let_go_of_all_but(results: int) -> None:
-    """Close the agent's descriptors: a connection ends for its peer only when no process has it open."""
+    """Close the descriptors that the agent had. A connection ends for its peer only when no process has it open."""
     for name in os.listdir("/proc/self/fd"):
         if int(name) > _STANDARD_ERROR and int(name) != results:
             with contextlib.suppress(OSError):  # the descriptor of the listed directory
@@ -295,7 +311,7 @@ def _limit_memory() -> None:
 
 def _leave_all(results: int, tasks: Sequence[ReadTask], copies: LastGoodCopies | None) -> None:
     with os.fdopen(results, "wb", closefd=False) as file:
-        pickler = pickle.Pickler(file, pickle.HIGHEST_PROTOCOL)  # one pickler for all files: shared values stay shared
+        pickler = pickle.Pickler(file, pickle.HIGHEST_PROTOCOL)  # for all files, so that shared values stay shared
         for task in tasks:
             signal.alarm(READ_S)
             begin = file.tell()
@@ -311,7 +327,7 @@ def _leave_all(results: int, tasks: Sequence[ReadTask], copies: LastGoodCopies |
 
 
 def _reason(code: int) -> tuple[str, bool]:
-    """Why a child ended early, and whether a later attempt may succeed."""
+    """Why a child ended early, as text, and whether a later attempt may succeed."""
     if code == -signal.SIGALRM:
         return f"that takes longer than {READ_S} s; write its objects into several files", False
     if code == _NO_MEMORY:
@@ -325,7 +341,7 @@ def _reason(code: int) -> tuple[str, bool]:
 
 
 def unreadable(place: Path, reason: str | None) -> Problem:
-    """The problem of a file that cannot be read, with its consequence."""
+    """The problem that a file cannot be read, with the consequence."""
     message = f"cannot be read ({reason}); its last good state stays in force"
     return Problem(Location(str(place)), "", message, slug=UNREADABLE)
 
@@ -349,13 +365,13 @@ def _parse(raw: bytes, path: Path) -> LoadResult:
 
 
 def _says_none(text: str, file: str) -> bool:
-    """Whether a text without objects explicitly states that it has none: by a document start, or an empty List."""
+    """Whether a text without objects states that it has none: by a document start ``---`` or an empty List."""
     has_mark = _DOCUMENT_MARK.search(text.removeprefix("\ufeff")) is not None
     return has_mark or any(True for _ in read_documents(text, file, []))
 
 
 def _few(problems: Sequence[Problem], place: Path) -> Iterator[Problem]:
-    """The first MOST_PROBLEMS problems, and one problem that states how many more there are."""
+    """The first MOST_PROBLEMS problems, and one more that says how many are left out."""
     yield from problems[:MOST_PROBLEMS]
     more = problems[MOST_PROBLEMS:]
     if more:

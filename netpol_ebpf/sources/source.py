@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The protocol of a source of objects: it gives Kubernetes objects and policies as events, and reports its problems.
+"""The protocol of a source of objects. A source reports Kubernetes objects and policies as events, and its problems.
 
-A source may read files, or watch an API from threads of its own.  The agent receives events only, and only in its own
-thread.
+A source may read files, or watch an API in its own threads. The agent receives events only, in the agent's thread.
 
-Invariants: an update contains objects that change together; a source that cannot be read keeps its objects and reports
-a problem; the agent applies nothing of a source that has not synced.
+Invariants: an update contains all objects that must change together. A source that cannot be read keeps its objects and
+reports a problem. The agent applies nothing of a source that has not synced.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from netpol_ebpf.resources.manifest_files import never_pause
 from netpol_ebpf.resources.types import Resource
 
 KEEPS_NOTHING = "`netpolctl status` names the kinds whose definition was deleted (crd-deleted)."
-"""Hint of the error that no object of a kind is kept."""
+"""Hint of the error that no objects of a kind are kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class Upsert:
-    """An object appeared, changed, or moved to another position in its source.
+    """An object appeared, changed, or has another position in its source.
 
-    ``key``: (kind, namespace, name).  ``version``: the source's id of this state of the object; different states of one
-    key have different versions.
+    ``key``: (kind, namespace, name). ``version``: identifies this state of the object; different states of an object
+    have different versions.
     """
 
     resource: Resource
@@ -38,7 +37,7 @@ class Upsert:
 
 @dataclass(frozen=True, slots=True)
 class Remove:
-    """An object was removed. ``resource`` and ``version`` are those of its last state."""
+    """An object was removed. ``resource``, ``version``: those of its last state."""
 
     resource: Resource
     key: ResourceKey
@@ -50,7 +49,7 @@ ObjectEvent = Union[Upsert, Remove]
 
 @dataclass(frozen=True, slots=True)
 class SourceUpdate:
-    """Events that the agent must apply together, removals first, and all problems that the source has now.
+    """Events that the agent must apply together, removals first, and all present problems of the source.
 
     A problem names its object (kind/namespace/name), or its file and line.
     """
@@ -60,29 +59,29 @@ class SourceUpdate:
 
 
 class Source(Protocol):
-    """A source of objects. The agent calls `begin` or `sync` once, then `step` whenever `wait_s` is 0."""
+    """A source of objects. The agent calls `begin` or `sync` once, then `step` whenever `wait_s` returns 0."""
 
     @property
     def name(self) -> str:
-        """The source's name in messages, such as the path of a directory."""
+        """The name of the source in messages, such as the path of a directory."""
 
     @property
     def has_synced(self) -> bool:
-        """Whether the source has returned all its objects at least once. Never becomes False again.
+        """Whether the source has returned all its objects at least once. Once True, it stays True.
 
-        It becomes True with the return of the update (of `begin`, `sync` or `step`) that completes the objects.
+        It becomes True when `begin`, `sync` or `step` returns the update that completes the objects.
         """
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """Number of objects of kinds that are not read, by apiVersion and kind."""
+        """The number of objects of kinds that are not read, by apiVersion and kind."""
 
     @property
     def problems(self) -> tuple[Problem, ...]:
         """All present problems of the source."""
 
     def begin(self) -> SourceUpdate | None:
-        """Begin to read, and return the objects that are known without waiting for a server; `step` returns the rest.
+        """Begin to read. Returns the objects that are known without waiting for a server; `step` returns the others.
 
         Raises InvalidInputError if the source cannot be read at all.
         """
@@ -90,39 +89,41 @@ class Source(Protocol):
     def sync(self) -> SourceUpdate:
         """Begin to read, wait until the source has all its objects, and return them.
 
-        Raises InvalidInputError or UnreachableError if the source cannot be read: its objects are then unknown, which
-        differs from having none.
+        Raises InvalidInputError or UnreachableError if the source cannot be read. Its objects are then unknown, which
+        is not the same as having none.
         """
 
     def report(self) -> tuple[Mapping[str, Any], ...]:
-        """The data that ``status`` shows for this source, or for each source in it: values that JSON can hold.
+        """The data that ``status`` shows for this source, or for each source in it, as values that JSON can represent.
 
-        ``source``: its name; ``type``; ``synced``; ``waiting_for``: missing parts until it has synced; ``behind``: parts
-        whose changes do not arrive now, each with the reason.  Takes no lock: a forked child of the agent calls it, in
-        which no other thread runs that could release one.
+        ``source``: its name. ``type``: its kind of source. ``synced``: see `has_synced`. ``waiting_for``: the parts
+        that are missing until it has synced. ``behind``: the parts whose changes do not arrive now, each with the
+        reason. The method takes no lock: it runs in a forked child of the agent, in which a lock that another thread
+        held would never be released.
         """
 
     def fileno(self) -> int | None:
-        """A descriptor that becomes readable when the source has new events; None: the source has no descriptor."""
+        """A file descriptor that becomes readable when the source has new events; None if the source has none."""
 
     def note_news(self) -> None:
-        """Make the descriptor unreadable again; `wait_s` then gives the time of the next step."""
+        """Make the descriptor unreadable again. `wait_s` then tells when `step` is due."""
 
     def wait_s(self) -> float:
         """Seconds after which `step` must be called even if the descriptor is not readable; 0: now."""
 
     def step(self, pause: Callable[[], None] = never_pause) -> SourceUpdate | None:
-        """Do a bounded piece of work; returns the changes, or None.
+        """Do a bounded amount of work. Returns the changes, None if there are none.
 
-        ``pause`` is called every few milliseconds while there is work in this process.  Never raises for the state of
-        the source: that is a problem in the update.
+        ``pause``: a function to call every few milliseconds during work in this process. This method raises no error
+        for the state of the source; the update has it as a problem.
         """
 
     def release(self, kind: str, *, is_trial: bool = False) -> tuple[str, ...]:
-        """Remove the objects of ``kind`` that are kept although its definition was deleted; `step` returns the removals.
+        """Remove the objects of ``kind`` that are kept although its definition was deleted. Returns their names.
 
-        Returns their names.  ``is_trial``: only that.  Raises InvalidInputError when nothing of the kind is kept.
+        The next `step` returns the removals. ``is_trial``: return the names, but remove nothing. Raises
+        InvalidInputError if no object of the kind is kept.
         """
 
     def close(self) -> None:
-        """End the source's own processes and threads, and close its descriptors."""
+        """End the processes and threads of the source, and close its descriptors."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
-from server import Server
+from server import TOKEN, Server
 from test_source import OwnServer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "netns"))
@@ -32,6 +32,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="not root: network nam
 ROOT = Path(__file__).resolve().parents[2]
 ACCOUNT = "/api/v1/namespaces/kube-system/serviceaccounts/netpol-agent"
 POLICY = "/apis/networking.k8s.io/v1/namespaces/shop/networkpolicies/db"
+REPORTS = "/apis/netpol-ebpf.io/v1alpha1/nodereports"
 MERGE = "application/merge-patch+json"
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 
@@ -98,8 +99,8 @@ def give_rights(server: Server) -> None:
         put(server, one)
 
 
-def kubeconfig(server: Server) -> str:
-    """Of the agent's account, with a token of an hour."""
+def kubeconfig(server: Server, token: str = "") -> str:
+    """Of a token's user; without one, of the agent's account, with a token of an hour."""
     request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": 3600}}
     answer = server.request("POST", f"{ACCOUNT}/token", request)
     assert answer.status == 201, answer.message
@@ -107,7 +108,7 @@ def kubeconfig(server: Server) -> str:
     return json.dumps({
         "apiVersion": "v1", "kind": "Config", "current-context": "agent",
         "clusters": [{"name": "c", "cluster": cluster}],
-        "users": [{"name": "u", "user": {"token": answer.body["status"]["token"]}}],
+        "users": [{"name": "u", "user": {"token": token or answer.body["status"]["token"]}}],
         "contexts": [{"name": "agent", "context": {"cluster": "c", "user": "u"}}],
     })  # fmt: skip
 
@@ -118,6 +119,9 @@ def own_server(tmp_path: Path) -> Iterator[OwnServer]:
     made = OwnServer(Path(os.environ["KUBE_APISERVER"]), Path(os.environ["ETCD"]), tmp_path / "server")
     try:
         give_rights(made)
+        reports = ROOT / "deploy" / "chart" / "crds" / "nodereports.netpol-ebpf.io.yaml"
+        put(made, yaml.safe_load(reports.read_text(encoding="utf-8")))
+        made.wait_for(lambda: made.get(REPORTS).status == 200, "reports are served")
         for one in yaml.safe_load_all(CLUSTER + "---\n" + DB_POLICY):
             put(made, one)
             if one["kind"] == "Namespace":  # there is no controller that makes it
@@ -195,6 +199,34 @@ def test_cluster_is_enforced_through_edits_a_crash_and_a_restart(scene: ClusterS
     scene.start()
     assert in_force(scene)["objects"]["policies"] == 0
     assert scene.reached(web, other) == [True, True]
+
+
+def test_agent_tells_where_policies_are_in_force(scene: ClusterScene, own_server: OwnServer) -> None:
+    """By its report, which `wait` reads with a user's kubeconfig; an edit is in force a moment later; one agent leads."""
+    scene.start()
+    in_force(scene)
+    user = scene.home / "user"
+    user.write_text(kubeconfig(own_server, TOKEN))
+    command = ("wait", "--for=programmed", "shop/db", "--kubeconfig", str(user), "--timeout", "60s", "-o", "json")
+    done = scene.ctl(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = json.loads(done.stdout)
+    assert (found["generation"], [one["node"] for one in found["nodes"]]) == (1, [NODE])
+
+    began = time.monotonic()
+    allow_other(own_server, allowed=True)
+    done = scene.ctl(*command)
+    print(f"from an edit to `wait --for=programmed`: {time.monotonic() - began:.2f} s")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)[0]["generation"] == 2
+    assert scene.reached(to_db("shop/other")) == [True]
+
+    done = scene.ctl("status", "--policy", "shop/db", "--local", "--state-dir", str(scene.state_dir), "-o", "json")
+    assert (done.returncode, json.loads(done.stdout)[0]["generation"]) == (0, 2)
+    lease = "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases/netpol-status"
+    wait_for(lambda: own_server.get(lease).status == 200, "the agent leads")
+    assert own_server.get(lease).body["spec"]["holderIdentity"] == NODE
+    assert "status-report" not in {one["slug"] for one in in_force(scene)["problems"]}
 
 
 def test_node_that_starts_without_its_server_is_closed_or_as_it_was(scene: ClusterScene, own_server: OwnServer) -> None:

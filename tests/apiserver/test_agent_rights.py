@@ -60,8 +60,19 @@ def without(group: str, resource: str, verb: str) -> dict[str, Any]:
                 verbs = [v for v in rule["verbs"] if (each, one, v) != (group, resource, verb)]
                 if verbs:
                     rules.append({"apiGroups": [each], "resources": [one], "verbs": verbs})
-    assert sum(len(one["verbs"]) for one in rules) == 2 * len(KINDS)
+    assert rights_of(rules) == rights_of(found["rules"]) - {(group, resource, verb)} != rights_of(found["rules"])
     return {**found, "rules": rules}
+
+
+def rights_of(rules: list[dict[str, Any]]) -> set[tuple[str, str, str]]:
+    """Group, resource and verb of each right."""
+    return {
+        (group, resource, verb)
+        for rule in rules
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
 
 
 def give(server: Server, user: str, rights: dict[str, Any]) -> None:

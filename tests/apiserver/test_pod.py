@@ -143,12 +143,21 @@ def scene(own_server: OwnServer, bpffs: Path, tmp_path: Path) -> Iterator[PodSce
         relay.close()
 
 
+def is_ready(scene: PodScene) -> bool:
+    """What kubelet learns from the readiness probe of the agent's container."""
+    *_, daemonset = documents(DEPLOY / "manifests" / "agent-flannel.yaml")
+    probe = daemonset["spec"]["template"]["spec"]["containers"][0]["readinessProbe"]["httpGet"]
+    url = f"http://{probe['host']}:{probe['port']}{probe['path']}"
+    return scene.lab.run(NODE, ["curl", "--silent", "--fail", url], check=False).returncode == 0
+
+
 def test_pods_of_the_manifests(scene: PodScene) -> None:
     """The agent enforces and is replaced, the plugin is installed, and the cleanup leaves nothing on the node."""
     web, other = to_db("shop/web"), to_db("shop/other")
     assert scene.reached(web, other) == [True, True]
     scene.start()
     in_force(scene)
+    wait_for(lambda: is_ready(scene), "kubelet's probe of readiness succeeds")
     assert scene.reached(web, other) == [True, False]
     scene.stop()
     assert scene.reached(web, other) == [True, False]

@@ -31,6 +31,7 @@ NODE = "tests/netns/test_border_node.py::"
 LIFETIMES = "tests/netns/test_border_lifetimes.py::"
 
 BONDS = "tests/unit/test_agent_assignments.py::"
+SETTLED = "tests/unit/test_agent_settled.py::"
 IDENTITY = "tests/netns/test_identity.py::"
 HANDOVER = "tests/unit/test_agent_handover.py::"
 
@@ -450,6 +451,168 @@ GUARDS = (
             f"{BONDS}test_doubt_is_told_and_changes_nothing",
             f"{IDENTITY}test_node_s_end_with_a_prefix_leaves_no_pod_open",
         ),
+    ),
+    # --- which assignments stay without a new decision
+    Guard(
+        "settled-uplinks",
+        "no assignment stays settled while the node's uplinks change",
+        "netpol_ebpf/agent/settled.py",
+        ("(old.uplinks | before.stated, old.subnets) !=", "(new.uplinks | before.stated, old.subnets) !="),
+        (f"{SETTLED}test_change_that_leads_a_settled_pod_elsewhere[an uplink is none any more]",),
+    ),
+    Guard(
+        "settled-stated",
+        "or the addresses that its object states",
+        "netpol_ebpf/agent/settled.py",
+        ("(old.uplinks | before.stated, old.subnets) !=", "(old.uplinks | now.stated, old.subnets) !="),
+        (f"{SETTLED}test_address_of_the_node_object",),
+    ),
+    Guard(
+        "settled-prefixes",
+        "or its prefixes",
+        "netpol_ebpf/agent/settled.py",
+        ("before.stated, old.subnets) !=", "before.stated, new.subnets) !="),
+        (f"{SETTLED}test_change_that_leads_a_settled_pod_elsewhere[a prefix came]",),
+    ),
+    Guard(
+        "settled-prefix-interface",
+        "or an interface of a prefix",
+        "netpol_ebpf/agent/settled.py",
+        ("if changed and any(", "if False and any("),
+        (f"{SETTLED}test_change_that_leads_a_settled_pod_elsewhere[the interface of a prefix came]",),
+    ),
+    Guard(
+        "settled-endpoint",
+        "nor where the endpoint changed",
+        "netpol_ebpf/agent/settled.py",
+        ("now.endpoints.get(endpoint.key) is endpoint", "True"),
+        (f"{SETTLED}test_endpoint_that_went_or_changed",),
+    ),
+    Guard(
+        "settled-record",
+        "or what is recorded of its interface",
+        "netpol_ebpf/agent/settled.py",
+        ("and records.get(ifindex) is record", ""),
+        (f"{SETTLED}test_interface_that_got_another_s_index",),
+    ),
+    Guard(
+        "settled-interface",
+        "or the interface",
+        "netpol_ebpf/agent/settled.py",
+        ("            and ifindex not in changed\n", ""),
+        (f"{SETTLED}test_interface_that_got_another_name",),
+    ),
+    Guard(
+        "settled-names",
+        "or an interface that evidence by name leads to",
+        "netpol_ebpf/agent/settled.py",
+        ("            and endpoint.key not in concerned\n", ""),
+        (f"{SETTLED}test_change_that_leads_a_settled_pod_elsewhere[an interface with the pod's name came]",),
+    ),
+    Guard(
+        "settled-derived-name",
+        "by a name made of the pod's",
+        "netpol_ebpf/agent/settled.py",
+        ("    if hashes:\n", "    if False:\n"),
+        (f"{SETTLED}test_change_that_leads_a_settled_pod_elsewhere[an interface got the pod's name]",),
+    ),
+    Guard(
+        "settled-result",
+        "by a plugin's result that changed",
+        "netpol_ebpf/agent/settled.py",
+        ("if made != made_before or", "if"),
+        (f"{SETTLED}test_result_of_a_plugin[came]",),
+    ),
+    Guard(
+        "settled-result-name",
+        "by the name in a plugin's result",
+        "netpol_ebpf/agent/settled.py",
+        (" or not set(names).isdisjoint(made or ()):", ":"),
+        (f"{SETTLED}test_result_of_a_plugin[names an interface that came later]",),
+    ),
+    Guard(
+        "settled-route",
+        "or a route to the endpoint came, or changed",
+        "netpol_ebpf/agent/settled.py",
+        ("found = {one for one, ifindex in now.items() if before.get(one) != ifindex}", "found = set()"),
+        (f"{SETTLED}test_change_that_leads_a_settled_pod_elsewhere[its route leads elsewhere]",),
+    ),
+    Guard(
+        "settled-route-gone",
+        "or went",
+        "netpol_ebpf/agent/settled.py",
+        ("        found |= before.keys() - now.keys()\n", "        pass\n"),
+        (f"{SETTLED}test_change_that_leads_a_settled_pod_elsewhere[its route went, a prefix leads on]",),
+    ),
+    Guard(
+        "settled-first-address",
+        "or its first address was seen",
+        "netpol_ebpf/agent/settled.py",
+        ("and (record.first or not behind or new.links[ifindex].peer not in behind)", ""),
+        (f"{SETTLED}test_first_address_behind_a_settled_interface",),
+    ),
+    Guard(
+        "settled-named",
+        "what an object names is decided in each look",
+        "netpol_ebpf/agent/settled.py",
+        ("endpoint.interface is None and {routes", "{routes"),
+        (f"{SETTLED}test_named_interface_does_not_settle",),
+    ),
+    Guard(
+        "settled-routes-apart",
+        "as is an endpoint with routes to several interfaces",
+        "netpol_ebpf/agent/settled.py",
+        (" and {routes.get(one, ifindex) for one in endpoint.addresses} <= {ifindex}", ""),
+        (f"{SETTLED}test_second_route_to_an_interface_that_comes_later",),
+    ),
+    Guard(
+        "settled-one-interface",
+        "or with evidence of several",
+        "netpol_ebpf/agent/assignments.py",
+        (" and traces[key][1] <= {ifindex}", ""),
+        (f"{SETTLED}test_further_interface_of_a_plugin_s_result_stays_a_workload_s",),
+    ),
+    Guard(
+        "settled-held",
+        "or with an older interface",
+        "netpol_ebpf/agent/assignments.py",
+        (" and held.get(key) == ifindex", ""),
+        (f"{SETTLED}test_contested_endpoint_with_a_former_interface",),
+    ),
+    Guard(
+        "settled-fixed",
+        "or on an interface that the look changed",
+        "netpol_ebpf/agent/assignments.py",
+        ("before.get(ifindex) is record and ", ""),
+        (f"{SETTLED}test_interface_whose_record_changes_in_each_look_does_not_settle",),
+    ),
+    Guard(
+        "settled-claims",
+        "and one whose interface another endpoint leads to",
+        "netpol_ebpf/agent/assignments.py",
+        ("for ifindex in wanted.keys() & settled.keys():", "for ifindex in ():"),
+        (f"{SETTLED}test_other_endpoint_that_leads_to_a_settled_interface",),
+    ),
+    Guard(
+        "settled-lost",
+        "an endpoint that stays settled has lost no interface",
+        "netpol_ebpf/agent/assignments.py",
+        ("        self._lost.difference_update(interfaces)\n", ""),
+        (f"{SETTLED}test_former_interface_that_goes",),
+    ),
+    Guard(
+        "settled-restored",
+        "what an earlier agent assigned unsettles all",
+        "netpol_ebpf/agent/assignments.py",
+        ("            self._settled = {}\n            self._release", "            self._release"),
+        (f"{SETTLED}test_assignment_of_an_earlier_agent_that_is_restored_later",),
+    ),
+    Guard(
+        "traits-link",
+        "the traits of an interface are those of its present name",
+        "netpol_ebpf/agent/assignments.py",
+        ("known.link is link", "True"),
+        (f"{SETTLED}test_interface_with_a_new_name_has_the_traits_of_that_name",),
     ),
     # --- what the CNI plugin hands over
     Guard(

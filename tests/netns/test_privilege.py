@@ -12,6 +12,7 @@ import grp
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,15 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import service_filter
-from agent_scene import DB_POLICY, NODE, OTHER_ALLOWED, Scene, scene_in, to_db, with_capabilities
+from agent_scene import DB_POLICY, NODE, OTHER_ALLOWED, Scene, scene_in, to_db, wait_for, with_capabilities
 
+from netpol_ebpf.agent.configuration import API_VERSION, KIND
 from netpol_ebpf.agent.control_socket import SOCKET_NAME, ask
 from netpol_ebpf.errors import UnreachableError
 from netpol_ebpf.lab.laboratory import Lab
+from netpol_ebpf.lab.patience import scaled
 from netpol_loader import abi
 from netpol_loader.kernel import syscall
 from netpol_loader.pins import access
@@ -47,19 +51,33 @@ GROUP = "daemon"
 
 @dataclass
 class LeastScene(Scene):
-    """An agent with some capabilities, as root or as another user; ``is_filtered``: with the unit's system calls alone."""
+    """An agent with some capabilities, as root or as another user; ``is_service``: as the unit has it.
+
+    The service has its options from the configuration file, and the system calls of the unit's filter alone.
+    """
 
     capabilities: tuple[str, ...] = NAMES
     user: int = 0
-    is_filtered: bool = False
+    is_service: bool = False
 
     def command(self, *options: str) -> list[str]:
         prefix = with_capabilities(self.capabilities)
         if self.user:
             prefix += ["--ambient-caps", prefix[-1], "--reuid", str(self.user), "--regid", str(self.user)]
         member = str(grp.getgrnam(GROUP).gr_gid)
-        filtered = [sys.executable, service_filter.__file__] if self.is_filtered else []
-        return [*prefix, "--groups", member, *filtered, *super().command(*options)]
+        prefix += ["--groups", member]
+        if not self.is_service:
+            return [*prefix, *super().command(*options)]
+        places = {"manifests": self.manifests, "pinRoot": self.pin_root, "stateDir": self.state_dir}
+        written = {name: str(path) for name, path in places.items()} | {"node": self.node}
+        text = yaml.safe_dump({"apiVersion": API_VERSION, "kind": KIND, **written})
+        self.configuration.write_text(text)
+        filtered = [sys.executable, service_filter.__file__, sys.executable, *self.entry]
+        return [*prefix, *filtered, "--config", str(self.configuration), *options]
+
+    @property
+    def configuration(self) -> Path:
+        return self.home / "config.yaml"
 
     def ctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """See `Scene`. Root has the agent's capabilities here as well; pins of another user are opened to root by one more."""
@@ -116,24 +134,34 @@ def capabilities_of(process: int) -> dict[str, int]:
     return {line.split(":")[0]: int(line.split()[1], 16) for line in lines if line.startswith("Cap")}
 
 
+def abort_as_watchdog(scene: LeastScene) -> None:
+    """End the agent as systemd's watchdog does; the log then has where each thread was."""
+    assert scene.process is not None
+    scene.process.send_signal(signal.SIGABRT)
+    assert scene.process.wait(scaled(30)) == -signal.SIGABRT
+    log = (scene.home / "agent.log").read_text()
+    assert "Fatal Python error: Aborted" in log
+    assert "in run_once" in log
+
+
 def require_filter() -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
 
 
 @pytest.mark.parametrize(
-    ("user", "is_filtered"), [(0, False), (AGENT, False), (0, True)], ids=["root", "user", "service"]
+    ("user", "is_service"), [(0, False), (AGENT, False), (0, True)], ids=["root", "user", "service"]
 )
 def test_least_privilege_is_enough_for_everything(
-    make: Callable[..., LeastScene], user: int, *, is_filtered: bool
+    make: Callable[..., LeastScene], user: int, *, is_service: bool
 ) -> None:
     """With the three capabilities alone the agent finds pods, judges, follows changes, is succeeded, and is cleaned up.
 
-    So it does under the system call filter of the service.
+    So it does as the service: with the configuration file alone, which netpolctl reads too, and under the unit's filter.
     """
-    if is_filtered:
+    if is_service:
         require_filter()
-    scene = make(user=user, is_filtered=is_filtered)
+    scene = make(user=user, is_service=is_service)
     if user:
         scene.prepare()
     state = scene.start()
@@ -143,12 +171,18 @@ def test_least_privilege_is_enough_for_everything(
     sets = capabilities_of(state["pid"])
     expected = sum(1 << one.number for one in CAPABILITIES)
     assert (sets["CapEff"], sets["CapPrm"], sets["CapBnd"]) == (expected, expected, expected)
-    assert ("Seccomp:\t2" in Path(f"/proc/{state['pid']}/status").read_text().splitlines()) is is_filtered
+    assert ("Seccomp:\t2" in Path(f"/proc/{state['pid']}/status").read_text().splitlines()) is is_service
     assert Path(f"/proc/{state['pid']}").stat().st_uid == user
+    if is_service:
+        command = ["status", "--config", str(scene.configuration), "-o", "json"]
+        told = wait_for(lambda: scene.ctl(*command).stdout, "netpolctl finds the agent by the file")
+        assert json.loads(told)["pid"] == state["pid"]
     both = [to_db(source, version) for source in ("shop/web", "shop/other") for version in (4, 6)]
     assert scene.reached(*both) == [True, True, False, False]
     scene.write("db.yaml", OTHER_ALLOWED)
     scene.await_reached(to_db("shop/other"), expected=True)
+    if is_service:
+        abort_as_watchdog(scene)
     scene.kill()
     scene.write("db.yaml", DB_POLICY)
     assert scene.start()["in_force"]
@@ -301,19 +335,50 @@ def open_files(pid: int) -> set[str]:
     return found
 
 
+def network_sockets(pid: int) -> dict[str, list[str]]:
+    """The lines of /proc/net that are about sockets of the process, by family; only families of networks."""
+    held = {name for name in open_files(pid) if name.startswith("socket:")}
+    found: dict[str, list[str]] = {}
+    for name in ("tcp", "tcp6", "udp", "udp6", "raw", "raw6", "udplite", "packet", "unix", "netlink"):
+        table = Path(f"/proc/{pid}/net/{name}")
+        lines = table.read_text().splitlines()[1:] if table.exists() else []
+        found[name] = [line for line in lines if held & {f"socket:[{field}]" for field in line.split()}]
+    assert found.pop("netlink"), "the agent's own sockets are seen in these tables"
+    del found["unix"]
+    return {name: lines for name, lines in found.items() if lines}
+
+
 def test_agent_listens_on_no_network(make: Callable[..., LeastScene]) -> None:
     """In the node's network namespace no socket listens besides those of the laboratory's own peers; the agent has none."""
     scene = make()
-    state = scene.start()
-    held = {name for name in open_files(state["pid"]) if name.startswith("socket:")}
-    families = {}
-    for name in ("tcp", "tcp6", "udp", "udp6", "raw", "raw6", "udplite", "packet", "unix", "netlink"):
-        table = Path(f"/proc/{state['pid']}/net/{name}")
-        lines = table.read_text().splitlines()[1:] if table.exists() else []
-        families[name] = {f"socket:[{field}]" for line in lines for field in line.split()}
-    network = set(families) - {"unix", "netlink"}
-    assert held & families["netlink"], "the agent's own sockets are seen in these tables"
-    assert {name for name in network if held & families[name]} == set()
+    assert network_sockets(scene.start()["pid"]) == {}
+
+
+@pytest.mark.parametrize("user", [0, AGENT], ids=["root", "user"])
+def test_agent_listens_at_its_health_address_alone(make: Callable[..., LeastScene], user: int) -> None:
+    """With --health-address it has one listening socket more, at that address; three capabilities suffice, and the server has none."""
+    pytest.importorskip("prometheus_client", reason="the extra [metrics] is not installed")
+    scene = make(options=("--health-address", "127.0.0.1:9976"), user=user)
+    scene.prepare()
+    pid = scene.start()["pid"]
+    sockets = network_sockets(pid)
+    assert {name: [line.split()[1:4:2] for line in lines] for name, lines in sockets.items()} == {
+        "tcp": [["0100007F:26F8", "0A"]]
+    }
+    for path, found in (("/readyz", b"[+]programmed ok"), ("/metrics", b"netpol_in_force 1.0")):
+        command = [
+            sys.executable,
+            "-c",
+            f"import urllib.request as r; print(r.urlopen('http://127.0.0.1:9976{path}').read().decode())",
+        ]
+        wait_for(lambda: found.decode() in scene.lab.run(NODE, command, check=False).stdout, path)  # noqa: B023 - called at once
+    children = [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    servers = [one for one in children if b"health_server" in Path(f"/proc/{one}/cmdline").read_bytes()]
+    assert len(servers) == 1
+    kept = capabilities_of(servers[0])
+    assert {name: kept[name] for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == dict.fromkeys(
+        ("CapInh", "CapPrm", "CapEff", "CapAmb"), 0
+    )
 
 
 def test_group_reads_with_the_command_line(make: Callable[..., LeastScene]) -> None:
@@ -335,5 +400,5 @@ def test_group_reads_with_the_command_line(make: Callable[..., LeastScene]) -> N
         shown[command] = done.stdout
     assert f"{scene.manifests}/db.yaml" in shown[explain]
     assert "in force   yes" in shown["status"]
-    assert "netpol_in_force 1" in shown["metrics"].splitlines()
+    assert "netpol_in_force 1.0" in shown["metrics"].splitlines()
     assert 'netpol_packets_total{reason="policy-deny"}' in shown["metrics"]

@@ -9,7 +9,7 @@ from test_agent_cli import PROBLEM, SOURCES, STATE
 
 from netpol_ebpf.agent.change_record import ChangeRecord, ObjectCounts
 
-KIND = {"lists": 2, "watches": 3, "last_sync": "2026-01-02T03:04:05Z"}
+KIND = {"lists": 2, "watches": 3, "gaps": 1, "last_sync": "2026-01-02T03:04:05Z"}
 
 
 def histogram() -> dict[str, Any]:
@@ -26,7 +26,12 @@ def histogram() -> dict[str, Any]:
 def full_state() -> dict[str, Any]:
     """A node at a cluster, with one problem, and one rejected object."""
     cluster, manifests = SOURCES
-    cluster = {**cluster, "behind": ["nodes: unreachable"], "kinds": [{**one, **KIND} for one in cluster["kinds"]]}
+    cluster = {
+        **cluster,
+        "went_back": 1,
+        "behind": ["nodes: unreachable"],
+        "kinds": [{**one, **KIND} for one in cluster["kinds"]],
+    }
     return {
         **STATE,
         "problems": [PROBLEM],

@@ -28,6 +28,7 @@ class Request:
     headers: dict[str, str]
     certificate: bytes | None = None
     method: str = "GET"
+    body: bytes = b""
 
 
 @dataclass
@@ -106,12 +107,15 @@ class FakeServer:
             if not part:
                 return None
             head += part
+        head, _, body = head.partition(b"\r\n\r\n")
         first, *lines = head.decode("latin-1").split("\r\n")
         pairs = (line.partition(":") for line in lines if line)
         headers = {name.lower(): value.strip() for name, _, value in pairs}
         certificate = connection.getpeercert(binary_form=True) if isinstance(connection, ssl.SSLSocket) else None
+        while len(body) < int(headers.get("content-length", "0")):
+            body += connection.recv(65536)
         method, target, _ = first.split()
-        return Request(target, headers, certificate, method)
+        return Request(target, headers, certificate, method, body)
 
     def _write(self, connection: socket.socket, wire: Wire) -> None:
         if wire.has_no_head:

@@ -353,7 +353,7 @@ def test_status_shows_each_source_and_what_is_not_followed(
         ({"cut_off": True, "stale_since": "2026-01-02T03:04:05Z"}, "CUT OFF, later changes than of 2026-01-02T03:04:05Z may be missing"),
         ({"cut_off": True, "confirmed": None}, "CUT OFF, later changes than of the start may be missing"),
         ({"went_back_at": "2026-01-01T00:00:00Z"}, "WENT BACK to an older state at 2026-01-01T00:00:00Z"),
-        ({"gaps": {"pods": 2}}, "events lost and listed again: pods 2 times"),
+        ({"kinds": [{**SOURCES[0]["kinds"][0], "kind": "pods", "gaps": 2}]}, "events lost and listed again: pods 2 times"),
         ({"restored": True, "stale_since": "2025-12-31T00:00:00Z"}, "NOT READ, the state saved at 2025-12-31T00:00:00Z is in force"),
     ],
 )  # fmt: skip

@@ -370,6 +370,23 @@ def test_node_reaches_closed_workloads_of_a_node_without_enforcement(stage: Stag
     stage.until(agent, lambda: not agent.problems)
 
 
+def test_state_that_does_not_fit_is_not_in_force(stage: Stage) -> None:
+    """The server answers after workloads were closed, and its objects have no room: nobody is told that they are in force."""
+    port = stage.stop_serving()
+    agent = stage.agent(stage.cluster(url=f"http://127.0.0.1:{port}", may_restore=True))
+    stage.bench.now_s += CLOSE_S
+    stage.turn(agent)
+    room = stage.node.in_force["np_rule"].max_entries
+    stage.node.in_force["np_rule"].max_entries = 1
+    stage.serve(port)
+    stage.until(agent, lambda: agent.rejected.problem is not None)
+    assert not agent.is_in_force
+    stage.node.in_force["np_rule"].max_entries = room
+    stage.bench.now_s += 100 * CLOSE_S
+    stage.until(agent, lambda: agent.is_in_force)
+    assert bound(agent) == {WEB, DB}
+
+
 def test_saved_state_is_in_force_on_a_node_that_starts_without_its_server(stage: Stage) -> None:
     """The tables are those of the state before; `status` says since when they may be stale, until the server answers."""
     agent = stage.agent(stage.cluster())

@@ -8,6 +8,9 @@ import importlib.util
 import json
 import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -352,19 +355,20 @@ def test_every_directory_on_the_way_is_checked(tmp_path: Path) -> None:
         assert load_trusted(root / "above" / "here" / "link") == b"x"
 
 
-def test_a_writable_directory_on_a_read_only_mount_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it mounts")
+def test_a_writable_directory_on_a_read_only_mount_is_trusted(tmp_path: Path) -> None:
     """A kubelet makes the directory of a ConfigMap with mode 0777, and mounts it read-only."""
     volume = mounted(tmp_path)
     volume.chmod(0o777)
     with pytest.raises(OSError, match=REFUSED):
         load_trusted(volume / "config.yaml")
-    real = os.statvfs
-
-    class ReadOnly:
-        f_flag = os.ST_RDONLY
-
-    monkeypatch.setattr(os, "statvfs", lambda path: ReadOnly if Path(path) == volume else real(path))
-    assert load_trusted(volume / "config.yaml") == b"1"
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    read = f"print(configuration.load_trusted(Path({str(mount / 'config.yaml')!r})))"
+    source = f"from pathlib import Path\nfrom netpol_ebpf.agent import configuration\n{read}"
+    mounting = f"mount --bind {volume} {mount} && mount -o remount,bind,ro {mount} && exec {sys.executable} -c {shlex.quote(source)}"
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", mounting], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "b'1'\n"), done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it gives files to other users")

@@ -14,10 +14,11 @@ import pytest
 from memory_barrier import MemoryTables
 from memory_maps import MemoryMap, memory_maps
 
-from netpol_ebpf.agent import report
+from netpol_ebpf.agent import assignments, report
 from netpol_ebpf.agent.adoption import LiveConnections
 from netpol_ebpf.agent.cni import UNSEEN_TYPES, CniResult
 from netpol_ebpf.agent.core import Agent
+from netpol_ebpf.agent.local_interfaces import AUDIT_S as AUDIT_OF_ASSIGNMENTS_S
 from netpol_ebpf.agent.local_interfaces import MISSING_S, SEARCH_S
 from netpol_ebpf.agent.node import POLICY_MAPS
 from netpol_ebpf.agent.rejected import RETRY_S
@@ -261,6 +262,35 @@ def test_only_the_first_agent_asks_for_old_connections(bench: Bench) -> None:
     assert bench.node.asked == [{1, 2}, {1, 2}]
     settle(bench.agent())
     assert len(bench.node.asked) == 2
+
+
+@pytest.mark.parametrize("is_faulty", [True, False])
+def test_audit_of_assignments_restores_and_reports_a_difference(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, *, is_faulty: bool
+) -> None:
+    """Whatever a look at changes missed, a look at everything finds within AUDIT_S, also without another change."""
+    agent = bench.agent()
+    for _ in range(3):
+        bench.node.news = True
+        agent.step()
+    if is_faulty:
+        monkeypatch.setattr(assignments, "still_settled", lambda settled, *_: dict(settled))
+    moved = Interface(9, "cali9", "veth", (9, 2))
+    bench.node.wiring = replace(
+        WIRING, links={**WIRING.links, 9: moved}, host_routes={**WIRING.host_routes, ip_address("10.0.0.1"): 9}
+    )
+    bench.node.news = True
+    agent.step()
+    assert agent.interfaces.located[WEB] == (5 if is_faulty else 9)
+    bench.now_s += AUDIT_OF_ASSIGNMENTS_S
+    agent.step()
+    assert agent.interfaces.located[WEB] == agent.enforcement.applier.bindings[WEB].ifindex == 9
+    found = [one.message for one in agent.problems if one.slug == "interface-audit"]
+    assert len(found) == is_faulty
+    assert all(str(WEB) in one and one in caplog.text for one in found)
+    monkeypatch.setattr(assignments.InterfaceAssignments, "unsettled", None)
+    bench.now_s += AUDIT_OF_ASSIGNMENTS_S
+    agent.step()  # no audit: nothing was located since
 
 
 def test_interface_of_nobody_is_closed(bench: Bench) -> None:
@@ -775,6 +805,26 @@ def test_row_that_something_else_changed_is_put_back(bench: Bench) -> None:
     assert agent.repair.drift.counts == {"row": 4}
     assert {drift.was for _, drift in agent.repair.drift.recent} == {"missing", "foreign"}
     assert agent.enforcement.applier.generation > generation
+
+
+@pytest.mark.parametrize("compared", range(1, 12))
+def test_endpoint_that_is_bound_during_a_round_keeps_its_rows(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, compared: int
+) -> None:
+    """Whenever it comes, and without another encoding of the rows of the others."""
+    agent = bench.agent()
+    audit, applier = agent.enforcement.audit, agent.enforcement.applier
+    assert audit is not None
+    encoded: list[EndpointKey] = []
+    elements = applier.endpoint_elements
+    monkeypatch.setattr(applier, "endpoint_elements", lambda key: [encoded.append(key), elements(key)][1])
+    audit.step(compared)
+    binding = replace(applier.bindings[WEB], ifindex=9)
+    applier.bind(WEB, binding)
+    while not audit.is_between_rounds:
+        assert audit.step(1) == []
+    assert bench.node.row(9) is not None
+    assert encoded.count(DB) == 1
 
 
 def test_configuration_that_something_else_changed_is_put_back(bench: Bench) -> None:

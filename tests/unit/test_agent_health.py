@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -259,46 +260,62 @@ def test_only_get_and_head(endpoint: Endpoint) -> None:
             assert channel.recv(100).split(b" ")[1] == answer
 
 
-def test_slow_clients_keep_nobody_waiting(endpoint: Endpoint) -> None:
-    """More silent and half-spoken connections than are permitted: a probe is answered, the oldest connection is closed."""
-    with contextlib.ExitStack() as stack:
-        silent = [stack.enter_context(endpoint.connect()) for _ in range(CONNECTIONS + 5)]
-        for one in silent[1::2]:
-            one.sendall(b"GET /livez HTTP/1.1\r\nHost:")
-        assert endpoint.get("/livez")[0] == 200
-        with contextlib.suppress(ConnectionResetError):
-            assert silent[0].recv(1) == b""
-
-
-def test_a_request_that_never_ends_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that sends a byte from time to time is cut off all the same."""
-    monkeypatch.setattr(health_server, "REQUEST_S", 0.05)
+@contextlib.contextmanager
+def served_here(monkeypatch: pytest.MonkeyPatch, **limits: float) -> Iterator[tuple[str, int]]:
+    """The address of a server in a thread of this process, with other limits."""
+    for name, value in limits.items():
+        monkeypatch.setattr(health_server, name, value)
     listener = socket.create_server(("127.0.0.1", 0))
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.settimeout(0)
     theirs.settimeout(0)
     server = HealthServer(lambda: Page(health_server.HTTPStatus.OK, b""))
-    thread = threading.Thread(target=lambda: health_server.asyncio.run(health_server.serve(server, listener, theirs)))
+    thread = threading.Thread(target=lambda: asyncio.run(health_server.serve(server, listener, theirs)))
     thread.start()
-    with socket.create_connection(listener.getsockname(), timeout=DEADLINE_S) as channel:
-
-        def is_closed() -> bool:
-            try:
-                channel.sendall(b"X")
-                channel.settimeout(0)
-                return channel.recv(1) == b""
-            except BlockingIOError:
-                return False
-            except OSError:
-                return True
-            finally:
-                channel.settimeout(DEADLINE_S)
-
-        wait_for(is_closed, "the connection is closed")
-    ours.close()  # the agent ends
-    thread.join(DEADLINE_S)
+    try:
+        yield listener.getsockname()
+    finally:
+        ours.close()  # as when the agent ends
+        thread.join(DEADLINE_S)
+        theirs.close()
     assert not thread.is_alive()
-    theirs.close()
+
+
+def is_closed(channel: socket.socket) -> bool:
+    """Whether the server has closed a connection on which it sent nothing."""
+    channel.settimeout(0)
+    try:
+        return channel.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def test_slow_clients_keep_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more silent connections than are permitted the oldest are closed, and a probe is answered at once."""
+    with served_here(monkeypatch, REQUEST_S=1e6, CONNECTION_S=1e6) as address, contextlib.ExitStack() as stack:
+        silent = []
+        for number in range(CONNECTIONS + 5):
+            silent.append(stack.enter_context(socket.create_connection(address, timeout=DEADLINE_S)))
+            silent[-1].sendall(b"GET /livez HTTP/1.1\r\nHost:" if number % 2 else b"")
+        with contextlib.closing(http.client.HTTPConnection(*address, timeout=DEADLINE_S)) as probe:
+            probe.request("GET", "/livez")
+            assert probe.getresponse().status == 200
+        wait_for(lambda: all(map(is_closed, silent[:6])), "the oldest connections are closed")
+        assert not any(map(is_closed, silent[6:])), "the others are not"
+
+
+def test_a_request_that_never_ends_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that sends a byte from time to time is cut off all the same."""
+    with served_here(monkeypatch, REQUEST_S=0.05) as address, socket.create_connection(address) as channel:
+
+        def is_cut_off() -> bool:
+            with contextlib.suppress(OSError):
+                channel.sendall(b"X")
+            return is_closed(channel)
+
+        wait_for(is_cut_off, "the connection is closed")
 
 
 # --- the process ------------------------------------------------------------------------------------------------------

@@ -190,3 +190,28 @@ def test_what_the_node_takes_for_its_own(bench: Bench) -> None:
         own: Meaning(LocalFlag.OWN, 5), group: Meaning(LocalFlag.GROUP), both: Meaning(LocalFlag.MANY, 6),
     }  # fmt: skip
     assert {str(net) for net in wiring.local_nets} == {"10.7.0.0/16"}
+
+
+def test_each_snapshot_has_the_present_addresses_routes_and_groups(bench: Bench) -> None:
+    """Whichever of them changed since the snapshot before, also if only one did."""
+
+    def known() -> set[str]:
+        bench.now_s += GROUPS_S
+        bench.node.has_news()
+        return {str(one) for one in bench.node.snapshot().meanings}
+
+    local, anycast, joined, solicited = map(ip_address, ("fd00::1", "fd00::", "ff02::1:2", "ff02::1:ff00:2"))
+    assert known() == set()
+    bench.follower.local_routes.append(LocalRoute(local, 128, is_many=False, ifindex=2))
+    assert known() == {"fd00::1"}
+    bench.groups = frozenset({joined})
+    assert known() == {"fd00::1", "ff02::1:2"}
+    bench.groups = frozenset({joined, solicited})
+    assert known() == {"fd00::1", "ff02::1:2", "ff02::1:ff00:2"}
+    bench.follower.addresses[ip_address("fd00::2")] = 2
+    bench.groups = frozenset({joined})
+    assert known() == {"fd00::1", "ff02::1:2"}
+    bench.follower.local_routes[:] = [LocalRoute(anycast, 128, is_many=False, ifindex=2)]
+    assert known() == {"fd00::", "ff02::1:2"}
+    bench.follower.local_routes[:] = [LocalRoute(anycast, 128, is_many=True, ifindex=5)]
+    assert bench.node.snapshot().meanings[anycast].ifindex == 5

@@ -14,7 +14,8 @@ import pytest
 from test_agent_core import CLUSTER, POLICY, Bench, settle
 
 from netpol_ebpf.agent.change_record import BUCKETS_S, LINE_S, ChangeRecord, ObjectCounts
-from netpol_ebpf.agent.objects import MOST_LINES, ClusterObjects
+from netpol_ebpf.agent.objects import ClusterObjects
+from netpol_ebpf.agent.problem_log import MOST_LINES, ProblemLog
 from netpol_ebpf.agent.settings import AgentSettings
 from netpol_ebpf.errors import Location, Problem
 from netpol_ebpf.terminal import LOG_FORMATS
@@ -106,7 +107,9 @@ def test_agent_tells_what_came_into_force(tmp_path: Path, caplog: pytest.LogCapt
     def told() -> list[str]:
         bench.now_s += 10.0
         settle(agent)
-        return [line for line in lines(caplog) if " in force changes=" in line]
+        found = [line for line in lines(caplog) if " in force changes=" in line]
+        assert all("milliseconds=0.0 " in line for line in found), "the clock stands still while the agent works"
+        return found
 
     try:
         (line,) = told()
@@ -176,3 +179,17 @@ def test_json_lines_have_the_same_fields(caplog: pytest.LogCaptureFixture) -> No
     assert "ValueError: boom" in third["traceback"]
     assert first["time"].endswith("+00:00")
     assert sys.exc_info() == (None, None, None)
+
+
+def test_problems_that_only_their_messages_tell_apart(caplog: pytest.LogCaptureFixture) -> None:
+    """Two interfaces without an object or a place are two problems."""
+    record = ProblemLog(logging.getLogger("x"))
+    one, two = (Problem(Location(""), "", f"eth{number} has a program of others") for number in (0, 1))
+    record.note([one])
+    record.note([one, two])
+    record.note([two])
+    assert [line.split(" INFO ")[-1].split(" ERROR ")[-1] for line in lines(caplog)] == [
+        "eth0 has a program of others problem=invalid",
+        "eth1 has a program of others problem=invalid",
+        "over: eth0 has a program of others problem=invalid",
+    ]

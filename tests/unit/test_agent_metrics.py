@@ -89,6 +89,8 @@ def test_values_of_a_state() -> None:
     assert read_at == 1767323045
     pods = (("kind", "pods"), ("source", "https://api:6443"))
     assert samples(found, "netpol_source_watches_total")[pods] == 3
+    assert samples(found, "netpol_source_gaps_total")[pods] == 1
+    assert samples(found, "netpol_source_went_back_total") == {(("source", "https://api:6443"),): 1}
     assert samples(found, "netpol_source_last_sync_timestamp_seconds")[pods] == 1767323045
     labels, value = next(iter(samples(found, "netpol_rule_bytes_total").items()))
     assert (dict(labels)["policy"], dict(labels)["rule"], value) == ("db", "4", 700)

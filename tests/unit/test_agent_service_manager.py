@@ -131,9 +131,10 @@ def test_the_loop_tells_of_its_beginning_its_passes_and_its_end(tmp_path: Path, 
         return now
 
     watched = of({"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "4000000"}, clock=clock)
+    node = SimpleNamespace(network=SimpleNamespace(fileno=lambda: None))
     ledger = SimpleNamespace(try_again=lambda: None)
     control_socket = ControlSocket(tmp_path / "socket", {})
-    serve(AgentLoop(Passes(), SimpleNamespace(), ledger, control_socket, service_manager=watched))  # type: ignore[arg-type]
+    serve(AgentLoop(Passes(), node, ledger, control_socket, service_manager=watched))  # type: ignore[arg-type]
     found = said(manager)
     assert found[0] == b"READY=1"
     assert found[-1] == b"STOPPING=1"

@@ -12,7 +12,7 @@ from fake_apiserver import FakeServer, Request, Wire
 
 from netpol_ebpf.cli.uninstall import DaemonSets, await_clean, end_agents
 from netpol_ebpf.errors import UnreachableError
-from netpol_ebpf.sources.kubernetes.client import Cluster
+from netpol_ebpf.sources.kubernetes.client import Client, Cluster
 
 PATH = "/apis/apps/v1/namespaces/kube-system/daemonsets/"
 GONE = (404, {"kind": "Status", "code": 404, "message": 'daemonsets.apps "netpol-agent" not found'})
@@ -36,7 +36,7 @@ def run(step: Any, *answers: tuple[int, Any]) -> tuple[list[str], int]:
         return Wire(Reply(status, [(0.0, body if isinstance(body, bytes) else json.dumps(body).encode())]))
 
     with FakeServer(answer) as server:
-        step(DaemonSets(Cluster(server.url), "kube-system"), pauses.append)
+        step(DaemonSets(Client(Cluster(server.url)), "kube-system"), pauses.append)
         targets = [f"{one.method} {one.target}" for one in server.requests]
     assert not left
     return targets, len(pauses)

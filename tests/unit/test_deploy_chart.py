@@ -18,6 +18,7 @@ from netpol_ebpf import __version__
 from netpol_ebpf.agent.barrier import parse_barrier
 from netpol_ebpf.agent.cni import DEFAULT_DIR
 from netpol_ebpf.agent.configuration import CONFIG_VARIABLE, DEFAULT_FILE, parse_arguments, settings_of
+from netpol_ebpf.agent.health import parse_health_address
 from netpol_ebpf.agent.main import BARRIER_MARKS, DEFAULT_STATE_DIR, build_parser
 from netpol_ebpf.agent.source_options import DEFAULT_SAVED_STATE, NODE_VARIABLE
 from netpol_ebpf.cli import main as netpolctl
@@ -84,6 +85,14 @@ def test_agent_of_each_network(network: str, tmp_path: Path) -> None:
     (variable,) = containers(f"agent-{network}")["agent"]["env"]
     assert variable["valueFrom"] == {"fieldRef": {"fieldPath": "spec.nodeName"}}
     assert variable["name"] == NODE_VARIABLE
+    host, port = parse_health_address(parsed.health_address) or ("", 0)
+    probes = {name: one["httpGet"] for name, one in containers(f"agent-{network}")["agent"].items() if "Probe" in name}
+    assert {name: one["path"] for name, one in probes.items()} == {
+        "startupProbe": "/livez",
+        "livenessProbe": "/livez",
+        "readinessProbe": "/readyz",
+    }
+    assert {(one["host"], one["port"]) for one in probes.values()} == {(host, port)}
     assert (parsed.state_dir, parsed.saved_state) == (DEFAULT_STATE_DIR, DEFAULT_SAVED_STATE)
     barrier = parse_barrier(parsed.barrier, parsed.barrier_interfaces, BARRIER_MARKS, 0)
     assert bool(barrier.patterns) == (network != "other")

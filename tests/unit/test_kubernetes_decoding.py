@@ -200,17 +200,30 @@ def test_kind_comes_from_the_request() -> None:
 def test_server_fields_are_no_content() -> None:
     """Two states that differ in these alone are one."""
     one = {
-        "metadata": {"name": "a", "resourceVersion": "1", "generation": 1, "managedFields": [1]},
+        "metadata": {"name": "a", "resourceVersion": "1", "generation": 1, "uid": "x", "managedFields": [1]},
         "spec": {"order": 1},
     }
     two = {
-        "metadata": {"name": "a", "resourceVersion": "2", "generation": 2, "uid": "x"},
+        "metadata": {"name": "a", "resourceVersion": "2", "generation": 1, "uid": "x"},
         "spec": {"order": 1},
         "status": {"a": 1},
     }
     first, second = (decode_object(TIERS, json.dumps(item).encode()) for item in (one, two))
     assert encode(first.fields) == encode(second.fields)
     assert (first.resource_version, second.resource_version) == ("1", "2")
+
+
+@pytest.mark.parametrize("change", [{"generation": 2}, {"uid": "y"}])
+def test_generation_and_uid_make_another_revision(change: dict[str, Any]) -> None:
+    """Reports name a state of a policy by both, also where the new spec means the same."""
+    before = {"name": "a", "resourceVersion": "1", "generation": 1, "uid": "x"}
+    revisions = []
+    for metadata in (before, {**before, **change}):
+        decoded = decode_object(TIERS, json.dumps({"metadata": metadata, "spec": {"order": 1}}).encode())
+        resource = parse(TIERS, decoded.name, decoded.fields).resource
+        assert resource is not None
+        revisions.append(resource.meta.revision)
+    assert revisions == ["x/1", f"{change.get('uid', 'x')}/{change.get('generation', 1)}"]
 
 
 def test_numbers_are_read_as_the_server_writes_them() -> None:

@@ -18,7 +18,20 @@ other: []
 {{- with get (include "netpol.barrierInterfaces" . | fromYaml) .Values.network -}}
 {{- $_ := set $file "barrierInterfaces" . -}}
 {{- end -}}
+{{- if eq .Values.health.address "loopback" -}}
+{{- $_ := set $file "healthAddress" (printf "127.0.0.1:%v" .Values.health.port) -}}
+{{- end -}}
 {{- mergeOverwrite $file .Values.config | toYaml -}}
+{{- end -}}
+
+{{- /* A page of the agent's health server, for kubelet. Without a host kubelet takes the pod's address, which is the node's. */ -}}
+{{- define "netpol.probe" -}}
+{{- $values := (index . 0).Values -}}
+{{- $page := dict "path" (index . 1) "port" $values.health.port -}}
+{{- if eq $values.health.address "loopback" -}}
+{{- $_ := set $page "host" "127.0.0.1" -}}
+{{- end -}}
+{{- toJson $page -}}
 {{- end -}}
 
 {{- define "netpol.labels" -}}

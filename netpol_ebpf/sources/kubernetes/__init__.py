@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objects from a Kubernetes API server, watched for changes. Needs the extra ``[kubernetes]``."""
+"""The source for a cluster: objects of a Kubernetes API server, which is watched for changes.
+
+It needs the extra ``[kubernetes]``.
+"""

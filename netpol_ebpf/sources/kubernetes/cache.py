@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The known state of the cluster: all objects by kind, whether each kind was listed, and pending changes.
+"""The known state of the cluster: all objects by kind, whether each kind was listed, and changes not yet read.
 
-Reader threads, one for each kind, write into the cache; the agent calls `Cache.drain` when the descriptor is readable.
-A reader never waits for the agent: the cache keeps only the latest change of each object, so the number of objects
-bounds its size.
+Reader threads, one for each kind, write into the cache. The agent calls `Cache.drain` when the descriptor is readable.
+A reader never waits for the agent: the cache keeps only the latest change of each object, so its size is bounded by the
+number of objects.
 
-Invariants: `drain` returns nothing before every kind was listed completely, except the whole saved state of the last
-run if `restore` was called; an object that is not valid keeps its last good state and is reported; two states of an
-object are compared by the fields that its parser reads, so a new resourceVersion, a heartbeat or a defaulted status is
-no change.
+Invariants: `drain` returns nothing before every kind was listed completely; the only exception is the whole saved state
+of the last run, after a call of `restore`. An object that is not valid keeps its last good state and is reported. Two
+states of an object are compared by the fields that its parser reads, so a new resourceVersion, a heartbeat or a
+defaulted status is not a change.
 """
 
 from __future__ import annotations
@@ -38,20 +38,21 @@ from netpol_ebpf.sources.kubernetes.decoding import (
 from netpol_ebpf.sources.source import ObjectEvent, Remove, Upsert
 
 MOST_TOLD = 1000
-"""Most problems that the cache reports; arbitrary. A change of one problem goes through all of them."""
+"""Largest number of problems that the cache reports. Each change of a problem iterates over them. The number is
+arbitrary."""
 TAKEN_TOGETHER = 250
-"""Objects processed between two pauses; arbitrary, a few milliseconds."""
+"""Number of objects processed between two pauses, which takes a few milliseconds. The number is arbitrary."""
 SAVED_VERSION = "saved"
-"""Version of an object from the saved state, until the server reports another state of it."""
+"""The version of an object of the saved state, until the server reports another state of the object."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One object.
 
-    ``seen``: JSON of the fields that the server last reported; ``good``: JSON of its last valid state, b"" for none;
-    ``resource``: that state; ``version``: a name that no other state of the object has; ``problems``: faults of the
-    reported state.
+    ``seen``: the fields that the server last reported, as JSON. ``good``: its last valid state as JSON, b"" if there is
+    none. ``resource``: that state, parsed. ``version``: differs for each state of the object. ``problems``: the errors
+    and warnings of the state that the server last reported.
     """
 
     seen: bytes
@@ -62,21 +63,30 @@ class Entry:
 
 
 class SavedObject(NamedTuple):
-    """An object in the saved state. ``fields``: JSON of its last good state; ``is_orphan``: kept although its kind was deleted."""
+    """An object in the saved state.
+
+    ``fields``: its last good state as JSON. ``is_orphan``: it is kept although the definition of its kind was deleted.
+    """
 
     fields: bytes
     is_orphan: bool
 
 
 class SavedKind(NamedTuple):
-    """The objects of one kind in the saved state, and the uid of its CustomResourceDefinition, "" for none."""
+    """The objects of one kind in the saved state.
+
+    ``definition_uid``: the uid of the kind's CustomResourceDefinition; "" if none was seen.
+    """
 
     definition_uid: str
     objects: list[SavedObject]
 
 
 class KindStore:
-    """The objects of one kind. Its reader thread writes them; all methods but `prepare` need the cache's lock."""
+    """The objects of one kind. The kind's reader thread writes them.
+
+    All methods except `prepare` run under the cache's lock.
+    """
 
     def __init__(self, kind: WatchedKind, cache: Cache) -> None:
         self.kind = kind
@@ -93,11 +103,11 @@ class KindStore:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the store has no object at all, not even an orphan."""
+        """Whether the store has no object, not even an orphan."""
         return not self.entries
 
     def prepare(self, decoded: Decoded) -> Entry:
-        """The entry for an object; the existing one if the object did not change."""
+        """Parse an object; returns its entry for `put` or `commit`, the existing entry if the object did not change."""
         old = self.entries.get(decoded.name)
         seen = encode(decoded.fields)
         if old is not None and old.seen == seen:
@@ -108,33 +118,39 @@ class KindStore:
             return Entry(seen, *good, parsed.problems)
         if old is not None and old.resource == parsed.resource:
             return Entry(seen, seen, old.resource, old.version, parsed.problems)
-        # A new default of a changed definition makes another state of the same resourceVersion.
+        # If a definition gets a new default, an object has a new state with the same resourceVersion.
         is_taken = old is not None and old.version.rstrip("+") == decoded.resource_version
         version = f"{old.version}+" if old is not None and is_taken else decoded.resource_version
         return Entry(seen, seen, parsed.resource, version, parsed.problems)
 
     def put(self, name: Name, entry: object) -> None:
-        """Store an entry of `prepare`."""
+        """Store under ``name`` the entry that `prepare` returned."""
         with self._cache.lock:
             self._put(name, entry)
 
     def remove(self, name: Name) -> None:
-        """Forget an object."""
+        """Remove an object."""
         with self._cache.lock:
             self._remove(name)
 
     def orphan(self, name: Name) -> None:
-        """Mark an object as an orphan: it stays although the server deleted it together with its kind's definition."""
+        """Mark an object as an orphan, which stays in force.
+
+        The server deleted it together with the definition of its kind.
+        """
         with self._cache.lock:
             self._orphan((name,))
 
     def missing(self, staged: Mapping[Name, object]) -> set[Name]:
-        """The known objects, without orphans, that a complete list lacks. ``staged``: the list, by name."""
+        """The names of known objects that a complete list lacks, without orphans. ``staged``: the list, by name."""
         with self._cache.lock:  # an operator may release orphans meanwhile
             return self.entries.keys() - staged.keys() - self.orphans
 
     def commit(self, staged: Mapping[Name, object], *, orphaned: set[Name]) -> None:
-        """Replace the objects by a complete list in one step; objects that it lacks are removed, except orphans."""
+        """Replace all objects by a complete list, in one step. Known objects that it lacks are removed, except orphans.
+
+        ``staged``: the list, as entries of `prepare` by name. ``orphaned``: objects to mark as orphans.
+        """
         with self._cache.lock:
             self._orphan(orphaned)
             for name in self.missing(staged):
@@ -144,13 +160,13 @@ class KindStore:
             self._synced()
 
     def commit_absent(self) -> None:
-        """Record that the server has no such kind; its known objects stay."""
+        """Record that the server does not have the kind. Its known objects are kept as orphans."""
         with self._cache.lock:
             self._orphan(self.entries)
             self._synced()
 
     def note(self, problem: Problem | None) -> None:
-        """Set the problem that the kind is not watched now; None: it is watched."""
+        """Set the problem that says why the kind is not watched now; None if it is watched."""
         with self._cache.lock:
             if problem != self.problem:
                 self.problem = problem
@@ -203,7 +219,7 @@ class KindStore:
         return names
 
     def problems(self) -> Iterable[Problem]:
-        """Problems of the kind: why it is not watched, which objects are kept, and which are not valid."""
+        """The problems of the kind: why it is not watched, which objects are kept, and which are not valid."""
         if self.problem is not None:
             yield self.problem
         if self.orphans:
@@ -226,12 +242,12 @@ class KindStore:
                 yield Problem(place, "", f"is not valid: {kept}", obj=obj, slug="kept")
 
     def saved(self) -> SavedKind:
-        """The kind's part of the saved state."""
+        """The objects of the kind as the saved state stores them."""
         good = ((name, entry.good) for name, entry in self.entries.items() if entry.good)
         return SavedKind(self.definition_uid, [SavedObject(fields, name in self.orphans) for name, fields in good])
 
     def load(self, saved: SavedKind) -> None:
-        """Load the kind's part of a saved state, before its first list."""
+        """Load the kind's objects from the saved state. Must be called before the kind is first listed."""
         entries: dict[Name, Entry] = {}
         orphans: set[Name] = set()
         for one in saved.objects:
@@ -253,8 +269,8 @@ class KindStore:
 class _Objects:
     """The objects that `drain` has returned, by key.
 
-    An object as projectcalico.org/v3 has precedence over its stored form. Invariant: a key has at least one state; the
-    least position counts.
+    If an object exists as projectcalico.org/v3 and in its stored form, the former is used. Invariant: each key has a
+    list of at least one state, of which the first is used.
     """
 
     def __init__(self) -> None:
@@ -262,7 +278,10 @@ class _Objects:
         self._keys: dict[str, ResourceKey] = {}  # by path
 
     def replace(self, path: str, new: tuple[Resource, str] | None) -> Iterator[ObjectEvent]:
-        """Replace the object at a server path by ``new`` (None: removed); yields the resulting events of its key."""
+        """Replace the object at an API path by ``new``, (resource, version); None: the object was removed.
+
+        Yields the resulting events.
+        """
         keys = [self._keys.pop(path, None), None if new is None else key_of(new[0])]
         for key in dict.fromkeys(key for key in keys if key is not None):
             before = self._states.pop(key, [])
@@ -280,21 +299,21 @@ class _Objects:
 
 @dataclass(slots=True)
 class Cache:
-    """The known objects of all ``kinds``, for one consumer. Must be closed after the reader threads have ended."""
+    """The known objects of ``kinds``, for one consumer. Must be closed after the reader threads have ended."""
 
     kinds: tuple[WatchedKind, ...]
     lock: threading.RLock = field(default_factory=threading.RLock)
     stores: dict[WatchedKind, KindStore] = field(init=False)
     descriptor: int = field(init=False)
-    """An eventfd that is readable when `drain` or `problems` has something new."""
+    """An eventfd. It is readable when `drain` or `problems` has something new."""
     saves: int = 0
-    """A counter that grows with each change that the saved state must include."""
+    """A counter of the changes that the saved state must include."""
     is_given: bool = False
     """Whether `drain` has returned a complete state."""
     _changed: dict[str, tuple[Resource, str] | None] = field(default_factory=dict)
     _loaded: dict[str, tuple[Resource, str] | None] = field(
         default_factory=dict
-    )  # the saved state, as long as it may be needed
+    )  # the objects of the saved state, until the first `drain`
     _objects: _Objects = field(default_factory=_Objects)
     _is_restored: bool = False
     _problems: dict[str, Problem] = field(default_factory=dict)
@@ -317,12 +336,12 @@ class Cache:
 
     @property
     def unsynced(self) -> tuple[WatchedKind, ...]:
-        """The kinds that were not listed yet."""
+        """The kinds that have not been listed yet."""
         return tuple(kind for kind, store in self.stores.items() if not store.is_synced)
 
     @property
     def versions(self) -> Mapping[WatchedKind, str]:
-        """By kind: the resourceVersion up to which `drain` has returned all changes."""
+        """The resourceVersion of each kind up to which `drain` has returned all changes."""
         return self._versions
 
     def wake(self) -> None:
@@ -335,7 +354,7 @@ class Cache:
             os.eventfd_read(self.descriptor)
 
     def changed(self, kind: WatchedKind, name: Name, old: Entry | None, new: Entry | None) -> None:
-        """Record that an object changed; the caller holds the lock."""
+        """Record that an object changed. The caller must hold the lock."""
         before, after = old.resource if old else None, new.resource if new else None
         if before is not after:
             path = object_path(kind, name)
@@ -346,11 +365,11 @@ class Cache:
 
     @property
     def noted(self) -> Collection[str]:
-        """The keys under which `note` has a problem now."""
+        """The keys for which `note` has set a problem."""
         return self._problems.keys()
 
     def note(self, key: str, problem: Problem | None) -> None:
-        """Set the problem of ``key``, for problems that belong to no kind; None removes it."""
+        """Set the problem of ``key``, for problems that belong to no kind; None removes the problem."""
         with self.lock:
             if problem is None:
                 if self._problems.pop(key, None) is not None:
@@ -360,25 +379,25 @@ class Cache:
                 self.wake()
 
     def orphans(self, kind: WatchedKind) -> list[Name]:
-        """The names of the objects of a kind that are kept although its definition was deleted."""
+        """The names of the objects of a kind that are kept although the kind's definition was deleted."""
         with self.lock:
             return sorted(self.stores[kind].orphans)
 
     def release(self, kind: WatchedKind) -> list[Name]:
-        """Remove the objects of a kind with a deleted definition, on an operator's request. Returns their names."""
+        """Remove the objects that are kept although their kind's definition was deleted. Returns their names."""
         with self.lock:
             released = self.stores[kind].release()
-            self.wake()  # an object that was never valid has no event, but a problem
+            self.wake()  # an object that was never valid causes no event, but its problem ends
             return released
 
     def restore(self) -> None:
-        """Make `drain` return the loaded saved state as a whole, before every kind was listed."""
+        """Make `drain` return the whole loaded saved state, even before every kind was listed."""
         with self.lock:
             self._is_restored = True
             self.wake()
 
     def problems(self) -> tuple[Problem, ...]:
-        """All present problems; at most the first MOST_TOLD."""
+        """All present problems, at most MOST_TOLD."""
         with self.lock:
             found = list(self._problems.values())
             for store in self.stores.values():
@@ -391,7 +410,7 @@ class Cache:
     def drain(self, pause: Callable[[], None] = never_pause) -> tuple[ObjectEvent, ...]:
         """The changes since the last call, removals first; none before every kind was listed. Never waits for a server.
 
-        ``pause`` is called every few milliseconds.
+        ``pause``: a function to call every few milliseconds.
         """
         with self.lock:
             if self.has_synced:
@@ -412,12 +431,15 @@ class Cache:
         return (*removals, *upserts)
 
     def saved(self) -> dict[WatchedKind, SavedKind]:
-        """The state to be saved. It is consistent only once every kind was listed."""
+        """The state to save. It is consistent only if every kind was listed."""
         with self.lock:
             return {kind: store.saved() for kind, store in self.stores.items()}
 
     def load(self, saved: Mapping[WatchedKind, SavedKind]) -> None:
-        """Load the state of the last run; `drain` returns it only when every kind was listed or `restore` was called."""
+        """Load the saved state of the last run.
+
+        `drain` returns its objects only when every kind was listed, or `restore` was called.
+        """
         with self.lock:
             for kind, one in saved.items():
                 if kind in self.stores:

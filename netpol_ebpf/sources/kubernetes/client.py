@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests to an API server: TLS, credentials, proxies, and the errors of connections.
+"""Requests to an API server: TLS, credentials, proxies, and connection errors.
 
-Each request has a connection of its own: a WATCH uses one for minutes anyway, and a stopping server or a load balancer
-may close an idle connection at any moment.  Certificates and tokens are read again for each request, so a rotated one
+Each request has its own connection. A WATCH uses one for minutes anyway, and a stopping server or a load balancer may
+close an idle connection at any moment. Certificates and tokens are read again for each request, so that a rotated one
 is used from the next request on.
 
-Invariant: an answer is complete, or the caller gets UnreachableError: a truncated body never looks complete.
+Invariant: an answer is complete, or the caller gets UnreachableError; a truncated body never looks complete.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
@@ -26,26 +27,27 @@ from netpol_ebpf import __version__
 from netpol_ebpf.errors import InvalidInputError, UnreachableError
 
 CONNECT_S = 10.0
-"""Time limit in seconds for a connection and its TLS handshake."""
+"""Time limit in seconds for a connection including its TLS handshake."""
 READ_BYTES = 65536
 MOST_BODY_BYTES = 256 << 20
-"""Size limit of one page or Status, uncompressed; 500 of the largest objects that etcd takes are 750 MB, and no cluster
-has those.
-"""
+"""Largest uncompressed size in bytes of one page or Status. 500 objects of the largest size that etcd accepts would be
+750 MB, but no cluster has so many large ones."""
 MOST_LINE_BYTES = 16 << 20
-"""Size limit of one event: objects are at most 1.5 MB in etcd."""
+"""Largest size of one event in bytes. An event contains one object, which has at most 1.5 MB in etcd."""
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 30, 10, 3
-"""Seconds until TCP keepalive starts, so that a vanished server is noticed after a minute."""
+"""Settings of TCP keepalive: seconds of silence, seconds between probes, number of probes. With them a vanished server
+is noticed after a minute."""
 
 USER_AGENT = f"netpol-ebpf/{__version__}"
-"""The user agent. The server indents its JSON for browsers and curl, which doubles its size."""
+"""The User-Agent header. It must not be that of a browser or of curl, to which the server sends indented JSON of twice
+the size."""
 _JSON = "application/json"
 _METADATA = f"application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1,{_JSON}"
 
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """Credentials of a request: headers, and a client certificate with its key (PEM), b"" for none."""
+    """Credentials of a request: HTTP headers, and a client certificate with its key (PEM); b"" if there is none."""
 
     headers: Mapping[str, str] = field(default_factory=dict)
     certificate: bytes = b""
@@ -54,12 +56,12 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """The address of an API server and how to connect to it.
+    """The address of an API server, and how to connect to it.
 
-    ``authority``: reads the PEM of the certificate authorities; b"": those of the system.  ``credentials``: reads the
-    credentials; its argument: credentials that it returned before and the server rejected, or None.  Both raise
-    OSError, or InvalidInputError. ``proxy``: URL or "".  ``server_name``: name in the server's certificate, if it is
-    not the host's.
+    ``authority``: reads the certificate authorities (PEM); b"": those of the system. ``credentials``: reads the
+    credentials; its argument is the credentials that it returned before and the server rejected, or None. Both may
+    raise OSError or InvalidInputError. ``proxy``: the URL of an HTTP proxy, or "". ``server_name``: the name in the
+    server's certificate, "" if it is the host's.
     """
 
     server: str
@@ -71,7 +73,7 @@ class Cluster:
 
 
 class HttpAnswer:
-    """An answer with its head read. The caller must close it."""
+    """An answer whose status line and headers have been read. The caller must call `close`."""
 
     def __init__(
         self, response: http.client.HTTPResponse, connection: http.client.HTTPConnection, sock: socket.socket
@@ -84,12 +86,21 @@ class HttpAnswer:
 
     @property
     def retry_after_s(self) -> float | None:
-        """Seconds of the Retry-After header; None without it, or for a date, which the API server never sends."""
+        """Seconds in the Retry-After header; None without the header. The API server never sends a date there."""
         text = self._response.getheader("Retry-After", "")
         return float(text) if text.isascii() and text.isdigit() else None
 
+    @property
+    def server_time_s(self) -> float | None:
+        """The time of the server when it answered, in seconds since 1970; None without a Date header."""
+        text = self._response.getheader("Date", "")
+        try:
+            return parsedate_to_datetime(text).timestamp()
+        except (TypeError, ValueError):  # Python 3.10 raises the first for a text that is no date
+            return None
+
     def body(self) -> bytes:
-        """The whole body, uncompressed. Raises UnreachableError when it is truncated or too large."""
+        """The whole body, uncompressed. Raises UnreachableError if it is truncated or too large."""
         packed = self._response.getheader("Content-Encoding", "") == "gzip"
         unpack = zlib.decompressobj(zlib.MAX_WBITS | 16) if packed else None
         parts: list[bytes] = []
@@ -109,7 +120,10 @@ class HttpAnswer:
         return b"".join(parts)
 
     def lines(self) -> Iterator[bytes]:
-        """The lines of a WATCH until its clean end, none of them empty."""
+        """The lines of a WATCH, without empty ones, until the stream ends cleanly.
+
+        Raises UnreachableError if the stream is truncated or a line is too large.
+        """
         rest: list[bytes] = []
         rest_bytes = 0
         while True:
@@ -132,7 +146,7 @@ class HttpAnswer:
             raise _cut(self._peer, "the connection was closed")
 
     def abort(self) -> None:
-        """End the connection from another thread; the reader gets an error."""
+        """End the connection, from another thread. The reading thread then gets an error."""
         with suppress(OSError):  # it has ended
             socket.socket.shutdown(
                 self._socket, socket.SHUT_RDWR
@@ -149,7 +163,7 @@ def _cut(peer: str, why: object) -> UnreachableError:
 
 
 class Client:
-    """Makes requests to one API server; thread-safe."""
+    """Makes requests to one API server. Threads may share it."""
 
     def __init__(self, cluster: Cluster) -> None:
         parts = _split(cluster.server, ("https", "http"), "server")
@@ -167,26 +181,36 @@ class Client:
         self._refused: Credentials | None = None
 
     def get(self, target: str, *, head_s: float, idle_s: float, metadata_only: bool = False) -> HttpAnswer:
-        """Begin a GET.
+        """Send a GET request; returns when the head of the answer has been read.
 
-        ``target``: path and query; ``head_s``: time limit for the head; ``idle_s``: longest silence in the body.
-        Raises UnreachableError, also when credentials or certificates cannot be read now.
+        ``target``: path and query. ``head_s``: time limit in seconds for the head. ``idle_s``: longest silence in
+        seconds in the body. ``metadata_only``: ask for the metadata of one object. Raises UnreachableError, also if
+        credentials or certificates cannot be read now.
         """
-        return self._begin("GET", target, head_s, idle_s, _METADATA if metadata_only else _JSON)
+        accept = _METADATA if metadata_only else _JSON
+        return self._begin("GET", target, None, {"Accept": accept}, head_s=head_s, idle_s=idle_s)
 
-    def delete(self, target: str, *, head_s: float, idle_s: float) -> HttpAnswer:
-        """Begin a DELETE; as `get`."""
-        return self._begin("DELETE", target, head_s, idle_s, _JSON)
+    def send(
+        self, method: str, target: str, body: bytes, *, head_s: float, idle_s: float, content_type: str = _JSON
+    ) -> HttpAnswer:
+        """Send a request that writes; arguments and errors are those of `get`.
 
-    def _begin(self, method: str, target: str, head_s: float, idle_s: float, accept: str) -> HttpAnswer:
+        After an error it is not known whether the server has executed the request.
+        """
+        headers = {"Accept": _JSON, "Content-Type": content_type}
+        return self._begin(method, target, body, headers, head_s=head_s, idle_s=idle_s)
+
+    def _begin(
+        self, method: str, target: str, body: bytes | None, own: Mapping[str, str], *, head_s: float, idle_s: float
+    ) -> HttpAnswer:
         connection = self._connection()
         try:
             credentials = self._credentials()
             self._connect(connection, credentials)
-            headers = {**credentials.headers, "Accept": accept, "Accept-Encoding": "gzip", "User-Agent": USER_AGENT}
+            headers = {**credentials.headers, **own, "Accept-Encoding": "gzip", "User-Agent": USER_AGENT}
             sock: socket.socket = connection.sock
             sock.settimeout(head_s)
-            connection.request(method, self._prefix + target, headers=headers)
+            connection.request(method, self._prefix + target, body, headers)
             response = connection.getresponse()
             sock.settimeout(idle_s)
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -214,7 +238,7 @@ class Client:
             raise UnreachableError(f"the credentials for {self.peer} cannot be read ({error})", hint="") from error
 
     def _connect(self, connection: http.client.HTTPConnection, credentials: Credentials) -> None:
-        """Connect, through the proxy where there is one."""
+        """Connect, through the proxy if there is one."""
         connection.connect()
         _keep_alive(connection.sock)
         if self._is_tls:
@@ -226,7 +250,7 @@ class Client:
         try:
             authority = self.cluster.authority()
             context = ssl.create_default_context(cadata=authority.decode("ascii") if authority else None)
-            # Python 3.13 refuses what Go, and so kubectl, takes: authorities and certificates without key identifiers.
+            # Without this, Python 3.13 rejects certificates without key identifiers, which Go, and so kubectl, accepts.
             context.verify_flags &= ~ssl.VERIFY_X509_STRICT
             if self.cluster.is_insecure:
                 context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -240,7 +264,8 @@ class Client:
 def _load_certificate(context: ssl.SSLContext, credentials: Credentials) -> None:
     """Load a client certificate and its key into a TLS context.
 
-    `ssl` reads certificates only from files, so it gets a file without a name (memfd): the key is never on a disk.
+    `ssl` reads certificates only from files. It gets a memfd, a file without a name, so that the key is never on a
+    disk.
     """
     descriptor = os.memfd_create("client-certificate", os.MFD_CLOEXEC)
     try:
@@ -295,7 +320,7 @@ SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 
 def in_cluster(directory: Path = SERVICE_ACCOUNT, environment: Mapping[str, str] = os.environ) -> Cluster:
-    """The API server of the cluster of this pod; the token is read for each request.
+    """The API server of the cluster in which this pod runs. Its token is read for each request.
 
     Raises InvalidInputError outside a pod.
     """
@@ -313,7 +338,7 @@ def in_cluster(directory: Path = SERVICE_ACCOUNT, environment: Mapping[str, str]
 
 
 def read_token(path: Path) -> str:
-    """Read a token from its file. Raises OSError, or InvalidInputError when the file is empty."""
+    """Read a token from its file. Raises OSError; raises InvalidInputError if the file is empty."""
     token = path.read_text(encoding="ascii").strip()
     if not token:
         raise InvalidInputError(f"the token file {path} is empty")
@@ -321,7 +346,7 @@ def read_token(path: Path) -> str:
 
 
 def bearer(token: str) -> Credentials:
-    """A token as credentials. Raises InvalidInputError for a token that is not valid in a header."""
+    """The credentials that a bearer token makes. Raises InvalidInputError if the token is not valid in a header."""
     if not token.isascii() or not token.isprintable():
         raise InvalidInputError("a token holds characters that no token has")
     return Credentials({"Authorization": f"Bearer {token}"})

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON of the API server to mappings for the parsers of `resources`: which kinds are read, and which fields of each.
+"""Decodes JSON of the API server into mappings for the parsers of `resources`.
 
-The decoder is typed: for the cluster's own objects (pods are mostly managedFields and volumes) only the declared fields
-become Python objects, as plain mappings that the kind's parser reads like a manifest.  Policies are decoded whole,
-because an unknown field of a policy must be reported.
+Declares which kinds and fields are read.
 
-Invariant: each kind has one parser, the one in `resources`; this module drops fields and validates none.  An object
-with a shape that the declaration does not allow is decoded whole, so that its parser reports the fault.
+The decoder is typed. Of the cluster's own objects (a pod is mostly managedFields and volumes) only the declared fields
+become Python objects: plain mappings that the kind's parser reads like a manifest. Policies are decoded whole, because
+an unknown field of a policy must be reported.
+
+Invariant: each kind has only one parser, in `resources`; this module drops fields and validates none. An object with a
+structure that the declaration does not allow is decoded whole, so that its parser reports the error.
 """
 
 from __future__ import annotations
@@ -29,14 +31,14 @@ SIG_NETWORK = "policy.networking.k8s.io/"
 
 
 class MalformedError(Exception):
-    """The server's answer violates its API: nothing of the answer may be used."""
+    """The server's answer violates its API. Nothing of the answer may be used."""
 
 
 @dataclass(frozen=True, slots=True)
 class WatchedKind:
     """A kind as the server offers it.
 
-    ``is_custom``: defined by a CustomResourceDefinition, so it may be absent or be deleted.
+    ``is_custom``: a CustomResourceDefinition defines the kind, so it may be absent or be deleted.
     """
 
     api_version: str
@@ -46,17 +48,17 @@ class WatchedKind:
 
     @property
     def path(self) -> str:
-        """The path of all objects of the kind, in all namespaces."""
+        """The API path of all objects of the kind, in all namespaces."""
         return f"/{'apis' if '/' in self.api_version else 'api'}/{self.api_version}/{self.plural}"
 
     @property
     def group_path(self) -> str:
-        """The path at which the server lists the kinds of this apiVersion."""
+        """The API path at which the server lists the kinds of this apiVersion."""
         return self.path.rpartition("/")[0]
 
     @property
     def definition(self) -> str:
-        """The path of the CustomResourceDefinition of a custom kind."""
+        """The API path of the kind's CustomResourceDefinition."""
         group = self.api_version.partition("/")[0]
         return f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{self.plural}.{group}"
 
@@ -102,11 +104,11 @@ KINDS = (
     *_custom(SIG_NETWORK + "v1alpha2", "ClusterNetworkPolicy"),
     *_custom(calico_storage.VERSION, *_CALICO_KINDS),
 )
-"""All kinds that policy is made of or refers to."""
+"""All kinds that policy consists of or refers to."""
 
 
 # --- the fields that are used ----------------------------------------------------------------------------------------------------
-# Values are `Any`: whether a value is valid is the parser's question.
+# Values are `Any`, because the parser validates them.
 
 
 class _Metadata(TypedDict, total=False):
@@ -197,10 +199,10 @@ _FIELDS: Mapping[str, Any] = {
     "Service": _Service,
     "EndpointSlice": _Slice,
 }
-"""The fields to decode, by kind; a kind that is not here is decoded whole."""
+"""The fields to decode, by kind. A kind without an entry is decoded whole."""
 
 _ANNOTATIONS_READ = ("projectcalico.org/", "vpc.amazonaws.com/", "kubernetes.io/config.mirror")
-"""Key parts of annotations that are decoded from the cluster's own objects; others may hold a whole manifest."""
+"""Annotations are decoded if their key contains one of these texts. Other annotations may contain a whole manifest."""
 
 # `continue` is a keyword of Python, so a class cannot declare it.
 _PageMetadata = TypedDict("_PageMetadata", {"resourceVersion": str, "continue": str}, total=False)
@@ -308,7 +310,10 @@ def _decode(raw: Any, of: Any, what: str) -> Any:
 
 
 class Page(NamedTuple):
-    """One page of a LIST. ``more``: the token of the next page, "" on the last one; ``items``: JSON of each object."""
+    """One page of a LIST.
+
+    ``items``: the JSON of each object. ``more``: the token of the next page, "" on the last page.
+    """
 
     items: list[Any]
     resource_version: str
@@ -318,7 +323,7 @@ class Page(NamedTuple):
 def decode_page(body: bytes) -> Page:
     """Decode the answer to a LIST.
 
-    Raises MalformedError, also for a list without resourceVersion, which proves nothing.
+    Raises MalformedError, also for a list without resourceVersion, because such a list proves nothing.
     """
     page = _decode(body, _Page, "a list")
     metadata = page.get("metadata", {})
@@ -328,7 +333,7 @@ def decode_page(body: bytes) -> Page:
 
 
 class WatchEvent(NamedTuple):
-    """One event of a WATCH: ADDED, MODIFIED, DELETED, BOOKMARK or ERROR, and the JSON of its object."""
+    """One event of a WATCH. ``type``: ADDED, MODIFIED, DELETED, BOOKMARK or ERROR. ``raw``: the JSON of its object."""
 
     type: str
     raw: Any
@@ -344,14 +349,14 @@ INITIAL_EVENTS_END = "k8s.io/initial-events-end"
 
 
 class Bookmark(NamedTuple):
-    """A BOOKMARK. ``ends_list``: all existing objects have been sent."""
+    """A BOOKMARK event. ``ends_list``: the server has sent all objects that existed when the WATCH began."""
 
     resource_version: str
     ends_list: bool
 
 
 def decode_bookmark(raw: Any) -> Bookmark:
-    """Decode the object of a BOOKMARK, which is no object of the kind. Raises MalformedError."""
+    """Decode the object of a BOOKMARK, which has only metadata. Raises MalformedError."""
     metadata = _decode(raw, _Mark, "a bookmark").get("metadata", {})
     if not metadata.get("resourceVersion"):
         raise MalformedError("a bookmark has no resourceVersion")
@@ -359,7 +364,7 @@ def decode_bookmark(raw: Any) -> Bookmark:
 
 
 class Status(NamedTuple):
-    """The server's error. ``retry_after_s``: None where the server gave none."""
+    """An error that the server returned. ``retry_after_s``: None if the server gave no time."""
 
     code: int
     reason: str
@@ -368,7 +373,10 @@ class Status(NamedTuple):
 
 
 def decode_status(raw: Any, code: int = 0) -> Status:
-    """Decode a Status, or the text that some answers have instead. ``code``: the HTTP code, where the Status has none."""
+    """Decode a Status, or the plain text that some answers have instead of a Status.
+
+    ``code``: the HTTP code of the answer; 0: use the code in the Status.
+    """
     try:
         status = _decode_limited(raw, _Status)
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -378,7 +386,7 @@ def decode_status(raw: Any, code: int = 0) -> Status:
 
 
 class Definition(NamedTuple):
-    """The state of a CustomResourceDefinition."""
+    """The state of a CustomResourceDefinition. ``is_ending``: it is being deleted."""
 
     uid: str
     is_ending: bool
@@ -393,7 +401,7 @@ def decode_definition(raw: bytes) -> Definition:
 
 
 def decode_offered(raw: bytes) -> set[str]:
-    """Decode the plural names of the kinds that a server offers in one apiVersion. Raises MalformedError."""
+    """Decode the list of kinds of one apiVersion; returns their plural names. Raises MalformedError."""
     return {one.get("name", "") for one in _decode(raw, _Offered, "the list of kinds")["resources"]}
 
 
@@ -401,7 +409,7 @@ def decode_offered(raw: bytes) -> set[str]:
 
 
 class Name(NamedTuple):
-    """The name of an object within its kind; ``namespace`` is "" for cluster scope."""
+    """The name of an object within its kind. ``namespace`` is "" for objects without a namespace."""
 
     namespace: str
     name: str
@@ -410,7 +418,7 @@ class Name(NamedTuple):
 class Decoded(NamedTuple):
     """An object in its present state on the server.
 
-    ``fields``: the fields that the parser reads, without resourceVersion, so that two states can be compared.
+    ``fields``: the fields that the parser reads. resourceVersion is not among them, so that two states can be compared.
     """
 
     name: Name
@@ -419,7 +427,7 @@ class Decoded(NamedTuple):
 
 
 def decode_object(kind: WatchedKind, raw: Any) -> Decoded:
-    """Decode an item of a list or the object of an event. Raises MalformedError when it is no object with a name."""
+    """Decode an item of a list, or the object of an event. Raises MalformedError if it has no name."""
     fields = _decode_fields(kind, raw)
     found = name_of(fields, f"an object of {kind}")
     metadata = fields["metadata"]
@@ -430,9 +438,9 @@ def decode_object(kind: WatchedKind, raw: Any) -> Decoded:
         _drop_annotations(metadata)
     else:
         fields.pop("status", None)
-        for key in ("managedFields", "generation", "uid", "creationTimestamp"):
+        for key in ("managedFields", "creationTimestamp"):
             metadata.pop(key, None)
-    # Items of built-in lists have neither, so the request tells both.
+    # Items of built-in lists have no apiVersion and kind, so both come from the request.
     fields["apiVersion"], fields["kind"] = kind.api_version, kind.kind
     return Decoded(found, version, fields)
 
@@ -471,7 +479,7 @@ def _drop_annotations(metadata: dict[str, Any]) -> None:
 class Parsed(NamedTuple):
     """The result of parsing an object.
 
-    ``resource``: None when it is not valid; ``problems``: errors and warnings, located by the object's path.
+    ``resource``: None if the object is not valid. ``problems``: errors and warnings, located by the object's API path.
     """
 
     resource: Resource | None
@@ -479,14 +487,14 @@ class Parsed(NamedTuple):
 
 
 def parse(kind: WatchedKind, name: Name, fields: Mapping[str, Any]) -> Parsed:
-    """Parse an object; locations name the path under which the server has it."""
+    """Parse an object of an API server. The locations in its problems give its API path."""
     result = parse_object(fields, object_path(kind, name))
     valid = bool(result.resources) and not result.errors
     return Parsed(result.resources[0] if valid else None, tuple(result.problems))
 
 
 def object_path(kind: WatchedKind, name: Name) -> str:
-    """The path of one object, as ``kubectl get --raw`` takes it."""
+    """The API path of one object, as ``kubectl get --raw`` takes it."""
     if not name.namespace:
         return f"{kind.path}/{name.name}"
     base, _, plural = kind.path.rpartition("/")
@@ -494,12 +502,12 @@ def object_path(kind: WatchedKind, name: Name) -> str:
 
 
 def encode(fields: Mapping[str, Any]) -> bytes:
-    """JSON of an object's fields."""
+    """Encode the fields of an object as JSON."""
     raw: bytes = msgspec.json.encode(fields)
     return raw
 
 
 def decode_fields(raw: Any) -> dict[str, Any]:
-    """Decode the JSON of `encode`. Raises MalformedError."""
+    """Decode the JSON that `encode` returned. Raises MalformedError."""
     fields: dict[str, Any] = _decode(raw, _WHOLE, "a saved object")
     return fields

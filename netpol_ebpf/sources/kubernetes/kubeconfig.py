@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""kubeconfig files: clusters, users and contexts, as kubectl reads them, for use outside a pod.
+"""Reads kubeconfig files (clusters, users and contexts) as kubectl does, for an agent outside a pod.
 
-Several files (``KUBECONFIG=a:b``) are merged as kubectl merges them: for a name that occurs twice the first entry
-counts, and so does the first current-context.  Relative paths are relative to the file that contains them.
+Several files (``KUBECONFIG=a:b``) are merged as kubectl merges them: of several entries with the same name the first is
+used, and so is the first current-context. Relative paths are relative to the file that contains them.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from netpol_ebpf.sources.kubernetes.client import Cluster, Credentials, bearer, 
 DEFAULT = Path("~/.kube/config")
 EXEC_VERSIONS = ("client.authentication.k8s.io/v1", "client.authentication.k8s.io/v1beta1")
 EXEC_S = 60.0
-"""Time limit in seconds of an exec plugin; arbitrary, most of them query a server."""
+"""Time limit in seconds for an exec plugin. The number is arbitrary; most plugins query a server."""
 EXPIRY_MARGIN = timedelta(seconds=10)
-"""A plugin's credentials are renewed this long before they expire."""
+"""How long before their expiry the credentials of a plugin are renewed."""
 
 
 def find_cluster(path: str = "", context: str = "", environment: Mapping[str, str] = os.environ) -> Cluster:
-    """The cluster that kubectl would use: from ``path``, KUBECONFIG, ~/.kube/config, or the pod this runs in.
+    """The cluster that kubectl would use: from ``path``, KUBECONFIG, ~/.kube/config, or the pod of this process.
 
-    Raises InvalidInputError when there is none, or when the configuration is not valid.
+    Raises InvalidInputError if there is none, or if the configuration is not valid.
     """
     named = path or environment.get("KUBECONFIG", "")
     if named:
@@ -48,7 +48,10 @@ def find_cluster(path: str = "", context: str = "", environment: Mapping[str, st
 
 
 def load_kubeconfig(paths: Sequence[Path], context: str = "") -> Cluster:
-    """The cluster of a context, "" for the current one. Raises InvalidInputError, with the file and the fault."""
+    """The cluster of a context, "" for the current context.
+
+    Raises InvalidInputError, which names the file and the error.
+    """
     config = _Config.read(paths)
     name = context or config.current
     if not name:
@@ -61,7 +64,7 @@ def load_kubeconfig(paths: Sequence[Path], context: str = "") -> Cluster:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A named entry of one file."""
+    """A named entry of a kubeconfig file, or a part of one. ``where``: its position in the file, for messages."""
 
     file: Path
     where: str
@@ -97,14 +100,17 @@ class _Entry:
         return self.file.parent / text if text else None
 
     def inline(self, key: str) -> bytes:
-        """A base64 field, decoded."""
+        """The decoded value of a base64 field."""
         try:
             return base64.b64decode(self.text(key), validate=True)
         except (binascii.Error, ValueError) as error:
             raise self.error(f"{key} is not base64 ({error})") from error
 
     def read(self, name: str) -> bytes:
-        """The content of NAME-data, or of the file that NAME names. Raises OSError."""
+        """The decoded field NAME-data or, without it, the content of the file that the field NAME names.
+
+        Raises OSError.
+        """
         inline = self.inline(f"{name}-data")
         path = self.path(name)
         return inline if inline or path is None else path.read_bytes()
@@ -171,7 +177,7 @@ def _cluster(cluster: _Entry, user: _Entry | None) -> Cluster:
     is_insecure = cluster.boolean("insecure-skip-tls-verify")
     if is_insecure and (cluster.text("certificate-authority") or cluster.text("certificate-authority-data")):
         raise cluster.error("insecure-skip-tls-verify and a certificate authority exclude each other")
-    cluster.inline("certificate-authority-data")  # report a fault in it now
+    cluster.inline("certificate-authority-data")  # raises an error now if it is not base64
     return Cluster(
         server,
         authority=lambda: cluster.read("certificate-authority"),
@@ -183,7 +189,7 @@ def _cluster(cluster: _Entry, user: _Entry | None) -> Cluster:
 
 
 def _proxy_of_environment(server: str) -> str:
-    """The proxy as kubectl chooses it: HTTPS_PROXY or HTTP_PROXY unless NO_PROXY names the host."""
+    """The proxy that kubectl would use: from HTTPS_PROXY or HTTP_PROXY, "" if NO_PROXY includes the host."""
     parts = urlsplit(server)
     host = parts.hostname or ""
     if host == "localhost" or host.startswith("127.") or host == "::1" or urllib.request.proxy_bypass(host):
@@ -192,7 +198,7 @@ def _proxy_of_environment(server: str) -> str:
 
 
 class _User:
-    """The credentials of a user entry; files that it names are read for each request."""
+    """The credentials of a user entry. Files that the entry names are read for each request."""
 
     def __init__(self, user: _Entry, cluster: _Entry) -> None:
         self._user = user
@@ -221,9 +227,9 @@ class _User:
         return Credentials(headers, user.read("client-certificate"), user.read("client-key"))
 
     def credentials(self, refused: Credentials | None) -> Credentials:
-        """The current credentials. ``refused``: credentials that the server rejected; a plugin then runs again.
+        """The current credentials. Raises OSError, InvalidInputError, UnreachableError.
 
-        Raises OSError, InvalidInputError, UnreachableError.
+        ``refused``: credentials that the server rejected. If a plugin returned them, it runs again.
         """
         own = self._credentials_of_file()
         if self._plugin is None or own.headers or own.certificate:
@@ -234,7 +240,7 @@ class _User:
 class _Plugin:
     """An exec plugin: a command that prints an ExecCredential.
 
-    One call runs at a time; its answer is cached until it expires or the server refuses it.
+    Only one call runs at a time. Its result is cached until it expires or the server rejects it.
     """
 
     def __init__(self, part: _Entry, cluster: _Entry) -> None:
@@ -260,9 +266,9 @@ class _Plugin:
         self._environment = {str(one.get("name")): str(one.get("value", "")) for one in pairs}
 
     def credentials(self, refused: Credentials | None) -> Credentials:
-        """The plugin's credentials, from the cache unless they expired or are ``refused`` (rejected by the server).
+        """The plugin's credentials: from the cache, unless they expired or are ``refused``, which the server rejected.
 
-        One of several concurrent requests runs the plugin for all.
+        If several threads call this, one runs the plugin for all of them.
         """
         with self._lock:
             is_late = self._expires is not None and datetime.now(timezone.utc) >= self._expires - EXPIRY_MARGIN
@@ -311,7 +317,10 @@ class _Plugin:
 
 
 def _parse_credential(output: bytes, version: str) -> tuple[Credentials, datetime | None]:
-    """Parse the credentials of an ExecCredential and their expiry. Raises whatever a document of another form leads to."""
+    """Parse an ExecCredential; returns the credentials and when they expire.
+
+    Any exception means: not an ExecCredential.
+    """
     answer = json.loads(output)
     if answer["kind"] != "ExecCredential" or answer["apiVersion"] != version:
         raise ValueError(f"it is {answer['apiVersion']} {answer['kind']}")

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Periodic probes of the server: whether it still has the cluster's state, and whether it now offers absent kinds.
+"""Probes of the API server: whether it still has the cluster's state, and whether it now offers kinds that were absent.
 
-A server without connection to its etcd seems to work: watches stay open, bookmarks arrive, `/readyz` returns ok.  Only
-a read without resourceVersion then has no answer.  The same read detects that etcd was restored from a backup, after
-which a WATCH from a lost resourceVersion never reports anything.
+A server that has lost its etcd seems to work: watches stay open, bookmarks arrive, `/readyz` returns ok. Only a read
+without resourceVersion gets no answer then. The same read detects that etcd was restored from a backup. After a
+restore, a WATCH from a resourceVersion that was lost never reports anything.
 
-An absent kind may be installed later.  The probe reads the kind's API group, once for all kinds of the group; a kind
-that is missing in the group is not proven absent, since groups can lack kinds for a moment after a start.
+An absent kind may be installed later. The probe reads the list of kinds of its API group, once for all kinds of the
+group. A kind that the list lacks may still exist, because groups can lack kinds for a moment after a start.
 
-Invariant: a probe changes no object; its result becomes a problem, or a new list.
+Invariant: a probe changes no object. Its result becomes a problem, or causes a new list.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ from netpol_ebpf.sources.kubernetes.watching import KindWatcher, State, Transpor
 
 SHORTEST_PERIOD_S = 60.0
 NODES_PER_S = 10.0
-"""Probes in a second by all nodes of a large cluster: a read of one object, and one for each group with absent kinds.
-"""
+"""Nodes of a large cluster that probe per second, all together. A node's probe is a read of one object, and one more
+read for each API group with absent kinds."""
 ABSENT_PERIODS = 10
-"""Periods after which an absent kind is listed itself, whatever its group contains."""
+"""Number of probe periods after which the agent lists an absent kind, even if its API group does not contain the
+kind."""
 ANSWER_S = 10.0
 RETRY_S = 15.0
-"""Seconds until the next probe after a failed one; the second failure in a row is reported."""
+"""Seconds until the next probe after a failed one. The second failure in a row is reported."""
 TOLD_AFTER = 2
 BEHIND_PROBES = 3
-"""A WATCH with a resourceVersion below that of this many probes is opened again: on a working one a bookmark comes each
-minute.
-"""
+"""Number of probes. A WATCH whose resourceVersion is below that of this many successive probes is opened again; a
+working WATCH gets a bookmark each minute."""
 CUT_OFF = "cut-off"
 
 log = logging.getLogger(__name__)
 
 
 def version_number(text: str) -> int | None:
-    """A resourceVersion as a number: larger is newer within one kind. None for one that is not a decimal number."""
+    """A resourceVersion as a number; None if it is not a decimal number. Within one kind, a larger number is newer."""
     is_number = text.isascii() and text.isdigit() and not text.startswith("0")
     return int(text) if is_number else None
 
 
 def period_s(nodes: int) -> float:
-    """Seconds between two probes of one node, on average."""
+    """Seconds between two probes of one node, on average. ``nodes``: the number of nodes in the cluster."""
     return max(SHORTEST_PERIOD_S, nodes / NODES_PER_S)
 
 
@@ -62,9 +62,10 @@ def _now() -> str:
 
 @dataclass(slots=True)
 class FreshnessProbe:
-    """Reads one object of the kind with the newest known resourceVersion, among kinds that etcd alone serves.
+    """Probes the server: reads one object of the built-in kind with the newest known resourceVersion.
 
-    ``wake``: triggers a kind's next step now; ``wall``: the time of day, for messages.
+    ``wake``: triggers the next step of a kind at once. ``chance``: returns random numbers from [0, 1). ``wall``:
+    returns the time of day, for messages.
     """
 
     transport: Transport
@@ -74,18 +75,18 @@ class FreshnessProbe:
     chance: Callable[[], float] = random.random
     wall: Callable[[], str] = _now
     confirmed: str = ""
-    """Time of the last answered probe; "" for none."""
+    """When a probe was last answered; "" if none was."""
     went_back: int = 0
-    """How often the server went back to an older resourceVersion, as after a restored backup."""
+    """How many times the server went back to an older resourceVersion, as after a restored backup."""
     went_back_at: str = ""
-    """Time when it last did; "" for never."""
+    """When the server last went back; "" if it never did."""
     _failures: int = 0
     _behind: Counter[WatchedKind] = field(default_factory=Counter)
     _reopened: set[WatchedKind] = field(default_factory=set)
     _last_seen: int = 0
 
     def period_s(self) -> float:
-        """Period of the next probe, at random between half and one and a half times the average."""
+        """Seconds until the next probe: a random number between half and one and a half times the average."""
         nodes = sum(len(store.entries) for kind, store in self.cache.stores.items() if kind.kind == "Node")
         return period_s(nodes) * (0.5 + self.chance())
 
@@ -123,7 +124,10 @@ class FreshnessProbe:
         return self.period_s()
 
     def _newest(self) -> tuple[WatchedKind, int] | None:
-        """The kind with the highest resourceVersion, so that one read covers all kinds; and its present version."""
+        """The built-in kind with the newest known resourceVersion, and that version; None if no kind was listed yet.
+
+        One read of this kind shows whether the server lacks a state that any kind has.
+        """
         stores = self.cache.stores.items()
         known = [(version_number(store.resource_version), kind) for kind, store in stores if not kind.is_custom]
         numbers = [(number, str(kind), kind) for number, kind in known if number is not None]
@@ -173,7 +177,11 @@ class FreshnessProbe:
         return RETRY_S * (0.5 + self.chance())
 
     def _reopen_what_is_behind(self) -> None:
-        """Reopen a WATCH at a server that is cut off while another server answers: such a WATCH does not end by itself."""
+        """Reopen each WATCH that is behind the probes.
+
+        Its server may be cut off from etcd while another server answers the probes. Such a WATCH does not end by
+        itself.
+        """
         for kind, watcher in self.watchers.items():
             number = version_number(self.cache.stores[kind].resource_version)
             if number is None or number >= self._last_seen:
@@ -181,7 +189,7 @@ class FreshnessProbe:
                 self._reopened.discard(kind)
                 continue
             self._behind[kind] += 1
-            # Once, until it moves: there are servers whose bookmarks do not follow other kinds.
+            # Only once until it moves, because bookmarks of some servers do not follow other kinds.
             if self._behind[kind] >= BEHIND_PROBES and kind not in self._reopened:
                 log.info("the WATCH of %s is behind the cluster and is opened anew", kind)
                 self._reopened.add(kind)

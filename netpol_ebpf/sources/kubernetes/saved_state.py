@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last consistent state of the cluster, in a file, for a node that restarts while its API server is unreachable.
+"""The saved state of a cluster in a file, for a node that restarts while the API server is unreachable.
 
-The file has one line per object: JSON with the fields that the agent reads; the last line is a hash.  Saved objects go
-through the same parsers as the server's objects, so after an upgrade the new agent's validation applies to them.
+The file has one line for each object: JSON with the fields that the agent reads. Its last line is a hash. Saved objects
+are parsed like the server's objects, so after an upgrade the new agent validates them.
 
-Invariant: the file holds one state in which every kind was listed, or does not exist.  It is replaced atomically:
+Invariant: the file contains one state in which every kind was listed, or does not exist. It is replaced atomically:
 written and synced to disk under a temporary name, then renamed.
 """
 
@@ -30,22 +30,23 @@ _ORPHAN, _OBJECT = b"o", b"."
 class SavedState:
     """The saved state.
 
-    ``saved``: time of writing, UTC; ``kinds``: by apiVersion and kind, also those that this version does not watch.
+    ``saved``: when it was written, in UTC. ``kinds``: its kinds by (apiVersion, kind), also those that this version
+    does not watch.
     """
 
     saved: str
     kinds: Mapping[tuple[str, str], SavedKind]
 
     def of(self, kinds: tuple[WatchedKind, ...]) -> dict[WatchedKind, SavedKind]:
-        """The saved objects of these kinds."""
+        """The saved objects of ``kinds``, without kinds that the saved state lacks."""
         found = {kind: self.kinds.get((kind.api_version, kind.kind)) for kind in kinds}
         return {kind: one for kind, one in found.items() if one is not None}
 
 
 def load_state(path: Path) -> SavedState | None:
-    """Load the saved state, None when there is none.
+    """Load the saved state; None if the file does not exist.
 
-    Raises OSError; MalformedError when the file is damaged or of another version.
+    Raises OSError. Raises MalformedError if the file is damaged or has another format.
     """
     try:
         raw = read_regular(path)
@@ -77,7 +78,7 @@ def _parse(lines: Iterator[bytes]) -> SavedState:
 
 
 def store_state(path: Path, kinds: Mapping[WatchedKind, SavedKind]) -> None:
-    """Replace the saved state. Raises OSError."""
+    """Replace the saved state atomically. Raises OSError."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     saved = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     body = b"".join(_lines(saved, kinds))

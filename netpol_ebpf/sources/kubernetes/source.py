@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cluster as a source: threads that watch its API server, and a descriptor that is readable when changes wait.
+"""A cluster as a source: threads watch its API server, and a descriptor is readable when there are changes.
 
-One thread for each kind reads, one probes the server, one writes the saved state.  None of them waits for the caller of
-`KubernetesSource.step`, and that call waits for none of them.
+There is one thread for each kind, one that probes the server, and one that writes the saved state. No thread waits for
+the caller of `KubernetesSource.step`, and that method waits for no thread.
 
-Invariant: an exception in a thread ends neither the thread nor enforcement: it is reported as a bug, and the kind is
-listed again.
+Invariant: an exception in a thread ends neither the thread nor enforcement. The exception is reported as a bug, and the
+kind is listed again.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from netpol_ebpf.sources.kubernetes.watching import KindWatcher
 from netpol_ebpf.sources.source import KEEPS_NOTHING, SourceUpdate
 
 SYNC_S = 60.0
-"""Time limit in seconds for the first state of the cluster: a list of the largest clusters takes seconds, a failure is
-reported after GRACE_S.
-"""
+"""Time limit in seconds for the first state of the cluster. It is longer than a list of the largest clusters takes,
+which are some seconds, and longer than GRACE_S, after which a failure is reported."""
 RESTORE_S = 10.0
-"""The same limit where nothing is in force and the saved state can be applied."""
+"""The same limit in seconds, if nothing is in force on this node and a saved state can be applied."""
 SHOWN_KINDS = 5
 SAVE_S = 10.0
-"""Interval of checks whether the saved state must be replaced; arbitrary."""
+"""Seconds between two checks whether the saved state is out of date. The number is arbitrary."""
 AFTER_BUG_S = 60.0
 END_S = 5.0
-"""Time limit for threads to end; a thread that waits for a plugin or a connection is left to end by itself."""
+"""Time limit in seconds for threads to end. A thread that still waits for a plugin or a connection then ends later by
+itself."""
 RESTORED, SAVED, BUG = "restored", "saved-state", "bug"
 
 log = logging.getLogger(__name__)
@@ -56,8 +56,9 @@ def _iso(seconds: float) -> str | None:
 class KindState(NamedTuple):
     """The state of one kind, for ``status``.
 
-    ``kept``: objects that stay in force although their definition was deleted.  ``lists``, ``watches``: requests so
-    far.  ``last_sync``: time of the last list, event or bookmark, UTC, ISO 8601; None: never.
+    ``kept``: the number of objects in force although the kind's definition was deleted. ``lists``, ``watches``: the
+    numbers of requests so far. ``gaps``: how many times events were lost, so that the kind was listed again.
+    ``last_sync``: when the last list, event or bookmark arrived, in UTC, ISO 8601; None: never.
     """
 
     kind: str
@@ -68,6 +69,7 @@ class KindState(NamedTuple):
     resource_version: str
     lists: int
     watches: int
+    gaps: int
     last_sync: str | None
 
 
@@ -75,8 +77,9 @@ class KindState(NamedTuple):
 class KubernetesSource:
     """A `Source` that watches one cluster.
 
-    ``state_path``: the saved state, None to keep none; ``may_restore``: whether the saved state may be applied until
-    the cluster was listed, for a node on which nothing is in force; ``clock``: seconds.
+    ``state_path``: the file of the saved state; None: there is none. ``may_restore``: whether nothing is in force on
+    this node, so that the saved state may be applied until the cluster was listed. ``clock``: returns the time in
+    seconds.
     """
 
     cluster: Cluster
@@ -98,7 +101,7 @@ class KubernetesSource:
     _saves: int = 0
 
     def __post_init__(self) -> None:
-        """Raises InvalidInputError for a server or proxy that is no URL."""
+        """Raises InvalidInputError if the address of the server or of the proxy is not a URL."""
         self.client = Client(self.cluster)
         self.cache = Cache(self.kinds)
         self.watchers = {
@@ -111,28 +114,29 @@ class KubernetesSource:
 
     @property
     def name(self) -> str:
-        """The server's URL."""
+        """The URL of the server."""
         return self.cluster.server
 
     @property
     def has_synced(self) -> bool:
-        """Whether a complete state was returned: of the cluster, or the saved one where that is permitted."""
+        """Whether a complete state was returned: that of the cluster, or the saved one if it may be applied."""
         return self.cache.is_given
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """Empty: the source lists no kinds that it does not read."""
+        """Always empty, because this source lists only kinds that it reads."""
         return {}
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """All problems of the cluster, its server, and the saved state."""
+        """All problems of the cluster's objects, of its server, and of the saved state."""
         return self.cache.problems()
 
     def begin(self) -> None:
         """See `Source`.
 
-        If nothing is in force, `step` returns the saved state when the cluster was not listed for `RESTORE_S`.
+        If nothing is in force on this node, and the cluster was not listed within `RESTORE_S`, then `step` returns the
+        saved state.
         """
         self._load()
         self._start()
@@ -142,8 +146,8 @@ class KubernetesSource:
     def sync(self) -> SourceUpdate:
         """Begin to watch the cluster, and wait for its first state.
 
-        Raises UnreachableError when a kind could not be listed in time: then nothing is returned, and the policy in
-        force stays.
+        Raises UnreachableError if a kind could not be listed in time. Then nothing is returned, and the policy in force
+        stays.
         """
         self.begin()
         until_s = min(self.clock() + SYNC_S, self._restore_at_s)
@@ -156,7 +160,7 @@ class KubernetesSource:
         return update or SourceUpdate((), self.problems)
 
     def fileno(self) -> int:
-        """The cache's eventfd."""
+        """The eventfd of the cache."""
         return self.cache.descriptor
 
     def note_news(self) -> None:
@@ -165,7 +169,7 @@ class KubernetesSource:
         self._has_news = True
 
     def wait_s(self) -> float:
-        """0 after news, or when it is time for the saved state; nothing is due otherwise."""
+        """See `Source`. 0 after `note_news`, or when the saved state must be returned. Otherwise no step is due."""
         if self._has_news:
             return 0.0
         return math.inf if self.has_synced else max(0.0, self._restore_at_s - self.clock())
@@ -184,7 +188,7 @@ class KubernetesSource:
         return SourceUpdate(events, problems)
 
     def close(self) -> None:
-        """End the threads, and close the descriptor if they have ended."""
+        """End the threads. If all have ended in time, close the descriptor."""
         self._stopped.set()
         for kind, watcher in self.watchers.items():
             watcher.relist()
@@ -198,7 +202,7 @@ class KubernetesSource:
     # --- beyond that ----------------------------------------------------------------------------------------------------------
 
     def release(self, kind: str, *, is_trial: bool = False) -> tuple[str, ...]:
-        """See `Source`. ``kind``: as ``status`` names it, such as ``tiers.projectcalico.org``."""
+        """See `Source`. ``kind``: the kind's name in ``status``, such as ``tiers.projectcalico.org``."""
         for one, store in self.cache.stores.items():
             if str(one) == kind and store.orphans:
                 names = self.cache.orphans(one) if is_trial else self.cache.release(one)
@@ -211,7 +215,8 @@ class KubernetesSource:
     def states(self) -> list[KindState]:
         """The state of every kind, for ``status``.
 
-        Takes no lock, since a forked child calls it: concurrent changes may be missed.
+        The method takes no lock, because it runs in a forked child. So it may miss a change that is made at the same
+        time.
         """
         return [
             KindState(
@@ -223,6 +228,7 @@ class KubernetesSource:
                 store.resource_version,
                 self.watchers[kind].lists,
                 self.watchers[kind].watches,
+                self.watchers[kind].gaps,
                 _iso(self.watchers[kind].synced_at),
             )
             for kind, store in self.cache.stores.items()
@@ -231,11 +237,11 @@ class KubernetesSource:
     def report(self) -> tuple[Mapping[str, Any], ...]:
         """See `Source`, whose fields come first.
 
-        ``restored``: whether the saved state is in force; ``confirmed``: when the server last answered a probe, None:
-        never; ``cut_off``: whether the server no longer answers probes; ``stale_since``: since when changes may be
-        missing, None: none are, or the time is unknown. Times are UTC, ISO 8601.  ``kinds``: see `KindState`.
-        ``gaps``: by kind, how often events were lost, so that the kind was listed again; ``went_back`` and
-        ``went_back_at``: how often the server went back to an older state, and when it last did (None: never).
+        ``restored``: whether the saved state is in force. ``confirmed``: when the server last answered a probe; None:
+        never. ``cut_off``: whether the server no longer answers probes. ``stale_since``: since when changes may be
+        missing; None: no changes are missing, or the time is not known. Times are in UTC, ISO 8601. ``kinds``: see
+        `KindState`. ``went_back``, ``went_back_at``: how many times the server went back to an older state, and the
+        last time (None: never).
         """
         noted = self.cache.noted
         confirmed = self.probe.confirmed or None
@@ -255,7 +261,6 @@ class KubernetesSource:
             "cut_off": is_cut_off,
             "stale_since": self._saved_at if is_restored else confirmed if is_cut_off else None,
             "kinds": [one._asdict() for one in self.states()],
-            "gaps": {str(kind): one.gaps for kind, one in self.watchers.items() if one.gaps},
             "went_back": self.probe.went_back,
             "went_back_at": self.probe.went_back_at or None,
         }
@@ -287,7 +292,7 @@ class KubernetesSource:
         return SAVE_S
 
     def _restore(self) -> None:
-        """Put the saved state in force until the cluster was listed."""
+        """Put the saved state in force, until the cluster has been listed."""
         message = (
             f"the API server could not be read at the start: the state that was saved at {self._saved_at} is in force, "
             "and later changes are missing"
@@ -296,7 +301,7 @@ class KubernetesSource:
         self.cache.restore()
 
     def _unsynced(self) -> UnreachableError:
-        """The error that names the kinds that were not listed, with the reasons."""
+        """The error that not all kinds were listed, with the kinds and the reasons."""
         unsynced = self.cache.unsynced
         reasons = [one.message for kind in unsynced if (one := self.cache.stores[kind].problem) is not None]
         message = (

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state machine of one kind: its next request, and the effect of the answer on the known objects.
+"""The state machine that watches one kind: its next request, and the effect of the answer on the known objects.
 
-    LISTING --whole--> WATCHING --clean end--> WATCHING (custom kind, before its time: LISTING)
-       |                  |------expired, bad event, definition unread--> LISTING
-       |--404, again and again--> ABSENT (no object was known) or DELETED (known objects stay in force)
+    LISTING --complete--> WATCHING --clean end--> WATCHING (custom kind that ended early: LISTING)
+       |                     |------expired, bad event, definition unread--> LISTING
+       |--404, several times in a row--> ABSENT (no object was known) or DELETED (known objects stay in force)
 
-The machine keeps no clock, opens no connection and starts no thread: `KindWatcher.step` makes one request through the
+The machine keeps no clock, opens no connection and starts no thread. `KindWatcher.step` makes one request through the
 given transport and reads the answer to its end.
 
-Invariants: an object leaves the store for one of three reasons only: a DELETED event, a whole list that does not name
-it, or the release of orphans by an operator.  A list counts when its last page or end mark was read.  Objects of a
-deleted CustomResourceDefinition stay: a deletion of a custom kind counts only after a later read has shown that its
-definition exists.  No other answer removes anything.
+Invariants: an object leaves the store for only three reasons: a DELETED event, a complete list without it, or an
+operator's release of orphans. A list is complete when its last page or its end mark was read. Objects of a deleted
+CustomResourceDefinition stay: the deletion of a custom object counts only after a later read has shown that the
+definition of its kind exists. No other answer removes an object.
 """
 
 from __future__ import annotations
@@ -41,49 +41,49 @@ from netpol_ebpf.sources.kubernetes.decoding import (
 )
 
 PAGE_OBJECTS = 500
-"""Objects in one page of a LIST: about 3 MB of pods."""
+"""Number of objects in one page of a LIST. A page of pods has about 3 MB."""
 WATCH_S = 300.0
-"""Shortest requested duration of a WATCH; the request adds up to the same again at random, so that nodes do not
-reconnect all at once.
-"""
+"""Shortest requested duration of a WATCH in seconds. Each request adds a random time of up to the same length, so that
+nodes do not all reconnect at once."""
 PREMATURE_S = 5.0
-"""A WATCH that ends this much before its time counts as ended early; the server ends it up to 2 s before."""
+"""A WATCH that ends more than this many seconds before the requested duration counts as ended early. Servers normally
+end it up to 2 s before."""
 SHORT_S = 1.0
-"""After a stream that ends sooner than this and without an event the reader waits before the next one; arbitrary."""
+"""Duration in seconds. A stream that ends sooner and without an event counts as short, and the reader waits before the
+next stream. The number is arbitrary."""
 UNSTABLE = 3
-"""So many short streams in a row mean that the kind cannot be watched; a stream that opens is no recovery then."""
+"""Number of short streams in a row after which the kind counts as not watchable. From then on only an event or a list
+counts as a success, not the opening of a stream."""
 HASTY_STEPS = 5
-"""Steps in a row that may each end in less than SHORT_S; after them each step is delayed, whatever its result.
-
-Lists that succeed and streams that expire or end at once would otherwise be an endless loop.  A start takes at most
-three such steps.
-"""
+"""Number of steps in a row that may each end in less than SHORT_S. Each further one is followed by a pause, whatever its
+result: lists that succeed and streams that expire or end at once would otherwise be an endless loop. A start takes at
+most three such steps."""
 HEAD_S = 20.0
-"""Time limit for the head of an answer: a LIST that waits for etcd has none for 60 s."""
+"""Time limit in seconds for the head of an answer. It is shorter than the 60 s for which the server itself waits for
+etcd."""
 IDLE_S = 180.0
-"""Longest silence of a WATCH: three bookmark periods."""
+"""Longest silence of a WATCH in seconds: three periods of bookmarks."""
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 GRACE_S = 30.0
-"""How long a failure is retried before it becomes a problem: a starting server answers 403, 429 and 503 for up to 2 s.
-"""
+"""Seconds for which a failure is retried before it is reported as a problem. The reason is that a starting server
+answers 403, 429 and 503 for up to 2 s."""
 ABSENT_ANSWERS = 3
-"""A kind counts as not installed when its LIST gave 404 this often in a row."""
+"""Number of 404 answers to a LIST, in a row, after which a kind counts as not installed."""
 ABSENT_RETRY_S = 2.0
-"""Interval in seconds of the ABSENT_ANSWERS requests.
+"""Seconds between these ABSENT_ANSWERS requests.
 
-No server was seen to answer 404 while it started, but this does not rely on that.
-"""
+No server was seen to answer 404 while it started, but the agent does not rely on that."""
 STREAM_ATTEMPTS = 3
-"""Streaming lists that may fail in a row before the reader uses pages."""
+"""Number of streaming lists that may fail in a row before the reader requests pages instead."""
 
 _UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _GONE, _TOO_MANY, _ERROR, _TIMEOUT = 401, 403, 404, 410, 429, 500, 504
 _OURS = frozenset({400, 405, 406, 415, 422})
-"""HTTP codes of a faulty request: a retry cannot succeed."""
+"""HTTP codes that mean that the request is faulty, so that a retry cannot succeed."""
 _TRANSIENT_IN_STREAM = frozenset({_UNAUTHORIZED, _FORBIDDEN, _GONE, _TOO_MANY, 503, _TIMEOUT})
 
 
 class ServerAnswer(Protocol):
-    """The head of an answer was read. ``retry_after_s``: of the header, None without it."""
+    """An answer whose head was read. ``retry_after_s``: from the header Retry-After; None without the header."""
 
     @property
     def status(self) -> int: ...  # noqa: D102
@@ -92,16 +92,16 @@ class ServerAnswer(Protocol):
     def retry_after_s(self) -> float | None: ...  # noqa: D102
 
     def body(self) -> bytes:
-        """The whole body. Raises UnreachableError when it is truncated."""
+        """The whole body. Raises UnreachableError if it is truncated."""
 
     def lines(self) -> Iterator[bytes]:
-        """The lines of a WATCH until its clean end.
+        """The lines of a WATCH until the stream ends cleanly.
 
-        Raises UnreachableError when it is truncated, or silent for too long.
+        Raises UnreachableError if the stream is truncated, or silent for too long.
         """
 
     def abort(self) -> None:
-        """End the connection from another thread; the reader gets an error."""
+        """End the connection, from another thread. The reading thread then gets an error."""
 
     def close(self) -> None:
         """Close the connection."""
@@ -111,14 +111,15 @@ class Transport(Protocol):
     """Makes HTTP requests."""
 
     def get(self, target: str, *, head_s: float, idle_s: float, metadata_only: bool = False) -> ServerAnswer:
-        """Begin a GET. ``head_s``, ``idle_s``: time limits in seconds for the head, and for a silence in the body.
+        """Send a GET request; returns when the head of the answer has been read. Raises UnreachableError.
 
-        ``metadata_only``: for one object only; a server answers 406 to that for a list.  Raises UnreachableError.
+        ``head_s``: time limit in seconds for the head. ``idle_s``: longest silence in seconds in the body.
+        ``metadata_only``: ask for the metadata of one object; for a list a server would answer 406.
         """
 
 
 class Store(Protocol):
-    """The objects of one kind. ``definition_uid``: of its CustomResourceDefinition, "" for none."""
+    """The objects of one kind. ``definition_uid``: the uid of its CustomResourceDefinition, "" if none was seen."""
 
     definition_uid: str
     resource_version: str
@@ -127,35 +128,38 @@ class Store(Protocol):
     def is_empty(self) -> bool: ...  # noqa: D102
 
     def prepare(self, decoded: Decoded) -> object:
-        """An entry for an object, for `put` or `commit`."""
+        """Parse an object; returns its entry for `put` or `commit`."""
 
     def put(self, name: Name, entry: object) -> None:
-        """Store an entry."""
+        """Store under ``name`` the entry that `prepare` returned."""
 
     def remove(self, name: Name) -> None:
-        """Forget an object."""
+        """Remove an object."""
 
     def orphan(self, name: Name) -> None:
-        """Mark an object as an orphan: it stays although the server deleted it together with its kind's definition."""
+        """Mark an object as an orphan, which stays in force.
+
+        The server deleted it together with the definition of its kind.
+        """
 
     def missing(self, staged: Mapping[Name, object]) -> set[Name]:
-        """The known objects, without orphans, that a complete list lacks. ``staged``: the list, by name."""
+        """The names of known objects that a complete list lacks, without orphans. ``staged``: the list, by name."""
 
     def commit(self, staged: Mapping[Name, object], *, orphaned: set[Name]) -> None:
-        """Replace the objects by a complete list.
+        """Replace all objects by a complete list, in one step.
 
-        Objects that it lacks are removed, except ``orphaned`` ones and earlier orphans.
+        Known objects that the list lacks are removed, except ``orphaned`` ones and earlier orphans.
         """
 
     def commit_absent(self) -> None:
-        """Record that the server has no such kind; its known objects stay."""
+        """Record that the server does not have the kind. Its known objects are kept as orphans."""
 
     def note(self, problem: Problem | None) -> None:
-        """Set the problem that the kind is not watched now; None: it is watched."""
+        """Set the problem that says why the kind is not watched now; None if it is watched."""
 
 
 class State(enum.Enum):
-    """The state of a kind's watch; the value is the text that users see."""
+    """The state of a kind's watch. Users see the values."""
 
     LISTING = "listing"
     WATCHING = "watching"
@@ -165,7 +169,7 @@ class State(enum.Enum):
 
 
 class RefusedError(Exception):
-    """The server answered with an error. ``in_stream``: by an ERROR event."""
+    """The server answered with an error. ``in_stream``: the error was an ERROR event of a WATCH."""
 
     def __init__(self, status: Status, *, in_stream: bool = False) -> None:
         super().__init__(f"{status.code} {status.reason}: {status.message}")
@@ -174,16 +178,17 @@ class RefusedError(Exception):
 
 
 class _RelistError(Exception):
-    """The watch cannot continue from the known state; the kind must be listed again."""
+    """The WATCH cannot continue from the known state, so the kind must be listed again."""
 
 
 @dataclass(slots=True)
 class KindWatcher:
     """Watches one kind.
 
-    ``pace_s``: random seconds until an absent kind is listed again; ``chance``: random numbers from [0, 1).  ``wall``:
-    seconds since 1970.  ``lists``, ``watches``: requests so far.  ``synced_at``: time of the last list, event or
-    bookmark, in seconds since 1970; 0: never.
+    ``pace_s``: returns the seconds, partly random, until an absent kind is listed again. ``clock``: returns the time in
+    seconds. ``chance``: returns random numbers from [0, 1). ``wall``: returns the seconds since 1970. ``lists``,
+    ``watches``: the numbers of requests so far. ``synced_at``: when the last list, event or bookmark arrived, in
+    seconds since 1970; 0: never.
     """
 
     kind: WatchedKind
@@ -195,7 +200,7 @@ class KindWatcher:
     wall: Callable[[], float] = time.time
     state: State = State.LISTING
     gaps: int = 0
-    """How often the server had no events from the known resourceVersion on, so that the kind was listed again."""
+    """How many times the server had no events since the known resourceVersion, so that the kind was listed again."""
     lists: int = 0
     watches: int = 0
     synced_at: float = 0.0
@@ -215,7 +220,7 @@ class KindWatcher:
     def step(self) -> float:
         """Make one request and read its answer to the end. Returns the seconds until the next step.
 
-        Never raises for an answer of the server.
+        This method raises no error for an answer of the server.
         """
         began_s = self.clock()
         delay_s = max(0.0, self._step())
@@ -249,12 +254,12 @@ class KindWatcher:
             self._close()
 
     def relist(self) -> None:
-        """End the present request and make the next step list; thread-safe."""
+        """End the request that is under way; the next step lists the kind. Any thread may call this."""
         self._must_relist = True
         self.abort()
 
     def abort(self) -> None:
-        """End the present request; thread-safe."""
+        """End the request that is under way. Any thread may call this."""
         answer = self._answer
         if answer is not None:
             answer.abort()
@@ -310,14 +315,17 @@ class KindWatcher:
         return self._stream({"resourceVersion": self._resource_version}, staged=None)
 
     def _stream(self, query: Mapping[str, str], staged: dict[Name, object] | None) -> float:
-        """Run a WATCH. ``staged``: None, or the objects of a list that the stream begins with."""
+        """Make a WATCH request and handle its events until it ends. Returns the seconds until the next step.
+
+        ``staged``: the objects of the list with which the stream begins, by name; None if it begins without a list.
+        """
         timeout_s = int(WATCH_S * (1 + self.chance()))
         whole = {"watch": "1", "allowWatchBookmarks": "true", "timeoutSeconds": str(timeout_s), **query}
         answer = self._answer = self._get(self.kind.path, whole, idle_s=IDLE_S)
         began_s = self._opened_s = self.clock()
         if staged is None:
             self.state = State.WATCHING
-            if self._short_streams < UNSTABLE:  # an event may be a minute away
+            if self._short_streams < UNSTABLE:  # not only at the first event, which may come a minute later
                 self._recovered()
         if self._must_relist:  # `relist` was called while the connection was made
             return 0.0
@@ -347,15 +355,16 @@ class KindWatcher:
         return self._ended(self.clock() - began_s, timeout_s, is_listed=staged is None)
 
     def _ended(self, lasted_s: float, timeout_s: float, *, is_listed: bool) -> float:
-        """Handle a clean end, whatever its cause.
+        """Handle the clean end of a stream. Returns the seconds until the next step.
 
-        Time over, slow reader, stopping server, definition changed or deleted.
+        Causes are that the requested time is over, that the reader was slow, that the server stops, or that the
+        definition was changed or deleted.
         """
         if not is_listed:
             self._count_stream_failure()
             return self._failed("unreachable", "the stream of the list ended before the list did")
         if self.kind.is_custom and lasted_s < timeout_s - PREMATURE_S:
-            # A new default of a changed definition is in objects that no event names, under their old resourceVersion.
+            # The definition may have a new default, which changes objects without an event or a new resourceVersion.
             self._resource_version = ""
         self._count_short_stream()
         if self._short_streams <= 1:
@@ -364,7 +373,7 @@ class KindWatcher:
         return self._backoff_s(self._short_streams - 1)
 
     def _count_short_stream(self) -> None:
-        """Count streams in a row that ended early without an event."""
+        """Count successive streams that ended early without an event."""
         if self._opened_s is not None:
             self._short_streams = self._short_streams + 1 if self.clock() - self._opened_s < SHORT_S else 0
 
@@ -380,7 +389,7 @@ class KindWatcher:
         self._advance(decoded.resource_version)
 
     def _advance(self, resource_version: str) -> None:
-        """Advance the known resourceVersion, once every change up to it is stored."""
+        """Advance the known resourceVersion. Every change up to it must have been stored."""
         if not resource_version:
             raise MalformedError("an event has no resourceVersion")
         self._resource_version = self.store.resource_version = resource_version
@@ -393,9 +402,9 @@ class KindWatcher:
         self._advance(resource_version)
 
     def _are_deletions_real(self) -> bool:
-        """Whether missing objects were deleted one by one, rather than together with their kind's definition.
+        """Whether objects that are missing were deleted one by one, not together with the definition of their kind.
 
-        Reads the definition now, after the objects were found missing.
+        This reads the definition now, after the objects were found missing.
         """
         if not self.kind.is_custom:
             return True
@@ -407,9 +416,9 @@ class KindWatcher:
         return not definition.is_ending and known in ("", definition.uid)
 
     def _definition(self) -> Definition | None:
-        """The definition of the kind, None when there is none.
+        """The definition of the kind; None if it does not exist.
 
-        Raises _RelistError when the server gives no clear answer.
+        Raises _RelistError if the server gives no clear answer.
         """
         try:
             answer = self._get(self.kind.definition, {}, metadata_only=True)
@@ -451,7 +460,7 @@ class KindWatcher:
         return self._failed(slug, f"the server answers {error}", status.retry_after_s)
 
     def _absent(self) -> float:
-        """Handle 404 for the kind itself."""
+        """Handle a 404 answer for the kind itself. Returns the seconds until the next step."""
         self._resource_version = ""
         if not self.kind.is_custom:
             return self._failed("not-served", "the server does not know this kind, which every cluster has")
@@ -471,7 +480,7 @@ class KindWatcher:
             self._streams = False
 
     def _succeeded(self) -> None:
-        """Record success, after an event or a list."""
+        """Note a success: an event or a list was read."""
         self._expired, self._short_streams, self._opened_s = 0, 0, None
         self.synced_at = self.wall()
         self._recovered()
