@@ -73,7 +73,7 @@ log = logging.getLogger("netpol-agent")
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class HealthPage:
     """An HTTP answer."""
 
     status: HTTPStatus
@@ -91,9 +91,9 @@ class Page:
         return head.encode() + (b"" if is_head else self.body)
 
 
-def error_page(status: HTTPStatus, text: str = "") -> Page:
+def error_page(status: HTTPStatus, text: str = "") -> HealthPage:
     """An answer whose body is one line with the reason of the error."""
-    return Page(status, f"{text or status.phrase}\n".encode())
+    return HealthPage(status, f"{text or status.phrase}\n".encode())
 
 
 @dataclass
@@ -104,12 +104,12 @@ class HealthServer:
     time in seconds.
     """
 
-    load_metrics: Callable[[], Page]
+    load_metrics: Callable[[], HealthPage]
     clock: Callable[[], float] = time.monotonic
     _beat_s: float = field(init=False)
     _checks: dict[str, str] = field(default_factory=lambda: {"loop": "the agent is starting"})
     _clients: dict[asyncio.Task[Any], None] = field(default_factory=dict)  # oldest first
-    _loading: asyncio.Task[Page] | None = None
+    _loading: asyncio.Task[HealthPage] | None = None
     _loaded_s: float = 0.0
 
     def __post_init__(self) -> None:
@@ -121,22 +121,22 @@ class HealthServer:
 
     # --- pages ----------------------------------------------------------------------------------------------------
 
-    def livez(self) -> Page:
+    def livez(self) -> HealthPage:
         """The page that says whether the agent's loop runs."""
         return _checked({"loop": self._silence(STALL_S)})
 
-    def readyz(self) -> Page:
+    def readyz(self) -> HealthPage:
         """The page that says whether the agent's loop runs and every check passes."""
         return _checked({**self._checks, "loop": self._silence(LATE_S) or self._checks.get("loop", "")})
 
-    async def metrics(self) -> Page:
+    async def metrics(self) -> HealthPage:
         """The page of metrics, which is at most METRICS_AGE_S old."""
         loading = self._loading
         if loading is None or (loading.done() and self.clock() - self._loaded_s >= METRICS_AGE_S):
             loading = self._loading = asyncio.create_task(self._load())
         return await asyncio.shield(loading)  # a client that is disconnected does not end the request of the others
 
-    async def _load(self) -> Page:
+    async def _load(self) -> HealthPage:
         try:
             return await asyncio.to_thread(self.load_metrics)
         finally:
@@ -178,7 +178,7 @@ class HealthServer:
         writer.write(page.render(is_head=method == "HEAD"))
         await writer.drain()
 
-    async def _answer(self, head: bytes) -> tuple[str, Page]:
+    async def _answer(self, head: bytes) -> tuple[str, HealthPage]:
         """Answer a request, given with its headers; returns the request's method, and the answer."""
         parts = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ")
         if len(parts) != 3 or not parts[2].startswith("HTTP/1."):  # noqa: PLR2004 - method, target, version
@@ -200,23 +200,23 @@ class HealthServer:
         return method, error_page(HTTPStatus.NOT_FOUND, "there are /livez, /readyz and /metrics")
 
 
-def _checked(checks: dict[str, str]) -> Page:
+def _checked(checks: dict[str, str]) -> HealthPage:
     """A page with a line for each check, in the form of the API server's /readyz.
 
     ``checks``: the reason of its failure for each check; "" if the check passes.
     """
     lines = [f"[-]{name} failed: {escaped(why)}" if why else f"[+]{name} ok" for name, why in checks.items()]
     status = HTTPStatus.SERVICE_UNAVAILABLE if any(checks.values()) else HTTPStatus.OK
-    return Page(status, ("\n".join(lines) + "\n").encode())
+    return HealthPage(status, ("\n".join(lines) + "\n").encode())
 
 
-def load_metrics(control_socket: Path) -> Page:
+def load_metrics(control_socket: Path) -> HealthPage:
     """Ask the agent for its metrics and render them. If the agent cannot answer, the page has the status 503."""
     try:
         (found,) = ask(control_socket, {"op": "metrics"}, timeout_s=ANSWER_S)
     except (NetpolError, TimeoutError) as error:
         return error_page(HTTPStatus.SERVICE_UNAVAILABLE, escaped(str(error)))
-    return Page(HTTPStatus.OK, render(Family.from_dict(one) for one in found), TEXT_FORMAT)
+    return HealthPage(HTTPStatus.OK, render(Family.from_dict(one) for one in found), TEXT_FORMAT)
 
 
 async def serve(server: HealthServer, listener: socket.socket, beats: socket.socket) -> None:

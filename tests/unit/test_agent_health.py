@@ -24,7 +24,7 @@ from canned_state import full_state, rule
 
 from netpol_ebpf.agent import health_server
 from netpol_ebpf.agent.health import RETRY_S, Health, parse_health_address
-from netpol_ebpf.agent.health_server import CONNECTIONS, LATE_S, STALL_S, HealthServer, Page, error_page
+from netpol_ebpf.agent.health_server import CONNECTIONS, LATE_S, STALL_S, HealthPage, HealthServer, error_page
 from netpol_ebpf.agent.metrics import families
 from netpol_ebpf.agent.report import readiness
 from netpol_ebpf.errors import Location, Problem, UsageError
@@ -269,7 +269,7 @@ def served_here(monkeypatch: pytest.MonkeyPatch, **limits: float) -> Iterator[tu
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.settimeout(0)
     theirs.settimeout(0)
-    server = HealthServer(lambda: Page(health_server.HTTPStatus.OK, b""))
+    server = HealthServer(lambda: HealthPage(health_server.HTTPStatus.OK, b""))
     thread = threading.Thread(target=lambda: asyncio.run(health_server.serve(server, listener, theirs)))
     thread.start()
     try:
