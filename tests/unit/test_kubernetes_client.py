@@ -397,3 +397,25 @@ def test_no_trace_is_unread() -> None:
     tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_kubernetes_*.py"))
     unread = [path.stem for path in DATA.glob("*.json") if path.stem not in tests and not path.stem.startswith("list-")]
     assert unread == []
+
+
+@pytest.mark.parametrize(
+    "cluster",
+    [
+        Cluster("https://10.0.0.1", proxy="https://user:s3cret@proxy:3128"),
+        Cluster("https://10.0.0.1", proxy="socks5://user:s3cret@proxy:3128"),
+        Cluster("https://10.0.0.1", proxy="http://user:s3cret@proxy:port"),
+        Cluster("https://10.0.0.1", proxy="user:s3cret@proxy:3128"),
+        Cluster("https://10.0.0.1", proxy="http://user:s3c/ret@proxy:3128"),
+        Cluster("https://user:s3cret@10.0.0.1"),
+        Cluster("https://user:s3cret@10.0.0.1:port"),
+        Cluster("https://s3cret@10.0.0.1"),
+    ],
+    ids=lambda one: one.proxy or one.server,
+)
+def test_no_error_shows_the_password_of_a_url(cluster: Cluster) -> None:
+    """It is logged. A server with credentials in its URL is refused, since its URL is shown in `status`, too."""
+    with pytest.raises(InvalidInputError) as refused:
+        Client(cluster)
+    assert "s3c" not in str(refused.value)
+    assert "proxy" in str(refused.value) or "10.0.0.1" in str(refused.value)

@@ -25,7 +25,7 @@ from apiserver_traces import (
 
 from netpol_ebpf.errors import UnreachableError
 from netpol_ebpf.sources.kubernetes.decoding import KINDS, WatchedKind
-from netpol_ebpf.sources.kubernetes.watching import GRACE_S, IDLE_S, State
+from netpol_ebpf.sources.kubernetes.watching import GRACE_S, HASTY_STEPS, IDLE_S, LONGEST_RETRY_S, SHORT_S, State
 
 AWAY = UnreachableError("connection refused")
 NO_STREAMS = failure(422)
@@ -480,6 +480,36 @@ def test_wait_that_the_server_names_is_kept(make: Make) -> None:
 def test_wait_that_the_server_names_is_bounded(make: Make) -> None:
     """A proxy that says to come back tomorrow."""
     assert make(PODS, failure(503, retry_after_s=86400.0)).steps() == pytest.approx(90.0)
+
+
+EXPIRED = ("ERROR", {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "replies"),
+    [
+        (PODS, [page(version="5"), failure(410)]),
+        (PODS, [stream(mark("5", ends_list=True), EXPIRED)]),
+        (TIERS, [stream(mark("5", ends_list=True))]),
+        (TIERS, [page(version="5"), stream()]),
+        (TIERS, [stream(("ADDED", tier("a")), mark("5", ends_list=True))]),
+        (PODS, [failure(429, retry_after_s=0.0)]),
+        (PODS, [failure(429, retry_after_s=-9.0)]),
+    ],
+    ids=["expires", "expires-in-stream", "ends", "ends-after-pages", "ends-after-object", "zero", "negative"],
+)
+def test_no_answer_makes_a_loop_without_pauses(make: Make, kind: WatchedKind, replies: list[Reply]) -> None:
+    """A server that is half well is not asked again at once for ever, by every node; one that recovers is followed."""
+    is_paged = len(replies) > 1
+    bench = make(kind, *([NO_STREAMS] if is_paged else []), *replies * 20)
+    delays = [bench.steps() for _ in range(len(bench.script.replies))]
+    assert min(delays) >= 0.0
+    assert delays[-1] >= LONGEST_RETRY_S
+    assert sum(delay == 0.0 for delay in delays) <= HASTY_STEPS
+    working = stream(("MODIFIED", tier("b") if kind is TIERS else pod("b")), end_s=2 * SHORT_S)
+    listed_by_stream = stream(mark("9", ends_list=True), end_s=2 * SHORT_S)
+    bench.script.replies = [page(version="9"), working] if is_paged else [listed_by_stream]
+    assert bench.steps(len(bench.script.replies)) == 0.0
 
 
 def test_failure_is_no_refusal_of_streams(make: Make) -> None:

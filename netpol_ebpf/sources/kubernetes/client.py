@@ -167,6 +167,11 @@ class Client:
 
     def __init__(self, cluster: Cluster) -> None:
         parts = _split(cluster.server, ("https", "http"), "server")
+        if parts.username is not None:  # errors and `status` show the server
+            raise InvalidInputError(
+                f"the server {parts.netloc.rpartition('@')[2]} has credentials in its URL, which do not count",
+                hint="Give the credentials in the user entry of the kubeconfig.",
+            )
         self.cluster = cluster
         self.peer = parts.netloc
         self._is_tls = parts.scheme == "https"
@@ -233,7 +238,6 @@ class Client:
             raise UnreachableError(f"the credentials for {self.peer} cannot be read ({error})", hint="") from error
 
     def _connect(self, connection: http.client.HTTPConnection, credentials: Credentials) -> None:
-        """Connect, through the proxy if there is one."""
         connection.connect()
         _keep_alive(connection.sock)
         if self._is_tls:
@@ -278,13 +282,17 @@ def _keep_alive(sock: socket.socket) -> None:
 
 
 def _split(url: str, schemes: tuple[str, ...], what: str) -> SplitResult:
+    """Split a URL. No error shows what may be a password in it."""
+    shown = f"...@{url.rpartition('@')[2]}" if "@" in url else url
     try:
         parts = urlsplit(url)
         port = parts.port  # raises ValueError if it is no number
     except ValueError as error:
+        if shown != url:  # the ValueError quotes a part of the URL
+            raise InvalidInputError(f"the {what} {shown!r} is no URL") from None
         raise InvalidInputError(f"the {what} {url!r} is no URL ({error})") from error
     if parts.scheme not in schemes or not parts.hostname or port == 0:
-        raise InvalidInputError(f"the {what} {url!r} must be a URL that begins with {' or '.join(schemes)}")
+        raise InvalidInputError(f"the {what} {shown!r} must be a URL that begins with {' or '.join(schemes)}")
     return parts
 
 

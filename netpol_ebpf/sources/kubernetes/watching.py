@@ -54,6 +54,10 @@ next stream. The number is arbitrary."""
 UNSTABLE = 3
 """Number of short streams in a row after which the kind counts as not watchable. From then on only an event or a list
 counts as a success, not the opening of a stream."""
+HASTY_STEPS = 5
+"""Number of steps in a row that may each end in less than SHORT_S. Each further one is followed by a pause, whatever its
+result: lists that succeed and streams that expire or end at once would otherwise be an endless loop. A start takes at
+most three such steps."""
 HEAD_S = 20.0
 """Time limit in seconds for the head of an answer. It is shorter than the 60 s for which the server itself waits for
 etcd."""
@@ -208,6 +212,7 @@ class KindWatcher:
     _expired: int = 0
     _not_found: int = 0
     _short_streams: int = 0
+    _hasty_steps: int = 0  # in a row
     _opened_s: float | None = None  # since when this step's stream is open
     _must_relist: bool = False
     _answer: ServerAnswer | None = field(default=None)
@@ -217,6 +222,15 @@ class KindWatcher:
 
         This method raises no error for an answer of the server.
         """
+        began_s = self.clock()
+        delay_s = max(0.0, self._step())
+        self._hasty_steps = self._hasty_steps + 1 if self.clock() - began_s < SHORT_S else 0
+        if self._hasty_steps <= HASTY_STEPS:
+            return delay_s
+        return max(delay_s, self._backoff_s(self._hasty_steps - HASTY_STEPS))
+
+    def _step(self) -> float:
+        """Make one request. Returns the seconds until the next step that its result alone asks for."""
         self._opened_s = None
         if self._must_relist:
             self._must_relist, self._resource_version = False, ""
@@ -359,7 +373,6 @@ class KindWatcher:
         return self._backoff_s(self._short_streams - 1)
 
     def _count_short_stream(self) -> None:
-        """Count successive streams that ended early without an event."""
         if self._opened_s is not None:
             self._short_streams = self._short_streams + 1 if self.clock() - self._opened_s < SHORT_S else 0
 
