@@ -31,8 +31,8 @@ WIDER_ENDPOINT: Change = (ABI, "struct np_endpoint {\n", "struct np_endpoint {\n
 """A policy map that the versions cannot share."""
 OTHER_CONNECTION: Change = (
     ABI,
-    "    __u32 generation; // the one under which policy allowed the flow\n    __u32 rule; // the rule that allowed it",
-    "    __u32 rule; // the rule that allowed it\n    __u32 generation; // the one under which policy allowed the flow",
+    "    __u32 generation; // the generation under which policy last allowed the connection\n    __u32 rule;",
+    "    __u32 rule;\n    __u32 generation;",
 )
 """Of the same size, but not the same."""
 OTHER_PROGRAM: Change = ("bpf/np_endpoint.h", "#define NP_ENDPOINT_TRIES 4", "#define NP_ENDPOINT_TRIES 3")
