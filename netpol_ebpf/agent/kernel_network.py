@@ -124,10 +124,11 @@ class KernelNetwork:
         now_s = time.monotonic()
         if now_s - self._groups_s < GROUPS_S:
             return
-        before, of_addresses = self._groups, self._address_groups()
+        of_addresses = self._address_groups()
+        before = self._groups | (of_addresses - self._not_joined)
         joined, self._groups_s = joined_groups(), now_s
         self._groups, self._not_joined = joined - of_addresses, of_addresses - joined
-        self._is_news = self._is_news or self._groups != before
+        self._is_news = self._is_news or joined != before
 
     def _address_groups(self) -> set[IPAddress]:
         """The multicast groups that interfaces join for neighbour discovery, one for each address.

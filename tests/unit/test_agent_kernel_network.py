@@ -215,3 +215,23 @@ def test_each_snapshot_has_the_present_addresses_routes_and_groups(bench: Bench)
     assert known() == {"fd00::", "ff02::1:2"}
     bench.follower.local_routes[:] = [LocalRoute(anycast, 128, is_many=True, ifindex=5)]
     assert bench.node.snapshot().meanings[anycast].ifindex == 5
+
+
+def test_group_of_an_address_that_is_reported_later_is_news_once(bench: Bench) -> None:
+    """An interface joins the group of an IPv6 address before the kernel reports the address."""
+
+    def is_news() -> bool:
+        bench.now_s += GROUPS_S
+        return bench.node.has_news()
+
+    is_news()
+    bench.groups = frozenset({ip_address("ff02::1:ff00:2")})
+    assert (is_news(), is_news()) == (True, False)
+    bench.follower.addresses[ip_address("fd00::2")] = 2
+    assert not is_news()
+    assert ip_address("ff02::1:ff00:2") in bench.node.snapshot().meanings
+    bench.groups = frozenset()
+    assert is_news()
+    assert ip_address("ff02::1:ff00:2") not in bench.node.snapshot().meanings
+    bench.groups = frozenset({ip_address("ff02::1:ff00:2")})
+    assert is_news()
