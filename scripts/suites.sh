@@ -15,7 +15,7 @@ readonly ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 readonly CACHE="${NETPOL_SUITE_CACHE:-$HOME/.cache/netpol-suites}"
 readonly SUITES=(bookworm trixie sid) # oldest first
 readonly PACKAGES="python3,python3-bpfcc,python3-pyroute2,python3-yaml,iproute2,bpftool,clang,gcc,libc6-dev,make,\
-python3-pytest,python3-pytest-xdist,python3-hypothesis"
+python3-prometheus-client,python3-pytest,python3-pytest-xdist,python3-hypothesis"
 readonly AGE_DAYS=7 # arbitrary: sid changes daily, and a developer runs this several times a day
 readonly EXIT_USAGE=2 EXIT_PLATFORM=5
 

@@ -106,7 +106,7 @@ class LocatedEndpoints:
     problems: Mapping[EndpointKey, str] = field(default_factory=dict)
 
     def differences(self, other: LocatedEndpoints) -> list[str]:
-        """Endpoints about which another search found otherwise."""
+        """The endpoints for which another search had a different result."""
         found = _differing(self.interfaces, other.interfaces) | _differing(self.evidence, other.evidence)
         return sorted(map(str, found | _differing(self.problems, other.problems)))
 
@@ -225,14 +225,14 @@ class InterfaceAssignments:
         return LocatedEndpoints(interfaces, by, problems)
 
     def unsettled(self) -> InterfaceAssignments:
-        """A copy of these assignments, none of them settled: its next look decides everything."""
+        """A copy of these assignments in which none is settled, so that its next `look` decides everything."""
         copy = InterfaceAssignments(self._workload_patterns, self._own_patterns)
         copy._seen, copy._lost, copy._written = dict(self._seen), set(self._lost), dict(self._written)  # noqa: SLF001 - of the same class
         copy._is_recalled, copy.is_dirty = self._is_recalled, self.is_dirty  # noqa: SLF001 - of the same class
         return copy
 
     def differences(self, other: InterfaceAssignments) -> list[str]:
-        """Names of interfaces and endpoints about which other assignments decided otherwise."""
+        """Names of the interfaces and endpoints for which other assignments decided differently."""
         interfaces = _differing(self._seen, other._seen) | _differing(self.doubts, other.doubts)  # noqa: SLF001 - of the same class
         known = {**other._seen, **self._seen}  # noqa: SLF001 - of the same class
         return sorted({known[one].name for one in interfaces} | {str(one) for one in self._lost ^ other._lost})  # noqa: SLF001 - of the same class
@@ -266,7 +266,7 @@ class InterfaceAssignments:
         return wanted
 
     def decide_roles(self, wiring: Wiring) -> None:
-        """Decide the role of each interface while no endpoint is known; assignments stay."""
+        """Decide the role of each interface before any endpoint is known. Assignments stay."""
         self._forget_gone(wiring)
         self._traits = self._traits_in(wiring)
         self._settled = {}
@@ -284,9 +284,10 @@ class InterfaceAssignments:
         return () if seen is None else seen.first
 
     def _forget_gone(self, wiring: Wiring) -> None:
-        """Forget interfaces that are gone, and interfaces of an earlier agent whose index another interface has now.
+        """Remove interfaces that no longer exist, and interfaces whose index another interface has now.
 
-        If an earlier agent stored the record, the interface must still have the recorded name, "" if none was recorded.
+        The latter are checked once, if an earlier agent stored the record: the interface must still have the recorded
+        name, unless none was recorded.
         """
         self.forget(self._seen.keys() - wiring.links.keys())
         if self._is_recalled:
@@ -706,7 +707,7 @@ def _oldest(addresses: Sequence[IPAddress]) -> tuple[IPAddress, ...]:
 
 
 def _differing(one: Mapping[K, object], other: Mapping[K, object]) -> set[K]:
-    """Keys with different values."""
+    """The keys for which the two mappings have different values."""
     return {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
 
 

@@ -186,7 +186,7 @@ class LocalInterfaces:
         self._save()
 
     def _looking(self) -> Callable[[InterfaceAssignments], LocatedEndpoints]:
-        """A look at the last snapshot and the present objects."""
+        """A function that calls `InterfaceAssignments.look` with the last snapshot and the present objects."""
         return partial(
             InterfaceAssignments.look,
             wiring=self.wiring,
@@ -197,9 +197,10 @@ class LocalInterfaces:
         )
 
     def audit(self) -> bool:
-        """Look with settled assignments and without, if interfaces were located since the last audit, AUDIT_S ago.
+        """Search with settled assignments and without, and compare the results. Returns whether they differ.
 
-        If the two looks differ, the one without counts and the difference is reported.  Returns whether they differ.
+        This is done only if interfaces were located since the last audit, and that was at least AUDIT_S ago. If the
+        results differ, the one without settled assignments is used, and the difference is reported.
         """
         if not self._is_unaudited or self._clock() - self._audited_s < AUDIT_S:
             return False

@@ -25,6 +25,11 @@ from netpol_ebpf.apply.ledger import Ledger
 NEWS_GAP_S = 0.05
 """Least seconds between two passes over all interfaces. A new interface gets the programs without this delay. The
 number is arbitrary."""
+SETTLE_S = 0.01
+"""Seconds from the first news of the node's network to the step that reads it. The number is arbitrary.
+
+A container network makes an interface and its routes within milliseconds: one pass sees both, and binds the pod.
+"""
 REST_FACTOR = 4
 """Factor of the delay of a source: after a step, its changes wait this many times as long as the step took, at most
 NEWS_GAP_S. So a source with many small changes takes a fifth of a processor, and a single change is not delayed."""
@@ -58,7 +63,7 @@ class AgentLoop:
     _is_told: bool = False
     _stepped_s: float = -math.inf
     _rested_s: float = -math.inf  # changes of the source wait until then
-    _is_news: bool = False
+    _news_due_s: float = math.inf  # when the step for the news is due; infinite: there is no news
     _opened_s: float = -math.inf
 
     def open(self) -> None:
@@ -88,15 +93,15 @@ class AgentLoop:
         woken, _, _ = select.select(readable, writable, [], self._wait_s())
         if network in woken:
             self.agent.close_newborn()
-            self._is_news = True
+            self._news_due_s = min(self._news_due_s, self.clock() + SETTLE_S)
         if barrier in woken:
             self.node.barrier.note_news()
-            self._is_news = True
+            self._news_due_s = -math.inf
         if objects in woken:
             self.agent.source.note_news()
         # After a recent pass over all interfaces the next one waits, so that a busy node does not occupy the agent.
         if self._wait_s() <= 0:
-            self._is_news = False
+            self._news_due_s = math.inf
             self._stepped_s = self.clock()
             flows = [event for event in self.agent.step() if isinstance(event, FlowEvent)]
             self.control_socket.publish(report.flow(self.agent, flow) for flow in flows)
@@ -110,7 +115,8 @@ class AgentLoop:
         self.control_socket.poll()
         if self.health is not None and self.clock() >= self.health.next_s:
             self.health.beat(report.readiness(self.agent))
-        self._is_news = self._is_news or self.agent.has_handovers
+        if self.agent.has_handovers:
+            self._news_due_s = -math.inf
         self.service_manager.tick()
 
     def note_progress(self) -> None:
@@ -125,8 +131,8 @@ class AgentLoop:
     def _wait_s(self) -> float:
         """Seconds until the next step; 0 if the step is due."""
         now_s = self.clock()
-        if self._is_news:
-            return max(0.0, self._stepped_s + NEWS_GAP_S - now_s)
+        if self._news_due_s < math.inf:
+            return max(0.0, self._stepped_s + NEWS_GAP_S - now_s, self._news_due_s - now_s)
         tick_s, source_s = self._stepped_s + TICK_S - now_s, float(self.agent.source.wait_s())
         return max(0.0, min(tick_s, max(self._rested_s - now_s, source_s)))
 

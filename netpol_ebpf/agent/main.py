@@ -257,6 +257,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     os.umask(PRIVATE_UMASK)
     footprint.give_back_large_blocks()
+    footprint.collect_rarely()
     ledger = Ledger(state_dir / LEDGER_NAME)
     kernel_node = KernelNode(pin_root, sizes, group=group, timeouts_s=timeouts_s, plugin_results=arguments.cni_results)
     with exclusive(state_dir), claimed(pin_root), kernel_node as node, contextlib.ExitStack() as stack:

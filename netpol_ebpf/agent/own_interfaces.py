@@ -49,7 +49,7 @@ class HostPolicyInputs:
 
     @classmethod
     def of(cls, world: World, tables: CompiledTables, node: str | None) -> HostPolicyInputs:
-        """Derive the inputs from the objects and from the tables compiled from them.
+        """Derive the inputs of host policy from the objects and from the tables compiled from them.
 
         ``node``: the name of this node; None: not known.
         """

@@ -54,7 +54,6 @@ class PoliciesInForce:
         return "" if is_pending and revision == self._present(key) else revision
 
     def _present(self, key: PolicyKey) -> str:
-        """The newest valid revision of a policy that the source has."""
         resource = self._agent.objects.derivation.get(key)
         return "" if resource is None else resource.meta.revision
 

@@ -287,7 +287,10 @@ def metrics(agent: Agent, maps: Mapping[str, KernelMap], state: Mapping[str, Any
 
 
 def connection_counts(maps: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """Live connections by table; see `ConnectionMap`: ``established``, ``unreplied``, and ``size``, the number of slots."""
+    """The connections in each connection table, without those whose time-out has passed; see `ConnectionMap`.
+
+    ``established``, ``unreplied``: the number of connections in this state. ``size``: the number of slots.
+    """
     found = {}
     for name in abi.UNREPLIED_VIEWS:
         established, unreplied = maps[name].count_live()
@@ -365,6 +368,5 @@ def reason_counts(counted: KernelMap) -> dict[str, int]:
 
 
 def _sum(cells: bytes | None) -> tuple[int, int]:
-    """The sums of packets and bytes over all CPUs."""
     pairs = list(_COUNT.iter_unpack(cells or b""))
     return sum(packets for packets, _ in pairs), sum(size for _, size in pairs)

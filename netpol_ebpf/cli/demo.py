@@ -294,7 +294,6 @@ class Demo:
         self.summary["ok"] = self.summary["ok"] and agrees
 
     def _place(self, location: Location | None) -> str:
-        """The file name and line of ``location``, as text."""
         if location is None:
             return "?"
         return f"{Path(location.file).name}:{location.line}"

@@ -82,7 +82,6 @@ def _print_text(state: dict[str, Any], *, wide: bool) -> None:
 
 
 def _source(source: dict[str, Any]) -> str:
-    """Render the state of a source as text for one line."""
     parts = ["synced" if source["synced"] else f"waits for {', '.join(source['waiting_for'])}"]
     if source.get("restored"):
         parts = [f"NOT READ, the state saved at {source['stale_since']} is in force"]
@@ -179,7 +178,6 @@ def _isolation(policies: list[str]) -> str:
 
 
 def _print_isolation(endpoints: list[dict[str, Any]]) -> None:
-    """Print the policies that isolate each endpoint."""
     rows = [
         (one["endpoint"], way, policy)
         for one in endpoints
@@ -191,7 +189,6 @@ def _print_isolation(endpoints: list[dict[str, Any]]) -> None:
 
 
 def _barrier(state: dict[str, Any]) -> str:
-    """Render the state of the second barrier."""
     if state["mode"] == "off":
         return "off"
     if not state["installed"]:

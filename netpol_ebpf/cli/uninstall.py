@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import http
 import json
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 from netpol_ebpf.cli.api_access import add_api_options, open_api
+from netpol_ebpf.cli.output import add_output_option, print_value
 from netpol_ebpf.errors import UnreachableError
 from netpol_ebpf.sources.kubernetes.client import Client, HttpAnswer
 from netpol_ebpf.terminal import escaped, say
@@ -44,12 +46,15 @@ def register(subparsers: Any) -> None:
         "--namespace", default="kube-system", metavar="NAME", help="namespace of the DaemonSets (default: %(default)s)"
     )
     add_api_options(parser)
+    add_output_option(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    STEPS[arguments.step](DaemonSets(open_api(arguments), arguments.namespace))
+    state = STEPS[arguments.step](DaemonSets(open_api(arguments), arguments.namespace))
+    if not print_value(arguments.output, {"step": arguments.step, "state": state}):
+        say(escaped(state))
     return 0
 
 
@@ -93,19 +98,22 @@ class DaemonSets:
         return dict(body)
 
 
-def end_agents(daemonsets: DaemonSets, pause: Callable[[float], None] = time.sleep) -> None:
-    """Delete the agents' DaemonSet, and wait until its pods have ended. ``pause``: sleeps the given seconds."""
+def end_agents(daemonsets: DaemonSets, pause: Callable[[float], None] = time.sleep) -> str:
+    """Delete the agents' DaemonSet, and wait until its pods have ended; returns the final state as a text.
+
+    Progress is printed to stderr. ``pause``: sleeps the given seconds.
+    """
     if daemonsets.delete(AGENTS):
-        say(f"DaemonSet {AGENTS}: deleted; waiting for its pods to end")
+        say(f"DaemonSet {AGENTS}: deleted; waiting for its pods to end", file=sys.stderr)
     while daemonsets.read(AGENTS) is not None:
         pause(LOOK_S)
-    say(f"DaemonSet {AGENTS}: gone; what is pinned on the nodes stays in force")
+    return f"DaemonSet {AGENTS}: gone; what is pinned on the nodes stays in force"
 
 
-def await_clean(daemonsets: DaemonSets, pause: Callable[[float], None] = time.sleep) -> None:
-    """Wait until the cleanup DaemonSet is ready on every node.
+def await_clean(daemonsets: DaemonSets, pause: Callable[[float], None] = time.sleep) -> str:
+    """Wait until the cleanup DaemonSet is ready on every node; returns the final state as a text.
 
-    Print the number of ready nodes at each change. ``pause``: sleeps the given seconds.
+    The number of ready nodes is printed to stderr at each change. ``pause``: sleeps the given seconds.
     """
     told = ""
     while True:
@@ -118,11 +126,11 @@ def await_clean(daemonsets: DaemonSets, pause: Callable[[float], None] = time.sl
         is_seen = status.get("observedGeneration", 0) >= found["metadata"]["generation"]
         wanted, ready = status.get("desiredNumberScheduled", 0), status.get("numberReady", 0)
         state = f"{ready} of {wanted} nodes are clean" if is_seen else "no node was asked yet"
-        if state != told:
-            say(escaped(f"DaemonSet {CLEANUP}: {state}"))
-            told = state
         if is_seen and ready >= wanted:
-            return
+            return f"DaemonSet {CLEANUP}: {state}"
+        if state != told:
+            say(escaped(f"DaemonSet {CLEANUP}: {state}"), file=sys.stderr)
+            told = state
         pause(LOOK_S)
 
 

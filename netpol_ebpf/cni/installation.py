@@ -229,7 +229,6 @@ def _encode(document: dict[str, Any]) -> bytes:
 
 
 def _is_program(path: Path, program: bytes) -> bool:
-    """Whether a file is executable and its content is ``program``."""
     try:
         return os.access(path, os.X_OK) and path.read_bytes() == program
     except FileNotFoundError:

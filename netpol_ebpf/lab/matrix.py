@@ -195,7 +195,6 @@ def _groups(services: Iterable[ProbedService]) -> list[tuple[str, list[ProbedSer
 
 
 def _sign(outcomes: tuple[Reachability, ...], *, ascii_only: bool) -> tuple[str, str]:
-    """The character and the colour that show a cell's outcomes."""
     if not outcomes:
         return ("." if ascii_only else "·"), DIM
     if any(outcome not in {Reachability.REACHED, Reachability.SILENT} for outcome in outcomes):

@@ -82,7 +82,7 @@ class Condition:
 
 
 class WriteRefusedError(UnreachableError):
-    """The server answered, and refused; other kinds may be written."""
+    """The server rejected a request about one kind. Objects of other kinds may still be written."""
 
 
 class _Due(NamedTuple):
@@ -125,9 +125,9 @@ class ConditionWriter:
         self._swept_s = -math.inf
 
     def round(self, view: View, reports: Mapping[str, NodeReport]) -> None:
-        """Write what has changed.
+        """Write what has changed, up to the limit.
 
-        Raises UnreachableError, after the writes of all kinds that the server takes; the next round writes the rest.
+        Raises UnreachableError after all other kinds were written; the next round then writes the rest.
         """
         if view is not self._view:
             self._take(view)
@@ -187,7 +187,10 @@ class ConditionWriter:
                 yield _Due(evaluate(str(key), revision, nodes, reports, now_s), revision, kind, path, key)
 
     def _faulty(self, view: View, refused: dict[PolicyKind, WriteRefusedError]) -> Iterator[_Due]:
-        """The objects that are not valid. Their generation is read from the server. ``refused``: gets refusals."""
+        """The objects that are not valid. Their generation is read from the server.
+
+        ``refused``: gets an entry for each kind of which an object cannot be read.
+        """
         for path, fault in view.faults.items():
             kind = kind_at(path)
             if kind is None or self._seen_faults.get(path) == fault:

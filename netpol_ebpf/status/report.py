@@ -88,7 +88,10 @@ def fingerprint(revision: str) -> bytes:
 def render_report(
     node: str, status: NodeStatus, renewed_s: float, period_s: float, node_uid: str = ""
 ) -> dict[str, Any]:
-    """The object that a node's agent writes. ``node_uid``: of the Node object, with which the report goes; "" for none."""
+    """The NodeReport object that a node's agent writes. ``renewed_s``: seconds since 1970.
+
+    ``node_uid``: the UID of the Node object, with which the report is deleted; "": the report is not deleted with it.
+    """
     fingerprints = sorted(fingerprint(one) for one in status.in_force.values())
     spec: dict[str, Any] = {
         "agentVersion": __version__,

@@ -121,9 +121,9 @@ class ReportWriter:
         return apply(self.sender, f"{COLLECTION}/{quote(self.node, safe='')}", report)
 
     def _read_node_uid(self) -> str:
-        """The UID of the Node, "" if there is none: then nobody deletes the report, which nobody reads either.
+        """The UID of this node's Node object; "" if there is none. Then nobody deletes the report, and nobody reads it.
 
-        A list of one, because agents have the right to list Nodes in any case.
+        It is read as a list of one object, because agents may list Nodes in any case.
         """
         found = request(self.sender, "GET", f"{NODES}?fieldSelector=metadata.name%3D{quote(self.node, safe='')}")
         items = found.body.get("items") or [{}]

@@ -152,19 +152,20 @@ def test_scrapes_while_policies_change(health: Scene) -> None:
         assert values["netpol_change_duration_seconds_count"] == values["netpol_changes_applied_total"]
         applied.append(values["netpol_changes_applied_total"])
     assert applied == sorted(applied)
-    final = get(lab, "/metrics")[1]
-    rules = {
-        tuple(sorted(one.labels.items())): one.value
-        for family in parser.text_string_to_metric_families(final)
-        for one in family.samples
-        if one.name == "netpol_rule_packets_total" and one.labels["policy"] == "other"
-    }
-    ((labels, packets),) = [(dict(key), value) for key, value in rules.items() if dict(key)["rule"] == "0"]
+    # A scrape within a second of another gets the same text.
+    ((labels, packets),) = wait_for(lambda: rules_of(lab, "other"), "the last policy has its series")
     assert (labels["tier"], labels["namespace"], labels["direction"], labels["action"]) == (
         "default", "shop", "ingress", "allow",
     )  # fmt: skip
-    assert packets > 0
+    assert (labels["rule"], packets > 0) == ("0", True)
     assert "in force changes=" in health.stop()
+
+
+def rules_of(lab: Lab, policy: str) -> list[tuple[dict[str, str], float]]:
+    """The rules of a policy that have decided packets: labels, and the number of packets."""
+    families = parser.text_string_to_metric_families(get(lab, "/metrics")[1])
+    found = (one for family in families for one in family.samples if one.name == "netpol_rule_packets_total")
+    return [(one.labels, one.value) for one in found if one.labels["policy"] == policy and one.value]
 
 
 @pytest.fixture

@@ -39,3 +39,26 @@ def test_what_has_settled_is_not_looked_through_again() -> None:
     assert (
         _run("import gc; from netpol_ebpf.agent import footprint; footprint.freeze(); print(gc.get_freeze_count())") > 0
     )
+
+
+def test_garbage_is_collected_rarely_until_the_objects_are_there() -> None:
+    """Fewer collections for the same objects; afterwards as many as by default."""
+    program = """
+import gc
+from netpol_ebpf.agent import footprint
+
+kept = []
+
+def collections():
+    before = sum(one["collections"] for one in gc.get_stats())
+    kept.append([{"number": number} for number in range(20_000)])
+    return sum(one["collections"] for one in gc.get_stats()) - before
+
+usual = collections()
+before = gc.get_threshold()
+footprint.collect_rarely()
+rare = collections()
+footprint.freeze()
+print(int(usual > 2 * rare and gc.get_threshold() == before))
+"""
+    assert _run(program) == 1

@@ -287,6 +287,21 @@ def test_interface_that_is_born_during_a_look_is_closed_before_it_ends(
     assert stage.bench.node.row(9) is None
 
 
+def test_one_step_reads_news_of_the_network_that_come_together(stage: Stage) -> None:
+    """New interfaces are closed at once; the step waits SETTLE_S from the first news, however many follow."""
+    now_s = [1000.0]
+    stage.loop.clock = lambda: now_s[0]
+    assert "step" in stage.turn()
+    now_s[0] += agent_loop.NEWS_GAP_S
+    for _ in range(2):
+        stage.bench.node.tell()
+        events = stage.turn()
+        assert ("newborn" in events, "step" in events) == (True, False)
+        now_s[0] += 0.6 * agent_loop.SETTLE_S
+    stage.bench.node.tell()
+    assert "step" in stage.turn()
+
+
 @pytest.mark.parametrize("took_s", [0.0, 0.005, 0.1])
 def test_news_of_a_source_makes_a_step_due(stage: Stage, monkeypatch: pytest.MonkeyPatch, took_s: float) -> None:
     """A readable descriptor of the source wakes the loop; the step follows at once, but the rest after one that took long."""

@@ -51,6 +51,9 @@ def test_index_is_the_plain_test() -> None:
             wanted = nodes_needing(policy, endpoints.values())
             assert needs.nodes(key) == wanted
             found.add(len(wanted))
+        for name, one in endpoints.items():
+            is_known = name in needs._places
+            assert is_known == (one.node is not None and (name.kind == "HostEndpoint" or one.addresses == ADDRESS))
     assert found == {0, 1, 2, 3}
     for name in list(endpoints):
         needs.set_endpoint(name, None)

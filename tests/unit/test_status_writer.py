@@ -182,6 +182,18 @@ def test_server_that_is_away_is_tried_ever_less_often(api: WritableApi, clock: C
     assert parse_report(api.objects[PATH]).has("u1/8")
 
 
+def test_refused_renewal_waits_too(writer: ReportWriter, clock: Clock, api: WritableApi) -> None:
+    """A report that is overdue is not tried without a pause, also when the node changes meanwhile."""
+    writer.offer(NodeStatus(DB))
+    run(writer, clock, 1.0)
+    api.refusals["PATCH"] = [failure(503) for _ in range(500)]
+    run(writer, clock, 60.0)
+    for generation in range(2, 200):
+        writer.offer(NodeStatus({"P/db": f"u1/{generation}"}))
+        run(writer, clock, 0.1)
+    assert 3 <= len(api.writes) <= 10
+
+
 def test_cut_answer_is_no_confirmation(server: FakeServer, api: WritableApi, clock: Clock) -> None:
     """It may have been written: it is written again."""
     del server

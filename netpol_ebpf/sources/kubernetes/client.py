@@ -238,7 +238,6 @@ class Client:
             raise UnreachableError(f"the credentials for {self.peer} cannot be read ({error})", hint="") from error
 
     def _connect(self, connection: http.client.HTTPConnection, credentials: Credentials) -> None:
-        """Connect, through the proxy if there is one."""
         connection.connect()
         _keep_alive(connection.sock)
         if self._is_tls:

@@ -272,10 +272,10 @@ def _decoder(of: Any) -> Any:
 
 
 def _decode_limited(raw: Any, of: Any) -> Any:
-    """Decode JSON of any depth. Raises as msgspec does, but for RecursionError.
+    """Decode JSON of any depth. Raises the errors of msgspec, except RecursionError.
 
-    A server accepts thousands of levels in unknown fields of a custom kind.  One such object must not hide the others of
-    its kind, so its levels below DEEPEST become null.
+    A server accepts thousands of levels in unknown fields of a custom kind. The decoder must not fail for one such
+    object, because then all objects of its kind would be missing. So its levels below DEEPEST become null.
     """
     try:
         return _decoder(of).decode(raw)

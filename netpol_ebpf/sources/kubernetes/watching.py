@@ -373,7 +373,6 @@ class KindWatcher:
         return self._backoff_s(self._short_streams - 1)
 
     def _count_short_stream(self) -> None:
-        """Count successive streams that ended early without an event."""
         if self._opened_s is not None:
             self._short_streams = self._short_streams + 1 if self.clock() - self._opened_s < SHORT_S else 0
 
