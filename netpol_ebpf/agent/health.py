@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 
 from netpol_ebpf.errors import UsageError
@@ -39,7 +39,9 @@ def parse_health_address(text: str | None) -> tuple[str, int] | None:
     """Parse ``HOST:PORT`` into (host, port); None if ``text`` is None. Raises UsageError.
 
     HOST is one IP address of the node, IPv6 in brackets. A name is rejected, because it could become an address that
-    pods reach. A wildcard is rejected, because it includes the addresses that pods have as their gateway.
+    pods reach. A wildcard is rejected, because it includes the addresses that pods have as their gateway. An IPv4
+    address as IPv6 (::ffff:0.0.0.0) is rejected, because it can be a wildcard or the loopback address under another
+    name.
     """
     if text is None:
         return None
@@ -53,7 +55,8 @@ def parse_health_address(text: str | None) -> tuple[str, int] | None:
     is_port = port.isascii() and port.isdecimal() and len(port) <= len(str(MOST_PORTS)) and 0 < int(port) <= MOST_PORTS
     if not is_port or is_bracketed != (address.version == 6):  # noqa: PLR2004 - IPv6
         raise UsageError(expected)
-    if address.is_unspecified or address.is_multicast:
+    is_mapped = isinstance(address, IPv6Address) and address.ipv4_mapped is not None
+    if address.is_unspecified or address.is_multicast or is_mapped:
         raise UsageError(
             f"--health-address {text}: {address} is not one address of this node",
             hint="Give the loopback address, or the address from which Prometheus scrapes this node.",

@@ -137,7 +137,8 @@ def test_addresses_of_the_node(text: str | None, address: tuple[str, int] | None
 @pytest.mark.parametrize(
     "text",
     ["", ":9976", "9976", "localhost:9976", "127.0.0.1", "127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1:+80", "::1:9976",
-     "[127.0.0.1]:80", "0.0.0.0:9976", "[::]:9976", "224.0.0.1:80", "*:9976"],
+     "[127.0.0.1]:80", "0.0.0.0:9976", "[::]:9976", "224.0.0.1:80", "*:9976",
+     "[::ffff:0.0.0.0]:9976", "[::ffff:127.0.0.1]:9976", "[::ffff:192.0.2.7]:9976"],
 )  # fmt: skip
 def test_anything_but_one_address_is_refused(text: str) -> None:
     """Names, wildcards and groups could be reached from where nobody meant."""
