@@ -21,8 +21,8 @@ _PR_SET_PDEATHSIG = 1
 def part_from(parent: int, work_s: int) -> None:
     """Set up this process, a fresh child, so that it ends with its parent and does not handle the parent's signals.
 
-    The kernel's OOM killer will prefer it to the parent. ``parent``: the id of the process that forked. ``work_s``:
-    seconds after which SIGALRM ends this process; a later `signal.alarm` replaces them.
+    The kernel's OOM killer will kill this process before the parent. ``parent``: the id of the process that forked.
+    ``work_s``: seconds after which SIGALRM ends this process; a later `signal.alarm` replaces them.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # the parent has ended already

@@ -86,7 +86,7 @@ class Problem:
     """One error or warning about one field of one object.
 
     ``path``: the field's path in the object, such as ``spec.ingress[0].ports[1].port``. ``obj``: the object as
-    ``kind/namespace/name``, without the parts that are unknown. ``message``: what is wrong and what to write instead.
+    ``kind/namespace/name``; unknown parts are left out. ``message``: what is wrong and what to write instead.
     ``severity``: ``error`` or ``warning``. ``slug``: a stable identifier of the kind of problem.
     """
 

@@ -77,7 +77,7 @@ class BarrierAccess(Protocol):
         """Whether one of the barrier's tables exists."""
 
     def members(self) -> tuple[frozenset[str], frozenset[int]]:
-        """The members of the tables' sets: name patterns of workloads' interfaces, and indices of known interfaces."""
+        """The members of the nf_tables sets: name patterns of workloads' interfaces, indices of known interfaces."""
 
     def counts(self) -> Counts:
         """The counters of packets that the barrier dropped."""

@@ -76,7 +76,7 @@ class ChangeRecord:
         self.write_line()
 
     def write_line(self) -> None:
-        """Log the changes that no line has yet, unless the last line is less than LINE_S old."""
+        """Log the changes that are in no log line yet, unless the last line is less than LINE_S old."""
         if not self._changes or self._clock() < self._line_s + LINE_S:
             return
         total = ObjectCounts()

@@ -23,7 +23,8 @@ from netpol_ebpf.resources.types import Meta, WorkloadEndpoint
 from netpol_ebpf.sources.source import ObjectEvent, Remove, Upsert
 
 ORCHESTRATOR = "closed"
-"""The value of the field ``orchestrator`` in these endpoints. In the endpoint of a pod it is ``k8s``."""
+"""The value of the field ``orchestrator`` in the endpoints of closed workloads. A pod's endpoint has the value
+``k8s``."""
 
 
 class ClosedWorkloads:

@@ -10,8 +10,9 @@ from functools import lru_cache
 from netpol_ebpf.policy.types import EndpointKey
 
 DERIVED_NAME = re.compile(r"(?:cali|eni|vlan|gke|azv)([0-9a-f]{11})")
-"""Names that container networks give to a pod's interface on the node. They end with the first 11 hexadecimal digits of
-SHA-1("namespace.name"). (Calico; AWS VPC CNI, with ``vlan`` for pods that have security groups; GKE; Azure CNI.)"""
+"""Matches names that container networks give to a pod's interface on the node: a prefix, and the first 11 hexadecimal
+digits of SHA-1("namespace.name"). The networks are Calico, AWS VPC CNI (prefix ``vlan`` for pods with security groups),
+GKE and Azure CNI."""
 KEPT = 1 << 12
 """Number of hashes that are cached. The number is arbitrary, but larger than the number of pods on a node."""
 

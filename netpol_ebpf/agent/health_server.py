@@ -49,17 +49,18 @@ LATE_S = 60.0
 CONNECTIONS = 32
 """Largest number of connections. A further one closes the oldest. The number is arbitrary."""
 REQUEST_S = 5.0
-"""Seconds from the connection in which the request must arrive. The number is arbitrary."""
+"""Seconds after a client connects within which its request must arrive. The number is arbitrary."""
 CONNECTION_S = 20.0
 """Longest duration of a connection in seconds, including the answer. The number is arbitrary, but larger than
 ANSWER_S."""
 REQUEST_BYTES = 8192
 """Longest request line with headers, in bytes. The number is arbitrary."""
 ANSWER_S = 10.0
-"""Seconds in which the agent must answer with its metrics. Prometheus has the same default time limit for a scrape."""
+"""Seconds within which the agent must answer a request for its metrics. Prometheus has the same default time limit for
+a scrape."""
 METRICS_AGE_S = 1.0
-"""Seconds in which requests for metrics get the same answer, so that clients cannot make the agent fork more often. The
-number is arbitrary."""
+"""Seconds for which the server answers requests for metrics from its last answer, so that clients cannot make the agent
+fork more often. The number is arbitrary."""
 BEAT_BYTES = 65536
 TEXT = "text/plain; charset=utf-8"
 METHODS = ("GET", "HEAD")

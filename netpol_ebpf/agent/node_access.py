@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent's view of the node: one protocol for each subject.
+"""The agent's access to the node, as one Python protocol for each subject.
 
 `netpol_ebpf.agent.node` implements the protocols for the kernel; tests implement them without one.
 """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes rows and attaches programs for the node's own interfaces, and writes the node's addresses into the maps.
 
-Host endpoints and services need both. `netpol_ebpf.agent.hosts` plans which interfaces have the programs and which host
-endpoint applies to each; this module executes the plan.
+Host endpoints and services need the rows, the programs and the addresses. `netpol_ebpf.agent.hosts` plans which
+interfaces have the programs and which host endpoint applies to each; this module executes the plan.
 
 Invariants: an own interface has its row before it has the programs, and keeps the row as long as the programs, because
 the programs deny everything on an interface without a row. The programs defer verdicts on packets to services only

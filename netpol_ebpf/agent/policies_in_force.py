@@ -76,7 +76,7 @@ class PoliciesInForce:
         return [Shortfall(reason, rejected.message, tuple(names))] if names else []
 
     def _unenforced(self) -> list[Shortfall]:
-        """A shortfall for each endpoint on which policy is not enforced, with the endpoint's policies."""
+        """A shortfall for each endpoint on which policy is not enforced: it has the policies of the endpoint."""
         agent, found = self._agent, []
         problems: list[Problem] = [*agent.binder.problems, *agent.interfaces.conflicts(), *agent.unenforced()]
         messages = {one.obj: one.message for one in problems if one.severity == "error"}

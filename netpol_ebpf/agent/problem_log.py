@@ -47,9 +47,9 @@ class ProblemLog:
 
 
 def _identity(problem: Problem) -> tuple[object, ...]:
-    """The part of a problem that stays the same while it continues.
+    """The part of a problem that stays the same while the problem continues.
 
-    Its message is part of this only if nothing else identifies the object.
+    The message belongs to this part only if nothing else identifies the object.
     """
     text = "" if _is_placed(problem) else problem.message
     return problem.slug, problem.severity, problem.location, problem.obj, problem.path, text

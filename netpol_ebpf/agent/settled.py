@@ -122,7 +122,7 @@ def _moved_addresses(before: Mapping[IPAddress, int], now: Mapping[IPAddress, in
 def _concerned_by_name(
     names: Collection[str], settled: Mapping[int, Settled], before: LookInputs, now: LookInputs
 ) -> set[EndpointKey]:
-    """The endpoints whose evidence by a name of an interface may have changed.
+    """The endpoints for which the evidence by an interface's name may have changed.
 
     ``names``: the names of interfaces that appeared, vanished or changed.
     """

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A snapshot of the node's interfaces, addresses and routes, as data.
 
-`netpol_ebpf.agent.assignments` assigns interfaces to workloads by it. This module makes no system call.
+From the snapshot `netpol_ebpf.agent.assignments` decides which interface belongs to which workload. This module makes
+no system call.
 """
 
 from __future__ import annotations

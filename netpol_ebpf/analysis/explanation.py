@@ -102,7 +102,7 @@ def _reason_step(reason: HopReason) -> dict[str, Any]:
 def _note(journey: Journey, finding: Finding, engine: Engine) -> str | None:
     """The text of a note if the sender's policy denies the backend although it allows the service's address; else None.
 
-    Users often expect a rule for the service's address to apply, but policy evaluates the backend's address.
+    Users often expect that a rule for the service's address applies, but policy evaluates the backend's address.
     """
     question = finding.question
     written = journey.flow.packet

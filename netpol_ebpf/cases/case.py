@@ -83,7 +83,7 @@ class LoadedCases:
 
 
 def load_cases(paths: Iterable[Path]) -> LoadedCases:
-    """Load the cases of each path in the given order. Of a directory: its YAML and JSON files in order of names.
+    """Load the cases of each path in the given order. A directory stands for its YAML and JSON files by name.
 
     Hidden files in a directory are left out. A file that several paths lead to is loaded once.
     """

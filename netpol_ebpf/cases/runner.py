@@ -123,8 +123,8 @@ def run_cases(loaded: LoadedCases, engine: str = "model", settings: PolicySettin
 def in_order(cases: Sequence[Case]) -> Iterator[Case]:
     """The cases in the order in which they must run.
 
-    The given order stays, but all steps of a sequence run together, by step number, at the position of the first given
-    one.
+    The cases keep the given order, with one exception: all steps of a sequence run one after the other, by step number,
+    at the position of the step that was given first.
     """
     groups: dict[str, list[Case]] = {}
     for case in cases:
@@ -262,7 +262,7 @@ class Cast:
 
     @staticmethod
     def _addresses_of(resource: Pod | WorkloadEndpoint, world: World) -> tuple[IPAddress, ...]:
-        """The addresses that the world gives to a workload. A contested address may belong to another one."""
+        """The addresses that the world gives to a workload. A contested address may belong to another workload."""
         if isinstance(resource, Pod) and resource.host_network:
             return resource.addresses
         endpoint = world.endpoints.get(EndpointKey(*key_of(resource)))
@@ -342,8 +342,9 @@ class Cast:
     def _journeys_to(self, flow: Flow, service: Translation) -> Iterator[Journey]:
         """One journey for each backend of a service.
 
-        A backend can be a process of the node that translates. Then policy evaluates packets to every other backend
-        also as packets to this process. With several such backends the result is `HopReason.LOCAL_BACKENDS`.
+        A backend can be a process of the node that translates. Then policy evaluates a packet to any other backend also
+        as a packet to this process. If several backends are processes of that node, the result is
+        `HopReason.LOCAL_BACKENDS`.
         """
         journeys = []
         for backend in service.backends:
@@ -366,7 +367,7 @@ class Cast:
     def _is_policed_at(self, flow: Flow, node: str | None) -> bool:
         """Whether a flow passes a hook on the translating node before the translation.
 
-        It does if a workload of that node sends the flow, or if the flow enters the node by an interface with a host
+        That is so if a workload of that node sends the flow, or if the flow enters the node by an interface with a host
         endpoint.
         """
         source = flow.source or self._topology.locate(flow.packet.source)

@@ -139,7 +139,7 @@ def check(sender: Sender, verb: str, resource: str, namespace: str, name: str) -
 def admission(sender: Sender) -> tuple[bool, str]:
     """Whether to assume that the API server enforces rights to tiers, and a sentence with the reason.
 
-    The result is also True if the caller may not read the admission policy.
+    The result is also True if the caller may not read the admission policy, because the policy may exist.
     """
     kinds = ("validatingadmissionpolicies", "validatingadmissionpolicybindings")
     found = [request(sender, "GET", f"{ADMISSION}/{kind}/{POLICY}").status for kind in kinds]

@@ -139,7 +139,7 @@ def _state(state_dir: Path) -> Iterator[Path]:
 def _saved(path: Path) -> Iterator[Path]:
     """The saved state of the cluster and its draft, as far as they exist.
 
-    Last comes the directory, if it is the default directory and contains no other files.
+    The last path is the directory of the saved state, if it is the default directory and contains no other files.
     """
     present = [one for one in (path, path.with_suffix(".draft")) if one.exists()]
     yield from present

@@ -2,7 +2,7 @@
 """The ``-o`` option of all commands, and the rendering of values and tables.
 
 Invariants: with ``-o json`` or ``-o yaml`` every command prints exactly one document of plain values in printable
-ASCII, and no value is rounded or shortened. Table cells contain only printable characters.
+ASCII, and rounds or shortens no value. Table cells contain only printable characters.
 """
 
 from __future__ import annotations

@@ -100,7 +100,8 @@ def _source(source: dict[str, Any]) -> str:
 def _print_kinds(kinds: Sequence[dict[str, Any]], *, wide: bool) -> None:
     """Print a table of the kinds of a source.
 
-    Unless ``wide``, the table has only kinds with a problem, and kinds with objects that are kept though deleted.
+    Unless ``wide``, the table has only kinds with a problem, and kinds with objects that are in force although the
+    definition of the kind was deleted.
     """
     rows = [
         (one["kind"], one["state"], one["objects"], one["kept"] or "-", one["resource_version"] or "-")

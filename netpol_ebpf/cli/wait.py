@@ -23,8 +23,8 @@ from netpol_ebpf.terminal import say
 EXIT_NOT_IN_TIME = 1
 SHORTEST_PAUSE_S = 0.5
 WORK_SHARE = 4
-"""Factor of the pause between two queries: the pause lasts at least this many times as long as a query, so that a large
-cluster's server has little to do."""
+"""Factor of the pause between two queries: the pause lasts at least this many times as long as a query. So the load is
+small even if one query makes the server of a large cluster read many objects."""
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -75,7 +75,8 @@ def wait(
 ) -> list[dict[str, Any]]:
     """Wait until all policies are in force or the time is over. Returns the standing of each policy.
 
-    Raises the errors of ``look``; an UnreachableError only if the last call of ``look`` raised it.
+    Raises the errors of the function ``look``. After an UnreachableError ``look`` is called again; the error is raised
+    only if the last call raised it.
     """
     until_s = clock() + timeout_s
     found: dict[PolicyKey, dict[str, Any]] = {}

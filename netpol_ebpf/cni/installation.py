@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Installs the CNI plugin on a node: its program in the runtime's plugin directory, its entry in the configuration.
 
-A runtime uses the configuration that is first by file name. If that is a list of plugins, our entry is added at its
-end. If it is the configuration of a single plugin, it is converted to a list, and the original file is renamed so that
-no runtime reads it.
+A runtime uses the configuration that is first by file name. If that configuration is a list of plugins, our entry is
+added at the end of the list. If it is the configuration of a single plugin, it is converted to a list, and the original
+file is renamed so that no runtime reads the original.
 
 Invariants: each file is replaced atomically, the program before any configuration that names it. Other entries of a
 configuration stay. A configuration that cannot be parsed is reported and not changed.
@@ -238,7 +238,7 @@ def _is_program(path: Path, program: bytes) -> bool:
 def _replace(path: Path, content: bytes, mode: int | None) -> None:
     """Write a file atomically: under a name that no runtime reads, then rename it.
 
-    ``mode``: mode of the file. None: the new file gets mode and owner of the present file.
+    ``mode``: the mode of the new file. None: the new file gets mode and owner of the file that it replaces.
     """
     draft = path.with_name(f".{path.name}.draft")
     draft.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One attempt of a laboratory's host to connect to an address, and the outcome of the attempt.
 
-Invariant: an outcome states what the source observed and draws no conclusion. A refused connection or an ICMP
-unreachable message is not a denial by policy, so they are outcomes of their own, distinct from silence.
+Invariant: an outcome states what the source host observed and draws no conclusion. A refused connection and an ICMP
+unreachable message do not prove a denial by policy, so each is an outcome of its own, distinct from silence.
 """
 
 from __future__ import annotations

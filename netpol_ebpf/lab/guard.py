@@ -6,8 +6,8 @@ input for each namespace or directory that it is about to create. The pipe ends 
 by SIGKILL. Then the guard ends every process inside the recorded namespaces, deletes the namespaces and the recorded
 directories, and exits.
 
-Invariant: the guard removes only recorded objects, and no other process removes them. This module uses only the
-standard library.
+Invariant: the guard removes only recorded objects, and only the guard removes them. This module uses only the standard
+library.
 """
 
 from __future__ import annotations

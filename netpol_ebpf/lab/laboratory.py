@@ -112,10 +112,10 @@ class Lab:
     def _await_links(self) -> None:
         """Wait until every interface of the plan can send.
 
-        If the peer of a veth comes up later, a kernel worker must notice this before the veth can send. That takes a
-        while if other processes create and remove namespaces; until then the veth silently drops all packets.
-        Interfaces outside the plan do not count: a kernel with built-in tunnels puts `sit0` and similar interfaces into
-        every new namespace, and these are never up.
+        After the peer of a veth came up, a kernel worker must notice that before the veth can send. That takes a while
+        if other processes create and remove namespaces; until then the veth silently drops all packets. Interfaces
+        outside the plan do not count: a kernel with built-in tunnels puts `sit0` and similar interfaces into every new
+        namespace, and these are never up.
         """
         deadline = time.monotonic() + scaled(LINKS_DEADLINE_S)
         for host in self.plan.hosts:

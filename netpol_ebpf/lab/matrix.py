@@ -2,7 +2,7 @@
 """The connectivity matrix of a laboratory: real attempts, their rendering, and their comparison with a prediction.
 
 Invariant: a cell covers every address family that source and destination have in common. If the families have different
-outcomes, or an attempt has an outcome other than an echo or silence, the cell shows so.
+outcomes, or an attempt has an outcome other than an echo or silence, the cell shows that.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 """The factor by which slow machines lengthen every time limit of the laboratory and the demonstration.
 
 An emulated processor is ten to thirty times slower than real hardware. A denial is observed as silence until the time
-limit, so a limit that suits both would make every denial on real hardware take seconds. The polling interval is
-multiplied as well, because each poll costs CPU time of the observed process, too.
+limit. So with one limit for both machines, every denial on real hardware would take seconds. The polling interval is
+multiplied as well, because each poll also costs CPU time of the observed process.
 
 Invariant: `scaled` multiplies each limit once, where the limit is set. Measurements are never multiplied.
 """

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The predicted outcome of an attempt: the reference model's verdict on the packet of the attempt.
 
-Invariant: this module shares no code with the compiler, the tables or the kernel's program. So if a laboratory's
-connections agree with the prediction, the enforced policy is that of the manifests.
+Invariant: this module shares no code with the compiler, the tables or the eBPF program, so an error there does not
+appear in the prediction. If a laboratory's connections agree with the prediction, they follow the policies of the
+manifests.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ECHO_REQUEST = {ICMP: 8, ICMPV6: 128}
 
 
 class Prediction:
-    """Predicts the outcomes of attempts, for one set of manifests and one plan."""
+    """Predicts which connection attempts succeed between the hosts of a laboratory with given manifests and plan."""
 
     def __init__(self, resources: Iterable[Resource], plan: Plan) -> None:
         self._world = derive(resources)

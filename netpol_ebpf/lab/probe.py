@@ -141,9 +141,9 @@ class Prober:
     ) -> list[AttemptResult]:
         """Make all attempts at the same time; returns their results in the same order.
 
-        An attempt is silent if it has no answer when no attempt has made progress for ``deadline_s`` (multiplied by
-        `scaled`). Silent attempts are repeated, up to ``rounds`` times in all: a busy machine may lose the first SYN of
-        a connection, and TCP sends the next one only after a second.
+        The round ends when no attempt has made progress for ``deadline_s`` (multiplied by `scaled`). An attempt without
+        an answer is then silent. Silent attempts are made again, in up to ``rounds`` rounds in all: a busy machine may
+        lose the first SYN of a connection, and TCP sends the next SYN only after a second.
         """
         limit_s = scaled(deadline_s)
         results = self.call(self._attempt_all(attempts, limit_s))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cluster of the demonstration: its hosts outside the cluster, the attempted connections, and the policy change.
+"""The cluster of the demonstration: the hosts outside it, the attempted connections, and the policy change.
 
 Invariant: policies, pods and their ports are declared only in the manifests (examples/demo).
 """

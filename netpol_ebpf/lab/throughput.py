@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures the throughput between two hosts, and compares two such pairs of hosts.
 
-Invariant: a comparison measures the two pairs in turn and compares successive measurements, so that other load of the
-machine affects both pairs alike. This module needs iperf3 and ss (iproute2).
+Invariant: a comparison measures the two pairs alternately and compares successive measurements, so that other load of
+the machine affects both pairs alike. This module needs iperf3 and ss (iproute2).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Comparison:
 
 
 def compare(lab: Lab, with_pair: Pair, without_pair: Pair, *, rounds: int = 5, seconds: int = 1) -> Comparison:
-    """Measure both pairs in turn, ``rounds`` times each, for ``seconds`` each time.
+    """Measure both pairs alternately, ``rounds`` times each, for ``seconds`` each time.
 
     Raises PlatformError if iperf3 fails.
     """

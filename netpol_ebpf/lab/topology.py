@@ -125,7 +125,7 @@ class Plan:
     def _gateway4(self, name: str) -> str:
         """A router's own link-local IPv4 address on the links to its children.
 
-        The address differs for each level of the tree, because a router must not be its own gateway.
+        Each level of the tree has its own address. With one address for all levels, a router would be its own gateway.
         """
         level = 0
         parent = self.hosts[name].parent

@@ -66,7 +66,7 @@ class MergedSources:
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """The problems of all sources, then one for each object that a source before its own also has."""
+        """The problems of all sources, then one for each object that an earlier source also has."""
         return (*(problem for one in self._sources for problem in one.problems), *self._duplicates())
 
     def begin(self) -> SourceUpdate | None:

@@ -118,7 +118,7 @@ class ConditionWriter:
     _swept_s: float = -math.inf
 
     def forget(self) -> None:
-        """Drop what is known of the server's conditions, because another agent may have led since."""
+        """Forget the server's conditions, because another agent may have changed them as leader."""
         self._settled.clear()
         self._conditions.clear()
         self._has_status.clear()
@@ -156,7 +156,7 @@ class ConditionWriter:
             self._swept_s = self.clock()
 
     def _take(self, view: View) -> None:
-        """Update the index of the nodes that need each policy from a new view of the cluster."""
+        """From a new view of the cluster, update the index of the nodes that need each policy."""
         before, self._view = self._view, view
         for key in before.policies.keys() - view.policies.keys():
             self._needs.set_policy(key, None)

@@ -27,7 +27,7 @@ WRITES_PER_S = 100.0
 """Most reports per second of all nodes of a cluster: a fifth of what their kubelets write in any case, because each
 kubelet renews its Lease every 10 s (5 000 nodes: 500 writes/s)."""
 RENEWALS_PER_S = 20.0
-"""Reports per second of all nodes of a large cluster if nothing changes."""
+"""Number of reports per second that all nodes of a large cluster together write if nothing changes."""
 SHORTEST_GAP_S, SHORTEST_PERIOD_S = 1.0, 60.0
 FIRST_RETRY_S, LONGEST_RETRY_S = 2.0, 120.0
 ABSENT_RETRY_S = 60.0
@@ -73,7 +73,7 @@ class ReportWriter:
     _node_uid: str = ""
 
     def offer(self, status: NodeStatus) -> None:
-        """Set the status that the next report must have. A later call replaces it."""
+        """Set the status that the next report must have. A later call replaces the status."""
         if status != self._wanted:
             self._wanted = status
             self.wake.set()

@@ -78,7 +78,8 @@ class FreshnessProbe:
     confirmed: str = ""
     """When a probe was last answered; "" if none was."""
     went_back: int = 0
-    """How many times the server went back to an older resourceVersion, as after a restored backup."""
+    """How many times the server went back to an older resourceVersion, for example because etcd was restored from a
+    backup."""
     went_back_at: str = ""
     """When the server last went back; "" if it never did."""
     _failures: int = 0
