@@ -200,7 +200,11 @@ def _conjunctions(node: SelectorNode, *, wanted: bool) -> Iterator[tuple[_Litera
 
 
 def _product(operands: tuple[SelectorNode, ...], *, wanted: bool) -> Iterator[tuple[_Literal, ...]]:
-    """The conjunctions of an AND: every combination of one conjunction of each operand."""
+    """The conjunctions of the disjunctive normal form of an AND of ``operands``.
+
+    One conjunction is taken from each operand, in every combination, and these are joined. ``wanted`` False: the
+    operands are negated first.
+    """
     if not operands:
         yield ()
         return
