@@ -30,7 +30,7 @@ _NUMBERS = 1 << 31
 """
 
 IdentityKey = tuple[int, frozenset[int], frozenset[int]]
-"""(family 4 or 6, owner ids, address group ids)."""
+"""The content of an identity: (family 4 or 6, owner ids, address group ids)."""
 
 
 @dataclass(slots=True)

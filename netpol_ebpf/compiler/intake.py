@@ -106,7 +106,7 @@ class Intake:
                 taker(old, new)
 
     def touch(self, endpoints: Iterable[EndpointKey]) -> None:
-        """Mark endpoints whose rule lists may change. `drop_unknown` later unmarks those that are not local."""
+        """Mark endpoints with rule lists that may change. `drop_unknown` later unmarks those that are not local."""
         self.dirty.update(dict.fromkeys(endpoints))
 
     def drop_unknown(self) -> None:

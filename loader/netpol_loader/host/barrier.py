@@ -576,8 +576,8 @@ def _differences(found: _Found, content: _Content | None, family: str) -> Iterat
 
 
 def without_sign(layout: BarrierSpec) -> BarrierSpec:
-    """The same desired content without two kinds of rules.
+    """The desired content ``layout`` without two kinds of rules.
 
-    They drop packets without the sign, and packets to a new interface.
+    These rules drop packets without the sign, and packets to a new interface.
     """
     return replace(layout, marks=replace(layout.marks, seen=0), also_seen=0, patterns=(), workloads=frozenset())
