@@ -158,8 +158,9 @@ NP_INLINE __u8 np_ip_kind(const struct np_ctx *ctx, struct np_tuple *tuple, cons
     return is_host && !np_is_for_node(ctx, tuple->destination, version) ? NP_CONN_FORWARDED : 0;
 }
 
-// The policy steps at a host's interface. `last`: NP_STEP_NORMAL for packets from or to a process of the node,
-// NP_STEP_FORWARD for forwarded packets, NP_STEP_NONE for forwarded packets with a deferred verdict.
+// The policy steps at a host's interface. `last`: the step that comes last: NP_STEP_NORMAL for packets from or to a
+// process of the node, NP_STEP_FORWARD for forwarded packets, NP_STEP_NONE for forwarded packets with a deferred
+// verdict.
 NP_INLINE __u32 np_host_steps(__u8 direction, __u32 last)
 {
     int is_local = last == NP_STEP_NORMAL;
@@ -245,10 +246,10 @@ NP_INLINE int np_ip_plan(struct np_ctx *ctx, struct np_scratch *scratch, __u8 ki
     return NP_REASON_NONE;
 }
 
-// Apply a new verdict to a known connection that was allowed under an older generation. Policy has judged the tuple of
-// the connection's first packet. A denied connection keeps its entry and its old generation. So the connection stays
-// cut for as long as policy denies it, and no packet of the other side passes as the first packet of a new flow.
-// Returns NP_REASON_NONE or the reason to drop the packet.
+// Apply a new verdict to a known connection that was allowed under an older generation. Precondition: policy has judged
+// the tuple of the connection's first packet. A denied connection keeps its old generation, so policy judges each
+// further packet again. It also keeps its entry, so that a packet of the other side does not pass as the first packet
+// of a new flow. Returns NP_REASON_NONE or the reason to drop the packet.
 NP_INLINE int np_ip_again(struct np_ctx *ctx, const struct np_scratch *scratch, struct np_conn *conn)
 {
     struct np_decision *decision = ctx->decision;
@@ -551,8 +552,8 @@ NP_INLINE int np_ip(struct __sk_buff *skb, const struct np_bytes *bytes, struct 
             return reason;
     }
     if (hook == NP_HOOK_INGRESS && ctx->ep->sender) {
-        // A sender tag on a packet from a workload is false, because no hook comes before this one. A packet on a host
-        // interface may have come through a bridge from a hook that set the tag, so its tag stays.
+        // A packet that a workload sends meets this hook first, so a sender tag on the packet is forged. A packet on a
+        // host interface may have come through a bridge from a hook that set the tag, so its tag stays.
         if (!(ctx->ep->endpoint_flags & NP_ENDPOINT_HOST))
             ctx->ep->end_chain = np_sender_tag_set(skb, ctx->config, 0, 0);
         ctx->ep->sender = 0;
@@ -646,8 +647,9 @@ NP_INLINE int np_tc(struct __sk_buff *skb, const int hook)
         .ingress_ifindex = skb->ingress_ifindex,
         .frame_bytes = skb->len,
         .hook = hook,
-        // Neither condition is enough alone. A packet that the stack builds anew (IPv6 fragments) has no
-        // ingress_ifindex either. A packet that a bridge forwards still has its sender's socket.
+        // A packet from the node has no ingress_ifindex, but a forwarded packet that the stack builds anew (IPv6
+        // fragments) has none either. A packet from the node has a socket or the node mark, but a packet that a bridge
+        // forwards also has its sender's socket. So both conditions must hold.
         .is_from_node = !skb->ingress_ifindex && (skb->sk || skb->mark & config->node_mark),
     };
     *(np_word *)&scratch->arrival.generation = version;

@@ -156,7 +156,7 @@ enum np_conn_flag {
     NP_CONN_EXEMPT = 4, // from the host to its workload, or from a workload to itself: no policy applies
     NP_CONN_DEFERRED = 8, // to a service: policy judges where the packet leaves the node or enters a workload
     NP_CONN_FORWARDED = 16, // at a host endpoint: a forwarded packet opened the connection
-    NP_CONN_TAGGED = 32, // as DEFERRED, and the packets carry the sender tag: no policy has finally allowed them yet
+    NP_CONN_TAGGED = 32, // as DEFERRED, and the packets carry the sender tag: a later hook must judge them
     NP_CONN_DUE = 64, // as DEFERRED, and the packets carry due_mark: policy denies packets to the service's own address
 };
 
@@ -214,8 +214,8 @@ enum np_event_kind {
     NP_EVENT_LOG = 3, // Log rules matched a new flow; `action` has the verdict
 };
 
-// Why a packet passed or was dropped; the index of np_reason_count. Below 32 the packet passed. From 32 on it was
-// dropped. From 96 on there is no verdict: the number only counts an event. Numbers are never reused.
+// Why a packet passed or was dropped; the index of np_reason_count. Reasons below 32: the packet passed. 32 to 95: the
+// packet was dropped. From 96 on: the number only counts an event, and is no verdict. Numbers are never reused.
 enum np_reason {
     NP_REASON_NONE = 0, // never counted
     NP_REASON_POLICY_ALLOW = 1, // a new flow that policy allows
@@ -722,7 +722,7 @@ struct np_scratch_words {
 _Static_assert(sizeof(struct np_scratch_words) == 608, "np_scratch_words");
 
 // A checked copy of an interface's np_endpoint row, per CPU. The slot is the ifindex modulo the size. The copy also has
-// the last IPv4 and IPv6 source address that proved to be the workload's own. Valid for one epoch.
+// the last IPv4 and IPv6 source address that proved to be the workload's own. A copy is valid for one epoch.
 struct np_ep_cache {
     __u32 ifindex;
     __u32 epoch; // 0: the slot is unused

@@ -15,9 +15,9 @@
 #define NP_ICMP_HEADER_BYTES 8
 
 // The result of a look-up: a copy, because another CPU may reuse the slot at any time. All fields are from one
-// connection.
+// connection. All but is_known and is_unreplied are copies of the fields of struct np_conn with the same names.
 struct np_found {
-    __u32 generation; // as in struct np_conn, like rule, direction, flags, icmp_type and icmp_code
+    __u32 generation;
     __u32 rule;
     __u8 is_known; // 1: the packet belongs to a live connection
     __u8 is_unreplied; // 1: that connection is unreplied
@@ -163,8 +163,8 @@ NP_INLINE int np_conn_is_alive(const struct np_conn *conn, const struct np_ctx *
            (long long)ctx->config->timeout_jiffies[state & (NP_CONN_STATES - 1)];
 }
 
-// Record that policy allows the connection under a newer generation. This store is after those of the rule and the
-// flags that policy gave the connection.
+// Record that policy allows the connection under a newer generation. The generation is stored after rule and flags, so
+// that a CPU that reads the new generation also reads the new rule and flags.
 NP_INLINE void np_conn_renew(struct np_conn *conn, __u32 generation)
 {
 #ifdef NP_WEAK_ORDER // there is no 32-bit exchange
@@ -224,7 +224,7 @@ NP_INLINE int np_conn_copy(struct np_found *found, const struct np_ct_slot *slot
 }
 
 // Find the packet's connection, after np_ct_probe. The result has no slot if the packet belongs to no live connection.
-// An initial SYN belongs to none, so a flood of denied SYNs does not even touch this large table.
+// An initial SYN belongs to none, so for a flood of denied SYNs the program does not read the large map of entries.
 NP_INLINE struct np_ct_slot np_conn_find(struct np_found *found, const union np_conn_key *key, const struct np_ctx *ctx,
                                          const int version)
 {

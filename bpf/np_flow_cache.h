@@ -45,9 +45,10 @@ NP_INLINE struct np_flow_cache_fact *np_flow_cache_slot(const __u32 *source, con
     return slot ? &slot->fact : 0;
 }
 
-// Nonzero if the addresses before `fact` differ from the packet's. In both places the destination follows the source.
-// IPv6 addresses are compared in 8-byte words, although these are unaligned in the packet. The verifier allows
-// unaligned loads where the CPU does. The wide words halve the number of loads.
+// Nonzero if the packet's addresses differ from those of the slot, which are stored directly before its `fact`. Both in
+// the packet and in the slot, the destination follows the source. IPv6 addresses are compared in 8-byte words, although
+// these are unaligned in the packet. The verifier allows unaligned loads where the CPU does. The wide words halve the
+// number of loads.
 NP_INLINE __u64 np_flow_cache_differs(const struct np_flow_cache_fact *fact, const __u32 *source, const int version)
 {
     if (version == 4) {
@@ -67,8 +68,8 @@ NP_INLINE void np_flow_cache_store(const struct np_ctx *ctx, const __u32 *source
     __u32 ports_be;
     __builtin_memcpy(&ports_be, &ports, sizeof(ports_be));
     struct np_flow_cache_fact *fact = np_flow_cache_slot(source, destination, ports_be, hook, version);
-    // No entry for a packet without an Ethernet header, because the fast path parses only Ethernet.  No entry for an
-    // incoming packet of a tunnel, because the fast path does not check the outer source.
+    // A packet without an Ethernet header gets no entry, because the fast path parses only Ethernet. An incoming packet
+    // of a tunnel gets none, because the fast path does not check the outer source.
     const __u32 never = hook == NP_HOOK_INGRESS ? NP_ENDPOINT_LAYER3 | NP_ENDPOINT_EXTERNAL : NP_ENDPOINT_LAYER3;
     if (!fact || ctx->ep->endpoint_flags & never)
         return;
@@ -112,8 +113,8 @@ NP_INLINE void np_flow_cache_fill_reply(const struct np_ctx *ctx, __u32 rule, __
     np_flow_cache_store(ctx, packet->destination, packet->source, ports, rule, sender_tag, is_due, !hook, version);
 }
 
-// Parse the transport header of a possible candidate; returns 0 if it is none. `room`: length of header and payload.
-// The caller has checked that 20 bytes are readable.
+// Parse the transport header; returns 0 if the packet is no candidate for the fast path. `room`: length of header and
+// payload. The caller has checked that 20 bytes are readable.
 NP_INLINE int np_candidate_l4(const struct np_tcp_header *tcp, __u8 protocol, __u32 room,
                               struct np_candidate *candidate)
 {

@@ -66,7 +66,7 @@ NP_INLINE int np_checksum_misaims(struct __sk_buff *skb, const struct np_packet 
 {
     __u32 at = np_checksum_at(skb);
     __u32 header = packet->l4_offset;
-    // policy also judges the payload of an ICMP error
+    // A write behind the transport header is harmless, except in an ICMP error: policy also judges its payload.
     if (NP_LIKELY(at >= header + packet->l4_bytes && packet->icmp_kind != NP_ICMP_ERROR) || at == NP_NO_CHECKSUM)
         return 0;
     __u32 place = np_checksum_place(packet->protocol);

@@ -26,7 +26,7 @@
 //   call: the programs that one program set tail-calls
 //
 // Trait: any number for each map.
-//   private: no group may read it: it is the secret of the conntrack hash, reveals it, or holds packets
+//   private: only the owner may read the map: it has or reveals the secret of the conntrack hash, or holds packets
 //   masked: a hash chooses the slot, so the number of slots is a power of two
 //   ranged: masked, and each CPU has its own range of slots
 //   cached: the endpoint cache has copies of rows, so a change needs a new epoch
@@ -102,9 +102,9 @@ NP_MAP("lpm_trie", np_local6_net, struct np_cidr6_key, struct np_local, 256, BPF
 NP_MAP("hash", np_tunnel, struct np_tunnel_key, struct np_tunnel, 64, BPF_F_NO_PREALLOC);
 
 // Maps a service's address, protocol and port to the service's backend on this node, if there is one. The agent writes,
-// the program reads. Looked up for a new flow that enters the node: a packet to a service is judged where it leaves.
-// When full: the agent rejects the change. Key: address in network order, port in host order. A row lives as long as
-// the service.
+// the program reads. Looked up for a new flow that enters the node, because a packet to a service is judged where it
+// leaves the node. When full: the agent rejects the change. Key: address in network order, port in host order. A row
+// lives as long as the service.
 // Role: node.
 NP_MAP("hash", np_vip4, struct np_vip4_key, struct np_vip, 65536, BPF_F_NO_PREALLOC);
 NP_MAP("hash", np_vip6, struct np_vip6_key, struct np_vip, 65536, BPF_F_NO_PREALLOC);
@@ -117,7 +117,7 @@ NP_MAP("percpu_array", np_scratch, __u32, struct np_scratch_words, 1, 0);
 // Maps the hash of an address to a bit, which is 0 if neither np_local nor np_vip has the address. The agent writes,
 // the program reads. Looked up for a new flow, which is spared two other look-ups if the bit is 0. Fixed size; the more
 // addresses there are, the more flows find their bit set in vain. Key: host order. The agent sets a bit before it
-// writes the row in the other map, and clears the bit after it removed that row.
+// writes a row in np_local or np_vip, and clears the bit after it removed the last row with an address of this bit.
 // Role: node, masked, fixed.
 NP_MAP("array", np_vip_filter, __u32, struct np_vip_filter, 2048, 0); // size in words of 64 bits
 

@@ -16,7 +16,8 @@
 // 2. The program reads an entry only if the tag of its slot has the hash of the key.
 // 3. The time and rank of a tag serve only eviction. The entry decides whether the connection is alive.
 //
-// np_ct_probe stores its results in the endpoint context, for the reason that np_bucket.h gives.
+// np_ct_probe stores its results in the endpoint context, which is in a map. The verifier does not track values in a
+// map, so it checks the code after the look-up only once.
 #pragma once
 
 #include "np_count.h"

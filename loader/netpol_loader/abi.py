@@ -183,7 +183,7 @@ NP_CONN_FIN_REPLY = 2  # the other side has sent FIN
 NP_CONN_EXEMPT = 4  # from the host to its workload, or from a workload to itself: no policy applies
 NP_CONN_DEFERRED = 8  # to a service: policy judges where the packet leaves the node or enters a workload
 NP_CONN_FORWARDED = 16  # at a host endpoint: a forwarded packet opened the connection
-NP_CONN_TAGGED = 32  # as DEFERRED, and the packets carry the sender tag: no policy has finally allowed them yet
+NP_CONN_TAGGED = 32  # as DEFERRED, and the packets carry the sender tag: a later hook must judge them
 NP_CONN_DUE = 64  # as DEFERRED, and the packets carry due_mark: policy denies packets to the service's own address
 
 # np_rank
@@ -1142,7 +1142,7 @@ class np_ep_cache(ctypes.Structure):
     """A checked copy of an interface's np_endpoint row, per CPU.
 
     The slot is the ifindex modulo the size. The copy also has the last IPv4 and IPv6 source address that proved to be
-    the workload's own. Valid for one epoch.
+    the workload's own. A copy is valid for one epoch.
     """
 
     ifindex: int
@@ -1305,7 +1305,7 @@ class MapRole(enum.Enum):
 class MapTrait(enum.Enum):
     """What else holds for a map."""
 
-    PRIVATE = "private"  # no group may read it: it is the secret of the conntrack hash, reveals it, or holds packets
+    PRIVATE = "private"  # only the owner may read the map: it has or reveals the secret of the conntrack hash, or holds packets
     MASKED = "masked"  # a hash chooses the slot, so the number of slots is a power of two
     RANGED = "ranged"  # masked, and each CPU has its own range of slots
     CACHED = "cached"  # the endpoint cache has copies of rows, so a change needs a new epoch

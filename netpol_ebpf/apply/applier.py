@@ -46,9 +46,9 @@ OWNERS = frozenset(abi.maps_with(abi.MapTrait.REFERRING))
 FILL_ROWS = 8192
 """How many rows are encoded at a time when whole tables are written; arbitrary. They need some megabytes."""
 SHARED, OWN_ROWS = "np_endpoint", 64
-"""The map to which `netpol_ebpf.apply.surroundings` writes as well, and the assumed number of that module's rows.
-
-The rows of the map are counted only if the map may be full under that assumption.  The number is arbitrary.
+"""The map to which `netpol_ebpf.apply.surroundings` writes as well, and the number of its rows that the applier
+assumes. The applier counts the actual rows of the map only if the map may be full with that number. The number is
+arbitrary.
 """
 REMEMBERED = frozenset(abi.maps_with(abi.MapTrait.CACHED))
 """Maps whose rows the program caches for an epoch."""

@@ -377,8 +377,8 @@ def either(one: bytes, other: bytes) -> bytes:
 def vip_elements(vip: Vip, is_own: Callable[[IPAddress], bool]) -> Iterator[Element]:
     """The elements of a destination that nodes translate: one element, but for a node port one for each family.
 
-    ``is_own``: returns whether an address is the node's own.  Then the backend is a process of the node, which gets the
-    packets although they pass no hook.
+    ``is_own``: returns whether an address is the node's own. A backend with such an address is a process of the node,
+    which gets the packets although they pass no further hook.
     """
     versions = (4, 6) if vip.key.address is None else (vip.key.address.version,)
     for version in versions:

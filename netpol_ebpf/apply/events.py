@@ -33,7 +33,7 @@ FLOW_KIND: Mapping[int, str] = {abi.NP_EVENT_DENY: "deny", abi.NP_EVENT_ALLOW: "
 """Maps the type numbers of flow events to their names."""
 
 DROPPED_BY_RULE = frozenset({abi.NP_REASON_POLICY_DENY, abi.NP_REASON_REVOKED})
-"""The reasons of packets that a rule denied. Policy may have allowed packets that were dropped for other reasons."""
+"""The reasons of packets that a rule denied. Policy may have allowed a packet with another reason."""
 
 
 class Lookup(Protocol[V_co]):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeps the numbers of rules, endpoints and identities beyond the life of one agent.
 
-The key of a connection in the kernel has the number of the connection's endpoint, and its row has the number of the
-rule that allowed it.  Events have numbers of identities.  If a new agent gave such a number to another object, the
-agent would take one pod's connections for another pod's.  So each number is written to a file before the kernel first
-gets the number, and the next agent reads the file.
+In the kernel, the key of a connection has the number of the connection's endpoint, and the row of the connection has
+the number of the rule that allowed the connection. Events have numbers of identities.  If a new agent gave such a
+number to another object, the agent would take one pod's connections for another pod's.  So each number is written to a
+file before the kernel first gets the number, and the next agent reads the file.
 
 Invariants: at any time, every number in the kernel is in the file, or `Ledger.problems` reports that some are not.  A
 damaged file or file system does not stop the agent.  After a failed write the whole file is written again, at

@@ -52,7 +52,7 @@ def open_draft(path: Path) -> IO[str]:
 
 
 def set_aside(path: Path) -> str:
-    """Rename a file so that no program reads it. Returns the end of a sentence that says what became of the file."""
+    """Rename a file so that no program reads it. Returns the end of a sentence: the new name, or the error."""
     aside = path.with_suffix(DAMAGED_SUFFIX)
     try:
         if not aside.is_dir():

@@ -41,7 +41,7 @@ MAPS = abi.maps_with_rows(abi.MapRole.NODE)
 VIP_FILTER = "np_vip_filter"
 """An array of bits. For each address in MAPS, the bit at the hash of the address is set."""
 UPLINK = 0
-"""Stands in place of a host endpoint's number if an interface has no host endpoint of its own."""
+"""The value of `OwnInterface.number` for an interface without a host endpoint of its own."""
 
 
 @dataclass(frozen=True, slots=True)

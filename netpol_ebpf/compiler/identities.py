@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Identities of addresses, and the index between identities and address matches.
 
-An identity is (family, set of owners, set of address groups).  The address groups are those lists of nets and services,
-of rules in use, that contain the address.  To find the identities of a match, the index begins with the match's most
-selective term.  To find the matches of a new identity, the index looks up the identity's terms.  So no operation costs
-identities times matches.
+An identity is (family, set of owners, set of address groups). The address groups are the lists of nets, and the
+services, of rules in use that contain the address. To find the identities of a match, the index begins with the match's
+most selective term.  To find the matches of a new identity, the index looks up the identity's terms.  So no operation
+costs identities times matches.
 
 Invariants: WORLD_V4 and WORLD_V6, the identities without owners and groups, always exist.  An identity without
 references stays until `collect`, so that every identity in use during a change has its rows.
@@ -30,7 +30,7 @@ _NUMBERS = 1 << 31
 """
 
 IdentityKey = tuple[int, frozenset[int], frozenset[int]]
-"""(family 4 or 6, owner ids, address group ids)."""
+"""The content of an identity: (family 4 or 6, owner ids, address group ids)."""
 
 
 @dataclass(slots=True)
@@ -337,7 +337,8 @@ class IdentityIndex:
         """The matches that depend on the identity ``number``.
 
         Returns two lists: the matches with positive terms that are true for the identity, and the matches without
-        positive terms that are false for it.
+        positive terms that are false for the identity. Every other match without positive terms is true for all
+        identities of its family.
         """
         record = self.identities[number]
         terms = self.terms_of(number)

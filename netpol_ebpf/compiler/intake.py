@@ -42,15 +42,17 @@ class Intake:
     """Applies changed objects to the world, and records what the next steps must recompute.
 
     ``dirty``: local endpoints with rule lists that may change.
-    ``stale``: keys of templates that have a changed policy or profile.
-    ``address_moves``: (address, (owner, number of the owner's node), added).  ``added`` is False if the address loses
-    the owner.  The node's number is 0 for this node and for an unknown node.
+    ``stale``: keys of the templates of changed policies and profiles.
+    ``address_moves``: (address, (owner, number of the owner's node), added). The node's number is 0 for this node and
+    for an unknown node.
     ``net_moves``: (net, owner, added).
     ``numbered``: new numbers of nodes, by name; 0 for a node that lost its number.
     ``service_moves``: (service before, service after); None if the service does not exist at that time.
-    ``claims``: (address, claim of a local endpoint, added).  ``added`` is False if the endpoint lost the address.
-    ``disappeared``: owners that lost an object.
+    ``claims``: (address, claim of a local endpoint, added).
+    ``disappeared``: owners (records that several objects can share) that lost one of their objects.
     ``gone``: local endpoints that no longer exist.
+
+    In moves and claims, ``added`` is False if the owner or the endpoint lost the address or net.
     """
 
     def __init__(self, state: CompilerState, local: Callable[[Endpoint], bool], journal: Journal) -> None:
@@ -104,7 +106,7 @@ class Intake:
                 taker(old, new)
 
     def touch(self, endpoints: Iterable[EndpointKey]) -> None:
-        """Mark endpoints whose rule lists may change. `drop_unknown` later unmarks those that are not local."""
+        """Mark endpoints with rule lists that may change. `drop_unknown` later unmarks those that are not local."""
         self.dirty.update(dict.fromkeys(endpoints))
 
     def drop_unknown(self) -> None:

@@ -129,9 +129,8 @@ class OwnerIndex:
         self._next_owner = 1
         self._next_term = 1
         self.changed_names: set[NameKey] = set()
-        """Named ports that stand for other ports since the last commit.
-
-        The compiler clears the set at the end of each commit.
+        """Named ports for which the set of declared ports changed in this commit. The compiler clears the set at the
+        end of each commit.
         """
 
     # --- owners -----------------------------------------------------------------------------------------------------

@@ -49,12 +49,12 @@ _OTHER = {Direction.INGRESS: Direction.EGRESS, Direction.EGRESS: Direction.INGRE
 
 @dataclass(slots=True, eq=False)
 class Template:
-    """The entries of one policy, profile or list of exceptions in one direction.
+    """The entries of one policy, one profile, or a host endpoint's exceptions (failsafes, tunnels), in one direction.
 
     Compared by object identity.
     ``what``: the object to name in errors.
     ``constrains_own``: at least one entry has a condition on the endpoint's own address.
-    ``names_own_nets``: at least one entry depends on nets that contain the own address.
+    ``names_own_nets``: at least one of these conditions is on the nets that contain the own address.
     ``passes``: at least one entry has the effect PASS.
     ``references``: how many rule lists have the template.
     ``peers``, ``owns``: the records of the entries' peer and own matches; empty while ``references`` is 0.

@@ -108,7 +108,8 @@ class _Entries:
     def asks_source(self) -> bool:
         """Whether an enforced entry depends on the owner of the source address, or on the source port.
 
-        Staged entries do not count, because they must not cause the drop of a packet with a hidden source.
+        If so, the program drops a packet whose source was translated, because policy cannot see the real source. Staged
+        entries do not count, because they must not cause a drop.
         """
         owners = self.owns if self._direction is Direction.EGRESS else self.peers
         asking = [bits for record, bits in owners.items() if not record.match.is_family_alone]

@@ -31,7 +31,7 @@ from netpol_ebpf.selector import Selector
 
 ServiceKey = tuple[str, str]
 TemplateKey = tuple[Union[PolicyKey, str, Exceptions], Direction]
-"""(key of a policy, name of a profile, or exceptions of a host; direction)."""
+"""The key of a template: (a policy's key, a profile's name, or the exceptions of a host; the direction)."""
 _Watched = tuple[frozenset[NameKey], frozenset[ServiceKey]]
 
 
@@ -41,7 +41,7 @@ def service_ports(service: ServiceBackends | None) -> frozenset[PortPair]:
 
 
 def service_key(old: ServiceBackends | None, new: ServiceBackends | None) -> ServiceKey:
-    """The key of a changed service. ``old`` or ``new`` may be None, but not both."""
+    """The key of a service that changed from ``old`` to ``new``. One of them may be None."""
     service = new or old
     if service is None:
         raise AssertionError("a change from nothing to nothing")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proofs about two rules: the first matches every packet that the second matches (`covers`), or none (`excludes`).
+"""Proofs about two rules: the first matches all packets of the second (`covers`), or none of them (`excludes`).
 
 Both functions are sound and not complete.  True is a proof that holds for every packet and every state of the cluster
 (by the definition of a match in MATCHING.md).  False does not prove the contrary.  The functions compare rules only and

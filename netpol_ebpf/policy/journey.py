@@ -419,7 +419,7 @@ class _Planner:
 
         The node with the destination address translates it.  If no node has the address, the sender's node does, or the
         receiver's node if the sender is on no known node.
-        ``written``: the owner of the destination before translation.
+        ``written``: the owner of the destination address in the packet as sent, before translation.
         """
         if not self.is_translated:
             return None

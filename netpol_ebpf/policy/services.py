@@ -37,7 +37,7 @@ class ServiceAddresses:
     """The addresses and ports that nodes translate. Cost to create: linear in the resources."""
 
     def __init__(self, vips: Mapping[VipKey, Vip], resources: Iterable[Resource]) -> None:
-        """Find the objects that have each destination.
+        """Find, for each destination, the objects that cause its translation.
 
         ``vips``: the destinations of a world that nodes translate.
         ``resources``: the objects from which ``vips`` was derived.  They give the names of the owners.

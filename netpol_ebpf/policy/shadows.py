@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules that no packet can reach, because earlier rules match every packet that these rules match.
+"""Rules that no packet can reach, because an earlier rule matches every packet that they match.
 
 The analysis is sound and not complete, as in `netpol_ebpf.policy.coverage`.  A reported rule is not reached in any
 state of the cluster's endpoints, so its removal changes no verdict.  A rule that is not reported may still be
@@ -7,8 +7,9 @@ unreachable.
 
 A rule is reported if another rule *covers* it.  The covering rule matches all packets that the covered rule matches,
 and comes before the covered rule at every endpoint of the covered rule's policy.  The covering rule ends the
-evaluation, or is a Pass rule of the same tier, after which the rest of the tier is skipped.  A Pass rule of an earlier
-tier can prevent the proof: the packets that it matches skip the rest of its tier, and may skip the covering rule.
+evaluation, or is a Pass rule of the same tier, after which the rest of the tier is skipped. The covering rule may be in
+an earlier tier, after a Pass rule of that tier. Packets that match the Pass rule skip the covering rule and may reach
+the covered rule. Then nothing is reported, unless the Pass rule matches no packet that the covered rule matches.
 """
 
 from __future__ import annotations

@@ -211,7 +211,7 @@ class Policy:
 
     @property
     def sort_key(self) -> tuple[float, str]:
-        """Position in the tier: order, then ``name/namespace/kind`` compared as a string."""
+        """Sort key of the policy in its tier: order, then ``name/namespace/kind`` compared as a string."""
         return (self.order, f"{self.key.name}/{self.key.namespace}/{self.key.kind}")
 
     def rules(self, direction: Direction) -> tuple[Rule, ...]:

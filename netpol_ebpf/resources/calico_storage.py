@@ -74,7 +74,8 @@ def restored_labels(labels: Mapping[str, str], kept: Mapping[str, Any]) -> dict[
     ``labels``: the labels of the stored object.
     ``kept``: the result of `kept_metadata`.
 
-    Older versions of Calico stored labels in the annotation only, newer versions on the object only.
+    Older versions of Calico stored the labels only in the annotation from which ``kept`` was read, newer versions store
+    them only on the object. So the result has both. If both have a label, the object's value counts.
     """
     return {**kept.get("labels", {}), **labels}
 

@@ -333,7 +333,10 @@ def _metadata(kind: Kind, obj: Reader) -> Meta:
 
 
 def _revision(metadata: Reader) -> str:
-    """See `Meta.revision`. An API server sets both fields; in a manifest they may be anything, and are no fault."""
+    """The revision of a policy (`Meta.revision`).
+
+    An API server sets both of its fields. In a manifest they may have any value, which is not an error.
+    """
     uid, generation = metadata.raw("uid"), metadata.raw("generation")
     is_given = isinstance(uid, str) and uid and isinstance(generation, int) and not isinstance(generation, bool)
     return f"{uid}/{generation}" if is_given and generation > 0 else ""

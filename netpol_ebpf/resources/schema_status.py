@@ -14,11 +14,11 @@ PLURAL = "nodereports"
 REASONS = ("MapFull", "LimitExceeded", "NotEnforced")
 MAX_SHORTFALLS = 32
 MAX_NAMED = 100
-"""Most shortfalls of a report, and most policies that a shortfall names; both are arbitrary, and counts name the rest."""
+"""Most shortfalls of a report, and most policies that a shortfall names; arbitrary. The report counts the others."""
 MAX_MESSAGE = 1024
 MAX_PERIOD_S = 86_400
 BASE64 = "^[A-Za-z0-9+/]*={0,2}$"
-"""An API server takes no empty text of the OpenAPI format `byte`."""
+"""The pattern of base64 text. The OpenAPI format `byte` is not used, because an API server rejects its empty text."""
 
 
 def _count(about: str) -> Schema:

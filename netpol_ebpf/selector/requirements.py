@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Necessary conditions of a selector, for its index and for the detection of contradictions.
 
-A *cover* is a necessary condition for a match, as a list of restrictions: labels that the selector matches satisfy at
-least one restriction of the cover.
+A *cover* of a selector is a list of restrictions, each on one label. Labels that the selector matches satisfy at least
+one restriction of each cover.
 
 Invariants: covers and `is_contradiction` are sound, not complete.  All labels that match a selector satisfy its covers;
 other labels may satisfy the covers, too.  `is_contradiction` is True only if no labels at all can match.  Negative
@@ -200,7 +200,11 @@ def _conjunctions(node: SelectorNode, *, wanted: bool) -> Iterator[tuple[_Litera
 
 
 def _product(operands: tuple[SelectorNode, ...], *, wanted: bool) -> Iterator[tuple[_Literal, ...]]:
-    """The conjunctions of an AND: every combination of one conjunction of each operand."""
+    """The conjunctions of the disjunctive normal form of an AND of ``operands``.
+
+    One conjunction is taken from each operand, in every combination, and these are joined. ``wanted`` False: the
+    operands are negated first.
+    """
     if not operands:
         yield ()
         return

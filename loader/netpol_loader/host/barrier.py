@@ -48,11 +48,11 @@ DUE: with the due mark.
 """
 
 BEFORE_ALL, AFTER_IPVS, BEHIND_MANGLE, BEFORE_LAST = -450, 225, 300, 250
-"""Priorities of the chains, in this order.
+"""Priorities of the chains prerouting, input, output and postrouting.
 
-The first is before defragmentation (-400), and so before other programs set marks. The second is after IPVS (98 to
-102), which may redirect the packet. The third is after mangle and NAT, whose rules may overwrite the whole mark. The
-last is after NAT (100).
+prerouting is before defragmentation (-400), and so before other programs set marks. input is after IPVS (98 to 102),
+which may redirect the packet. output is after mangle and NAT, whose rules may overwrite the whole mark. postrouting is
+after NAT (100).
 """
 ARP = 0x0806
 LONGEST_REMARK = 120
@@ -344,9 +344,9 @@ class BarrierTables:
         return messages, differences
 
     def _changes(self, layout: BarrierSpec) -> tuple[list[NftMessage], list[Difference]] | None:
-        """The same as `_compared`, but without a slow read of the tables. They must be unchanged since the last write.
+        """The same result as `_compared` gives, from the last written content instead of a slow read of the tables.
 
-        Returns None if more than the elements of sets must change.
+        The tables must be unchanged since the last write. Returns None if more than the elements of sets must change.
         """
         messages: list[NftMessage] = []
         differences: list[Difference] = []
@@ -576,8 +576,8 @@ def _differences(found: _Found, content: _Content | None, family: str) -> Iterat
 
 
 def without_sign(layout: BarrierSpec) -> BarrierSpec:
-    """The same desired content without two kinds of rules.
+    """The desired content ``layout`` without two kinds of rules.
 
-    They drop packets without the sign, and packets to a new interface.
+    These rules drop packets without the sign, and packets to a new interface.
     """
     return replace(layout, marks=replace(layout.marks, seen=0), also_seen=0, patterns=(), workloads=frozenset())

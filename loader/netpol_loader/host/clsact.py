@@ -62,8 +62,8 @@ class ClsactFilter:
 def add(ifindex: int) -> bool:
     """Add the clsact discipline to an interface. Returns False if the interface has it already.
 
-    Raises PlatformError if that fails. Also raises it if the interface has the older discipline *ingress* in the same
-    place. There the kernel would accept filters of both hooks, but run all of them at ingress.
+    Raises PlatformError if the kernel refuses, or if the interface has the older discipline *ingress* in the place of
+    clsact. The kernel accepts filters of both hooks on *ingress*, but runs all of them at ingress.
     """
     try:
         with RouteChannel() as channel:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernel's conntrack table: live connections of a namespace, each with its original and its reply tuple.
 
-Invariant: the module only reads. It must not know endpoints or policy.
+Invariant: the module only reads. The module must not know endpoints or policy.
 """
 
 from __future__ import annotations

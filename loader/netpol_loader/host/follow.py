@@ -5,23 +5,24 @@ A new pod causes about thirty notifications on a node with some hundred pods. A 
 would be too slow. The follower dumps all state again only if notifications were lost or cannot be parsed
 (`Follower.listed_again` counts these dumps).
 
-The kernel sends no notification of some changes, or sends it at another time. The follower then dumps the routes and
-addresses of the interfaces concerned:
+The kernel sends no notification of some changes, or sends it before or after the change takes effect. In these cases
+the follower dumps:
 
-- IPv4 routes vanish without a notification when their interface is switched off, changes its VRF or loses its last
-  address, and when their preferred source address is removed.  The notification of the interface's change comes before
-  the routes vanish, and newer kernels answer a dump before the change has ended. So the follower dumps the interface's
-  routes twice, at once and after SETTLE_S.
-- The notification of an IPv6 address comes only after duplicate address detection. The notification of the address's
-  route comes earlier, so the follower then dumps the interface's addresses.
-- When one end of a veth pair moves to another namespace or comes from one, the kernel sends no notification about the
-  other end. So the follower dumps the other end. If an end moves from one pod to another, this namespace gets a
-  notification when the pair becomes operational, which is before any packet.
-- Two dumps of one interface are at least SETTLE_S apart, and the last dump is after the interface's last change. So a
-  workload that switches its end of a pair on and off again and again delays no other interface.
-- All routes are dumped again when a next hop object changes, or an interface of a route that uses such an object. The
-  sysctl net.ipv4.nexthop_compat_mode decides whether the kernel sends notifications of these routes. It sends none of a
-  next hop object that vanishes because its interface lost its carrier.
+- Routes of an interface. IPv4 routes vanish without a notification when their interface is switched off, changes its
+  VRF or loses its last address, and when their preferred source address is removed.  The notification of the
+  interface's change comes before the routes vanish, and newer kernels answer a dump before the change has ended. So
+  the follower dumps the interface's routes twice, at once and after SETTLE_S.
+- Addresses of an interface. The notification of an IPv6 address comes only after duplicate address detection. The
+  notification of the address's route comes earlier, so the follower then dumps the interface's addresses.
+- The other end of a veth pair. When one end moves to or from another namespace, the kernel sends no notification about
+  the other end. If an end moves from one pod to another, this namespace only gets a notification when the pair becomes
+  operational, which is before any packet.
+- All routes, when a next hop object changes, or an interface of a route that uses such an object. The sysctl
+  net.ipv4.nexthop_compat_mode decides whether the kernel sends notifications of these routes. The kernel sends no
+  notification of a next hop object that vanishes because its interface lost its carrier.
+
+Two dumps of one interface are at least SETTLE_S apart, so a workload that switches its end of a pair on and off again
+and again delays no other interface. The last dump is after the interface's last change.
 
 Invariant: SETTLE_S after the last change the copy equals what a new follower would dump. The module must not know of
 policy.

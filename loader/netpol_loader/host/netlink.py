@@ -218,10 +218,8 @@ class Channel:
     def first(self, kind: int, body: bytes, most: int) -> list[bytes]:
         """The objects of a dump, at most ``most`` + 1.
 
-        This is for a list that a workload can lengthen and change at will.
-
-        The list may show changes that happen meanwhile. If the dump has more objects, the channel can make no further
-        request. Raises NetlinkError.
+        For a dump with a length that a workload controls. The result may contain some of the changes that happen during
+        the dump. If the dump has more objects, the channel can make no further request. Raises NetlinkError.
         """
         found = []
         for kind_, _, payload in self.stream(kind, body):

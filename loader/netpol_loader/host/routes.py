@@ -3,9 +3,9 @@
 
 `RouteTable` is a copy of the main table's routes and of the local routes of the node and its VRFs; it ignores all other
 routes. The kernel's notifications keep the copy up to date, with two gaps. IPv4 routes vanish without a notification
-when their interface is switched off or loses its last address. No notification says which of several routes with one
-metric was replaced. In the second case `RouteTable.apply` returns the interfaces whose routes must be listed again. In
-the first case the caller, which sees the change of the interface, must list them again.
+when their interface is switched off or loses its last address; the caller, which sees the change of the interface, must
+list its routes again. If one of several routes with the same metric is replaced, the notification does not say which
+one; `RouteTable.apply` returns the interfaces whose routes must be listed again.
 
 Invariant: the derived tables (`host_routes`, `subnets`, `uplinks`, `next_hops`, `local`) depend on the routes alone,
 not on the order of their notifications. The module sends no request to the kernel.

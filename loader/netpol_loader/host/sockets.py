@@ -9,7 +9,8 @@ A socket is visible only in its own network namespace, and the kernel cannot lis
 the namespace's id. So a thread looks through the named namespaces and those of all processes. It enters the ones that
 it needs, and then ends.
 
-Invariant: the module only reads, and no other thread changes its namespace. It must not know endpoints or policy.
+Invariant: the module only reads, and no other thread changes its namespace. The module must not know endpoints or
+policy.
 """
 
 from __future__ import annotations

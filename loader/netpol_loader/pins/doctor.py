@@ -47,7 +47,7 @@ BPFFS = Path("/sys/fs/bpf")
 MOUNT_HINT = "On the node: mount -t bpf bpf /sys/fs/bpf. A container gets that directory from the node."
 PROC = Path("/proc")
 JIT_SWITCH = Path("/proc/sys/net/core/bpf_jit_enable")
-"""The file is absent in a kernel that always compiles BPF (CONFIG_BPF_JIT_ALWAYS_ON)."""
+"""Switch of BPF's compiler. A kernel that always compiles BPF (CONFIG_BPF_JIT_ALWAYS_ON) lacks this file."""
 INITIAL_PID_NAMESPACE = 0xEFFF_FFFC
 """Inode of the PID namespace in which process 1 is the node's (PROC_PID_INIT_INO of include/linux/proc_ns.h)."""
 CAP_SYS_ADMIN = 21

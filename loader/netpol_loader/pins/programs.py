@@ -9,9 +9,10 @@ long as a hook may run its set. A set is pinned in one directory:
     PIN_DIR/programs_new    a whole set that is not in force
     PIN_DIR/programs_old    the previous set, while hooks may still run it
 
-A set is replaced in four steps, each of them atomic. NEW appears by one rename. CURRENT becomes OLD. NEW becomes
-CURRENT: the exchange has begun. OLD is removed when every hook runs CURRENT. New policy maps that come with a set are
-pinned in its directory until the exchange is over.
+A set is replaced in four steps, each of them atomic. One rename makes ``programs_new`` appear as a whole. ``programs``
+is renamed to ``programs_old``. ``programs_new`` is renamed to ``programs``, which begins the exchange. ``programs_old``
+is removed when every hook runs ``programs``. New policy maps that come with a set are pinned in its directory until the
+exchange is over.
 
 Invariant: if the process is killed between two steps, `recover` and `finish_exchange` of the next process remove the
 new set or finish the exchange. The module must not know the meaning of programs or maps, and must not attach anything.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maps and programs in a directory of their own, before they are in force. They are taken as a whole, or removed.
+"""Staging: maps and programs in a directory of their own, which come into force as a whole or are removed.
 
-Every set beside the one in force is made here: at a first start, for new programs, for new maps, and for a newer
-schema.
+All maps and program sets are made in such a directory: at a first start, for new programs, for new maps, and for a
+newer schema.
 
 Invariants: nothing in force refers to a staging directory. If a process dies, the next process that holds the lock
 removes its directory (`remove_unfinished`). The module must not know the meaning of maps.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Upgrade from pins of an older schema: new maps and programs are made beside these pins, and then replace them.
 
-Some maps record events and not policy: connections, fragments and counters. Such a map stays the same map if its
-layout, as the older version saved it (`netpol_loader.pins.layouts`), is that of this version. The new directory then
-pins the map a second time. A copy would miss a connection that opens at the last moment. The configuration is
-translated field by field. All other maps are new, and the caller must fill them.
+Some maps record events and not policy: connections, fragments and counters. Such a map is kept if its layout, as the
+older version saved it (`netpol_loader.pins.layouts`), equals that of this version: the new directory pins the same map
+a second time. A copy would miss a connection that opens at the last moment. The configuration is translated field by
+field. All other maps are new, and the caller must fill them.
 
 There are four steps, each of them atomic. A staging directory is filled while the old programs judge packets. This
 directory is renamed to the one of this schema, which begins the exchange. On each interface, the new programs replace

@@ -6,9 +6,8 @@ same hashes and tags as the program.
 
 The program writes at the same time. It uses compare-and-swap, which Python does not have. So this module first reserves
 a slot: it stores a tag of its own, and waits for a grace period. After that, a program that writes to the slot began
-after the reservation, and so it saw the tag. A program that began earlier has replaced the tag; in that case this
-module gives the slot up. A removal is one store, which also removes what the program writes into the slot at that
-moment.
+after the reservation, and so it saw the tag. A program that began earlier may have replaced the tag; then this module
+gives the slot up. A removal is one store, which also removes what the program writes into the slot at that moment.
 """
 
 from __future__ import annotations

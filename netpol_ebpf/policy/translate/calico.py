@@ -116,8 +116,9 @@ def _subject(spec: CalicoPolicySpec, namespace: str) -> Selector:
     """The effective subject selector (SEMANTICS 2.6 a).
 
     Calico joins the selectors of a global policy to one text and rewrites each all() in that text.  So an all() in
-    ``selector`` is rewritten as well.  An absent selector is not part of the text.  Then a negative namespaceSelector
-    or serviceAccountSelector also selects endpoints without a namespace or without a service account.
+    ``selector`` is rewritten as well. An absent ``selector`` adds nothing to the text, so nothing requires a namespace.
+    Then a negative namespaceSelector or serviceAccountSelector also selects endpoints without a namespace or without a
+    service account.
     """
     if namespace:
         accounts = () if spec.service_account_selector is None else (spec.service_account_selector,)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Endpoints, network sets, nodes, services, and the profiles of namespaces and service accounts (SEMANTICS 1.3).
 
-Invariants: labels are effective: they are the object's own labels, and labels inherited from its profiles.  If a key
-occurs several times, the own label counts, else the label of the first profile that has the key.  An own label cannot
-replace the inherited labels of a namespace or service account, because the prefixes of these labels are reserved.  A
-pod in the host's network, or a finished pod, is no endpoint.
+Invariants: labels are effective: they are the object's own labels, and labels inherited from its profiles. If a key
+occurs several times, the object's own label counts, else the label of the first profile that has the key. An own label
+cannot replace the inherited labels of a namespace or service account, because the prefixes of these labels are
+reserved.  A pod in the host's network, or a finished pod, is no endpoint.
 """
 
 from __future__ import annotations
