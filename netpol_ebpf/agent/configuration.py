@@ -181,7 +181,7 @@ def complete(
 
 
 def origin_hint(message: str, origins: Mapping[str, str]) -> str:
-    """A sentence that says from where the option at the beginning of an error message has its value.
+    """A sentence that says where a value was given: the value of the option with which an error message begins.
 
     "" if the value is from the command line. ``origins``: as `complete` sets it.
     """

@@ -52,7 +52,7 @@ SEND_BYTES = 1 << 16
 READERS_OF_USER = 8
 """Connections that one user may have at a time. The number is arbitrary.
 
-The limit keeps one user from taking what other users, or the agent, need."""
+The limit leaves file descriptors for other users and for the agent."""
 READERS = 64
 """Connections that all users but root may have together. The number is arbitrary, but far below 1024, which is the
 limit of select(2) and the usual limit of file descriptors."""

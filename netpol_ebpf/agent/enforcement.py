@@ -52,7 +52,10 @@ HOST_ENDPOINT = "HostEndpoint"
 
 @dataclass(slots=True)
 class NumberNames:
-    """The meaning of numbers in events. A number keeps its meaning after its row is removed, until it is used again."""
+    """The rules, log lists and endpoints for which the numbers in flow events stand.
+
+    A number keeps its meaning after its row is removed, until the number is used again.
+    """
 
     rules: dict[int, Cause] = field(default_factory=dict)
     log_lists: dict[int, tuple[int, ...]] = field(default_factory=dict)

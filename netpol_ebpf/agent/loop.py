@@ -38,7 +38,7 @@ TICK_S = 0.2
 """Most seconds between two steps of the agent. A step reads flow events, whose arrival does not wake the agent. The
 number is arbitrary."""
 RETRY_S = 5.0
-"""Seconds between two attempts to create the socket. The number is arbitrary."""
+"""Seconds between two attempts to create the control socket. The number is arbitrary."""
 log = logging.getLogger("netpol-agent")
 
 

@@ -30,7 +30,8 @@ from netpol_ebpf.status.writer import ABSENT_RETRY_S, SLUG, ReportWriter
 LOOK_S = 0.5
 """Least seconds between two calls of `PoliciesInForce.look` after a change. The number is arbitrary."""
 SLOW_LOOK_S = 10.0
-"""The same in seconds if nothing changed. Without a change a workload can become unenforced because time passes."""
+"""Least seconds between two calls of `PoliciesInForce.look` if nothing changed. Without a change a workload can become
+unenforced because time passes."""
 IDLE_S = 3600.0
 END_S = 5.0
 """Time limit in seconds for threads to end. A thread that still waits for a connection then ends later by itself."""

@@ -26,8 +26,8 @@ from netpol_ebpf.status.standing import Standing, evaluate
 
 PAGE_OBJECTS = 500
 FEW_NODES = 20
-"""Largest number of reports that are read one by one. Otherwise the list with the reports of all nodes is read. The
-number is arbitrary."""
+"""Largest number of reports that are read one by one. If more are needed, the list with the reports of all nodes is
+read. The number is arbitrary."""
 _CALICO = "/apis/projectcalico.org/v3"
 _OF_CLUSTER = (
     ("/api/v1/namespaces", "v1", "Namespace"),
@@ -82,7 +82,7 @@ def _nodes(sender: Sender, key: PolicyKey, policy: LoadResult) -> set[str]:
 
 
 def _items(sender: Sender, path: str, *, is_single: bool = False) -> Iterator[Mapping[str, Any]]:
-    """The objects of a list, page by page. A kind of Calico that the cluster does not have gives none."""
+    """The objects of a list, page by page. Of a Calico kind that the cluster does not have, there are none."""
     if is_single:
         yield _read(sender, path, path).body
         return

@@ -263,7 +263,7 @@ DEEPEST = 100
 The number is arbitrary, five times what any field that is read needs.
 """
 _TOKENS = re.compile(rb'"[^"\\]*(?:\\(?:.|\Z)[^"\\]*)*(?:"|\Z)|[\[\]{}]', re.DOTALL)
-"""Texts and brackets of JSON."""
+"""Matches each string and each bracket of a JSON text."""
 
 
 @lru_cache

@@ -35,7 +35,8 @@ SYNC_S = 60.0
 """Time limit in seconds for the first state of the cluster. It is longer than the seconds that a list of the largest
 clusters takes, and longer than GRACE_S, after which a failure is reported."""
 RESTORE_S = 10.0
-"""The same limit in seconds, if nothing is in force on this node and a saved state can be applied."""
+"""Time limit in seconds for the first state of the cluster, if nothing is in force on this node and a saved state can
+be applied."""
 SHOWN_KINDS = 5
 SAVE_S = 10.0
 """Seconds between two checks whether the saved state is out of date. The number is arbitrary."""

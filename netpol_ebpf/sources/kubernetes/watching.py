@@ -70,7 +70,7 @@ answers 403, 429 and 503 for up to 2 s."""
 ABSENT_ANSWERS = 3
 """Number of 404 answers to a LIST, in a row, after which a kind counts as not installed."""
 ABSENT_RETRY_S = 2.0
-"""Seconds between these ABSENT_ANSWERS requests.
+"""Seconds between two of the ABSENT_ANSWERS requests in a row.
 
 No server was seen to answer 404 while it started, but the agent does not rely on that."""
 STREAM_ATTEMPTS = 3
