@@ -14,9 +14,9 @@ has its true value:
 descriptors of a `FrameRunner` keep the namespace alive, so it ends with the runner or with the process, however the
 process ends.
 
-Invariants: no verdict depends on a time-out.  A packet socket or filter counts each frame that passes the hook, and a
-copy of the frame waits in the queue behind the frame.  If the copy arrives and the frame is not counted, the program
-has dropped the frame.  No other frame is on the interfaces: they have no address, and their MTU is too small for IPv6.
+Invariants: no verdict depends on a time-out. A copy of each frame follows the frame in the same queue. A packet socket
+or filter counts the frame if it passes the hook. If the copy has arrived and the frame was not counted, the program has
+dropped the frame. No other frame is on the interfaces: they have no address, and their MTU is too small for IPv6.
 
 The module must not know what the programs do.  Rejected as evidence: the counters of the programs, because the programs
 are under test.
