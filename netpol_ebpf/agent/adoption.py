@@ -4,15 +4,16 @@
 If the connection tables have no entry for a connection, the program treats its next packet as the first packet of a new
 flow: policy would judge a reply as if it were a request. So before an interface gets the programs for the first time,
 the agent writes the node's connections into the tables, with a generation that is never in force. At the next packet of
-such a connection, policy judges the connection's first packet: an allowed connection goes on, any other is cut.
+such a connection, policy judges the tuple of the connection's first packet. If policy allows that packet, the
+connection goes on; otherwise the program drops its packets.
 
 The agent reads the kernel's connection tracking and, for TCP without connection tracking, sockets. A workload's sockets
 are evidence only of that workload's own connections.
 
-Invariants: only connections whose opening policy allows continue, except if a workload's own sockets misrepresent who
-opened a connection. An entry that a program made is replaced only if the program mistook a reply for a request. A
-failure to read is reported as a warning, and everything else goes on. ICMP is left out, because a query ends within
-seconds.
+Invariants: a connection continues only if policy allows its first packet. The exception is a connection for which a
+workload's own sockets misrepresent which end opened it. The agent replaces an entry of the program only if the program
+took a reply for a request. If the agent cannot read connection tracking or sockets, it reports a warning and adopts the
+other connections. ICMP is left out, because an echo request and its replies end within seconds.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ SHARE = 2
 class LiveConnections:
     """The connections that the node's kernel reports.
 
-    ``tracked``: from connection tracking. ``opened``: from sockets. ``now_jiffies``: when they were read. ``unknown``:
-    why some could not be read, as texts.
+    ``tracked``: the connections from connection tracking. ``opened``: the connections from sockets. ``now_jiffies``:
+    the time of the read. ``unknown``: for sources that could not be read, the reasons as texts.
     """
 
     tracked: Collection[Tracked] = ()
@@ -69,7 +70,7 @@ class ConnectionAccess(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class NodeAddresses:
-    """The node's addresses and services, by which adoption recognises connections of the node and to services.
+    """The node's addresses and services: they show which connections are the node's own, and which are to services.
 
     ``addresses``: the node's own. ``services``: those whose packets get a deferred verdict.
     """

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers that need a pass over whole tables. A child process, a fork of the agent, computes and sends each answer.
+"""Answers that need a pass over whole tables. A fork of the agent computes each answer and sends it to the client.
 
 The child has the agent's state and the open maps as they were at the fork, and may take long. The agent only starts the
 child and notices its end. Rejected alternatives: passes in the agent's loop, in portions (the tables would change
 between portions), and cached answers (they would be outdated, and computing them would still block the loop).
 
-Invariants: a child changes only its own memory and writes only to one socket. It exits without running further agent
-code when it has finished, when its time limit ends, or when the agent ends. Each user has at most one child at a time;
-all users but root together have at most MOST.
+Invariants: a child changes only its own memory, and writes only to the socket of the client that asked. It exits
+without running further agent code when it has finished, when its time limit ends, or when the agent ends. Each user has
+at most one child at a time; all users but root together have at most MOST.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class Answering:
     ) -> None:
         """Start a child that answers a request on ``channel``. This process may then close its copy of the channel.
 
-        ``foreign``: sockets that the child must close. Raises PlatformError if no child can be started now.
+        ``foreign``: the sockets of other clients and the listening socket, which the child must close. Raises
+        PlatformError if no child can be started now.
         """
         agent = os.getpid()
         try:

@@ -3,14 +3,14 @@
 
 An interface is assigned once, to one endpoint for as long as the interface exists, by the strongest `Evidence`. A
 workload can forge only one kind of evidence: an address at the far end of a veth pair, because a workload with
-CAP_NET_ADMIN can add addresses there. So only the addresses count that were first seen there, and only for an interface
-without an assignment.
+CAP_NET_ADMIN can add addresses there. Therefore later addresses do not count as evidence: only the *first addresses*
+do, which the agent saw first at the far end, and only while the interface has no assignment.
 
 Invariants: nothing inside a workload's namespace changes an assignment. In a conflict the older assignment stays. An
 assigned interface never counts as the node's own. An interface that may be the node's own or a workload's keeps its
 present role and is reported. A file in the state directory keeps assignments across restarts; an entry of the file
 counts only if it has the form that an agent writes. This module makes no system call except for that file, and does not
-know of programs.
+attach programs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MOST_IFINDEX = (1 << 31) - 1
 
 
 class Evidence(enum.IntEnum):
-    """Kinds of evidence that an interface belongs to an endpoint, strongest first."""
+    """Kinds of evidence that an interface belongs to an endpoint, the strongest first."""
 
     NAMED = 1
     """The endpoint's own object names the interface."""
@@ -83,8 +83,8 @@ class Assignment(NamedTuple):
 class InterfaceRecord:
     """The stored facts about one interface.
 
-    ``side``: its role; None: in doubt. ``first``: the oldest address of each family at its other end, when addresses
-    were first seen there.
+    ``side``: its role; None: in doubt. ``first``: its first addresses: the oldest address of each family at its other
+    end, at the time when the agent first saw addresses there.
     """
 
     name: str
@@ -106,7 +106,7 @@ class LocatedEndpoints:
     problems: Mapping[EndpointKey, str] = field(default_factory=dict)
 
     def differences(self, other: LocatedEndpoints) -> list[str]:
-        """The endpoints for which another search had a different result."""
+        """The endpoints for which this result and the result ``other`` of another search differ."""
         found = _differing(self.interfaces, other.interfaces) | _differing(self.evidence, other.evidence)
         return sorted(map(str, found | _differing(self.problems, other.problems)))
 
@@ -143,8 +143,9 @@ def may_be_workloads(link: Interface) -> bool:
 class InterfaceAssignments:
     """Assigns interfaces to endpoints.
 
-    Callers call `look` with each new wiring and when endpoints changed, and `save` when ``is_dirty``. ``doubts``:
-    interfaces that may be the node's own or a workload's, each with a message that says how the interface is treated.
+    Callers call `look` with each new snapshot of the node's network and when endpoints changed, and `save` when
+    ``is_dirty``. ``doubts``: interfaces that may be the node's own or a workload's, each with a message that says how
+    the interface is treated.
     """
 
     def __init__(self, workloads: Sequence[str] = (), own: Sequence[str] = ()) -> None:
@@ -286,8 +287,8 @@ class InterfaceAssignments:
     def _forget_gone(self, wiring: Wiring) -> None:
         """Remove interfaces that no longer exist, and interfaces whose index another interface has now.
 
-        The latter are checked once, if an earlier agent stored the record: the interface must still have the recorded
-        name, unless none was recorded.
+        The index is checked once, for records of an earlier agent: the interface must have the recorded name. A record
+        without a name passes the check.
         """
         self.forget(self._seen.keys() - wiring.links.keys())
         if self._is_recalled:
@@ -591,10 +592,10 @@ class _TrustedEvidence:
             self._ways.insert(0, (Evidence.CNI, self._by_result))
 
     def beyond_reach(self, endpoint: Endpoint) -> tuple[Evidence, set[int]]:
-        """The kind of the strongest evidence for an endpoint that a workload cannot forge, and the interfaces it names.
+        """The kind and the interfaces of an endpoint's strongest evidence, without evidence that a workload can forge.
 
-        If the CNI plugin left no interface on the node, there are no such interfaces. If there is no such evidence, the
-        kind is ADDRESS.
+        If the CNI plugin reported that it left no interface on the node, the result is CNI without interfaces. If the
+        endpoint has no evidence of these kinds, the result is ADDRESS without interfaces.
         """
         if endpoint.interface is not None:
             named = self._by_name.get(endpoint.interface)
@@ -628,8 +629,8 @@ class _TrustedEvidence:
     def _by_subnet(self, address: IPAddress) -> int | None:
         """The only interface of the longest subnet that contains the address; None for one end of a veth pair.
 
-        Behind a veth pair the subnet may contain many workloads. Only the addresses at the other end tell which one it
-        is, and the workload chooses these.
+        Behind a veth pair the subnet may contain many workloads. Only the addresses at the pair's other end show which
+        workload is there, and the workload chooses those addresses.
         """
         found = self._longest_match(address)
         if len(found) != 1:
@@ -653,7 +654,7 @@ def _by_length(
 ) -> list[tuple[int, int, dict[int, Collection[int]]]]:
     """The interfaces of prefixes as a list of (IP version, host bits, map), longest prefix first.
 
-    The map gives the interfaces by the network bits of the prefix, as a number.
+    The map has the interfaces of each prefix. Its key is the prefix's network bits as an integer.
     """
     found: dict[tuple[int, int], dict[int, Collection[int]]] = {}
     for net, interfaces in subnets.items():
@@ -685,7 +686,8 @@ class _FirstAddresses:
     def _speaks_for(self, ifindex: int, endpoint: Endpoint) -> bool:
         """Whether the first addresses at an interface's other end fit the endpoint.
 
-        Each first address must be an address of the endpoint, unless the endpoint has no address of that family.
+        Each first address must be an address of the endpoint. A first address of a family of which the endpoint has no
+        address is ignored.
         """
         families = {address.version for address in endpoint.addresses}
         return all(one in endpoint.addresses for one in self._seen[ifindex].first if one.version in families)

@@ -4,8 +4,8 @@
 `netpol_loader.host.barrier` defines the tables and the *sign*.
 
 Invariants: the programs set the sign before a table drops packets without it, and the tables stop dropping before the
-programs stop setting it. If the barrier cannot be installed, a problem names what is open, and everything else goes on.
-This module does not decide which interfaces are workloads'.
+programs stop setting it. If the barrier cannot be installed, a problem names the kinds of packets that pass without the
+sign, and the agent goes on without the barrier. This module does not decide which interfaces are workloads'.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ class MarksWriter(Protocol):
 class _Rise:
     """Packets that the barrier dropped from an attached interface.
 
-    ``since_s``: when the last ones were dropped. ``others``: other software's programs on the interface, as read at
-    ``asked_s``.
+    ``since_s``: when the barrier last dropped packets. ``others``: other software's programs on the interface, which
+    the agent read at ``asked_s``.
     """
 
     packets: int
@@ -293,9 +293,9 @@ class Barrier:
 
     @property
     def problems(self) -> list[Problem]:
-        """The problem that the barrier leaves something open, if it does.
+        """A problem if the barrier lets packets without the sign pass.
 
-        Also a problem for each attached interface whose packets the barrier dropped.
+        Also a problem for each attached interface from which the barrier dropped packets.
         """
         found = [] if self._failure is None else [self._failure]
         for name, one in sorted(self._risen.items()):

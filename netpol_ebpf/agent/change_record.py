@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The record of changes that came into force: a log line for each change, and a histogram of how long changes took.
 
-Invariant: a change is in the histogram and in the log exactly once. If changes come into force within LINE_S of a line,
-they share the next line, which has the sums of their objects and the longest of their times.
+Invariant: a change is in the histogram and in the log exactly once. Changes that come into force less than LINE_S
+seconds after a log line share the next line. It has the sums of the numbers of their objects, and the longest of their
+times.
 """
 
 from __future__ import annotations

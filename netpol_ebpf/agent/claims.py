@@ -56,10 +56,10 @@ class AddressClaims:
         """Update the claims, and reduce the endpoints in ``changes`` to the addresses that they hold.
 
         The world must already contain the changes. Endpoints whose addresses change as a consequence are added to
-        ``changes``. ``older``: endpoints that count as older than the other new endpoints. ``is_idle``: whether an
-        endpoint of this node has no interface; the address of its object is then out of date, so another pod gets the
-        address if the runtime assigned it to that pod. Cost: linear in the changed endpoints and in the claimants of
-        their addresses.
+        ``changes``. ``older``: endpoints that count as older than the other new endpoints. ``is_idle``: returns whether
+        an endpoint of this node has no interface. The address in the object of such an endpoint may be out of date, so
+        the endpoint loses the address to a pod to which the runtime assigned it. Cost: linear in the changed endpoints
+        and in the claimants of their addresses.
         """
         touched: dict[EndpointKey, None] = {}
         # Old claims end before new ones begin, because one change may move an address to another endpoint.

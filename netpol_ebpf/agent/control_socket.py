@@ -8,8 +8,8 @@ client disconnects.
 Invariants: the agent answers only root, its own user and the members of one group, if a group is set; the kernel
 identifies the client (SO_PEERCRED, SO_PEERGROUPS). A slow client is disconnected and never delays the agent. Every
 request gets an answer, and no request affects other clients. The connections of one user leave room for those of
-others. Operations only read, except ``release`` and those of the CNI plugin, which only root may use. This process
-itself never iterates over a table for a client: `netpol_ebpf.agent.answering` does so in a child process, and each pass
+others. Operations only read, except ``release`` and those of the CNI plugin, which only root may use. The agent's own
+process never iterates over a table for a client: a child process does (`netpol_ebpf.agent.answering`), and each pass
 starts at most one child. This module runs no loop: `ControlSocket.poll` is one pass.
 """
 
@@ -43,8 +43,8 @@ SOCKET_NAME = "agent.sock"
 REQUEST_BYTES = 4096
 """Longest request in bytes. The number is arbitrary."""
 REQUEST_S = 5.0
-"""Seconds from the connection in which the request must arrive. A client that reads flows without following must also
-have received them this long after its request. The number is arbitrary."""
+"""Seconds after a client connects within which its request must arrive. A client that reads flows without ``follow``
+must also have received them this many seconds after its request. The number is arbitrary."""
 BACKLOG_BYTES = 1 << 20
 """Most unsent bytes for one client. A client with more is disconnected. The number is arbitrary."""
 SEND_BYTES = 1 << 16
@@ -68,8 +68,8 @@ NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 FLOWS = "flows"
 """The operation that `ControlSocket` answers itself, without a child process."""
 MOST_WAITING = 256
-"""Connections of root that may wait for a state. The number is arbitrary, but larger than the number of pods on a node
-and far below 1024."""
+"""Largest number of root's connections that wait for a state of the agent, such as a pod's policy in force. The number
+is arbitrary, but larger than the number of pods on a node and far below 1024."""
 
 Wait = Callable[[], Any]
 """A function that checks whether the awaited state is reached: returns the answer, or None if it is not reached yet. It
@@ -84,9 +84,10 @@ _GROUPS_BYTES = 1024
 class _Client:
     """The connection of one client.
 
-    ``user``: the client's user id. ``since_s``: when the client connected, or when its request was complete.
-    ``unsent``: queued lines; clients share the line of a flow. ``request``: a request for which no child could be
-    started yet. ``wait``: the check of the state for which the client waits.
+    ``user``: the client's user id. ``since_s``: until the request is complete, the time at which the client connected;
+    afterwards, the time at which the request was complete. ``unsent``: queued lines; clients share the line of a flow.
+    ``request``: a request for which no child could be started yet. ``wait``: the check of the state for which the
+    client waits.
     """
 
     channel: socket.socket
@@ -195,9 +196,9 @@ class ControlSocket:
         return readable, [client.channel.fileno() for client in self._clients if client.unsent]
 
     def poll(self) -> None:
-        """Do what is possible without blocking: accept clients, read requests, begin one answer, send bytes.
+        """Do what is possible without blocking: accept clients, read requests, start one child, send bytes.
 
-        This process does not itself iterate over a table.
+        The agent's own process iterates over no table here; the child that computes an answer does.
         """
         self._answering.reap()
         for _ in range(WELCOMES if self._listener is not None else 0):
@@ -333,7 +334,7 @@ class ControlSocket:
     def _begin_answer(self) -> None:
         """Start a child for the first queued request that may begin now.
 
-        A pass starts only one child, because the fork takes some time of this process.
+        A pass starts only one child, because the agent stands still during a fork.
         """
         for client in self._clients:
             request = client.request

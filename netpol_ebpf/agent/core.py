@@ -46,7 +46,8 @@ CLOSE_S = 15.0
 """Seconds that a node without any policy in force waits for its objects, before its workloads' interfaces are closed.
 The number is arbitrary, but longer than a source takes before it uses its saved state."""
 SHOWN = 5
-"""Largest number of a source's missing parts that a message names; `status` shows all. The number is arbitrary."""
+"""Largest number of kinds or directories, still to be read by a source, that a message names; `status` shows all. The
+number is arbitrary."""
 NOT_SYNCED = "not-synced"
 TELL_S = 60.0
 """Seconds between two log lines that name what the agent waits for. The number is arbitrary."""
@@ -174,7 +175,7 @@ class Agent:
     def _put_in_force_if_due(self) -> None:
         """Before the start: put the objects in force if the source has synced.
 
-        Without it, close workloads after `CLOSE_S`.
+        If it has not synced after `CLOSE_S`, close workloads' interfaces.
         """
         if self.source.has_synced:
             self._put_in_force()
@@ -388,7 +389,7 @@ class Agent:
         return [*found, *self.objects.handovers.problems]
 
     def _not_synced(self) -> Problem:
-        """The problem that the source has not synced. It names the missing parts, and the policy in force meanwhile."""
+        """The problem that the source has not synced: what is not read yet, and which policy is in force meanwhile."""
         missing = [
             f"{one['source']} ({', '.join(one['waiting_for'][:SHOWN])}{', ...' if one['waiting_for'][SHOWN:] else ''})"
             for one in self.source.report()
@@ -419,7 +420,7 @@ class Agent:
         return [*found, *self.objects.without_namespace()]
 
     def _log_unenforced(self) -> None:
-        """Log the workloads that became unenforced or enforced. Some become so only because time passes."""
+        """Log the workloads that became unenforced or enforced. A workload can become unenforced by time alone."""
         self._unenforced_log.note(self.unenforced())
 
     def _name_of(self, ifindex: int) -> str:

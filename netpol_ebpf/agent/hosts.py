@@ -3,8 +3,8 @@
 
 An own interface is any interface that is not a workload's. A host endpoint applies to the interface that it names. If
 it names none, it applies to the interfaces that have one of its addresses. A wildcard host endpoint applies to all
-interfaces without another host endpoint. If several claim an interface, `claim_order` decides; a host endpoint that
-loses is reported as a problem.
+interfaces without another host endpoint. If several host endpoints name an interface or have its addresses, the first
+by `claim_order` gets it, and the others are reported as problems.
 
 All own interfaces get the programs, except bridges and the loopback. The reason is that a packet to a service can leave
 by any interface, and a packet with a forged source address of a local workload can arrive by any. On an interface

@@ -2,7 +2,8 @@
 """The node's network as the kernel reports it.
 
 A `Follower` keeps interfaces, addresses and routes up to date by netlink notifications. The kernel sends no
-notifications about multicast groups, nor about addresses in other network namespaces, so both are listed at intervals.
+notifications about multicast groups or about addresses in other network namespaces, so the agent lists both at
+intervals.
 
 Invariant: the cost of one interface is bounded, whatever happens at its other end. This module changes nothing.
 """
@@ -29,7 +30,7 @@ from netpol_loader.host.routes import LocalRoute
 from netpol_loader.host.sockets import bound_sockets
 
 STACKED_KINDS = frozenset({"vlan", "macvlan", "ipvlan"})
-"""Kinds of devices stacked on a lower device, whose IP packets are those of the lower device.
+"""Kinds of devices that are stacked on a lower device. Each IP packet of such a device also passes the lower device.
 
 A tunnel is not stacked in this sense, because it encapsulates the packets."""
 GROUP = Meaning(LocalFlag.GROUP)
@@ -119,7 +120,8 @@ class KernelNetwork:
     def _look_at_groups(self) -> None:
         """List the multicast groups that the node's processes have joined.
 
-        The kernel does not notify of changes. A list takes milliseconds, so it is made at most every GROUPS_S.
+        The kernel sends no notification when a group is joined or left. To list the groups takes milliseconds, so the
+        agent lists them at most once in GROUPS_S.
         """
         now_s = time.monotonic()
         if now_s - self._groups_s < GROUPS_S:
@@ -186,7 +188,7 @@ class KernelNetwork:
         return self._links
 
     def _look_behind(self, links: Mapping[int, tuple[Link, Interface]], bound: Collection[int]) -> None:
-        """List the addresses at the other ends of veth and netkit pairs that have no workload.
+        """List the addresses at the other ends of veth and netkit pairs that are assigned to no workload.
 
         A pair that changed is listed at once, any other every PEERS_S. ``bound``: interfaces with a workload, which are
         left out. The cost of one interface is bounded, whatever happens at its other end.

@@ -132,8 +132,8 @@ class LocalInterfaces:
         """Workloads' interfaces for which the node has evidence of addresses, each with these addresses.
 
         The strongest evidence counts: the CNI plugin's handover, the result that the plugin left on the node, host
-        routes, or the first addresses at the other end. First addresses do not count on a bridge, because the workload
-        chose them and could answer there in the name of another host.
+        routes, or the first addresses at the other end. First addresses of an interface on a bridge do not count: the
+        workload chose them, and could answer ARP on the bridge for another host's address.
         """
         handed = {
             one.ifindex: one.addresses
@@ -186,7 +186,10 @@ class LocalInterfaces:
         self._save()
 
     def _looking(self) -> Callable[[InterfaceAssignments], LocatedEndpoints]:
-        """A function that calls `InterfaceAssignments.look` with the last snapshot and the present objects."""
+        """`InterfaceAssignments.look` with arguments from the last snapshot and the present objects.
+
+        The caller gives only the assignments.
+        """
         return partial(
             InterfaceAssignments.look,
             wiring=self.wiring,

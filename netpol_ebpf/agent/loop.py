@@ -31,8 +31,9 @@ SETTLE_S = 0.01
 A container network makes an interface and its routes within milliseconds: one pass sees both, and binds the pod.
 """
 REST_FACTOR = 4
-"""Factor of the delay of a source: after a step, its changes wait this many times as long as the step took, at most
-NEWS_GAP_S. So a source with many small changes takes a fifth of a processor, and a single change is not delayed."""
+"""Factor of the delay of a source's changes: after a step, further changes wait this many times as long as the step
+took, at most NEWS_GAP_S. So a source with many small changes takes at most a fifth of a processor, and a single change
+is not delayed."""
 TICK_S = 0.2
 """Most seconds between two steps of the agent. A step reads flow events, whose arrival does not wake the agent. The
 number is arbitrary."""

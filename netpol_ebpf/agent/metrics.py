@@ -26,8 +26,9 @@ from netpol_ebpf.terminal import escaped
 EVENTS_LOST = "event-lost"
 """The slug of the only reason (`netpol_loader.abi`) whose counter counts events instead of packets."""
 RULES = 1000
-"""Largest number of rules with counters. The number is arbitrary. Rules that decided packets come first, then others,
-both by number. The agent keeps a rule's number as long as the rule exists, so a rule keeps its series."""
+"""Largest number of rules with counters. The number is arbitrary. Rules that decided packets come before others, and
+rules of each of these two groups are ordered by their numbers. The agent keeps a rule's number as long as the rule
+exists, so a rule keeps its series."""
 OBJECTS = 100
 """Largest number of objects of a rejected change that have a series. The number is arbitrary."""
 INTERFACES = 100

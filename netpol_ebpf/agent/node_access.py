@@ -102,7 +102,7 @@ class RepairAccess(Protocol):
         """Restore pins, and our programs on some of these interfaces, if another program removed or changed them.
 
         Successive calls cover all interfaces. Returns what was restored. Raises PlatformError if something could not be
-        restored, or PartlyMendedError if other things were.
+        restored; PartlyMendedError also has what was restored before.
         """
 
     def other_programs(self, attached: Collection[int]) -> list[Other]:

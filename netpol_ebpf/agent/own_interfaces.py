@@ -246,8 +246,9 @@ class OwnInterfaces:
     ) -> Surroundings:
         """The node's addresses and services for the maps. ``bearing``: own interfaces that must have rows.
 
-        Service addresses are included only if every interface by which packets can leave has the programs, or is known
-        to lack them. Until then the program evaluates packets to services like all other packets.
+        Service addresses are included only if every interface by which packets can leave has the programs, or if the
+        agent already reports which interface lacks them. Until then the program evaluates packets to services like all
+        other packets.
         """
         are_exits_known |= plan.interfaces.keys() <= self._attachments.interfaces or self.no_exit is not None
         interfaces = {}

@@ -47,8 +47,8 @@ class PoliciesInForce:
     def _revision(self, key: PolicyKey, is_pending: bool) -> str:  # noqa: FBT001 - private
         """The revision of a policy that is in force; "" if none is.
 
-        The result is also "" if a rejected change affects the policy without a change of its spec, such as a change of
-        a namespace's labels.
+        The result is also "" if a rejected change affects the policy but not its spec. An example is a change of a
+        namespace's labels.
         """
         revision = self._revisions.get(key, "")
         return "" if is_pending and revision == self._present(key) else revision

@@ -61,7 +61,7 @@ def answer_question(agent: Agent, request: Mapping[str, Any]) -> dict[str, Any]:
 class NodeTopology(Topology):
     """The topology of the policy model, with this node's addresses, devices and interfaces added.
 
-    A packet passes the interface by which the node would send to the packet's other end.
+    A packet is assumed to pass the interface by which the node would send packets to the address at the other end.
     """
 
     def __init__(self, world: World, agent: Agent) -> None:

@@ -98,7 +98,8 @@ class Repair:
 
         Once every AUDIT_S, also check for all other drift and restore it.
 
-        Each check compares the next part of the rows. Returns whether this call made a check.
+        Each check compares one part of the rows with the tables; the next check takes the next part. Returns whether
+        this call made a check.
         """
         now_s = self._clock()
         self.drift.note(self._barrier.restore_reported(), now_s)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The threads that report to the API server.
 
-One writes this node's report; three others work only where this agent leads.
+One thread writes this node's report. Three other threads work only while this agent is the elected leader.
 
 The agent's loop calls `Reporting.look`, which never waits. The threads get copies of the agent's data. Invariant: an
 exception in a thread ends neither the thread nor enforcement; it becomes a warning.

@@ -36,7 +36,7 @@ from netpol_ebpf.resources.yamltree import Path
 NAMESPACE_NAME_LABEL = "kubernetes.io/metadata.name"
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 
-# Annotations in which network plugins write a pod's addresses.  Only an empty one is read, of a pod under deletion.
+_POD_IPS = "cni.projectcalico.org/podIPs"
 _POD_IP = "cni.projectcalico.org/podIP"
 _AWS_POD_IPS = "vpc.amazonaws.com/pod-ips"
 # The kubelet makes the API object of a static pod, with another UID.  This annotation has the pod's UID in the
@@ -83,7 +83,7 @@ def _pod(obj: Reader, meta: Meta) -> Pod:
     # A CNI plugin that has released the address of a deleted pod sets the pod's annotation to an empty text.
     taken_back = deleting and "" in (annotations.get(_POD_IP), annotations.get(_AWS_POD_IPS))
     finished = phase in ("Succeeded", "Failed") or taken_back
-    addresses = _pod_addresses(obj, status)
+    addresses = _pod_addresses(obj, annotations, status)
     return replace(
         read_template(obj, meta),
         finished=finished,
@@ -142,20 +142,23 @@ def _protocol(port: Reader) -> int:
     return PROTOCOLS[port.enum("protocol", tuple(PROTOCOLS)) or "TCP"]
 
 
-def _pod_addresses(obj: Reader, status: Reader | None) -> tuple[IPAddress, ...]:
-    """A pod's addresses: from status.podIPs, else from status.podIP.
-
-    The annotations of network plugins do not count: whoever may create pods can write an annotation, so a pod could claim
-    the address of another pod, or any address of the world.  Only the kubelet writes the status.
-    """
-    if status is None:
-        return ()
-    entries = [(entry.path, entry.string("ip")) for entry in status.mappings("podIPs")]
-    found = _addresses(obj, [((*path, "ip"), ip) for path, ip in entries if ip])
-    single = status.string("podIP")
-    if not found and single:
-        found = _addresses(obj, [((*status.path, "podIP"), single)])
-    return found
+def _pod_addresses(obj: Reader, annotations: Mapping[str, str], status: Reader | None) -> tuple[IPAddress, ...]:
+    """A pod's addresses: from status.podIPs, else from status.podIP, else from annotations of CNI plugins."""
+    if status is not None:
+        entries = [(entry.path, entry.string("ip")) for entry in status.mappings("podIPs")]
+        found = _addresses(obj, [((*path, "ip"), ip) for path, ip in entries if ip])
+        single = status.string("podIP")
+        if not found and single:
+            found = _addresses(obj, [((*status.path, "podIP"), single)])
+        if found:
+            return found
+    for annotation in (_POD_IPS, _POD_IP, _AWS_POD_IPS):
+        path = ("metadata", "annotations", annotation)
+        texts = [text.strip().partition("/")[0] for text in annotations.get(annotation, "").split(",")]
+        found = _addresses(obj, [(path, text) for text in texts if text])
+        if found:
+            return found
+    return ()
 
 
 def _addresses(obj: Reader, texts: Iterable[tuple[Path, str]]) -> tuple[IPAddress, ...]:

@@ -74,7 +74,8 @@ class LastGoodCopies:
     def store_directories(self, directories: Mapping[str, DirectoryId]) -> None:
         """Store the identities of the directories with manifests, by path below the root.
 
-        After a restart they show whether another directory has taken the place of one of these directories.
+        After a restart the source compares them with the directories that it finds. So it notices if another directory
+        is at the path of one of them.
         """
         path = self.directory / DIRECTORIES
         if directories:

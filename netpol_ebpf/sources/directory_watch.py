@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A file descriptor that becomes readable when something changes in one of several directories.
 
-The watch uses inotify(7) only as a wake-up. It does not read which file changed, or how; its user then scans the
-directories. So neither a queue overflow nor the order of events can lead to a wrong state.
+The watch uses inotify(7) only as a wake-up. It does not read which file changed, or how: after each wake-up the source
+scans the directories. So neither a queue overflow nor the order of events can lead to a wrong state.
 
 Invariant: `DirectoryWatch.is_complete` is True only if the kernel reports every change of the directories' entries. The
 kernel does not report changes on network and FUSE file systems that other machines or processes make.

@@ -12,7 +12,8 @@ not valid, or is empty keeps the objects of its last good state and is reported 
 for all files below a directory that cannot be read. With a directory for copies, last good states survive a restart.
 Objects are removed only when their file is removed, when the file no longer contains them, or when it states that it
 has none (``---`` or an empty List). If several files have an object, the first by file name is used and the others are
-reported. If an object is given both in Calico's stored form and as projectcalico.org/v3, the latter is used.
+reported. If an object is given both in Calico's stored form and as projectcalico.org/v3, its projectcalico.org/v3 form
+is used.
 
 The state of the directory is applied when two successive scans had the same result. So neither a half-written file nor
 the moment between the removal of a file and the appearance of its successor becomes policy. This module runs no loop:
@@ -92,8 +93,8 @@ class _File:
     """The state of one file.
 
     ``digest``, ``problems``: of the text that was read last, valid or not. ``resources``: of the last good text.
-    ``version``: the digest of that text, in hexadecimal digits. ``skipped``: the number of other objects in that text,
-    by apiVersion and kind.
+    ``version``: the digest of that text, in hexadecimal digits. ``skipped``: the number of objects in that text of
+    kinds that are not read, by apiVersion and kind.
     """
 
     signature: Signature
@@ -113,8 +114,8 @@ class _File:
 class _Scan:
     """The result of one scan.
 
-    ``files``: the signature of each manifest by its name, which is "" if the root is a file. ``hidden``: the paths that
-    cannot be read, with the reasons. ``directories``: the identity of each directory.
+    ``files``: the signature of each manifest by the manifest's name; "" is the name if the root itself is a manifest.
+    ``hidden``: the paths that cannot be read, with the reasons. ``directories``: the identity of each directory.
     """
 
     files: dict[str, Signature]
@@ -141,8 +142,8 @@ class _Pending:
 
 
 ObjectPosition = tuple[bool, str, int]
-"""(whether the object has Calico's stored form, name of its file, its number in the file). Of several positions of an
-object the least is used."""
+"""The position of an object: (whether the object has Calico's stored form, name of its file, its number in the file).
+If an object has several positions, the least one is used."""
 
 
 @dataclass(slots=True)
@@ -669,8 +670,8 @@ class ManifestDirectory:
 class _DirectoryHistory:
     """The directories with manifests of one scan, compared with those before.
 
-    ``known``: the directories that contained manifests when the source was last applied, with their identities; None if
-    the file that records them was lost.
+    ``known``: the directories that contained manifests when a state of the source was last applied, with their
+    identities; None if the file that records the identities was lost.
     """
 
     scan: _Scan
@@ -689,7 +690,8 @@ class _DirectoryHistory:
     def displaced(self, name: str) -> dict[str, str]:
         """For a file that was not found: the path that took its place, or its directory's place, with a description.
 
-        {} if nothing took its place: the file, or its directory, was removed, so its objects must be removed.
+        {} if nothing took the place of either: the file, or its directory, was removed, so the objects of the file must
+        be removed.
         """
         directories = self.scan.directories
         if name in directories:
@@ -707,8 +709,8 @@ class _DirectoryHistory:
     def homes(self) -> dict[str, DirectoryId]:
         """The directories of all files, with their identities (device and inode), by path below the root.
 
-        Files that were not found but may still exist are included. A directory that could not be read keeps its earlier
-        identity.
+        The directories of files that were not found but may still exist are included. A directory that could not be
+        read keeps its earlier identity.
         """
         now, known = self.scan.directories, self.known or {}
         parents = {one.rpartition("/")[0] for one in self.scan.files if one}

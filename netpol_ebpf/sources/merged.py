@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merges several sources into one. If several sources have an object, that of the first source in order is used.
 
-The objects of the other sources are reported as problems. They are used when the first source removes its object. So
+The same object in a later source is reported as a problem, and is used when the earlier sources no longer have it. So
 the objects in force follow from the content of the sources, not from the order of their updates.
 
 Invariant: a source that has not synced contributes neither objects nor removals. When it syncs, one update adds all its

@@ -44,7 +44,7 @@ READ_S = 300
 processor."""
 CHILD_BYTES = 2 << 30
 """Memory limit of the child in bytes, without the memory that it shares with the parent. A file of 64 MiB, the largest
-that is read, needs half of it."""
+that is read, needs half of this limit."""
 MOST_PROBLEMS = 100
 """Largest number of problems of one file that are reported. The number is arbitrary."""
 TAKEN_TOGETHER = 250
@@ -71,8 +71,8 @@ class ReadTask:
 
     ``path``: the file; None: do not read it, only its last good state. ``digest``: of the text that was read last; b""
     if none was. ``copy``: use the last good state from its copy if the file is not valid. ``size_bytes``: the size that
-    the scan found. ``problems``: why the file must not be read. ``again``: whether a later attempt may succeed although
-    the file does not change.
+    the scan found. ``problems``: why the file must not be read. ``again``: whether a later attempt to read may succeed
+    even if the file does not change.
     """
 
     name: str
@@ -213,7 +213,7 @@ class Reading:
     def _note_end(self, code: int) -> None:
         """Handle the end of a child. If files remain, start another child for them.
 
-        The file at which the child ended is not read again; it gets a problem.
+        The file at which the child ended is not read again; a problem reports it.
         """
         number, results = len(self._results) - 1, self._results[-1]
         results.seek(0)

@@ -87,19 +87,19 @@ class Source(Protocol):
         """
 
     def sync(self) -> SourceUpdate:
-        """Begin to read, wait until the source has all its objects, and return them.
+        """Begin to read, wait until the source has read all its objects, and return the objects.
 
-        Raises InvalidInputError or UnreachableError if the source cannot be read. Its objects are then unknown, which
-        is not the same as having none.
+        Raises InvalidInputError or UnreachableError if the source cannot be read. The caller must not treat an
+        unreadable source as one without objects.
         """
 
     def report(self) -> tuple[Mapping[str, Any], ...]:
         """The data that ``status`` shows for this source, or for each source in it, as values that JSON can represent.
 
-        ``source``: its name. ``type``: its kind of source. ``synced``: see `has_synced`. ``waiting_for``: the parts
-        that are missing until it has synced. ``behind``: the parts whose changes do not arrive now, each with the
-        reason. The method takes no lock: it runs in a forked child of the agent, in which a lock that another thread
-        held would never be released.
+        ``source``: its name. ``type``: its kind of source. ``synced``: see `has_synced`. ``waiting_for``: the kinds, or
+        the text "its files", that it must still read to be synced. ``behind``: the kinds or files of which changes do
+        not arrive now, each with the reason. The method takes no lock: it runs in a forked child of the agent, in which
+        a lock that another thread held would never be released.
         """
 
     def fileno(self) -> int | None:

@@ -189,7 +189,7 @@ class ConditionWriter:
     def _faulty(self, view: View, refused: dict[PolicyKind, WriteRefusedError]) -> Iterator[_Due]:
         """The objects that are not valid. Their generation is read from the server.
 
-        ``refused``: gets an entry for each kind of which an object cannot be read.
+        ``refused``: this method adds each kind of which an object cannot be read.
         """
         for path, fault in view.faults.items():
             kind = kind_at(path)

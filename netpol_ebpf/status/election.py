@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The election of the one agent in the cluster that writes the conditions of policies. A Lease names it.
 
-All times are the API server's, from the Date header of its answers, so the clocks of the nodes do not matter. Followers
-read the Lease rarely. With 5 000 of them one reads it at almost any moment, and the first one that finds it expired
-takes it.
+All times are the API server's, from the Date header of its answers, so the clocks of the nodes do not matter. The other
+agents, the followers, read the Lease rarely. In a cluster of 5 000 nodes some follower reads it at almost any moment,
+and the first follower that finds it expired takes it.
 
 Invariant: an agent that could not renew the Lease stops leading before another agent may take it. If two agents lead at
-a time, as after a pause of a whole node, both write the same conditions.
+the same time, for example after one node was suspended, both write the same conditions.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 """Reads the standing of one policy from an API server, with the rights of a user who may read the policy.
 
 The nodes that need a namespaced policy are found from the pods of its namespace; for a policy of the whole cluster all
-pods are needed. Invariant: no answer is given from a part of the objects; a list that cannot be read to its end is an
-error.
+pods are needed. Invariant: the answer is derived from complete lists of objects; a list that cannot be read to its end
+is an error.
 """
 
 from __future__ import annotations

@@ -20,9 +20,10 @@ _Labels = frozenset[tuple[str, str]]
 
 
 def needs_policy(endpoint: Endpoint) -> bool:
-    """Whether policy must be in force for an endpoint.
+    """Whether a node must enforce policy for an endpoint.
 
-    It must if the endpoint is on a node and, if it is a workload, has an address, which shows that it runs.
+    True for a host endpoint that is on a node, and for a workload that is on a node and has an address. The address
+    shows that the workload runs.
     """
     return endpoint.node is not None and (bool(endpoint.addresses) or endpoint.interface is not None)
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report of one node: which policies are in force there, as one fingerprint for each policy.
 
-A fingerprint is a short hash of a policy's UID and generation. A reader knows both for the policy in question, so the
-report needs neither names nor generations: if it has the fingerprint, this generation is in force on the node.
+A fingerprint is a short hash of a policy's UID and generation. A reader knows UID and generation of the policy in
+question and computes the fingerprint itself, so the report needs neither names nor generations. If the report has the
+fingerprint, this generation is in force on the node.
 
 Invariant: if a policy has a shortfall, the report does not have the fingerprint of its newest generation. That also
-holds if the report leaves out the policy's name because there are too many.
+holds if the report leaves out the policy's name because it has too many names.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ def render_report(
 ) -> dict[str, Any]:
     """The NodeReport object that a node's agent writes. ``renewed_s``: seconds since 1970.
 
-    ``node_uid``: the UID of the Node object, with which the report is deleted; "": the report is not deleted with it.
+    ``node_uid``: the UID of the Node object; the report is deleted together with this object. "": the report is not
+    deleted with a Node object.
     """
     fingerprints = sorted(fingerprint(one) for one in status.in_force.values())
     spec: dict[str, Any] = {

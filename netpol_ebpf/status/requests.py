@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests to an API server with small answers, and what an answer means for a write.
 
-Invariant: a write counts as done only if the answer says so. A write is repeated only if a repetition changes nothing
-(server-side apply), or if the server says that nothing was done.
+Invariant: a write counts as done only if the answer says so. A write is repeated only if a second execution would
+change nothing (server-side apply), or if the server says that it did not execute the first.
 """
 
 from __future__ import annotations

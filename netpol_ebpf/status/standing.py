@@ -41,7 +41,7 @@ class Standing:
     """The standing of a policy in the cluster, or on one node.
 
     ``generation``: the newest generation of the policy's spec, 0 for a policy from a manifest. ``nodes``: the nodes
-    that need the policy. ``problem``: why no node can enforce this spec; "" if they can.
+    that need the policy. ``problem``: why no node can enforce this spec; "" if nodes can enforce it.
     """
 
     policy: str
@@ -63,7 +63,8 @@ class Standing:
     def reason(self) -> str:
         """The reason in one word: `IN_FORCE`, `INVALID`, or the reason of a node that is behind.
 
-        If several nodes are behind, a rejection comes before the reasons PENDING, NO_REPORT and STALE.
+        If several nodes are behind for different reasons, a rejection takes precedence over PENDING, NO_REPORT and
+        STALE.
         """
         if self.problem:
             return INVALID

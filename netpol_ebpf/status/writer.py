@@ -2,7 +2,7 @@
 """Writes the report of this node to the API server: when its content changes, and once in a period.
 
 All nodes of a cluster together write at most `WRITES_PER_S` reports per second: each node waits at least `gap_s`
-between two reports, and a random part of `gap_s` before each. Several changes in that time make one report.
+between two reports, and a random part of `gap_s` before each report. Changes during this wait are in one report.
 
 Invariants: `ReportWriter.offer` never waits. A report that the server did not confirm is written again. A failure is
 only a problem of the report and changes nothing that is in force.
@@ -107,7 +107,7 @@ class ReportWriter:
         return 0.0 if self._wanted is not wanted else self._renew_s - now_s
 
     def _is_news(self, wanted: NodeStatus) -> bool:
-        """Whether a status has news for which readers wait. That the node no longer needs a policy is no such news."""
+        """Whether a status has news for which readers wait; that a node no longer needs a policy is no news."""
         known = self._confirmed
         if known is None or wanted.shortfalls != known.shortfalls:
             return True
@@ -121,9 +121,9 @@ class ReportWriter:
         return apply(self.sender, f"{COLLECTION}/{quote(self.node, safe='')}", report)
 
     def _read_node_uid(self) -> str:
-        """The UID of this node's Node object; "" if there is none. Then nobody deletes the report, and nobody reads it.
+        """The UID of this node's Node object; "" if there is no such object.
 
-        It is read as a list of one object, because agents may list Nodes in any case.
+        The UID is read by a LIST of this one object, because agents always have the right to list Nodes.
         """
         found = request(self.sender, "GET", f"{NODES}?fieldSelector=metadata.name%3D{quote(self.node, safe='')}")
         items = found.body.get("items") or [{}]

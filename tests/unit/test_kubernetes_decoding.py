@@ -89,16 +89,12 @@ def test_every_annotation_that_a_parser_reads_is_kept() -> None:
 
 
 def test_calico_annotations_of_a_pod_are_read() -> None:
-    """Calico has taken the address back from a pod under deletion."""
-    annotations = {"cni.projectcalico.org/podIP": ""}
-    deleted = {"deletionTimestamp": "2026-01-01T00:00:00Z", "annotations": annotations}
-    item = {
-        "metadata": {"name": "a", "namespace": "b", "resourceVersion": "1", **deleted},
-        "status": {"podIP": "10.0.0.9"},
-    }
-    decoded = decode_object(PODS, json.dumps(item).encode())
+    """An address that only an annotation has."""
+    annotations = {"cni.projectcalico.org/podIP": "10.0.0.9/32"}
+    metadata = {"name": "a", "namespace": "b", "resourceVersion": "1", "annotations": annotations}
+    decoded = decode_object(PODS, json.dumps({"metadata": metadata, "spec": {}, "status": {}}).encode())
     resource = parse(PODS, decoded.name, decoded.fields).resource
-    assert resource.finished  # type: ignore[union-attr]
+    assert [str(address) for address in resource.addresses] == ["10.0.0.9"]  # type: ignore[union-attr]
 
 
 def deep(levels: int) -> bytes:

@@ -51,23 +51,23 @@ def test_namespace_carries_its_name_as_a_label() -> None:
 
 
 def test_pod_addresses_follow_their_precedence() -> None:
-    """status.podIPs, then status.podIP."""
-    metadata = {"name": "p"}
+    """status.podIPs, status.podIP, then the annotations of the CNI plugins, Calico's before Amazon's."""
+    annotations = {
+        "cni.projectcalico.org/podIPs": "10.0.0.3/32,fd00::3/128",
+        "cni.projectcalico.org/podIP": "10.0.0.4/32",
+        "vpc.amazonaws.com/pod-ips": "10.0.0.5, 10.0.0.6",
+    }
+    metadata = {"name": "p", "annotations": annotations}
     status = {"podIP": "10.0.0.2", "podIPs": [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}, {"ip": "10.0.0.1"}, {}]}
     assert _addresses(_pod(metadata=metadata, status=status)) == ["10.0.0.1", "fd00::1"]
     assert _addresses(_pod(metadata=metadata, status={"podIP": "10.0.0.2", "podIPs": []})) == ["10.0.0.2"]
+    assert _addresses(_pod(metadata=metadata, status={"podIP": ""})) == ["10.0.0.3", "fd00::3"]
+    del annotations["cni.projectcalico.org/podIPs"]
+    assert _addresses(_pod(metadata=metadata)) == ["10.0.0.4"]
+    del annotations["cni.projectcalico.org/podIP"]
+    assert _addresses(_pod(metadata=metadata)) == ["10.0.0.5", "10.0.0.6"]
     assert _addresses(_pod()) == []
     assert _addresses(_pod(status={"podIP": "::ffff:10.0.0.7"})) == ["10.0.0.7"]
-
-
-@pytest.mark.parametrize(
-    "annotation", ["cni.projectcalico.org/podIPs", "cni.projectcalico.org/podIP", "vpc.amazonaws.com/pod-ips"]
-)
-@pytest.mark.parametrize("status", [{}, {"podIP": ""}, {"podIPs": []}, {"phase": "Pending"}])
-def test_an_annotation_gives_a_pod_no_address(annotation: str, status: dict[str, Any]) -> None:
-    """Whoever may create pods can write annotations, and only the kubelet writes the status."""
-    metadata = {"name": "p", "annotations": {annotation: "203.0.113.9/32"}}
-    assert _addresses(_pod(metadata=metadata, status=status)) == []
 
 
 def test_uid_of_a_pod_is_the_runtime_s() -> None:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The known state of the cluster: all objects by kind, whether each kind was listed, and changes not yet read.
 
-Reader threads, one for each kind, write into the cache. The agent calls `Cache.drain` when the descriptor is readable.
-A reader never waits for the agent: the cache keeps only the latest change of each object, so its size is bounded by the
-number of objects.
+Reader threads, one for each kind, write into the cache and make its eventfd readable. The agent then calls
+`Cache.drain`. A reader thread never waits for the agent: the cache keeps only the latest change of each object, so its
+size is bounded by the number of objects.
 
-Invariants: `drain` returns nothing before every kind was listed completely; the only exception is the whole saved state
-of the last run, after a call of `restore`. An object that is not valid keeps its last good state and is reported. Two
-states of an object are compared by the fields that its parser reads, so a new resourceVersion, a heartbeat or a
-defaulted status is not a change.
+Invariants: `drain` returns nothing before every kind was listed completely. There is one exception: after a call of
+`restore`, it returns the whole saved state of the last run. An object that is not valid keeps its last good state and
+is reported. Two states of an object are compared by the fields that its parser reads, so a new resourceVersion, a
+heartbeat or a defaulted status is not a change.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Entry:
     """One object.
 
     ``seen``: the fields that the server last reported, as JSON. ``good``: its last valid state as JSON, b"" if there is
-    none. ``resource``: that state, parsed. ``version``: differs for each state of the object. ``problems``: the errors
-    and warnings of the state that the server last reported.
+    none. ``resource``: this last valid state, parsed. ``version``: differs for each state of the object. ``problems``:
+    the errors and warnings of the state that the server last reported.
     """
 
     seen: bytes
@@ -269,8 +269,8 @@ class KindStore:
 class _Objects:
     """The objects that `drain` has returned, by key.
 
-    If an object exists as projectcalico.org/v3 and in its stored form, the former is used. Invariant: each key has a
-    list of at least one state, of which the first is used.
+    If an object exists as projectcalico.org/v3 and in its stored form, the projectcalico.org/v3 form is used.
+    Invariant: each key has a list of at least one state, and the first state of the list is used.
     """
 
     def __init__(self) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests to an API server: TLS, credentials, proxies, and connection errors.
 
-Each request has its own connection. A WATCH uses one for minutes anyway, and a stopping server or a load balancer may
-close an idle connection at any moment. Certificates and tokens are read again for each request, so that a rotated one
-is used from the next request on.
+Each request has its own connection. To keep connections open would save little, because a WATCH uses its connection for
+minutes, and a stopping server or a load balancer may close an idle connection at any moment. Certificates and tokens
+are read again for each request, so a rotated certificate or token is used from the next request on.
 
 Invariant: an answer is complete, or the caller gets UnreachableError; a truncated body never looks complete.
 """
@@ -30,8 +30,8 @@ CONNECT_S = 10.0
 """Time limit in seconds for a connection including its TLS handshake."""
 READ_BYTES = 65536
 MOST_BODY_BYTES = 256 << 20
-"""Largest uncompressed size in bytes of one page or Status. 500 objects of the largest size that etcd accepts would be
-750 MB, but no cluster has so many large ones."""
+"""Largest uncompressed size in bytes of one page or Status. A page of 500 objects, each of the largest size that etcd
+accepts, would be 750 MB, but no cluster has so many large objects."""
 MOST_LINE_BYTES = 16 << 20
 """Largest size of one event in bytes. An event contains one object, which has at most 1.5 MB in etcd."""
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 30, 10, 3
@@ -263,8 +263,8 @@ class Client:
 def _load_certificate(context: ssl.SSLContext, credentials: Credentials) -> None:
     """Load a client certificate and its key into a TLS context.
 
-    `ssl` reads certificates only from files. It gets a memfd, a file without a name, so that the key is never on a
-    disk.
+    Python's `ssl` reads certificates and keys only from files. The file is a memfd, which has no name, so the key is
+    never on a disk.
     """
     descriptor = os.memfd_create("client-certificate", os.MFD_CLOEXEC)
     try:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decodes JSON of the API server into mappings for the parsers of `resources`.
 
-Declares which kinds and fields are read.
+This module also declares which kinds and fields are read.
 
 The decoder is typed. Of the cluster's own objects (a pod is mostly managedFields and volumes) only the declared fields
 become Python objects: plain mappings that the kind's parser reads like a manifest. Policies are decoded whole, because
@@ -275,7 +275,8 @@ def _decode_limited(raw: Any, of: Any) -> Any:
     """Decode JSON of any depth. Raises the errors of msgspec, except RecursionError.
 
     A server accepts thousands of levels in unknown fields of a custom kind. The decoder must not fail for one such
-    object, because then all objects of its kind would be missing. So its levels below DEEPEST become null.
+    object, because then all objects of the object's kind would be missing. So the object's levels below DEEPEST become
+    null.
     """
     try:
         return _decoder(of).decode(raw)

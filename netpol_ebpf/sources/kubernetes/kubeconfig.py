@@ -266,9 +266,10 @@ class _Plugin:
         self._environment = {str(one.get("name")): str(one.get("value", "")) for one in pairs}
 
     def credentials(self, refused: Credentials | None) -> Credentials:
-        """The plugin's credentials: from the cache, unless they expired or are ``refused``, which the server rejected.
+        """The plugin's credentials: from the cache, unless they expired or equal ``refused``.
 
-        If several threads call this, one runs the plugin for all of them.
+        ``refused``: credentials that the server rejected. If several threads call this method, one thread runs the
+        plugin for all of them.
         """
         with self._lock:
             is_late = self._expires is not None and datetime.now(timezone.utc) >= self._expires - EXPIRY_MARGIN

@@ -2,8 +2,9 @@
 """Probes of the API server: whether it still has the cluster's state, and whether it now offers kinds that were absent.
 
 A server that has lost its etcd seems to work: watches stay open, bookmarks arrive, `/readyz` returns ok. Only a read
-without resourceVersion gets no answer then. The same read detects that etcd was restored from a backup. After a
-restore, a WATCH from a resourceVersion that was lost never reports anything.
+without resourceVersion gets no answer then, so the probe is such a read. It also shows, by its older resourceVersion,
+that etcd was restored from a backup. After a restore, a WATCH from a resourceVersion that was lost never reports
+anything.
 
 An absent kind may be installed later. The probe reads the list of kinds of its API group, once for all kinds of the
 group. A kind that the list lacks may still exist, because groups can lack kinds for a moment after a start.
@@ -28,8 +29,8 @@ from netpol_ebpf.sources.kubernetes.watching import KindWatcher, State, Transpor
 
 SHORTEST_PERIOD_S = 60.0
 NODES_PER_S = 10.0
-"""Nodes of a large cluster that probe per second, all together. A node's probe is a read of one object, and one more
-read for each API group with absent kinds."""
+"""Number of nodes that probe per second in a large cluster; each node's period grows with the number of nodes. A probe
+reads one object, and once more for each API group with absent kinds."""
 ABSENT_PERIODS = 10
 """Number of probe periods after which the agent lists an absent kind, even if its API group does not contain the
 kind."""
@@ -179,8 +180,8 @@ class FreshnessProbe:
     def _reopen_what_is_behind(self) -> None:
         """Reopen each WATCH that is behind the probes.
 
-        Its server may be cut off from etcd while another server answers the probes. Such a WATCH does not end by
-        itself.
+        The server of such a WATCH may be cut off from etcd while another server answers the probes. Then the WATCH does
+        not end by itself.
         """
         for kind, watcher in self.watchers.items():
             number = version_number(self.cache.stores[kind].resource_version)

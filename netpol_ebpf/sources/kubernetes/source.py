@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cluster as a source: threads watch its API server, and a descriptor is readable when there are changes.
+"""A cluster as a source: threads watch its API server, and make an eventfd readable when there are changes.
 
 There is one thread for each kind, one that probes the server, and one that writes the saved state. No thread waits for
 the caller of `KubernetesSource.step`, and that method waits for no thread.
@@ -32,8 +32,8 @@ from netpol_ebpf.sources.kubernetes.watching import KindWatcher
 from netpol_ebpf.sources.source import KEEPS_NOTHING, SourceUpdate
 
 SYNC_S = 60.0
-"""Time limit in seconds for the first state of the cluster. It is longer than a list of the largest clusters takes,
-which are some seconds, and longer than GRACE_S, after which a failure is reported."""
+"""Time limit in seconds for the first state of the cluster. It is longer than the seconds that a list of the largest
+clusters takes, and longer than GRACE_S, after which a failure is reported."""
 RESTORE_S = 10.0
 """The same limit in seconds, if nothing is in force on this node and a saved state can be applied."""
 SHOWN_KINDS = 5
@@ -146,8 +146,7 @@ class KubernetesSource:
     def sync(self) -> SourceUpdate:
         """Begin to watch the cluster, and wait for its first state.
 
-        Raises UnreachableError if a kind could not be listed in time. Then nothing is returned, and the policy in force
-        stays.
+        Raises UnreachableError if a kind could not be listed in time. The policy in force then stays in force.
         """
         self.begin()
         until_s = min(self.clock() + SYNC_S, self._restore_at_s)
@@ -175,7 +174,7 @@ class KubernetesSource:
         return math.inf if self.has_synced else max(0.0, self._restore_at_s - self.clock())
 
     def step(self, pause: Callable[[], None] = never_pause) -> SourceUpdate | None:
-        """See `Source`. Never waits for the server or for a reader."""
+        """See `Source`. Never waits for the server or for a thread that watches it."""
         self._has_news = False
         if self.cache.has_synced:
             self.cache.note(RESTORED, None)
@@ -188,7 +187,10 @@ class KubernetesSource:
         return SourceUpdate(events, problems)
 
     def close(self) -> None:
-        """End the threads. If all have ended in time, close the descriptor."""
+        """End the threads. If all have ended within END_S, also close the cache's eventfd.
+
+        Otherwise the eventfd stays open, because a thread may still write to it.
+        """
         self._stopped.set()
         for kind, watcher in self.watchers.items():
             watcher.relist()
@@ -215,8 +217,8 @@ class KubernetesSource:
     def states(self) -> list[KindState]:
         """The state of every kind, for ``status``.
 
-        The method takes no lock, because it runs in a forked child. So it may miss a change that is made at the same
-        time.
+        The method takes no lock, because it runs in a forked child, in which a lock of another thread is never
+        released. So the result may lack a change that a thread made at the time of the fork.
         """
         return [
             KindState(

@@ -8,7 +8,7 @@
 The machine keeps no clock, opens no connection and starts no thread. `KindWatcher.step` makes one request through the
 given transport and reads the answer to its end.
 
-Invariants: an object leaves the store for only three reasons: a DELETED event, a complete list without it, or an
+Invariants: a known object is removed for only three reasons: a DELETED event, a complete list without the object, or an
 operator's release of orphans. A list is complete when its last page or its end mark was read. Objects of a deleted
 CustomResourceDefinition stay: the deletion of a custom object counts only after a later read has shown that the
 definition of its kind exists. No other answer removes an object.
@@ -49,15 +49,15 @@ PREMATURE_S = 5.0
 """A WATCH that ends more than this many seconds before the requested duration counts as ended early. Servers normally
 end it up to 2 s before."""
 SHORT_S = 1.0
-"""Duration in seconds. A stream that ends sooner and without an event counts as short, and the reader waits before the
-next stream. The number is arbitrary."""
+"""Duration in seconds. A stream that ends sooner and without an event counts as short, and the next stream is opened
+only after a pause. The number is arbitrary."""
 UNSTABLE = 3
 """Number of short streams in a row after which the kind counts as not watchable. From then on only an event or a list
 counts as a success, not the opening of a stream."""
 HASTY_STEPS = 5
-"""Number of steps in a row that may each end in less than SHORT_S. Each further one is followed by a pause, whatever its
-result: lists that succeed and streams that expire or end at once would otherwise be an endless loop. A start takes at
-most three such steps."""
+"""Number of steps in a row that may each end in less than SHORT_S without a pause. After each further short step there
+is a pause, whatever the step's result. Otherwise lists that succeed, each followed by a stream that ends at once, would
+be a busy loop. A start takes at most three such steps."""
 HEAD_S = 20.0
 """Time limit in seconds for the head of an answer. It is shorter than the 60 s for which the server itself waits for
 etcd."""
@@ -74,7 +74,7 @@ ABSENT_RETRY_S = 2.0
 
 No server was seen to answer 404 while it started, but the agent does not rely on that."""
 STREAM_ATTEMPTS = 3
-"""Number of streaming lists that may fail in a row before the reader requests pages instead."""
+"""Number of streaming lists that may fail in a row before the watcher requests a LIST in pages instead."""
 
 _UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _GONE, _TOO_MANY, _ERROR, _TIMEOUT = 401, 403, 404, 410, 429, 500, 504
 _OURS = frozenset({400, 405, 406, 415, 422})
@@ -357,8 +357,8 @@ class KindWatcher:
     def _ended(self, lasted_s: float, timeout_s: float, *, is_listed: bool) -> float:
         """Handle the clean end of a stream. Returns the seconds until the next step.
 
-        Causes are that the requested time is over, that the reader was slow, that the server stops, or that the
-        definition was changed or deleted.
+        Possible causes: the requested time is over, the agent read too slowly, the server stops, or the definition of
+        the kind was changed or deleted.
         """
         if not is_listed:
             self._count_stream_failure()
