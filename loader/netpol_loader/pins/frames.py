@@ -58,7 +58,7 @@ ETHERNET_BYTES = 14
 MOST_FRAME_BYTES = ETHERNET_BYTES + MTU_BYTES
 
 DEADLINE_S = 30
-"""Most seconds that a frame may take. It takes microseconds, or milliseconds on an emulated machine."""
+"""Time limit of a frame, in seconds. A frame takes microseconds, or milliseconds on an emulated machine."""
 POLL_S = 0.001
 
 GATE, PROGRAM, BEHIND = 1, 2, 3
@@ -74,7 +74,8 @@ KEY, BOARD = struct.Struct("=I"), struct.Struct("=IIII")
 AT_REDIRECTS, AT_BEHIND, AT_PASSED, AT_MARK = 0, 4, 8, 12
 """The row of the map: its format, and the offsets of its numbers. The runner writes the row before each frame.
 
-After the frame, the runner reads the row. ``redirects``: whether the gate sends the frame to the endpoint's TC_EGRESS.
+After the frame, the runner reads the row. ``redirects``: whether the gate (the first filter on TC_INGRESS) sends the
+frame to the endpoint's TC_EGRESS.
 ``behind``: number of frames that the filter after the program saw. ``passed``: number of frames that left the hook.
 ``mark``: the mark of the last one.
 """
@@ -152,7 +153,7 @@ class FrameRunner:
         self.close()
 
     def _route_of(self, hook: Hook, ingress_ifindex: int, ifindex: int) -> tuple[socket.socket, bool]:
-        """The socket that must send the frame, and whether the gate must redirect the frame."""
+        """The socket that must send the frame, and whether the first filter must redirect the frame."""
         if ifindex != self.ifindex:
             raise ValueError(f"the programs are on interface {self.ifindex}, not on {ifindex}")
         routes = {

@@ -303,7 +303,7 @@ def spreads(number: int, buckets: int) -> bool:
 def draw_number(buckets: Iterable[int]) -> int:
     """Draw a random number that spreads consecutive values well in all tables with these numbers of buckets.
 
-    For two tables, two of three numbers do.
+    With two tables, two of three random numbers are suitable.
     """
     while True:
         number = int.from_bytes(os.urandom(8), sys.byteorder)
