@@ -98,7 +98,7 @@ NP_INLINE __u32 np_class_seek(const struct np_peer_bucket *bucket, __u32 set, __
 #pragma unroll
     for (int i = 0; i < NP_BUCKET_LINES; i++) {
         __u32 owner = bucket->line[i].set;
-        np_barrier(); // `set` must be read before the block and the classes
+        np_barrier(); // read `set` first: the agent writes it last, which makes the line valid
         if (owner == set && bucket->line[i].block == block)
             return bucket->line[i].peer_class[index];
     }

@@ -60,8 +60,8 @@ NP_INLINE __u32 np_checksum_place(__u8 protocol)
     }
 }
 
-// Whether checksum offload would change bytes that policy judged. A device may write to the checksum field. It may also
-// write into the payload, unless the packet is an ICMP error, because policy judges the payload of an error.
+// Whether checksum offload would change bytes that policy judged. The device may write to the checksum field. It may
+// also write into the payload, unless the packet is an ICMP error, because policy judges the payload of an error.
 NP_INLINE int np_checksum_misaims(struct __sk_buff *skb, const struct np_packet *packet)
 {
     __u32 at = np_checksum_at(skb);

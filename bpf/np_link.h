@@ -133,9 +133,9 @@ NP_INLINE int np_is_beside(struct np_ctx *ctx, const __u32 *address)
 // workload on this link has, or that the FIB routes to this link without a gateway. If the node does not forward, the
 // FIB lookup fails, and no further address is on the link.
 //
-// The node's own addresses always count as on the link. np_local has at most one interface of an address, but container
-// networks put one gateway address on many interfaces, or put the gateway beside a bridge. This is safe: a message to
-// or about the node goes no further than the node and the link.
+// The node's own addresses always count as on the link, because np_local has at most one interface of an address, but
+// container networks put one gateway address on many interfaces, or put the gateway beside a bridge. This is safe: a
+// message to or about the node goes no further than the node and the link.
 NP_INLINE int np_is_on_link(struct __sk_buff *skb, struct np_ctx *ctx, const __u32 *address)
 {
     if (np_is_link_local(address))

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rule lists: everything that applies to one endpoint in one direction and stage, in the order of evaluation.
 
-A *template* has the entries of one policy, profile or list of exceptions in one direction; all rule lists with that
-policy share the template.  A *rule list* has, in this order: exceptions, tiers of templates, profiles, and the default.
-It is evaluated twice: in the enforced evaluation, and in the pending evaluation, in which staged policies take part and
-replace enforced policies.  Each template and each end of a tier has flags for the evaluations in which it takes part.
+A *template* has the entries of one policy, of one profile, or of a host endpoint's exceptions (failsafes, tunnels), in
+one direction. All rule lists with that policy share the template. A *rule list* has, in this order: exceptions, tiers
+of templates, profiles, and the default. It is evaluated twice: in the enforced evaluation, and in the pending
+evaluation, in which staged policies take part and replace enforced policies.  Each template and each end of a tier has
+flags for the evaluations in which it takes part.
 
 Invariant: rule lists with the same meaning are equal values, whatever the order in which the policies were added
 (sections 2 to 4 of policy/MATCHING.md).

@@ -30,7 +30,7 @@ class SetStore:
         self._uses: dict[MatchRecord, dict[ClassTable, int]] = {}
         self._sets_of: dict[ClassTable, dict[LiveSet, None]] = {}  # published sets
         self._odd: dict[int, set[ClassTable]] = {4: set(), 6: set()}
-        """By family: the class tables in which an identity for which no term is true is not in the default class."""
+        """By family: the class tables in which identities without any true term have another class than the default."""
         self._created: list[LiveSet] = []
         self._dying: list[LiveSet] = []
         self._moved: dict[LiveSet, SetRow] = {}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Objects of unknown kinds: either objects of other programs, or objects with a misspelt kind or apiVersion.
 
-`helm template` and `kubectl get all` write Deployments and ConfigMaps into the same files as policies.  Such objects
-are skipped and counted.
+`helm template` and `kubectl get all` write Deployments and ConfigMaps into the same files as policies. Objects of other
+programs are skipped and counted.
 
 Invariant: an object whose kind or apiVersion is probably misspelt is not skipped, because its policy would not be
 enforced and nothing would say so.  In an API group whose kinds are all known, every other kind is an error.  In other

@@ -14,7 +14,7 @@ PLURAL = "nodereports"
 REASONS = ("MapFull", "LimitExceeded", "NotEnforced")
 MAX_SHORTFALLS = 32
 MAX_NAMED = 100
-"""Most shortfalls of a report, and most policies that a shortfall names; arbitrary. The report counts the others."""
+"""How many shortfalls a report has, and how many policies each names, at most; arbitrary. Counts give the rest."""
 MAX_MESSAGE = 1024
 MAX_PERIOD_S = 86_400
 BASE64 = "^[A-Za-z0-9+/]*={0,2}$"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saves memory: keeps one copy of equal names and labels, because thousands of a cluster's objects repeat them.
 
-Invariant: the result is equal to the argument, and callers must not change it.  The cache drops values that were not
-used for long, so a value may have two copies.  This costs only memory.  So references are not counted, and callers
-release nothing.
+Invariant: the result is equal to the argument, and callers must not change it. The cache drops values that were not
+used for long, so a value may have two copies, which costs only memory. References are not counted, so callers release
+nothing.
 """
 
 from __future__ import annotations

@@ -82,12 +82,12 @@ SETTLE_S = 0.2
 The kernel removes them at once, so the value is arbitrary.
 """
 DATAGRAMS_A_LOOK = 20_000
-"""Most datagrams that one `poll` reads, so that a call ends even if the node changes constantly.
+"""How many datagrams one `poll` reads at most, so that the call ends even if the node changes constantly.
 
 The value is arbitrary.
 """
 DOUBTS = 200
-"""Most interfaces whose routes are dumped one by one. If there are more, all routes are dumped.
+"""For how many interfaces routes are dumped one by one. If there are more, all routes are dumped.
 
 The value is arbitrary.
 """

@@ -35,7 +35,7 @@ _NESTED = 0x8000
 _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
 _RECEIVE_BYTES = 1 << 16
-"""Most bytes that one receive call reads. The datagrams of a dump have at most half this size."""
+"""Largest number of bytes that one receive call reads. The datagrams of a dump have at most half this size."""
 _SEND_BUFFER_BYTES, _RECEIVE_BUFFER_BYTES = 16 << 20, 1 << 20
 """Sizes of the send buffer, for thousands of elements in one transaction, and of the receive buffer, for long lists.
 
@@ -44,7 +44,7 @@ The values are arbitrary.
 _NOTIFICATION_BUFFER_BYTES = 8 << 20
 """Size of the receive buffer for unread notifications. The value is arbitrary."""
 DUMP_ATTEMPTS = 10
-"""Most attempts at one dump. The kernel marks a dump that a change interrupted (NLM_F_DUMP_INTR).
+"""How often one dump is tried at most. The kernel marks a dump that a change interrupted (NLM_F_DUMP_INTR).
 
 The value is arbitrary.
 """

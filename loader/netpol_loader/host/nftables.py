@@ -67,7 +67,7 @@ _COUNTER = 1  # NFT_OBJECT_COUNTER
 _GENERIC = struct.Struct("!BBH")  # struct nfgenmsg: family, version, resource
 _LIST_ELEMENT = 1
 ELEMENTS_A_MESSAGE = 500
-"""Most elements in one message. They are in one attribute, which has at most 65535 bytes."""
+"""Largest number of elements in one message. They are in one attribute, which has at most 65535 bytes."""
 
 
 # --- attributes -----------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ _IFA_ADDRESS, _IFA_LOCAL, _IFA_TARGET_NETNSID = 1, 2, 10
 _ADDRESS_HEADER = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, interface index
 
 MOST_ADDRESSES = 256
-"""Most addresses of one family that are read from an interface, because a workload can add any number.
+"""How many addresses of one family are read from an interface at most; a workload can add any number.
 
 The value is arbitrary.
 """

@@ -8,10 +8,10 @@ knows that all programs that could be running use the new map value" (maybe_wait
 4.20 and its stable predecessors); since 6.19 the kernel waits for an expedited one.
 
 A process without the privilege to make maps (a test) writes no row that a packet meets. Such a process waits by
-membarrier(2) with MEMBARRIER_CMD_GLOBAL. That call is only the second choice, for three reasons. It takes as long as
-the update of a map of maps before 6.19, and a hundred times as long since then. The kernel refuses it if a processor is
-nohz_full. If only one processor is online, the call does not wait, although a real-time kernel can interrupt a program.
-Rejected: a fixed sleep, which is too long in the usual case and too short in the worst.
+membarrier(2) with MEMBARRIER_CMD_GLOBAL. membarrier(2) is only the second choice, for three reasons. It takes as long
+as the update of a map of maps before 6.19, and a hundred times as long since then. The kernel refuses membarrier(2) if
+a processor is nohz_full. If only one processor is online, membarrier(2) does not wait, although a real-time kernel can
+interrupt a program. Rejected: a fixed sleep, which is too long in the usual case and too short in the worst.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ MAP_FLAGS = {"BPF_F_NO_PREALLOC": 1 << 0, "BPF_F_MMAPABLE": 1 << 10}
 BPF_F_RDONLY = 1 << 3
 BPF_F_BEFORE = 1 << 3
 MOST_PROGRAMS = 64
-"""Most programs on one hook of an interface (BPF_MPROG_MAX)."""
+"""Largest number of programs on one hook of an interface (BPF_MPROG_MAX)."""
 PROG_TYPE_SCHED_CLS = 3
 PROG_TYPE_XDP = 6
 NAME_BYTES = 15
@@ -552,7 +552,7 @@ def prog_load(
 def prog_test_run(prog_fd: int, frame: bytes, context: bytes | bytearray, repeat: int) -> tuple[int, int]:
     """Run a program on a frame. Returns (verdict as a signed number, mean duration in ns).
 
-    ``context``: a ``struct __sk_buff``. A bytearray has the program's changes afterwards.
+    ``context``: a ``struct __sk_buff``. If it is a bytearray, the program's changes are stored in it.
     """
     data, ctx = buffer(frame), buffer(bytes(context))
     has_output = isinstance(context, bytearray)

@@ -3,7 +3,7 @@
 
 There are two mechanisms. *tcx* (Linux 6.6 and newer): a link that is pinned under the dataplane's ``links``. A link
 outlives the process, and its program can be replaced in one step. *clsact*: a filter on a queueing discipline, through
-`netpol_loader.host.clsact`. The kernel keeps the filter as long as the interface. The filter's name contains the
+`netpol_loader.host.clsact`. The kernel keeps the filter as long as the interface exists. The filter's name contains the
 program's id.
 
 Invariants: a second attachment of an attached program changes nothing. During an exchange, an interface has a program

@@ -34,7 +34,7 @@ from netpol_loader.pins.compiled import Compiled, decode_compiled, encode_compil
 ENTRY = "netpol.c"
 
 COMPILE_TIMEOUT_S = 600.0
-"""Most seconds of a compilation, which takes some seconds, or some minutes on an emulated CPU.
+"""Time limit of a compilation, in seconds. It takes some seconds, or some minutes on an emulated CPU.
 
 The value is arbitrary.
 """

@@ -14,9 +14,9 @@ has its true value:
 descriptors of a `FrameRunner` keep the namespace alive, so it ends with the runner or with the process, however the
 process ends.
 
-Invariants: no verdict depends on a time-out.  A packet socket or filter counts each frame that passes the hook, and a
-copy of the frame waits in the queue behind the frame.  If the copy arrives and the frame is not counted, the program
-has dropped the frame.  No other frame is on the interfaces: they have no address, and their MTU is too small for IPv6.
+Invariants: no verdict depends on a time-out. A copy of each frame follows the frame in the same queue. A packet socket
+or filter counts the frame if it passes the hook. If the copy has arrived and the frame was not counted, the program has
+dropped the frame. No other frame is on the interfaces: they have no address, and their MTU is too small for IPv6.
 
 The module must not know what the programs do.  Rejected as evidence: the counters of the programs, because the programs
 are under test.
@@ -58,7 +58,7 @@ ETHERNET_BYTES = 14
 MOST_FRAME_BYTES = ETHERNET_BYTES + MTU_BYTES
 
 DEADLINE_S = 30
-"""Most seconds that a frame may take. It takes microseconds, or milliseconds on an emulated machine."""
+"""Time limit of a frame, in seconds. A frame takes microseconds, or milliseconds on an emulated machine."""
 POLL_S = 0.001
 
 GATE, PROGRAM, BEHIND = 1, 2, 3
@@ -74,7 +74,8 @@ KEY, BOARD = struct.Struct("=I"), struct.Struct("=IIII")
 AT_REDIRECTS, AT_BEHIND, AT_PASSED, AT_MARK = 0, 4, 8, 12
 """The row of the map: its format, and the offsets of its numbers. The runner writes the row before each frame.
 
-After the frame, the runner reads the row. ``redirects``: whether the gate sends the frame to the endpoint's TC_EGRESS.
+After the frame, the runner reads the row. ``redirects``: whether the gate (the first filter on TC_INGRESS) sends the
+frame to the endpoint's TC_EGRESS.
 ``behind``: number of frames that the filter after the program saw. ``passed``: number of frames that left the hook.
 ``mark``: the mark of the last one.
 """
@@ -152,7 +153,7 @@ class FrameRunner:
         self.close()
 
     def _route_of(self, hook: Hook, ingress_ifindex: int, ifindex: int) -> tuple[socket.socket, bool]:
-        """The socket that must send the frame, and whether the gate must redirect the frame."""
+        """The socket that must send the frame, and whether the first filter must redirect the frame."""
         if ifindex != self.ifindex:
             raise ValueError(f"the programs are on interface {self.ifindex}, not on {ifindex}")
         routes = {

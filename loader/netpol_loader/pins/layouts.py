@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layouts of the pinned maps, as one more pinned map beside them, so that a newer version can read older maps.
 
-The kernel has the same as type information (BTF), but shows it to CAP_SYS_ADMIN alone, which an agent does not have (ADR
-21).  The map has one element: a JSON document with the fields of every map's key and value.
+The kernel has the layouts too, as type information (BTF), but shows them only to a process with CAP_SYS_ADMIN, which an
+agent does not have (ADR 21). The map has one element: a JSON document with the fields of every map's key and value.
 
-Invariants: a new pin directory has this map before it is in force; a map of the directory that an older version made
-(connections, counters) is there only if its layout is this version's.  The module must not know what a field means.
+Invariants: a new pin directory has this map before it is in force; the directory has a map that an older version made
+(connections, counters) only if the map's layout equals that of this version. The module must not know what a field
+means.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 XDP = "XDP"
 CLSACT_TURN = 10
-"""Most interfaces with clsact that one call of `OtherPrograms.look` reads. The value is arbitrary."""
+"""How many interfaces with clsact one call of `OtherPrograms.look` reads at most. The value is arbitrary."""
 
 _TAIL_CALL = 12
 _REDIRECTS: Mapping[int, int] = {syscall.PROG_TYPE_SCHED_CLS: 155, syscall.PROG_TYPE_XDP: 23}

@@ -4,9 +4,9 @@
 This works with pins of any version and in any state, because it builds, adopts and repairs nothing.
 
 Invariants: only three kinds of objects are ours: those that are pinned below the root, filters that run programs pinned
-there, and tables whose comment names the root. The objects are removed in the order of the list. The tables come first:
-without the programs, which set the sign, they would drop packets. Filters of clsact and tables are found only in the
-caller's network namespace.
+there, and tables whose comment names the root. The objects are removed in the order of the list. The tables of the
+second barrier come first, because they would drop the packets of workloads as soon as no program sets the sign. Filters
+of clsact and tables are found only in the caller's network namespace.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 
 A new agent does not know the meaning of the numbers in the present maps, because the process that assigned them has
 ended. So the agent fills maps of its own. Then each interface changes from the old programs and maps to the new ones in
-one step, so that no packet meets rows of both. Rejected: new numbers in the maps in force. Tables that all policy sets
-share cannot change their meaning in one step.
+one step, so that no packet meets rows of both. Rejected: new numbers in the maps in force, because tables that all
+policy sets share cannot change their meaning in one step.
 
 Old and new programs share the maps that are not renewed (connections, counters, configuration, events).
 

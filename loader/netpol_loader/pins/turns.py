@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Collection
 
 CHECKS = 5
-"""Checks in one round over all interfaces. The value is arbitrary.
+"""How many checks one round over all interfaces has. The value is arbitrary.
 
 With one check a second, a round takes five seconds.
 """
@@ -31,7 +31,7 @@ class Turns:
     """
 
     def __init__(self, most: int | None = None) -> None:
-        """``most``: most interfaces in a turn, however long rounds then take.
+        """``most``: largest number of interfaces in a turn, however long rounds then take.
 
         None: a round has at most CHECKS turns.
         """

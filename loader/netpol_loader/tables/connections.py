@@ -5,9 +5,9 @@ A table is in buckets with tags (`bpf/np_table.h`). A tag identifies the connect
 same hashes and tags as the program.
 
 The program writes at the same time. It uses compare-and-swap, which Python does not have. So this module first reserves
-a slot: it stores a tag of its own, and waits for a grace period. After that, a program that writes to the slot began
-after the reservation, and so it saw the tag. A program that began earlier may have replaced the tag; then this module
-gives the slot up. A removal is one store, which also removes what the program writes into the slot at that moment.
+a slot: it stores a tag of its own, and waits for a grace period. After the wait, every program run that began before
+the reservation has ended, and every later run sees the tag. If an earlier run has replaced the tag, this module gives
+the slot up. A removal is one store, which also removes what the program writes into the slot at that moment.
 """
 
 from __future__ import annotations
@@ -303,7 +303,7 @@ def spreads(number: int, buckets: int) -> bool:
 def draw_number(buckets: Iterable[int]) -> int:
     """Draw a random number that spreads consecutive values well in all tables with these numbers of buckets.
 
-    For two tables, two of three numbers do.
+    With two tables, two of three random numbers are suitable.
     """
     while True:
         number = int.from_bytes(os.urandom(8), sys.byteorder)

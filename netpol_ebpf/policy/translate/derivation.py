@@ -2,8 +2,9 @@
 """The incremental translation of a cluster's resources into a `World`.
 
 Invariants: the world depends on the present resources alone, not on the order in which they were added and removed.
-The cost of a call depends on what changes (the object, the objects that inherit a profile's changed labels, the slices
-of one service), not on the size of the cluster.  An internal object that is equal to the previous one is not a change.
+The cost of a call depends on the number of objects that it changes (the given object, the objects that inherit a
+profile's changed labels, the slices of one service), not on the size of the cluster. An internal object that is equal
+to the previous one is not a change.
 """
 
 from __future__ import annotations
