@@ -54,7 +54,7 @@ def register(subparsers: Any) -> None:
         "can-i",
         help="ask whether you may write policies of a tier",
         description="Ask the API server whether you may write policies of a tier, and show each right that this needs.",
-        epilog=f"{NO_READS} exit codes: 0 yes, 1 no, 2 usage, 4 the API server does not answer",
+        epilog=f"{NO_READS} exit codes: 0 yes, 1 no, 2 usage, 3 no usable kubeconfig, 4 the API server does not answer",
     )
     parser.add_argument("verb", choices=(*WRITES, *READS), metavar="VERB", help=", ".join((*WRITES, *READS)))
     parser.add_argument("kind", type=parse_kind, metavar="KIND", help=", ".join(TIERED))

@@ -419,8 +419,10 @@ class Demo:
     def _is_in_force(self) -> bool:
         with contextlib.suppress(UnreachableError):  # the agent does not listen yet
             for status in self._ask({"op": "status"}):
+                if not status["in_force"]:
+                    return False  # before the first state is in force, the status has no objects
                 objects = status["objects"]
-                return bool(status["in_force"] and objects["enforced_endpoints"] == objects["local_endpoints"])
+                return bool(objects["enforced_endpoints"] == objects["local_endpoints"])
         return False
 
     def _ask(self, request: dict[str, Any]) -> Iterator[Any]:

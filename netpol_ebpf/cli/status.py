@@ -32,7 +32,7 @@ def register(subparsers: Any) -> None:
         "status",
         help="show what the agent of this node enforces, its sources, and every problem",
         description="Show what the agent of this node enforces, on which interfaces, and what keeps it from enforcing the rest.",
-        epilog="exit codes: 0 everything that the sources say (or the policy) is in force, 1 something is not, 3 no such policy, "
+        epilog="exit codes: 0 everything that the sources say (or the policy) is in force, 1 something is not, 3 no such policy or no usable kubeconfig, "
         "4 no agent or API server answers, 5 no right",
     )
     parser.add_argument(

@@ -4,7 +4,7 @@
 The chart's pre-delete hooks run them. ``agents-gone`` deletes the agents' DaemonSet and waits for the end of its pods.
 ``nodes-clean`` waits until the cleanup DaemonSet is ready on every node, which means that every node is clean.
 
-Exit codes: 0 done, 4 the API server cannot be reached or rejects the request.
+Exit codes: 0 done, 2 usage, 3 no usable kubeconfig, 4 the API server cannot be reached or rejects the request.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def register(subparsers: Any) -> None:
         description="The two steps of an uninstallation that need the API server; `helm uninstall` runs them. agents-gone: "
         f"delete the DaemonSet {AGENTS}, and wait until its pods have ended; enforcement goes on. nodes-clean: wait until the "
         f"DaemonSet {CLEANUP} has ended enforcement on every node.",
-        epilog="exit codes: 0 done, 4 the API server cannot be reached or refuses",
+        epilog="exit codes: 0 done, 2 usage, 3 no usable kubeconfig, 4 the API server cannot be reached or refuses",
     )
     parser.add_argument("step", choices=STEPS, help="the step")
     parser.add_argument(

@@ -35,7 +35,7 @@ def register(subparsers: Any) -> None:
         help="wait until policies are in force on every node that needs them",
         description="Wait until the newest generation of each policy is in force on every node that needs it: every node with a pod "
         "or host endpoint that the policy selects.",
-        epilog="exit codes: 0 all are in force, 1 not in time, 3 no such policy, 4 no API server or agent answers, 5 no right",
+        epilog="exit codes: 0 all are in force, 1 not in time, 3 no such policy or no usable kubeconfig, 4 no API server or agent answers, 5 no right",
     )
     parser.add_argument("--for", dest="condition", choices=("programmed",), required=True, help="what to wait for")
     parser.add_argument(

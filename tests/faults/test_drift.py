@@ -16,6 +16,7 @@ from agent_scene import NODE, Scene, to_db
 from netpol_loader import abi
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.maps import Map
+from netpol_loader.pins import layouts
 from netpol_loader.pins.compilation import PROGRAMS
 from netpol_loader.pins.programs import CALL_MAP, CURRENT
 from netpol_loader.tables.buckets import open_map
@@ -145,13 +146,14 @@ FAULTS = (
 
 
 def pinned(scene: Scene) -> dict[str, int]:
-    """Every map and program pinned, with the kernel's number of it."""
+    """Every map and program pinned, with the kernel's number of it; 0 for the layouts, which are made anew."""
     found = {}
     for path in [*pins(scene).iterdir(), *(pins(scene) / CURRENT).iterdir()]:
         if not path.is_dir():
             fd = syscall.obj_get(path)
             is_program = path.name in PROGRAMS
-            found[path.name] = syscall.prog_info(fd).id if is_program else syscall.map_info(fd).id
+            number = syscall.prog_info(fd).id if is_program else syscall.map_info(fd).id
+            found[path.name] = 0 if path.name == layouts.NAME else number
             os.close(fd)
     return found
 

@@ -274,9 +274,13 @@ def test_processors_that_write_into_one_place_never_mix_connections(small: Rig, 
                 for raw, row in small.connections(unreplied.name).items():
                     seen[kind.from_buffer_copy(raw).remote_port == 80, row.direction, row.rule] += 1
 
+    before = os.sched_getaffinity(0)
     other = fork.Process(target=send, args=(1, inwards))
     other.start()
-    send(0, outwards)
+    try:
+        send(0, outwards)
+    finally:
+        os.sched_setaffinity(0, before)
     other.join()
     tags.put(bytes(4), bytes(tags.value_size))
     assert other.exitcode == 0

@@ -678,7 +678,7 @@ def look(found: World, *, is_late: bool) -> None:
     if is_late:
         scene.start()
     found.state = scene.await_status(
-        lambda state: state["objects"]["policies"] == 1 and local <= decided(state),
+        lambda state: state["in_force"] and state["objects"]["policies"] == 1 and local <= decided(state),
         "policy is in force where it can be",
     )
     forget_neighbours(site)  # neighbour discovery has to work under policy, too

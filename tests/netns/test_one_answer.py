@@ -280,7 +280,10 @@ def test_settings_of_the_agent_count(lab: Lab, scene: Scene) -> None:
             assert not allowed
             assert "workload_to_host" in way["decided_by"]["sentence"]
     finally:
+        scene.stop()
         scene.options = ()
+        scene.start()
+        begin(scene)
 
 
 CACHE = {4: "10.96.0.70", 6: "fd00:96::70"}
@@ -306,10 +309,9 @@ def test_a_service_address_that_a_process_of_the_node_has_bound(lab: Lab, scene:
 
     def answers() -> list[dict[str, Any]] | None:
         found = [way for attempt in attempts for way in explained(scene, attempt)[1]]
-        return found if all(way["note"] for way in found) else None
+        return found if [way["allowed"] for way in found] == [True, False] * 2 else None
 
-    found = wait_for(answers, "the agent sees the sockets")
-    assert [way["allowed"] for way in found] == [True, False] * 2
+    found = wait_for(answers, "the policy of the address is in force, and the agent sees the sockets")
     assert all("a process of this node has bound" in way["note"] for way in found)
     assert scene.reached(*attempts) == [True, False] * 2
     read = [str(scene.manifests), "--from", "shop/web", "--to", CACHE[4], "--port", str(SHUT)]

@@ -22,7 +22,7 @@ from netpol_ebpf.errors import PlatformError
 from netpol_loader.host.links import find_link
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.hook import Hook
-from netpol_loader.pins import attach
+from netpol_loader.pins import attach, layouts
 from netpol_loader.pins.attach import LINKS
 from netpol_loader.pins.dataplane import Dataplane
 from netpol_loader.pins.lock import locked
@@ -82,6 +82,13 @@ def _mend_pins(dataplane: Dataplane) -> Iterator[Drift]:
                     _remove(path)
                 syscall.obj_pin(fd, path)
                 yield Drift("pin", str(path), was)
+        path = dataplane.pin_dir / layouts.NAME
+        was = _state_of_layouts(path)
+        if was is not None:
+            if was == "foreign":
+                _remove(path)
+            layouts.save_layouts(dataplane.pin_dir)
+            yield Drift("pin", str(path), was)
     for name in dataplane.programs.mend_calls():
         yield Drift("program", f"{name} of {CALL_MAP}", "missing")
 
@@ -147,6 +154,19 @@ def _state_of(path: Path, number: int) -> str | None:
         return "foreign" if path.is_symlink() or path.exists() else "missing"
     with _closing(fd):
         return None if _number_of(fd) == number else "foreign"
+
+
+def _state_of_layouts(path: Path) -> str | None:
+    """The state of the pinned layouts: missing or foreign. None if they are there.
+
+    The dataplane keeps no descriptor of this map, so its name identifies it.
+    """
+    fd = _try_open(path)
+    if fd is None:
+        return "foreign" if path.is_symlink() or path.exists() else "missing"
+    with _closing(fd):
+        is_map = "bpf-map" in Path(f"/proc/self/fd/{fd}").readlink().name
+        return None if is_map and syscall.map_info(fd).name == layouts.NAME else "foreign"
 
 
 def _number_of(fd: int) -> int:

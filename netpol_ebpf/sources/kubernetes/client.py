@@ -327,7 +327,8 @@ def in_cluster(directory: Path = SERVICE_ACCOUNT, environment: Mapping[str, str]
     if not host or not port or not (directory / "token").exists():
         raise InvalidInputError(
             "this is no pod with a service account (KUBERNETES_SERVICE_HOST, KUBERNETES_SERVICE_PORT and a token)",
-            hint="Name a kubeconfig, or run the agent in a pod with automountServiceAccountToken.",
+            hint="Name a kubeconfig (--kubeconfig; for netpolctl also KUBECONFIG or ~/.kube/config), or run it in a pod with "
+            "automountServiceAccountToken.",
         )
     return Cluster(
         f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}",
