@@ -664,7 +664,10 @@ def _by_length(
 
 
 class _FirstAddresses:
-    """Finds the interfaces of endpoints by the first addresses at the other ends of interfaces."""
+    """Finds the interface of an endpoint by an address of the endpoint.
+
+    ``seen``: for each interface, the addresses that its other end had when the agent first saw any there.
+    """
 
     def __init__(self, seen: Mapping[int, InterfaceRecord]) -> None:
         self._seen = seen

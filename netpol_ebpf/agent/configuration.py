@@ -72,7 +72,7 @@ class Setting:
 
     @property
     def is_switch(self) -> bool:
-        """Whether the value is true or false."""
+        """Whether the option is boolean: its value is true or false, and not a text or a number."""
         return type(self.action).__name__ in SWITCHES
 
     @property

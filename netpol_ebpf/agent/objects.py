@@ -148,8 +148,8 @@ class ClusterObjects:
     def is_ours(self, endpoint: Endpoint) -> bool:
         """Whether policy must be compiled for an endpoint: a workload or host endpoint of this node.
 
-        Without a node name, every endpoint counts. The agent then finds by its addresses whether a host endpoint is of
-        this node.
+        Without a node name, every endpoint counts. In that case the agent finds by the addresses of a host endpoint
+        whether the host endpoint is of this node.
         """
         return self._settings.node in (None, endpoint.node)
 

@@ -83,7 +83,7 @@ The size of the ring buffer np_event is in bytes.
 """
 
 MARK_SHIFT = 16
-"""The lowest of the 16 bits of the packet mark that have the sender tag of a packet to a service.
+"""The number of the lowest bit of the sender tag in the packet mark; the tag has bits 16 to 31.
 
 The engine's packets have no other bits in their mark.
 """

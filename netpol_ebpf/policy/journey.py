@@ -151,9 +151,9 @@ class Flow:
     """The first packet of a connection, as its sender sent it.
 
     ``dnat_to``: the address and port to which a node on the path translates the destination; None if no node does.
-    ``source``, ``destination``: the sender and the final receiver.  None: the owner of the source address, or of the
-    destination address after translation.  A caller must give the end if it is a pod in the host's network, because the
-    host owns the pod's address.
+    ``source``: the sender; None: the owner of the source address.  ``destination``: the final receiver; None: the owner
+    of the destination address after translation.  A caller must give a pod in the host's network, because the host owns
+    the address of that pod.
     """
 
     packet: Packet

@@ -72,7 +72,7 @@ MOST_TOLD = 1000
 """Largest number of problems that the source reports. Each scan iterates over them. The number is arbitrary."""
 
 MOST_BYTES_IN_ALL = 256 << 20
-"""Largest total size, in bytes, of the files of one directory that are read: four of the largest files."""
+"""Largest total size, in bytes, of the files of one directory that are read: four times the limit of one file."""
 
 _UNKNOWN: DirectoryId = (0, 0)
 """An identity that no directory has."""
@@ -150,8 +150,8 @@ If an object has several positions, the least one is used."""
 class _MergedFiles:
     """The objects of all files. The cost of a change depends only on the changed files.
 
-    Invariant: for each key, ``homes`` has the least position with the object and ``others`` has the further positions,
-    in order. A key with only one position is not in ``others``. ``given``: the version and the applied objects of each
+    Invariant: for each key, ``homes`` has the least `ObjectPosition` at which an object of this key is, and ``others``
+    has all further positions, in order. A key with only one position is not in ``others``. ``given``: the version and the applied objects of each
     file.
     """
 

@@ -172,7 +172,7 @@ class NftMessage:
 
 
 def new_table(family: int, name: str, flags: int, remark: str) -> NftMessage:
-    """Make a table, or take over a table that has no owner. ``remark``: the comment of a new table."""
+    """The message that makes a table, or that takes over a table without owner. ``remark``: the comment of a new table."""
     body = text(1, name) + number(2, flags) + attribute(6, comment(remark))
     return NftMessage(NEW_TABLE, family, body, CREATE)
 

@@ -115,9 +115,9 @@ def _policy(
 def _subject(spec: CalicoPolicySpec, namespace: str) -> Selector:
     """The effective subject selector (SEMANTICS 2.6 a).
 
-    Calico joins the selectors of a global policy to one text and rewrites each all() in that text.  So an all() in
-    ``selector`` is rewritten as well. An absent ``selector`` adds nothing to the text, so nothing requires a namespace.
-    Then a negative namespaceSelector or serviceAccountSelector also selects endpoints without a namespace or without a
+    Calico joins the selectors of a global policy to one text and rewrites each all() in that text so that it
+    requires a namespace.  This includes an all() in ``selector``.  An absent ``selector`` adds no all(), so nothing
+    requires a namespace: a negative namespaceSelector or serviceAccountSelector also selects endpoints without a namespace or without a
     service account.
     """
     if namespace:
