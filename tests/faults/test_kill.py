@@ -166,7 +166,8 @@ def check_tables(scene: Scene, scratch: Path) -> None:
 
 def numbers(scene: Scene) -> dict[str, int]:
     """Endpoint numbers of the pods that were there from the beginning."""
-    return {one["endpoint"]: one["number"] for one in scene.state()["endpoints"] if "churn" not in one["endpoint"]}
+    known = scene.await_status(lambda state: "waiting" not in state, "the agent has put its first state in force")
+    return {one["endpoint"]: one["number"] for one in known["endpoints"] if "churn" not in one["endpoint"]}
 
 
 def test_killed_again_and_again(scene: Scene, is_long: bool, tmp_path: Path) -> None:  # noqa: FBT001
@@ -221,6 +222,8 @@ def settle(scene: Scene, churn: Churn) -> None:
 
     def look() -> bool:
         state = scene.state()
+        if "waiting" in state:
+            return False
         listed = {one["endpoint"]: one["state"] for one in state["endpoints"]}
         objects = (state["objects"]["policies"], state["objects"]["endpoints"])
         return (

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from netpol_ebpf import sources
 from netpol_ebpf.agent import main as agent_main
 from netpol_ebpf.agent.source_options import NODE_VARIABLE, add_source_options, node_name, plan_source
 from netpol_ebpf.errors import UsageError
@@ -102,6 +104,8 @@ def test_missing_extra_is_one_line_and_exit_5(
             raise ModuleNotFoundError("No module named 'msgspec'", name="msgspec")
         return real(name, *arguments, **options)
 
+    package = importlib.import_module("netpol_ebpf.sources.kubernetes")
+    monkeypatch.setattr(sources, "kubernetes", package)  # so that the import below leaves no other one there
     for name in [one for one in sys.modules if one.startswith("netpol_ebpf.sources.kubernetes")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", without_msgspec)
