@@ -118,8 +118,16 @@ def _control_plane(run: Run) -> list[targets.Row]:
     return rows
 
 
-def render(run: Run) -> str:
-    """The section: where the figures are from, targets beside measured, contenders."""
+def earlier_results(directory: Path = RESULT.parent) -> list[Run]:
+    """The kept results of earlier commits, oldest first: the files MACHINE-COMMIT.json."""
+    return sorted((load(path) for path in directory.glob("*-*.json")), key=lambda one: one.started)
+
+
+def render(run: Run, earlier: Sequence[Run] = ()) -> str:
+    """The section: where the figures are from, targets beside measured, contenders.
+
+    ``earlier``: results whose figures stand beside those of ``run`` in the table of targets.
+    """
     machine = run.machine
     dirty = " with uncommitted changes" if run.source.get("dirty") else ""
     lines = [
@@ -129,12 +137,13 @@ def render(run: Run) -> str:
         *(f"- {note}" for note in run.notes),
         *([""] if run.notes else []),
     ]
+    before = [{row.name: row for row in judged(one)} for one in earlier]
     rows = [
-        (row.name, f"at most {row.limit:g} {row.unit}", "-" if row.figure is None else f"{row.figure:.3g} {row.unit}",
-         f"**{row.verdict}**" if row.verdict == targets.MISSED else row.verdict)
+        (row.name, f"at most {row.limit:g} {row.unit}", _figure(row),
+         f"**{row.verdict}**" if row.verdict == targets.MISSED else row.verdict, *(_figure(one.get(row.name)) for one in before))
         for row in judged(run)
     ]  # fmt: skip
-    lines += table(("target", "limit", "measured", ""), rows)
+    lines += table(("target", "limit", "measured", "", *map(_origin, earlier)), rows)
     for name in (UDP_64.name, REQUESTS.name, CONNECTS.name):
         cases = [case for case in run.cases if case.suite == "end to end" and case.name == name]
         shown = [
@@ -144,6 +153,15 @@ def render(run: Run) -> str:
         if shown:
             lines += [f"{name.capitalize()}:", "", *table(("contender", "rules", "median", f"over {NOTHING}"), shown)]
     return "\n".join(lines).rstrip()
+
+
+def _figure(row: targets.Row | None) -> str:
+    return "-" if row is None or row.figure is None else f"{row.figure:.3g} {row.unit}"
+
+
+def _origin(run: Run) -> str:
+    """Machine and commit of a result, as the head of a column."""
+    return f"{run.machine['cpu']}, `{run.source['commit'][:7]}`"
 
 
 def with_section(page: str, section: str) -> str:
@@ -161,7 +179,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when the page is stale")
     parser.add_argument("--result", type=Path, default=RESULT, help="another result")
     options = parser.parse_args(argv)
-    section = render(load(options.result)) if options.result.exists() else "No reference result is recorded yet."
+    section = (
+        render(load(options.result), earlier_results())
+        if options.result.exists()
+        else "No reference result is recorded yet."
+    )
     page = PAGE.read_text(encoding="utf-8")
     fresh = with_section(page, section)
     if options.check and page != fresh:

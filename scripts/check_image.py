@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "deploy" / "Dockerfile"
 KNOWN = frozenset({"FROM", "RUN", "COPY", "WORKDIR", "ENV", "CMD"})
 PLAIN_NAME = re.compile(r"[a-z0-9]+:[a-z0-9.-]+")
-"""An image without a registry host."""
+"""An image that is named without a registry."""
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 """Of this machine, for pip: a mirror may have a certificate of its own."""
 EXIT_WRONG, EXIT_PLATFORM = 1, 5

@@ -89,13 +89,13 @@ def looks() -> Looks:
 
 
 def test_new_pod_s_steps_decide_nothing_again_of_others(monkeypatch: pytest.MonkeyPatch, looks: Looks) -> None:
-    """Its object, its interface, its route, and a look without change: a settled pod's evidence is not sought again."""
-    sought: list[str] = []
+    """Its object, its interface, its route, and a look without change: a settled pod's evidence is not looked for again."""
+    looked_for: list[str] = []
     trusted = assignments_module._TrustedEvidence
 
     class Counting(trusted):
         def beyond_reach(self, endpoint: Endpoint) -> tuple[Evidence, set[int]]:
-            sought.append(endpoint.key.name)
+            looked_for.append(endpoint.key.name)
             return super().beyond_reach(endpoint)
 
     looks.look(BY_ROUTE, times=3)
@@ -110,7 +110,7 @@ def test_new_pod_s_steps_decide_nothing_again_of_others(monkeypatch: pytest.Monk
     for _ in range(2):
         located = assignments.look(routed, both)
     assert located.interfaces == {WEB: 5, DB: 9}
-    assert set(sought) == {"db"}
+    assert set(looked_for) == {"db"}
 
 
 # --- what unsettles ---------------------------------------------------------------------------------------------------

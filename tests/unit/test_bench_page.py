@@ -18,6 +18,14 @@ def test_targets_without_cases_are_said_to_be_not_measured() -> None:
     assert "c0ffee" in page.render(example())
 
 
+def test_figures_of_earlier_results_have_columns() -> None:
+    """Each with its machine and commit, in the rows of the same targets."""
+    text = page.render(example(), [example()])
+    heads, row = (line.split("|") for line in text.splitlines() if line.startswith(("| target |", "| cold start,")))
+    assert "`c0ffee`" in heads[5]
+    assert row[3].strip() == row[5].strip()
+
+
 def test_only_the_section_is_replaced() -> None:
     """What stands around the markers stays, and a second time changes nothing."""
     text = f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n"
