@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import queue
 import socket
 import ssl
@@ -18,6 +19,16 @@ from apiserver_traces import Reply
 
 MOST_HEAD_BYTES = 65536
 Feed = queue.Queue["bytes | None"]
+
+
+def write_kubeconfig(path: Path, url: str) -> Path:
+    """Write a kubeconfig whose only context is the server at a URL, without credentials."""
+    path.write_text(json.dumps({
+        "apiVersion": "v1", "kind": "Config", "current-context": "c",
+        "clusters": [{"name": "c", "cluster": {"server": url}}],
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": ""}}],
+    }))  # fmt: skip
+    return path
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from apiserver_traces import failure
-from fake_apiserver import FakeServer, Request, Wire
+from fake_apiserver import FakeServer, Request, Wire, write_kubeconfig
 from writable_api import ok
 
 from netpol_ebpf.cli.can_i import ADMISSION, NO_READS, POLICY, REVIEWS, TIERED, WRITES
@@ -57,13 +57,7 @@ def rights() -> Rights:
 @pytest.fixture
 def kubeconfig(rights: Rights, tmp_path: Path) -> Iterator[str]:
     with FakeServer(rights) as server:
-        path = tmp_path / "config"
-        path.write_text(json.dumps({
-            "apiVersion": "v1", "kind": "Config", "current-context": "c",
-            "clusters": [{"name": "c", "cluster": {"server": server.url}}],
-            "contexts": [{"name": "c", "context": {"cluster": "c", "user": ""}}],
-        }))  # fmt: skip
-        yield str(path)
+        yield str(write_kubeconfig(tmp_path / "config", server.url))
 
 
 def ask(kubeconfig: str, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from apiserver_traces import failure
-from fake_apiserver import FakeServer
+from fake_apiserver import FakeServer, write_kubeconfig
 from test_status_conditions import KUBERNETES, OBJECTS, PLAIN_KEY
 from writable_api import WritableApi
 
@@ -45,13 +45,7 @@ def api() -> WritableApi:
 @pytest.fixture
 def kubeconfig(api: WritableApi, tmp_path: Path) -> Iterator[str]:
     with FakeServer(api) as server:
-        path = tmp_path / "config"
-        path.write_text(json.dumps({
-            "apiVersion": "v1", "kind": "Config", "current-context": "c",
-            "clusters": [{"name": "c", "cluster": {"server": server.url}}],
-            "contexts": [{"name": "c", "context": {"cluster": "c", "user": ""}}],
-        }))  # fmt: skip
-        yield str(path)
+        yield str(write_kubeconfig(tmp_path / "config", server.url))
 
 
 def report(api: WritableApi, node: str, revision: str = "", short: tuple[Shortfall, ...] = ()) -> None:
