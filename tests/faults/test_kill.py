@@ -166,8 +166,7 @@ def check_tables(scene: Scene, scratch: Path) -> None:
 
 def numbers(scene: Scene) -> dict[str, int]:
     """Endpoint numbers of the pods that were there from the beginning."""
-    known = scene.await_status(lambda state: "waiting" not in state, "the agent has put its first state in force")
-    return {one["endpoint"]: one["number"] for one in known["endpoints"] if "churn" not in one["endpoint"]}
+    return {one["endpoint"]: one["number"] for one in scene.state()["endpoints"] if "churn" not in one["endpoint"]}
 
 
 def test_killed_again_and_again(scene: Scene, is_long: bool, tmp_path: Path) -> None:  # noqa: FBT001

@@ -168,9 +168,9 @@ class Scene:
             self.process = self.lab.start(NODE, self.command(), stdout=log, stderr=subprocess.STDOUT)
 
     def start(self) -> dict[str, Any]:
-        """Start the agent and wait until it answers; its status."""
+        """Start the agent and wait for its first state in force; its status. An agent whose source does not sync: `launch`."""
         self.launch()
-        return self.state()
+        return self.await_status(lambda state: "waiting" not in state, "the agent's first state is in force")
 
     def status(self) -> dict[str, Any] | None:
         """The agent's status, None while it does not answer."""

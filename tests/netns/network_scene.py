@@ -671,15 +671,14 @@ def look(found: World, *, is_late: bool) -> None:
     local = {pod.endpoint for pod in site.pods.values() if pod.node == NODE}
     if not is_late:
         scene.await_status(
-            lambda state: "waiting" not in state and local <= decided(state),
-            "of each pod it is known where it is, or told that it is not",
+            lambda state: local <= decided(state), "of each pod it is known where it is, or told that it is not"
         )
     before = ask_all(site, there)
     scene.write("policy.yaml", POLICY)
     if is_late:
         scene.start()
     found.state = scene.await_status(
-        lambda state: "waiting" not in state and state["objects"]["policies"] == 1 and local <= decided(state),
+        lambda state: state["objects"]["policies"] == 1 and local <= decided(state),
         "policy is in force where it can be",
     )
     forget_neighbours(site)  # neighbour discovery has to work under policy, too
