@@ -16,8 +16,9 @@ not yet known.
     table bridge np_barrier
       prerouting, postrouting: the same for the ports of bridges, which the inet table does not see
 
-Invariants: a change is one transaction, so no packet meets half of a table.  A table is never changed if its comment
-names another owner, or if the socket of another process owns it.  Counters are kept when a table is rewritten.  The
+Invariants: a change is one transaction, so no packet meets a part of a chain's rules.  (While a table is written anew, a
+packet can meet neither the old nor the new chain.)  A table is never changed if its comment names another owner, or if
+the socket of another process owns it.  Counters are kept when a table is rewritten.  The
 module must not decide which interfaces are workloads'.
 """
 
