@@ -199,7 +199,7 @@ enum np_call {
 // Facts of the running kernel. The loader writes them into the program (NP_KERNEL).
 enum np_kernel_fact {
     NP_KERNEL_CAST = 0, // 1: the kernel has bpf_cast_to_kern_ctx
-    NP_KERNEL_FIRST = 1, // offset in sk_buff of the first field below; NP_KERNEL_BYTES from there on have all fields
+    NP_KERNEL_FIRST = 1, // lowest offset in sk_buff of the fields below; all are in the NP_KERNEL_BYTES bytes from it
     NP_KERNEL_SUMMED = 2, // offset of the byte with ip_summed; this and all later offsets count from NP_KERNEL_FIRST
     NP_KERNEL_SUMMED_SHIFT = 3, // lowest bit of ip_summed in that byte; ip_summed has two bits
     NP_KERNEL_CSUM_START = 4, // offset of csum_start; this field and the next two have 16 bits

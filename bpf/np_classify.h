@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// Policy classification: from a tuple (addresses, ports, protocol) to a verdict, in four steps. Each step is one
-// look-up, whatever the number of rules is.
+// Policy classification: from a tuple (addresses, ports, protocol) to a verdict, in four steps. The number
+// of look-ups is fixed, whatever the number of rules is.
 //
 //   1. peer address -> identity     np_addr (exact); otherwise np_cidr (longest prefix); otherwise the world identity
 //                                   of the address family

@@ -111,9 +111,9 @@ NP_INLINE int np_is_nobodys(struct np_ctx *ctx, const __u32 *address, const int 
     return !np_ifindex_of(ctx, address, version);
 }
 
-// Whether the workload may claim the address. It may claim an address that it owns or may borrow, and a link-local
-// address that belongs to nobody else. While the interface has no endpoint, the workload may claim only such a
-// link-local address.
+// Whether the workload may say, by ARP or neighbour discovery, that it has the address: one that it owns or may borrow,
+// or a link-local address that nobody else has. While the interface has no endpoint, that is only such
+// a link-local address.
 NP_INLINE int np_may_claim(struct np_ctx *ctx, const __u32 *address, const int version)
 {
     if (!ctx->ep->missing && (np_is_own(ctx, address, version) || np_may_borrow(ctx, address, version)))
