@@ -730,6 +730,38 @@ int np_tc_sender(struct __sk_buff *skb)
     return np_conclude(skb, &ctx, scratch->reason);
 }
 
+// Programs that are not written yet: they drop the packet and count it.
+NP_INLINE int np_unwritten(struct __sk_buff *skb)
+{
+    np_count_reason(NP_REASON_CALL_MISSING, skb->len);
+    return NP_DROP;
+}
+
+int np_tc_names(struct __sk_buff *skb)
+{
+    return np_unwritten(skb);
+}
+
+int np_tc_question(struct __sk_buff *skb)
+{
+    return np_unwritten(skb);
+}
+
+int np_tc_answer(struct __sk_buff *skb)
+{
+    return np_unwritten(skb);
+}
+
+int np_tc_records(struct __sk_buff *skb)
+{
+    return np_unwritten(skb);
+}
+
+int np_tc_learn(struct __sk_buff *skb)
+{
+    return np_unwritten(skb);
+}
+
 int np_tc_ingress(struct __sk_buff *skb)
 {
     return np_tc(skb, NP_HOOK_INGRESS);

@@ -16,7 +16,7 @@
 
 #include <linux/types.h>
 
-#define NP_SCHEMA_VERSION 9 // part of the pin directory's name
+#define NP_SCHEMA_VERSION 10 // part of the pin directory's name
 
 // --- limits ----------------------------------------------------------------------------------------------------------
 
@@ -60,6 +60,13 @@
 #define NP_TAG_RANK_MASK 3 // enum np_rank
 #define NP_TAG_JIFFIES 64 // jiffies in one unit of a tag's time
 #define NP_TAG_OWNED_UNITS 64 // units for which a slot stays reserved: longer than a CPU needs to write the entry
+
+#define NP_NAME_BYTES 256 // bytes of a domain name in the key of np_name: 255 of the longest name, and one to align
+#define NP_LEARNED_CLASSES 4 // name classes of one address of one endpoint; a further one replaces the first to expire
+#define NP_LEARNED_JIFFIES 64 // jiffies in one unit of the expiry of a learned address
+#define NP_ASKED_SLOTS 256 // pending questions of an endpoint
+#define NP_ASKED_WAYS 4 // slots in which one question may be pending
+#define NP_RANK_LAST 65535 // np_domain.rank: no rule of the domain list matches the names of the class
 
 #define NP_HOST_SETS 8 // policy sets of a host endpoint; the index is stage * 2 + direction
 #define NP_SCRATCH_WORDS 76 // 64-bit words of np_scratch
@@ -134,6 +141,7 @@ enum np_config_flag {
     NP_CONFIG_TO_HOST_PASS = 32, // the wildcard host endpoint's normal policy judges workloads' packets to their node
     NP_CONFIG_LOCAL_NETS = 64, // np_local4_net or np_local6_net has rows
     NP_CONFIG_HAIRPIN = 128, // packets from outside the node may have a source address of this node
+    NP_CONFIG_NAMES = 256, // the program learns the addresses of domain names from DNS answers
 };
 
 // The state of a connection. Each state has its own time-out, np_config.timeout_jiffies[state].
@@ -173,6 +181,7 @@ enum np_rank {
 enum np_verdict_flag {
     NP_VERDICT_FAILSAFE = 1, // the packet is to a failsafe port: no list before normal policy may drop it
 };
+#define NP_VERDICT_DOMAIN_SHIFT 1 // the other 15 bits of np_verdict.flags are the number of a domain list; 0: none
 
 // What an address is at this node.
 enum np_local_flag {
@@ -188,12 +197,22 @@ enum np_vip_flag {
     NP_VIP_MANY = 2, // several backends are processes of this node; the program cannot tell which one gets the packet
 };
 
-// Slots of np_call, which has the programs np_tc_judge and np_tc_sender. A hook's program tail-calls them. A tail call
-// never returns.
+// Slots of np_call, which has the programs that are tail-called. A tail call never returns.
 enum np_call {
     NP_CALL_JUDGE = 0, // evaluates one policy list, then calls itself for the next; at the end applies the verdict
     NP_CALL_SENDER = 1, // applies the verdict for the sender, which is the endpoint that the sender tag names
-    NP_CALLS = 2, // number of slots
+    NP_CALL_NAMES = 2, // completes a verdict that has a domain list, then goes on as np_tc_judge
+    NP_CALL_QUESTION = 3, // records a question that a workload sends to a trusted DNS server
+    NP_CALL_ANSWER = 4, // reads the header and the question of a DNS answer, and finds the name's class
+    NP_CALL_RECORDS = 5, // reads the records of the answer, then calls itself for further ones
+    NP_CALL_LEARN = 6, // writes the addresses of the answer to np_learned4 or np_learned6
+    NP_CALLS = 7, // number of slots
+};
+
+// What happens to a DNS answer of a trusted server that the program cannot read.
+enum np_unread_dns {
+    NP_UNREAD_DNS_PASS = 0, // the workload gets the answer, and the program learns nothing from it
+    NP_UNREAD_DNS_DROP = 1, // the answer is dropped
 };
 
 // Facts of the running kernel. The loader writes them into the program (NP_KERNEL).
@@ -264,10 +283,21 @@ enum np_reason {
     NP_REASON_FOREIGN_SOURCE = 63, // a packet from outside with a source address of this node or of a local workload
     NP_REASON_LINK_TYPE = 64, // a packet with a link header that the parser does not support
     NP_REASON_TUNNEL_SOURCE = 65, // a tunnelled packet that was not sent by the node that has its inner source
+    NP_REASON_DNS_UNREAD = 66, // a DNS answer of a trusted server that the program cannot read, if unread_dns is DROP
+    NP_REASON_DNS_FRAGMENT = 67, // a later fragment of a DNS answer; the first one was cut to a truncated answer
     NP_REASON_EVENT_LOST = 96, // the ring buffer had no room for an event
     NP_REASON_LOG_LIMITED = 97, // the rate limit suppressed a log event
     NP_REASON_RULE_RANGE = 98, // a rule number beyond np_rule_count or np_staged_count; counted for each of the two
     NP_REASON_CONN_EVICTED = 99, // an established connection was evicted, because a new one needed room in its bucket
+    NP_REASON_DNS_LEARNED = 100, // a DNS answer taught an address of a name in a rule; counted for each address
+    NP_REASON_DNS_NOT_ASKED = 101, // a DNS answer of a trusted server without a pending question of the endpoint
+    NP_REASON_DNS_REFUSED = 102, // an address in a DNS answer is in a range whose addresses are never learned
+    NP_REASON_DNS_MALFORMED = 103, // a DNS answer that the program did not understand, so that it taught nothing
+    NP_REASON_DNS_TOO_LONG = 104, // a DNS message beyond the limits of the program, so that it taught nothing
+    NP_REASON_DNS_TRUNCATED = 105, // a DNS answer in fragments was cut, so that the workload asks again by TCP
+    NP_REASON_DNS_LIMITED = 106, // an endpoint learned addresses too fast, so that it did not learn this one
+    NP_REASON_DNS_FULL = 107, // an address had more name classes than one row has room for; the oldest was replaced
+    NP_REASON_DNS_EVENT_LOST = 108, // the ring buffer had no room for an np_dns_event
     NP_REASON_COUNT = 128, // number of rows of np_reason_count
 };
 
@@ -502,9 +532,97 @@ struct np_verdict {
     __u32 log_list; // number of the list of Log rules that matched before the verdict; 0: none matched
     __u8 action; // enum np_action
     __u8 staged_action; // enum np_action
-    __u16 flags; // enum np_verdict_flag
+    __u16 flags; // enum np_verdict_flag, and from NP_VERDICT_DOMAIN_SHIFT on the number of a domain list
 };
 _Static_assert(sizeof(struct np_verdict) == 16, "np_verdict");
+
+// The verdict of a row in np_verdict holds if no rule with domain names matches. A domain list has the rules with
+// domain names that may match instead, in the order of evaluation. The rank of a rule is its position in the list. For
+// a name class, this row has the first rule of the list that matches the names of the class.
+struct np_domain_key {
+    __u32 list; // number of the domain list
+    __u32 name_class;
+};
+_Static_assert(sizeof(struct np_domain_key) == 8, "np_domain_key");
+
+struct np_domain {
+    __u16 rank; // rank of the first enforced rule that matches; NP_RANK_LAST: none
+    __u16 staged_rank; // the same in the pending evaluation
+    __u32 rule; // the enforced rule, key of np_rule; its action is allow
+    __u32 staged_rule; // the rule of the pending evaluation, key of np_rule; its action is allow
+    __u32 log_list; // number of the list of Log rules that matched before the enforced rule; 0: none
+};
+_Static_assert(sizeof(struct np_domain) == 16, "np_domain");
+
+// A pattern of domain names. The labels are in reverse order, each after its length in one byte, in lower case:
+// www.example.com is "3com" "7example" "3www" and a zero byte. The key of a name ends with the zero byte; the key of a
+// wildcard has the labels after the "*." and no zero byte, so that the longest prefix finds the most specific pattern.
+struct np_name_key {
+    __u32 prefix_bits;
+    __u8 labels[NP_NAME_BYTES];
+};
+_Static_assert(sizeof(struct np_name_key) == 260, "np_name_key has the longest key that a trie may have");
+
+struct np_name {
+    __u32 name_class; // number of the set of patterns of rules that match the name; 0: none
+};
+_Static_assert(sizeof(struct np_name) == 4, "np_name");
+
+// An address that an endpoint learned from a DNS answer.
+struct np_learned4_key {
+    __u32 endpoint; // number of the endpoint
+    __u8 address[4];
+};
+_Static_assert(sizeof(struct np_learned4_key) == 8, "np_learned4_key");
+
+struct np_learned6_key {
+    __u32 endpoint; // number of the endpoint
+    __u8 address[16];
+};
+_Static_assert(sizeof(struct np_learned6_key) == 20, "np_learned6_key");
+
+struct np_learned {
+    __u32 name_class[NP_LEARNED_CLASSES]; // classes of the names that had this address; 0: unused
+    __u32 until[NP_LEARNED_CLASSES]; // when the class expires, in units of NP_LEARNED_JIFFIES jiffies; the low 32 bits
+};
+_Static_assert(sizeof(struct np_learned) == 32, "np_learned");
+
+// The pending questions of one endpoint: questions to a trusted DNS server that have no answer yet. A slot has a keyed
+// hash of the question and of the addresses and ports (bits 63 to 16), and the time of the question in units of
+// NP_LEARNED_JIFFIES (bits 15 to 0). 0: the slot is free.
+struct np_asked {
+    __u64 slot[NP_ASKED_SLOTS];
+    __u64 refilled_jiffies; // when `tokens` was last filled up
+    __u32 tokens; // how many new addresses the endpoint may still learn until the next refill
+    __u32 pad;
+};
+_Static_assert(sizeof(struct np_asked) == 2064, "np_asked");
+
+// A DNS server whose answers the program believes.
+struct np_resolver4_key {
+    __u8 address[4];
+    __u16 port;
+    __u16 pad;
+};
+_Static_assert(sizeof(struct np_resolver4_key) == 8, "np_resolver4_key");
+
+struct np_resolver6_key {
+    __u8 address[16];
+    __u16 port;
+    __u16 pad;
+};
+_Static_assert(sizeof(struct np_resolver6_key) == 20, "np_resolver6_key");
+
+struct np_resolver {
+    __u32 trusted; // always 1
+};
+_Static_assert(sizeof(struct np_resolver) == 4, "np_resolver");
+
+// A prefix whose addresses the program never learns: of nodes, pods and services, loopback, link-local, multicast.
+struct np_unlearned {
+    __u32 refused; // always 1
+};
+_Static_assert(sizeof(struct np_unlearned) == 4, "np_unlearned");
 
 struct np_rule_key {
     __u32 rule;
@@ -566,7 +684,7 @@ _Static_assert(sizeof(struct np_conn) == 24, "np_conn");
 
 struct np_conn4_entry {
     struct np_conn4_key key;
-    __u32 pad;
+    __u32 name_class; // class of the domain name by which policy allowed the connection; 0: no name was needed
     struct np_conn conn;
     __u64 more_pad[2];
 };
@@ -574,7 +692,7 @@ _Static_assert(sizeof(struct np_conn4_entry) == 64, "np_conn4_entry is a cache l
 
 struct np_conn6_entry {
     struct np_conn6_key key;
-    __u32 pad;
+    __u32 name_class; // class of the domain name by which policy allowed the connection; 0: no name was needed
     struct np_conn conn;
 };
 _Static_assert(sizeof(struct np_conn6_entry) == 72, "np_conn6_entry");
@@ -657,6 +775,21 @@ struct np_event {
 };
 _Static_assert(sizeof(struct np_event) == 96, "np_event");
 
+// An address that an endpoint learned, and the name for which it asked. The program reports it also for names that
+// match no pattern, so that a policy that is added later knows the addresses.
+struct np_dns_event {
+    __u64 time_jiffies;
+    __u32 endpoint;
+    __u32 ttl_s; // time to live as the answer has it, before floor and extra time
+    __u32 name_class; // 0: no pattern matches the name
+    __u8 ip_version; // 4 or 6
+    __u8 pad[3];
+    __u8 address[16]; // IPv4 in the first four bytes
+    __u8 server[16]; // the DNS server; IPv4 in the first four bytes
+    __u8 labels[NP_NAME_BYTES]; // the name of the question, as in struct np_name_key
+};
+_Static_assert(sizeof(struct np_dns_event) == 312, "np_dns_event");
+
 struct np_log_limit {
     __u64 last_jiffies; // when the program wrote the last event of the log list
 };
@@ -674,10 +807,12 @@ struct np_config {
     __u32 seen_mark; // bit of skb->mark by which the second barrier knows that the program saw the packet; 0: unused
     __u32 node_mark; // bit of skb->mark that the node sets on its own processes' packets; 0: it sets none
     __u32 due_mark; // bit of skb->mark that keeps the packet from every process of the node; 0: nothing checks the bit
-    __u32 pad;
+    __u32 unread_dns; // enum np_unread_dns
+    __u32 name_floor_s; // shortest life of a learned address, in seconds
+    __u32 name_extra_s; // seconds added to the life of every learned address
     __u64 timeout_jiffies[NP_CONN_STATES];
 };
-_Static_assert(sizeof(struct np_config) == 104, "np_config");
+_Static_assert(sizeof(struct np_config) == 112, "np_config");
 
 struct np_schema {
     __u32 version; // NP_SCHEMA_VERSION

@@ -182,6 +182,18 @@ NP_MAP("array", np_l4_col, __u32, struct np_l4_col, 16384, 0);
 // Role: table.
 NP_MAP("array", np_verdict, __u32, struct np_verdict, 1048576, 0);
 
+// Maps a domain list and a name class to the first rule of the list that matches the names of the class. The agent
+// writes, the program reads. Looked up for a new flow whose verdict has a domain list. When full: the agent rejects the
+// change. Key: host order. A row lives as long as its list and its class.
+// Role: table.
+NP_MAP("hash", np_domain, struct np_domain_key, struct np_domain, 262144, BPF_F_NO_PREALLOC);
+
+// Maps a domain name, or the end of a domain name, to its name class. The agent writes, the program reads. Looked up
+// for each DNS answer. When full: the agent rejects the change. Key: prefix length in host order, labels in reverse
+// order. A row lives as long as a rule or a network set has the pattern.
+// Role: table.
+NP_MAP("lpm_trie", np_name, struct np_name_key, struct np_name, 65536, BPF_F_NO_PREALLOC);
+
 // Maps a rule's number to its readable name.  The agent writes; people and tools read.  Never looked up for a
 // packet. When full: the agent rejects the change.  Key: host order.  A row lives as long as a verdict or a connection
 // may name the rule.
@@ -238,6 +250,42 @@ NP_MAP("array", np_secret, __u32, struct np_secret, 1, 0);
 NP_MAP("lru_hash", np_frag4, struct np_frag4_key, struct np_frag, 4096, 0);
 NP_MAP("lru_hash", np_frag6, struct np_frag6_key, struct np_frag, 4096, 0);
 
+// Maps an endpoint and an address to the classes of the names for which the endpoint learned the address. The program
+// writes and reads; the agent adds classes of patterns that are newer than the answer.  Looked up for a new flow whose
+// verdict has a domain list. When full: the least recently used row is evicted, and the endpoint must ask for the name
+// again. Key: endpoint in host order, address in network order. The map outlives agents and programs. A row is valid
+// until its classes expire.
+// Role: connection.
+NP_MAP("lru_hash", np_learned4, struct np_learned4_key, struct np_learned, 65536, 0);
+NP_MAP("lru_hash", np_learned6, struct np_learned6_key, struct np_learned, 65536, 0);
+
+// Maps an endpoint to its pending DNS questions. The agent makes the row of an endpoint that has rules with domain
+// names; the program writes and reads. Looked up for a question to a DNS server and for its answer. When full: the
+// agent reports it, and the endpoint learns nothing. Key: host order. The map outlives agents and programs. A row lives
+// as long as the endpoint has such rules.
+// Role: connection, private.
+NP_MAP("hash", np_asked, struct np_number_key, struct np_asked, 4096, BPF_F_NO_PREALLOC);
+
+// Lists the DNS servers whose answers the program believes. The agent writes, the program reads. Looked up for a
+// question to a DNS server and for its answer. When full: the agent rejects the change. Key: address in network order,
+// port in host order. A row lives as long as the server is configured, or is an address of a configured service.
+// Role: node.
+NP_MAP("hash", np_resolver4, struct np_resolver4_key, struct np_resolver, 1024, BPF_F_NO_PREALLOC);
+NP_MAP("hash", np_resolver6, struct np_resolver6_key, struct np_resolver, 1024, BPF_F_NO_PREALLOC);
+
+// Lists the prefixes whose addresses are never learned from DNS answers. The agent writes, the program reads. Looked up
+// for each address of a DNS answer. When full: the agent rejects the change. Key: prefix length in host order, address
+// in network order. A row lives as long as the address or the range.
+// Role: node.
+NP_MAP("lpm_trie", np_unlearned4, struct np_cidr4_key, struct np_unlearned, 65536, BPF_F_NO_PREALLOC);
+NP_MAP("lpm_trie", np_unlearned6, struct np_cidr6_key, struct np_unlearned, 65536, BPF_F_NO_PREALLOC);
+
+// Carries learned addresses and the names to the agent. The program writes; one reader consumes. Written for each
+// address that an endpoint learns. When full: the event is lost, and counted as NP_REASON_DNS_EVENT_LOST. An event does
+// not wake the reader, which polls instead. The map outlives agents.
+// Role: event.
+NP_MAP_RINGBUF(np_dns_event, 1048576); // size in bytes
+
 // Maps a log list to the time of its last event. The program writes and reads. Looked up for a new flow whose verdict
 // has a log list. Fixed size; log lists that share a row also share the rate limit. Key: number of the log list modulo
 // size, in host order. All rows exist always.
@@ -287,6 +335,16 @@ union np_cidr_key {
 union np_source_key {
     struct np_source4_key v4;
     struct np_source6_key v6;
+};
+
+union np_learned_key {
+    struct np_learned4_key v4;
+    struct np_learned6_key v6;
+};
+
+union np_resolver_key {
+    struct np_resolver4_key v4;
+    struct np_resolver6_key v6;
 };
 
 union np_conn_key {
@@ -434,6 +492,60 @@ NP_INLINE struct np_l4_col *np_l4_col_lookup(__u32 block)
 NP_INLINE struct np_verdict *np_verdict_lookup(__u32 index)
 {
     return np_lookup(NP_MAP_OF(np_verdict), &index);
+}
+
+NP_INLINE struct np_domain *np_domain_lookup(struct np_domain_key *key)
+{
+    return np_lookup(NP_MAP_OF(np_domain), key);
+}
+
+NP_INLINE struct np_name *np_name_lookup(struct np_name_key *key)
+{
+    return np_lookup(NP_MAP_OF(np_name), key);
+}
+
+NP_INLINE struct np_learned *np_learned_lookup(union np_learned_key *key, const int version)
+{
+    if (version == 4)
+        return np_lookup(NP_MAP_OF(np_learned4), &key->v4);
+    return np_lookup(NP_MAP_OF(np_learned6), &key->v6);
+}
+
+NP_INLINE long np_learned_update(union np_learned_key *key, struct np_learned *learned, const int version)
+{
+    if (version == 4)
+        return np_update(NP_MAP_OF(np_learned4), &key->v4, learned, BPF_ANY);
+    return np_update(NP_MAP_OF(np_learned6), &key->v6, learned, BPF_ANY);
+}
+
+NP_INLINE struct np_asked *np_asked_lookup(__u32 endpoint)
+{
+    struct np_number_key key = {.number = endpoint};
+    return np_lookup(NP_MAP_OF(np_asked), &key);
+}
+
+NP_INLINE int np_is_resolver(union np_resolver_key *key, const int version)
+{
+    if (version == 4)
+        return np_lookup(NP_MAP_OF(np_resolver4), &key->v4) != 0;
+    return np_lookup(NP_MAP_OF(np_resolver6), &key->v6) != 0;
+}
+
+NP_INLINE int np_is_unlearned(union np_cidr_key *key, const int version)
+{
+    if (version == 4)
+        return np_lookup(NP_MAP_OF(np_unlearned4), &key->v4) != 0;
+    return np_lookup(NP_MAP_OF(np_unlearned6), &key->v6) != 0;
+}
+
+NP_INLINE struct np_dns_event *np_dns_event_reserve(void)
+{
+    return np_ringbuf_reserve(NP_MAP_OF(np_dns_event), sizeof(struct np_dns_event), 0);
+}
+
+NP_INLINE void np_dns_event_submit(struct np_dns_event *event)
+{
+    np_ringbuf_submit(event, BPF_RB_NO_WAKEUP);
 }
 
 NP_INLINE struct np_count *np_rule_count_lookup(__u32 rule)

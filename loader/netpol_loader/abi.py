@@ -81,7 +81,7 @@ def maps_with(trait: MapTrait) -> tuple[str, ...]:
 
 # fmt: off
 
-NP_SCHEMA_VERSION = 9  # part of the pin directory's name
+NP_SCHEMA_VERSION = 10  # part of the pin directory's name
 NP_RULE_NAME_BYTES = 120  # longest readable rule name, with its terminating zero
 NP_ATOM_BLOCK = 256  # atoms in a row of np_l4_atom
 NP_ATOM_BLOCKS = 1537  # rows of np_l4_atom: 6 slots of 256, and NP_OTHER_BLOCK
@@ -112,6 +112,12 @@ NP_TAG_TIME_BITS = 29
 NP_TAG_RANK_MASK = 3  # enum np_rank
 NP_TAG_JIFFIES = 64  # jiffies in one unit of a tag's time
 NP_TAG_OWNED_UNITS = 64  # units for which a slot stays reserved: longer than a CPU needs to write the entry
+NP_NAME_BYTES = 256  # bytes of a domain name in the key of np_name: 255 of the longest name, and one to align
+NP_LEARNED_CLASSES = 4  # name classes of one address of one endpoint; a further one replaces the first to expire
+NP_LEARNED_JIFFIES = 64  # jiffies in one unit of the expiry of a learned address
+NP_ASKED_SLOTS = 256  # pending questions of an endpoint
+NP_ASKED_WAYS = 4  # slots in which one question may be pending
+NP_RANK_LAST = 65535  # np_domain.rank: no rule of the domain list matches the names of the class
 NP_HOST_SETS = 8  # policy sets of a host endpoint; the index is stage * 2 + direction
 NP_SCRATCH_WORDS = 76  # 64-bit words of np_scratch
 NP_KERNEL_BYTES = 96  # bytes that the program copies from sk_buff if it cannot read the fields in place
@@ -128,6 +134,7 @@ NP_NODE_FIRST = 1048576  # first number of another node in np_addr.holder; endpo
 NP_IDENTITY_UNKNOWN = 0  # never the identity of a packet
 NP_IDENTITY_WORLD_V4 = 1  # an IPv4 address that no table describes
 NP_IDENTITY_WORLD_V6 = 2  # an IPv6 address that no table describes
+NP_VERDICT_DOMAIN_SHIFT = 1  # the other 15 bits of np_verdict.flags are the number of a domain list; 0: none
 SCHEMA_VERSION = NP_SCHEMA_VERSION
 
 # np_direction
@@ -165,6 +172,7 @@ NP_CONFIG_TO_HOST_DENY = 16  # packets of workloads to their own node are droppe
 NP_CONFIG_TO_HOST_PASS = 32  # the wildcard host endpoint's normal policy judges workloads' packets to their node
 NP_CONFIG_LOCAL_NETS = 64  # np_local4_net or np_local6_net has rows
 NP_CONFIG_HAIRPIN = 128  # packets from outside the node may have a source address of this node
+NP_CONFIG_NAMES = 256  # the program learns the addresses of domain names from DNS answers
 
 # np_conn_state: The state of a connection. Each state has its own time-out, np_config.timeout_jiffies[state].
 NP_CONN_TCP_NEW = 0  # TCP, unreplied
@@ -205,10 +213,19 @@ NP_LOCAL_NODE = 8  # an address of another node of the cluster
 NP_VIP_LOCAL = 1  # the backend `local` is a process of this node; if it is chosen, no later hook sees the packet
 NP_VIP_MANY = 2  # several backends are processes of this node; the program cannot tell which one gets the packet
 
-# np_call
+# np_call: Slots of np_call, which has the programs that are tail-called. A tail call never returns.
 NP_CALL_JUDGE = 0  # evaluates one policy list, then calls itself for the next; at the end applies the verdict
 NP_CALL_SENDER = 1  # applies the verdict for the sender, which is the endpoint that the sender tag names
-NP_CALLS = 2  # number of slots
+NP_CALL_NAMES = 2  # completes a verdict that has a domain list, then goes on as np_tc_judge
+NP_CALL_QUESTION = 3  # records a question that a workload sends to a trusted DNS server
+NP_CALL_ANSWER = 4  # reads the header and the question of a DNS answer, and finds the name's class
+NP_CALL_RECORDS = 5  # reads the records of the answer, then calls itself for further ones
+NP_CALL_LEARN = 6  # writes the addresses of the answer to np_learned4 or np_learned6
+NP_CALLS = 7  # number of slots
+
+# np_unread_dns: What happens to a DNS answer of a trusted server that the program cannot read.
+NP_UNREAD_DNS_PASS = 0  # the workload gets the answer, and the program learns nothing from it
+NP_UNREAD_DNS_DROP = 1  # the answer is dropped
 
 # np_kernel_fact: Facts of the running kernel. The loader writes them into the program (NP_KERNEL).
 NP_KERNEL_CAST = 0  # 1: the kernel has bpf_cast_to_kern_ctx
@@ -272,10 +289,21 @@ NP_REASON_TUNNEL = 62  # a workload's packet in an encapsulation that a node's t
 NP_REASON_FOREIGN_SOURCE = 63  # a packet from outside with a source address of this node or of a local workload
 NP_REASON_LINK_TYPE = 64  # a packet with a link header that the parser does not support
 NP_REASON_TUNNEL_SOURCE = 65  # a tunnelled packet that was not sent by the node that has its inner source
+NP_REASON_DNS_UNREAD = 66  # a DNS answer of a trusted server that the program cannot read, if unread_dns is DROP
+NP_REASON_DNS_FRAGMENT = 67  # a later fragment of a DNS answer; the first one was cut to a truncated answer
 NP_REASON_EVENT_LOST = 96  # the ring buffer had no room for an event
 NP_REASON_LOG_LIMITED = 97  # the rate limit suppressed a log event
 NP_REASON_RULE_RANGE = 98  # a rule number beyond np_rule_count or np_staged_count; counted for each of the two
 NP_REASON_CONN_EVICTED = 99  # an established connection was evicted, because a new one needed room in its bucket
+NP_REASON_DNS_LEARNED = 100  # a DNS answer taught an address of a name in a rule; counted for each address
+NP_REASON_DNS_NOT_ASKED = 101  # a DNS answer of a trusted server without a pending question of the endpoint
+NP_REASON_DNS_REFUSED = 102  # an address in a DNS answer is in a range whose addresses are never learned
+NP_REASON_DNS_MALFORMED = 103  # a DNS answer that the program did not understand, so that it taught nothing
+NP_REASON_DNS_TOO_LONG = 104  # a DNS message beyond the limits of the program, so that it taught nothing
+NP_REASON_DNS_TRUNCATED = 105  # a DNS answer in fragments was cut, so that the workload asks again by TCP
+NP_REASON_DNS_LIMITED = 106  # an endpoint learned addresses too fast, so that it did not learn this one
+NP_REASON_DNS_FULL = 107  # an address had more name classes than one row has room for; the oldest was replaced
+NP_REASON_DNS_EVENT_LOST = 108  # the ring buffer had no room for an np_dns_event
 NP_REASON_COUNT = 128  # number of rows of np_reason_count
 
 
@@ -721,7 +749,7 @@ class np_verdict(ctypes.Structure):
     log_list: int  # number of the list of Log rules that matched before the verdict; 0: none matched
     action: int  # enum np_action
     staged_action: int  # enum np_action
-    flags: int  # enum np_verdict_flag
+    flags: int  # enum np_verdict_flag, and from NP_VERDICT_DOMAIN_SHIFT on the number of a domain list
 
     _fields_ = (
         ("rule", ctypes.c_uint32),
@@ -730,6 +758,172 @@ class np_verdict(ctypes.Structure):
         ("action", ctypes.c_uint8),
         ("staged_action", ctypes.c_uint8),
         ("flags", ctypes.c_uint16),
+    )
+
+
+class np_domain_key(ctypes.Structure):
+    """The verdict of a row in np_verdict holds if no rule with domain names matches.
+
+    A domain list has the rules with domain names that may match instead, in the order of evaluation. The rank of a
+    rule is its position in the list. For a name class, this row has the first rule of the list that matches the names
+    of the class.
+    """
+
+    list: int  # number of the domain list
+    name_class: int
+
+    _fields_ = (
+        ("list", ctypes.c_uint32),
+        ("name_class", ctypes.c_uint32),
+    )
+
+
+class np_domain(ctypes.Structure):
+    """``struct np_domain``."""
+
+    rank: int  # rank of the first enforced rule that matches; NP_RANK_LAST: none
+    staged_rank: int  # the same in the pending evaluation
+    rule: int  # the enforced rule, key of np_rule; its action is allow
+    staged_rule: int  # the rule of the pending evaluation, key of np_rule; its action is allow
+    log_list: int  # number of the list of Log rules that matched before the enforced rule; 0: none
+
+    _fields_ = (
+        ("rank", ctypes.c_uint16),
+        ("staged_rank", ctypes.c_uint16),
+        ("rule", ctypes.c_uint32),
+        ("staged_rule", ctypes.c_uint32),
+        ("log_list", ctypes.c_uint32),
+    )
+
+
+class np_name_key(ctypes.Structure):
+    """A pattern of domain names.
+
+    The labels are in reverse order, each after its length in one byte, in lower case: www.example.com is "3com"
+    "7example" "3www" and a zero byte. The key of a name ends with the zero byte; the key of a wildcard has the labels
+    after the "*." and no zero byte, so that the longest prefix finds the most specific pattern.
+    """
+
+    prefix_bits: int
+    labels: ctypes.Array[ctypes.c_uint8]
+
+    _fields_ = (
+        ("prefix_bits", ctypes.c_uint32),
+        ("labels", ctypes.c_uint8 * 256),
+    )
+
+
+class np_name(ctypes.Structure):
+    """``struct np_name``."""
+
+    name_class: int  # number of the set of patterns of rules that match the name; 0: none
+
+    _fields_ = (
+        ("name_class", ctypes.c_uint32),
+    )
+
+
+class np_learned4_key(ctypes.Structure):
+    """An address that an endpoint learned from a DNS answer."""
+
+    endpoint: int  # number of the endpoint
+    address: ctypes.Array[ctypes.c_uint8]
+
+    _fields_ = (
+        ("endpoint", ctypes.c_uint32),
+        ("address", ctypes.c_uint8 * 4),
+    )
+
+
+class np_learned6_key(ctypes.Structure):
+    """``struct np_learned6_key``."""
+
+    endpoint: int  # number of the endpoint
+    address: ctypes.Array[ctypes.c_uint8]
+
+    _fields_ = (
+        ("endpoint", ctypes.c_uint32),
+        ("address", ctypes.c_uint8 * 16),
+    )
+
+
+class np_learned(ctypes.Structure):
+    """``struct np_learned``."""
+
+    name_class: ctypes.Array[ctypes.c_uint32]  # classes of the names that had this address; 0: unused
+    until: ctypes.Array[ctypes.c_uint32]  # when the class expires, in units of NP_LEARNED_JIFFIES jiffies; the low 32 bits
+
+    _fields_ = (
+        ("name_class", ctypes.c_uint32 * 4),
+        ("until", ctypes.c_uint32 * 4),
+    )
+
+
+class np_asked(ctypes.Structure):
+    """The pending questions of one endpoint: questions to a trusted DNS server that have no answer yet.
+
+    A slot has a keyed hash of the question and of the addresses and ports (bits 63 to 16), and the time of the
+    question in units of NP_LEARNED_JIFFIES (bits 15 to 0). 0: the slot is free.
+    """
+
+    slot: ctypes.Array[ctypes.c_uint64]
+    refilled_jiffies: int  # when `tokens` was last filled up
+    tokens: int  # how many new addresses the endpoint may still learn until the next refill
+    pad: int
+
+    _fields_ = (
+        ("slot", ctypes.c_uint64 * 256),
+        ("refilled_jiffies", ctypes.c_uint64),
+        ("tokens", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+    )
+
+
+class np_resolver4_key(ctypes.Structure):
+    """A DNS server whose answers the program believes."""
+
+    address: ctypes.Array[ctypes.c_uint8]
+    port: int
+    pad: int
+
+    _fields_ = (
+        ("address", ctypes.c_uint8 * 4),
+        ("port", ctypes.c_uint16),
+        ("pad", ctypes.c_uint16),
+    )
+
+
+class np_resolver6_key(ctypes.Structure):
+    """``struct np_resolver6_key``."""
+
+    address: ctypes.Array[ctypes.c_uint8]
+    port: int
+    pad: int
+
+    _fields_ = (
+        ("address", ctypes.c_uint8 * 16),
+        ("port", ctypes.c_uint16),
+        ("pad", ctypes.c_uint16),
+    )
+
+
+class np_resolver(ctypes.Structure):
+    """``struct np_resolver``."""
+
+    trusted: int  # always 1
+
+    _fields_ = (
+        ("trusted", ctypes.c_uint32),
+    )
+
+
+class np_unlearned(ctypes.Structure):
+    """A prefix whose addresses the program never learns: of nodes, pods and services, loopback, link-local, multicast."""
+
+    refused: int  # always 1
+
+    _fields_ = (
+        ("refused", ctypes.c_uint32),
     )
 
 
@@ -843,13 +1037,13 @@ class np_conn4_entry(ctypes.Structure):
     """``struct np_conn4_entry``."""
 
     key: np_conn4_key
-    pad: int
+    name_class: int  # class of the domain name by which policy allowed the connection; 0: no name was needed
     conn: np_conn
     more_pad: ctypes.Array[ctypes.c_uint64]
 
     _fields_ = (
         ("key", np_conn4_key),
-        ("pad", ctypes.c_uint32),
+        ("name_class", ctypes.c_uint32),
         ("conn", np_conn),
         ("more_pad", ctypes.c_uint64 * 2),
     )
@@ -859,12 +1053,12 @@ class np_conn6_entry(ctypes.Structure):
     """``struct np_conn6_entry``."""
 
     key: np_conn6_key
-    pad: int
+    name_class: int  # class of the domain name by which policy allowed the connection; 0: no name was needed
     conn: np_conn
 
     _fields_ = (
         ("key", np_conn6_key),
-        ("pad", ctypes.c_uint32),
+        ("name_class", ctypes.c_uint32),
         ("conn", np_conn),
     )
 
@@ -1017,6 +1211,36 @@ class np_event(ctypes.Structure):
     )
 
 
+class np_dns_event(ctypes.Structure):
+    """An address that an endpoint learned, and the name for which it asked.
+
+    The program reports it also for names that match no pattern, so that a policy that is added later knows the
+    addresses.
+    """
+
+    time_jiffies: int
+    endpoint: int
+    ttl_s: int  # time to live as the answer has it, before floor and extra time
+    name_class: int  # 0: no pattern matches the name
+    ip_version: int  # 4 or 6
+    pad: ctypes.Array[ctypes.c_uint8]
+    address: ctypes.Array[ctypes.c_uint8]  # IPv4 in the first four bytes
+    server: ctypes.Array[ctypes.c_uint8]  # the DNS server; IPv4 in the first four bytes
+    labels: ctypes.Array[ctypes.c_uint8]  # the name of the question, as in struct np_name_key
+
+    _fields_ = (
+        ("time_jiffies", ctypes.c_uint64),
+        ("endpoint", ctypes.c_uint32),
+        ("ttl_s", ctypes.c_uint32),
+        ("name_class", ctypes.c_uint32),
+        ("ip_version", ctypes.c_uint8),
+        ("pad", ctypes.c_uint8 * 3),
+        ("address", ctypes.c_uint8 * 16),
+        ("server", ctypes.c_uint8 * 16),
+        ("labels", ctypes.c_uint8 * 256),
+    )
+
+
 class np_log_limit(ctypes.Structure):
     """``struct np_log_limit``."""
 
@@ -1039,7 +1263,9 @@ class np_config(ctypes.Structure):
     seen_mark: int  # bit of skb->mark by which the second barrier knows that the program saw the packet; 0: unused
     node_mark: int  # bit of skb->mark that the node sets on its own processes' packets; 0: it sets none
     due_mark: int  # bit of skb->mark that keeps the packet from every process of the node; 0: nothing checks the bit
-    pad: int
+    unread_dns: int  # enum np_unread_dns
+    name_floor_s: int  # shortest life of a learned address, in seconds
+    name_extra_s: int  # seconds added to the life of every learned address
     timeout_jiffies: ctypes.Array[ctypes.c_uint64]
 
     _fields_ = (
@@ -1052,7 +1278,9 @@ class np_config(ctypes.Structure):
         ("seen_mark", ctypes.c_uint32),
         ("node_mark", ctypes.c_uint32),
         ("due_mark", ctypes.c_uint32),
-        ("pad", ctypes.c_uint32),
+        ("unread_dns", ctypes.c_uint32),
+        ("name_floor_s", ctypes.c_uint32),
+        ("name_extra_s", ctypes.c_uint32),
         ("timeout_jiffies", ctypes.c_uint64 * 8),
     )
 
@@ -1266,6 +1494,10 @@ REASONS: Mapping[int, Reason] = MappingProxyType(
             NP_REASON_LINK_TYPE, "link-type", "a packet with a link header that the parser does not support"),
         NP_REASON_TUNNEL_SOURCE: Reason(
             NP_REASON_TUNNEL_SOURCE, "tunnel-source", "a tunnelled packet that was not sent by the node that has its inner source"),
+        NP_REASON_DNS_UNREAD: Reason(
+            NP_REASON_DNS_UNREAD, "dns-unread", "a DNS answer of a trusted server that the program cannot read, if unread_dns is DROP"),
+        NP_REASON_DNS_FRAGMENT: Reason(
+            NP_REASON_DNS_FRAGMENT, "dns-fragment", "a later fragment of a DNS answer; the first one was cut to a truncated answer"),
         NP_REASON_EVENT_LOST: Reason(
             NP_REASON_EVENT_LOST, "event-lost", "the ring buffer had no room for an event"),
         NP_REASON_LOG_LIMITED: Reason(
@@ -1274,6 +1506,24 @@ REASONS: Mapping[int, Reason] = MappingProxyType(
             NP_REASON_RULE_RANGE, "rule-range", "a rule number beyond np_rule_count or np_staged_count; counted for each of the two"),
         NP_REASON_CONN_EVICTED: Reason(
             NP_REASON_CONN_EVICTED, "conn-evicted", "an established connection was evicted, because a new one needed room in its bucket"),
+        NP_REASON_DNS_LEARNED: Reason(
+            NP_REASON_DNS_LEARNED, "dns-learned", "a DNS answer taught an address of a name in a rule; counted for each address"),
+        NP_REASON_DNS_NOT_ASKED: Reason(
+            NP_REASON_DNS_NOT_ASKED, "dns-not-asked", "a DNS answer of a trusted server without a pending question of the endpoint"),
+        NP_REASON_DNS_REFUSED: Reason(
+            NP_REASON_DNS_REFUSED, "dns-refused", "an address in a DNS answer is in a range whose addresses are never learned"),
+        NP_REASON_DNS_MALFORMED: Reason(
+            NP_REASON_DNS_MALFORMED, "dns-malformed", "a DNS answer that the program did not understand, so that it taught nothing"),
+        NP_REASON_DNS_TOO_LONG: Reason(
+            NP_REASON_DNS_TOO_LONG, "dns-too-long", "a DNS message beyond the limits of the program, so that it taught nothing"),
+        NP_REASON_DNS_TRUNCATED: Reason(
+            NP_REASON_DNS_TRUNCATED, "dns-truncated", "a DNS answer in fragments was cut, so that the workload asks again by TCP"),
+        NP_REASON_DNS_LIMITED: Reason(
+            NP_REASON_DNS_LIMITED, "dns-limited", "an endpoint learned addresses too fast, so that it did not learn this one"),
+        NP_REASON_DNS_FULL: Reason(
+            NP_REASON_DNS_FULL, "dns-full", "an address had more name classes than one row has room for; the oldest was replaced"),
+        NP_REASON_DNS_EVENT_LOST: Reason(
+            NP_REASON_DNS_EVENT_LOST, "dns-event-lost", "the ring buffer had no room for an np_dns_event"),
     }
 )
 
@@ -1281,6 +1531,11 @@ CALLS: Mapping[int, str] = MappingProxyType(
     {
         NP_CALL_JUDGE: "np_tc_judge",
         NP_CALL_SENDER: "np_tc_sender",
+        NP_CALL_NAMES: "np_tc_names",
+        NP_CALL_QUESTION: "np_tc_question",
+        NP_CALL_ANSWER: "np_tc_answer",
+        NP_CALL_RECORDS: "np_tc_records",
+        NP_CALL_LEARN: "np_tc_learn",
     }
 )
 """The called programs, by their slots of np_call."""
@@ -1455,6 +1710,16 @@ MAP_SPECS: Mapping[str, MapSpec] = MappingProxyType(
             4, ctypes.sizeof(np_verdict), 1048576, (),
             MapRole.TABLE,
         ),
+        "np_domain": MapSpec(
+            "np_domain", "hash", np_domain_key, np_domain,
+            ctypes.sizeof(np_domain_key), ctypes.sizeof(np_domain), 262144, ("BPF_F_NO_PREALLOC",),
+            MapRole.TABLE,
+        ),
+        "np_name": MapSpec(
+            "np_name", "lpm_trie", np_name_key, np_name,
+            ctypes.sizeof(np_name_key), ctypes.sizeof(np_name), 65536, ("BPF_F_NO_PREALLOC",),
+            MapRole.TABLE,
+        ),
         "np_rule": MapSpec(
             "np_rule", "hash", np_rule_key, np_rule,
             ctypes.sizeof(np_rule_key), ctypes.sizeof(np_rule), 65536, ("BPF_F_NO_PREALLOC",),
@@ -1510,6 +1775,41 @@ MAP_SPECS: Mapping[str, MapSpec] = MappingProxyType(
             ctypes.sizeof(np_frag6_key), ctypes.sizeof(np_frag), 4096, (),
             MapRole.CONNECTION,
         ),
+        "np_learned4": MapSpec(
+            "np_learned4", "lru_hash", np_learned4_key, np_learned,
+            ctypes.sizeof(np_learned4_key), ctypes.sizeof(np_learned), 65536, (),
+            MapRole.CONNECTION,
+        ),
+        "np_learned6": MapSpec(
+            "np_learned6", "lru_hash", np_learned6_key, np_learned,
+            ctypes.sizeof(np_learned6_key), ctypes.sizeof(np_learned), 65536, (),
+            MapRole.CONNECTION,
+        ),
+        "np_asked": MapSpec(
+            "np_asked", "hash", np_number_key, np_asked,
+            ctypes.sizeof(np_number_key), ctypes.sizeof(np_asked), 4096, ("BPF_F_NO_PREALLOC",),
+            MapRole.CONNECTION, frozenset({MapTrait.PRIVATE}),
+        ),
+        "np_resolver4": MapSpec(
+            "np_resolver4", "hash", np_resolver4_key, np_resolver,
+            ctypes.sizeof(np_resolver4_key), ctypes.sizeof(np_resolver), 1024, ("BPF_F_NO_PREALLOC",),
+            MapRole.NODE,
+        ),
+        "np_resolver6": MapSpec(
+            "np_resolver6", "hash", np_resolver6_key, np_resolver,
+            ctypes.sizeof(np_resolver6_key), ctypes.sizeof(np_resolver), 1024, ("BPF_F_NO_PREALLOC",),
+            MapRole.NODE,
+        ),
+        "np_unlearned4": MapSpec(
+            "np_unlearned4", "lpm_trie", np_cidr4_key, np_unlearned,
+            ctypes.sizeof(np_cidr4_key), ctypes.sizeof(np_unlearned), 65536, ("BPF_F_NO_PREALLOC",),
+            MapRole.NODE,
+        ),
+        "np_unlearned6": MapSpec(
+            "np_unlearned6", "lpm_trie", np_cidr6_key, np_unlearned,
+            ctypes.sizeof(np_cidr6_key), ctypes.sizeof(np_unlearned), 65536, ("BPF_F_NO_PREALLOC",),
+            MapRole.NODE,
+        ),
         "np_log_limit": MapSpec(
             "np_log_limit", "array", None, np_log_limit,
             4, ctypes.sizeof(np_log_limit), 4096, (),
@@ -1524,6 +1824,9 @@ MAP_SPECS: Mapping[str, MapSpec] = MappingProxyType(
             "np_schema", "array", None, np_schema,
             4, ctypes.sizeof(np_schema), 1, (),
             MapRole.CONFIG,
+        ),
+        "np_dns_event": MapSpec(
+            "np_dns_event", "ringbuf", None, None, 0, 0, 1048576, (), MapRole.EVENT,
         ),
         "np_event": MapSpec(
             "np_event", "ringbuf", None, None, 0, 0, 1048576, (), MapRole.EVENT,

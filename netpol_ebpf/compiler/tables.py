@@ -11,6 +11,8 @@ the steps on these tables, `bpf/np_classify.h` in the kernel:
        source port   -> atom -> source class; only if a rule of the set has a condition on source ports
     4. verdicts[verdict_base + ((peer class * own_classes + own class) * l4_classes + L4 class) * source_classes
        + source class]
+    5. if the verdict has a domain list: domains[(domain list, name class)] for each class of the names that the
+       endpoint learned for the peer address; the row with the least rank replaces the verdict
 
 Invariants: rows are immutable.  The verdicts of a published policy set never change; the set may gain classes.  Every
 number in a row is defined before the row is written (make before break); the batches of a `Change` have this order.
@@ -148,6 +150,8 @@ class VerdictRow:
     ``log_list``: a key of ``CompiledTables.log_lists``, for the Log rules that matched before the verdict; 0 for none.
     ``failsafe``: whether the rule is a failsafe port or a tunnel between nodes, so that no earlier stage may drop the
     packet.
+    ``domain_list``: the number of the list of rules with domain names that may match before the verdict's rule; 0 for
+    none.
     """
 
     outcome: Outcome
@@ -156,6 +160,28 @@ class VerdictRow:
     staged_rule: int
     log_list: int = 0
     failsafe: bool = False
+    domain_list: int = 0
+
+
+NO_RANK = 65535
+"""The rank in a `DomainRow` if no rule matches."""
+
+
+@dataclass(frozen=True, slots=True)
+class DomainRow:
+    """The first rules of a domain list that match the names of one name class. The action of these rules is allow.
+
+    ``rank``, ``staged_rank``: the rule's position in the domain list, in the enforced and in the pending evaluation;
+    NO_RANK if no rule of the list matches.  Of several name classes, the row with the least rank counts.
+    ``rule``, ``staged_rule``: keys of ``CompiledTables.rules``; 0 if no rule matches.
+    ``log_list``: a key of ``CompiledTables.log_lists``, for the Log rules that matched before ``rule``; 0 for none.
+    """
+
+    rank: int
+    staged_rank: int
+    rule: int
+    staged_rule: int
+    log_list: int = 0
 
 
 @dataclass(slots=True)
@@ -247,6 +273,11 @@ class CompiledTables:
     ``l4_atoms``: maps a block to its 256 atom numbers.  A block without a row is all zeros.
     ``l4_columns``: maps a block to its 64 class numbers.
     ``verdicts``: maps index to verdict row.
+    ``domains``: maps (domain list, name class) to the rules that match the names of the class.
+    ``names``: maps a pattern of domain names (``www.example.com``, ``*.example.com``) to the class of the names for which
+    it is the most specific pattern.  A name that no pattern matches has class 0.
+    ``name_classes``: maps a name class to its content, the pattern sets of rules that match its names.  A class keeps its
+    number as long as an endpoint may have learned it.
     ``identities``: maps an identity to the digest of its content.
     ``nodes``: maps the name of a node that its addresses identify (`netpol_ebpf.compiler.nodes`) to its number.
     """
@@ -258,6 +289,11 @@ class CompiledTables:
     l4_atoms: DesiredTable[int, tuple[int, ...]] = field(default_factory=lambda: DesiredTable("l4_atoms"))
     l4_columns: DesiredTable[int, tuple[int, ...]] = field(default_factory=lambda: DesiredTable("l4_columns"))
     verdicts: DesiredTable[int, VerdictRow] = field(default_factory=lambda: DesiredTable("verdicts"))
+    domains: DesiredTable[tuple[int, int], DomainRow] = field(default_factory=lambda: DesiredTable("domains"))
+    names: DesiredTable[str, int] = field(default_factory=lambda: DesiredTable("names"))
+    name_classes: DesiredTable[int, frozenset[frozenset[str]]] = field(
+        default_factory=lambda: DesiredTable("name_classes")
+    )
     rules: DesiredTable[int, Cause] = field(default_factory=lambda: DesiredTable("rules"))
     log_lists: DesiredTable[int, tuple[int, ...]] = field(default_factory=lambda: DesiredTable("log_lists"))
     identities: DesiredTable[int, str] = field(default_factory=lambda: DesiredTable("identities"))
@@ -283,8 +319,8 @@ class CompiledTables:
         If a row refers to another row, the other row must be written first.
         """
         return (
-            self.rules, self.log_lists, self.identities, self.nodes, self.verdicts, self.l4_columns, self.l4_atoms,
-            self.peer_classes, self.addresses, self.cidrs, self.endpoints,
+            self.rules, self.log_lists, self.identities, self.nodes, self.name_classes, self.domains, self.names,
+            self.verdicts, self.l4_columns, self.l4_atoms, self.peer_classes, self.addresses, self.cidrs, self.endpoints,
         )  # type: ignore[return-value]  # fmt: skip
 
 

@@ -106,6 +106,8 @@ class Entity:
     ``not_selector``: must match the labels of no such endpoint or network set.  An entity has at most one of
     ``selector`` and ``not_selector``: if a rule has both, the negation is part of ``selector`` (2.6 c).
     ``nodes``: must match the labels of a Node that has the address.
+    ``domains``: patterns of domain names.  A name that the endpoint learned for the address (`Question.names`) must
+    match one of them.  Only destinations of Allow rules have patterns.
     ``impossible``: no address matches, because the peer of an Accept rule is unknown or an ipBlock is invalid.
     """
 
@@ -117,6 +119,7 @@ class Entity:
     ports: Ports | None = None
     not_ports: Ports | None = None
     service: BackendMatch | None = None
+    domains: frozenset[str] = frozenset()
     impossible: bool = False
 
     def __post_init__(self) -> None:
@@ -306,11 +309,17 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class LabelledNets:
-    """A network set: nets with labels. ``key``: ``namespace/name``, or ``name`` for a GlobalNetworkSet."""
+    """A network set: nets and domain names with labels.
+
+    ``key``: ``namespace/name``, or ``name`` for a GlobalNetworkSet.
+    ``domains``: patterns of domain names.  In the destination of an Allow rule, a selector that matches the labels also
+    matches an address for which the endpoint learned a name that matches one of the patterns.
+    """
 
     key: str
     labels: Mapping[str, str] = field(hash=False)
     nets: tuple[IPNetwork, ...] = ()
+    domains: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -592,9 +601,14 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What an engine decides with a `Verdict`: one packet at one endpoint, in one direction and stage."""
+    """What an engine decides with a `Verdict`: one packet at one endpoint, in one direction and stage.
+
+    ``names``: the domain names for which the endpoint has learned the packet's destination, in lower case and without a
+    dot at the end.  They count only for egress, and not if an endpoint or a node has the destination address.
+    """
 
     endpoint: EndpointKey
     direction: Direction
     stage: Stage
     packet: Packet
+    names: frozenset[str] = frozenset()
