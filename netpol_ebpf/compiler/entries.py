@@ -117,6 +117,8 @@ def expand(rule: Rule, direction: Direction, effect: Effect, cause: Cause, resol
     """
     if rule.unsupported or rule.source.impossible or rule.destination.impossible:
         return ()
+    if rule.source.domains or rule.destination.domains:  # no entry has names yet, so such a rule matches nothing
+        return ()
     whole = _rule_clause(rule)
     found: dict[RuleEntry, None] = {}
     sources = tuple(_side(rule.source, rule.protocol, resolver, is_source=True))
