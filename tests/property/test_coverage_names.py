@@ -21,7 +21,9 @@ SELECTORS = tuple(map(parse, ("kind == 'one'", "has(kind)", "all()", "!has(kind)
 NETS = (ip_network("192.0.2.0/24"), ip_network("0.0.0.0/0"))
 PACKETS = tuple(Packet(ip_address("10.0.0.1"), ip_address(f"192.0.{part}.1"), TCP, 40000, 80) for part in (2, 3))
 
-patterns = st.just(frozenset()) | st.frozensets(st.sampled_from(PATTERNS), min_size=1, max_size=3)
+patterns: st.SearchStrategy[frozenset[str]] = st.just(frozenset()) | st.frozensets(
+    st.sampled_from(PATTERNS), min_size=1, max_size=3
+)
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "domains": patterns,
     "selector": st.none() | st.sampled_from(SELECTORS),
