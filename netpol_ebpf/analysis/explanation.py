@@ -88,7 +88,7 @@ def _explain_name(
     known = {} if learned is None else dict.fromkeys(a for one in learners for a in learned.addresses(one, name))
     substitutes: tuple[IPAddress, ...] = ()
     if not known:
-        substitutes, learned = stand_ins(world), LearnedNames()
+        substitutes, learned = stand_ins(world, cast.is_outside), LearnedNames()
         for address in substitutes:
             learned.learn(None, (name,), address)
     rules = [one | {"endpoint": str(learner)} for learner in learners for one in rules_for(world, learner, name)]

@@ -136,13 +136,16 @@ def test_who_asks_for_a_name() -> None:
 
 
 def test_an_address_that_stands_for_an_unknown_one() -> None:
-    """It is in no net of a rule, if any address is in none."""
+    """It is in no net of a rule, if any address is in none, and outside the cluster."""
     world = derive(read(CLUSTER))
-    v4, v6 = stand_ins(world)
+    v4, v6 = stand_ins(world, lambda _: True)
     assert v4 not in world.policies[next(iter(world.policies))].egress[0].destination.nets[0]
     assert v6 == ip_address("2001:db8::1")
     crowded = derive(read(CLUSTER.replace("192.0.2.0/24", "192.0.0.0/2, 128.0.0.0/2, 0.0.0.0/1")))
-    assert stand_ins(crowded)[0] == ip_address("192.0.2.1")
+    assert stand_ins(crowded, lambda _: True)[0] == ip_address("192.0.2.1")
+    assert stand_ins(crowded, lambda address: address != v4)[0] not in (v4, v6)
+    cast = Cast(read(CLUSTER), world)
+    assert [cast.is_outside(ip_address(one)) for one in ("10.0.0.1", "192.0.2.1")] == [False, True]
 
 
 def test_requests_carry_names() -> None:
