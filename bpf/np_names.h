@@ -7,9 +7,10 @@
 // The rule of the least rank decides. The enforced and the pending evaluation have ranks of their own. If no class of
 // the address has a rule in the list, the verdict stays as it is.
 //
-// Invariants: a class counts only until it expires. The class by which policy allowed a connection counts for that
-// connection as long as the connection lives. So after a change of policy an open connection stays open although its
-// name has expired, and ends if the rule is gone.
+// Invariants: the rows of a domain list do not change while a verdict has the list. A class counts only until it
+// expires. The class by which policy allowed a connection counts for that connection as long as the connection lives.
+// So after a change of policy an open connection stays open although its name has expired, and ends if the rule is
+// gone.
 #pragma once
 
 #include "np_judge.h"
@@ -51,6 +52,24 @@ NP_INLINE __u32 np_names_of_conn(const struct np_ctx *ctx, const struct np_scrat
     return slot.conn ? *np_ct_slot_name_class(&slot, version) : 0;
 }
 
+// Copy the valid classes of a row of learned addresses to names->classes. The kernel may give the memory of a row to
+// another key at any time, so the copy counts only if the key still has the row after it was made. Returns whether it
+// has.
+NP_INLINE int np_names_read(struct np_names *names, union np_learned_key *key, __u32 now, const int version)
+{
+    const struct np_learned *learned = np_learned_lookup(key, version);
+#pragma unroll
+    for (int slot = 0; slot < NP_LEARNED_CLASSES; slot++)
+        names->classes[slot] = learned ? learned->name_class[slot] & np_if_valid(learned->until[slot], now) : 0;
+    np_barrier();
+    if (np_learned_lookup(key, version) == learned)
+        return 1;
+#pragma unroll
+    for (int slot = 0; slot < NP_LEARNED_CLASSES; slot++)
+        names->classes[slot] = 0;
+    return 0;
+}
+
 // Find the classes that the endpoint of the step knows for the peer's address.
 NP_INLINE void np_names_find(const struct np_ctx *ctx, struct np_scratch *scratch, const int version)
 {
@@ -69,10 +88,8 @@ NP_INLINE void np_names_find(const struct np_ctx *ctx, struct np_scratch *scratc
         __builtin_memcpy(key.v6.address, peer, sizeof(key.v6.address));
     }
     __u32 now = (__u32)(ctx->arrival->now_jiffies / NP_LEARNED_JIFFIES);
-    const struct np_learned *learned = np_learned_lookup(&key, version);
-#pragma unroll
-    for (int slot = 0; slot < NP_LEARNED_CLASSES; slot++)
-        names->classes[slot] = learned ? learned->name_class[slot] & np_if_valid(learned->until[slot], now) : 0;
+    if (NP_UNLIKELY(!np_names_read(names, &key, now, version))) // the row was replaced, most likely by a newer answer
+        np_names_read(names, &key, now, version);
     np_barrier();
     names->classes[NP_LEARNED_CLASSES] = np_names_of_conn(ctx, scratch, version);
     np_barrier();
