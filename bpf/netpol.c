@@ -8,7 +8,8 @@
 //     np_ip          parse -> link messages -> forged source -> fragment -> np_sender -> np_ip_own
 //     np_ip_own      established connection: pass
 //     np_ip_slow     anti-spoofing -> connection: np_ip_known, otherwise np_ip_plan -> np_tc_judge
-//     np_tc_judge    one policy list, then the next -> np_tc_sender | np_ip_verdict
+//     np_tc_judge    one policy list, then the next -> np_tc_names | np_tc_sender | np_ip_verdict
+//     np_tc_names    domain names in the list's verdict, then as np_tc_judge
 //     np_tc_sender   apply the verdict for a sender that was deferred to this hook -> np_ip_own
 //     np_ip_verdict  apply the verdict for the interface's endpoint -> np_ip_known | np_ip_new
 //     np_conclude    count, report, pass or drop
@@ -29,6 +30,7 @@
 //     np_parse (parser)                np_ctx (context of a packet)        np_count (counters)
 //     np_event (events)                np_bucket (address, class tables)   np_endpoint (endpoints, anti-spoofing)
 //     np_outside (source from outside) np_classify (one policy list)       np_judge (sequence of policy lists)
+//     np_names (domain names)
 //     np_table (conntrack table)       np_conn (connection states)         np_service (sender tags)
 //     np_fragment (fragments)          np_link (link messages)             np_kernel (fields of sk_buff)
 //     np_flow_cache (fast path)
@@ -46,6 +48,7 @@
 #include "np_table.h"
 #include "np_conn.h"
 #include "np_judge.h"
+#include "np_names.h"
 #include "np_service.h"
 #include "np_fragment.h"
 #include "np_link.h"
@@ -250,14 +253,18 @@ NP_INLINE int np_ip_plan(struct np_ctx *ctx, struct np_scratch *scratch, __u8 ki
 // the tuple of the connection's first packet. A denied connection keeps its old generation, so policy judges each
 // further packet again. It also keeps its entry, so that a packet of the other side does not pass as the first packet
 // of a new flow. Returns NP_REASON_NONE or the reason to drop the packet.
-NP_INLINE int np_ip_again(struct np_ctx *ctx, const struct np_scratch *scratch, struct np_conn *conn)
+NP_INLINE int np_ip_again(struct np_ctx *ctx, const struct np_scratch *scratch, const struct np_ct_slot *slot,
+                          const int version)
 {
     struct np_decision *decision = ctx->decision;
+    struct np_conn *conn = slot->conn;
     int allowed = decision->action != NP_ACTION_DENY;
     if (!allowed && !(ctx->config->flags & NP_CONFIG_KEEP_REVOKED))
         return decision->reason == NP_REASON_POLICY_DENY ? NP_REASON_REVOKED : decision->reason;
-    if (allowed)
+    if (allowed) {
         conn->rule = decision->rule;
+        *np_ct_slot_name_class(slot, version) = decision->name_class;
+    }
     if (allowed && conn->flags & NP_CONN_DEFERRED) {
         __u32 flags = conn->flags & ~NP_CONN_DUE;
         if (ctx->ep->endpoint_flags & NP_ENDPOINT_HOST)
@@ -372,7 +379,7 @@ NP_INLINE int np_ip_verdict(struct __sk_buff *skb, struct np_ctx *ctx, struct np
     if (scratch->found.is_known) {
         slot = np_conn_again(ctx, &scratch->found, key, version);
         if (slot.conn) {
-            int cut = np_ip_again(ctx, scratch, slot.conn);
+            int cut = np_ip_again(ctx, scratch, &slot, version);
             if (cut)
                 return cut;
         } // the entry was evicted meanwhile, so the packet counts as a first one
@@ -681,30 +688,52 @@ NP_INLINE struct np_scratch *np_resume(struct __sk_buff *skb, struct np_ctx *ctx
     return scratch;
 }
 
+// Go on after a policy list: evaluate the next one, or apply the verdict. Returns the verdict of TC.
+NP_INLINE int np_judged(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch, int outcome)
+{
+    if (outcome != NP_JUDGED_FINAL) {
+        scratch->reason = np_judge_call(skb, scratch, outcome == NP_JUDGED_NAMES ? NP_CALL_NAMES : NP_CALL_JUDGE);
+    } else {
+        np_judge_end(ctx, scratch);
+        np_barrier();
+        if (NP_UNLIKELY(scratch->is_sender)) {
+            np_call_program(skb, NP_CALL_SENDER);
+            scratch->reason = NP_REASON_CALL_MISSING;
+        } else if (ctx->packet->version == 4) {
+            scratch->reason = np_ip_verdict(skb, ctx, scratch, 4);
+        } else {
+            scratch->reason = np_ip_verdict(skb, ctx, scratch, 6);
+        }
+    }
+    np_barrier();
+    return np_conclude(skb, ctx, scratch->reason);
+}
+
 int np_tc_judge(struct __sk_buff *skb)
 {
     struct np_ctx ctx;
     struct np_scratch *scratch = np_resume(skb, &ctx);
     if (!scratch)
         return NP_DROP;
-    int is_answered = ctx.packet->version == 4 ? np_judge_step(&ctx, scratch, 4) : np_judge_step(&ctx, scratch, 6);
+    int outcome = ctx.packet->version == 4 ? np_judge_step(&ctx, scratch, 4) : np_judge_step(&ctx, scratch, 6);
     np_barrier();
-    if (!is_answered) {
-        scratch->reason = np_judge_next(skb, scratch);
-    } else {
-        np_judge_end(&ctx, scratch);
-        np_barrier();
-        if (NP_UNLIKELY(scratch->is_sender)) {
-            np_call_program(skb, NP_CALL_SENDER);
-            scratch->reason = NP_REASON_CALL_MISSING;
-        } else if (ctx.packet->version == 4) {
-            scratch->reason = np_ip_verdict(skb, &ctx, scratch, 4);
-        } else {
-            scratch->reason = np_ip_verdict(skb, &ctx, scratch, 6);
-        }
-    }
+    return np_judged(skb, &ctx, scratch, outcome);
+}
+
+int np_tc_names(struct __sk_buff *skb)
+{
+    struct np_ctx ctx;
+    struct np_scratch *scratch = np_resume(skb, &ctx);
+    if (!scratch)
+        return NP_DROP;
+    if (ctx.packet->version == 4)
+        np_names(&ctx, scratch, 4);
+    else
+        np_names(&ctx, scratch, 6);
     np_barrier();
-    return np_conclude(skb, &ctx, scratch->reason);
+    int outcome = np_judge_apply(&ctx, scratch, scratch->names.step, NP_REASON_NONE);
+    np_barrier();
+    return np_judged(skb, &ctx, scratch, outcome);
 }
 
 NP_INLINE int np_sender_goes_on(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch,
@@ -735,11 +764,6 @@ NP_INLINE int np_unwritten(struct __sk_buff *skb)
 {
     np_count_reason(NP_REASON_CALL_MISSING, skb->len);
     return NP_DROP;
-}
-
-int np_tc_names(struct __sk_buff *skb)
-{
-    return np_unwritten(skb);
 }
 
 int np_tc_question(struct __sk_buff *skb)

@@ -25,9 +25,11 @@ struct np_decision {
     __u16 reason; // enum np_reason
     __u8 action; // enum np_action
     __u8 staged_action; // enum np_action
-    __u32 flags; // enum np_verdict_flag
+    __u32 flags; // as in struct np_verdict
+    __u32 name_class; // class of the domain name by which a list allowed the packet; 0: no name was needed
+    __u32 pad;
 };
-_Static_assert(sizeof(struct np_decision) == 32, "np_decision is whole words");
+_Static_assert(sizeof(struct np_decision) == 40, "np_decision is whole words");
 
 // The endpoint whose policy this hook enforces for the packet.
 struct np_endpoint_ctx {

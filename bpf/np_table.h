@@ -135,6 +135,16 @@ NP_INLINE void *np_ct_slot_key(const struct np_ct_slot *slot, const int version)
                                               : __builtin_offsetof(struct np_conn6_entry, conn));
 }
 
+// The name class in the entry of a slot. It is directly after the key.
+NP_INLINE __u32 *np_ct_slot_name_class(const struct np_ct_slot *slot, const int version)
+{
+    _Static_assert(__builtin_offsetof(struct np_conn4_entry, name_class) == sizeof(struct np_conn4_key),
+                   "after the key");
+    _Static_assert(__builtin_offsetof(struct np_conn6_entry, name_class) == sizeof(struct np_conn6_key),
+                   "after the key");
+    return (__u32 *)np_ct_slot_key(slot, version) + np_key_words(version);
+}
+
 // The slot that np_ct_probe found, if the slot's entry has this key; otherwise no slot. `unreplied`: whether to take
 // the slot of an unreplied connection.
 NP_INLINE struct np_ct_slot np_ct_lookup(const struct np_ctx *ctx, const union np_conn_key *key, int unreplied,
