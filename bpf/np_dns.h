@@ -111,6 +111,7 @@ struct np_dns {
     __u32 learned; // number of addresses that np_tc_learn is done with
     __u32 is_refused; // 1: the address is in a range whose addresses are never learned
     __u32 is_known; // 1: the address has a row
+    __u32 way; // index in name_class of the next class to enter into `row`
     struct np_dns_address address[NP_DNS_ADDRESSES];
     __u8 before_message[NP_DNS_LABEL_BYTES]; // np_dns_copy reads up to a label too much in front of a label
     __u8 message[NP_DNS_MESSAGE_BYTES + 32]; // the last bytes are only read: a load of 16 bytes may begin at any offset

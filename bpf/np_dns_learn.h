@@ -2,14 +2,14 @@
 //
 // The program np_tc_learn: writes the addresses of an answer to np_learned4 and np_learned6, under the classes of the
 // chain's names, and reports each address to the agent. An address in a refused range is neither written nor reported.
-// The program calls itself for further addresses.
+// A step enters one class into the row of one address. The program calls itself for further steps.
 #pragma once
 
 #include "np_dns.h"
 #include "np_dns_records.h"
 #include "np_table.h"
 
-#define NP_DNS_LEARN_STEPS 64 // addresses of one call
+#define NP_DNS_LEARN_STEPS 64 // steps of one call
 #define NP_DNS_LONGEST_S 604800 // a longer time to live counts as a week; arbitrary
 #define NP_DNS_TOKENS 1024 // new rows that an endpoint may write until the next refill; arbitrary
 #define NP_DNS_REFILL_S 10 // arbitrary
@@ -66,39 +66,6 @@ NP_INLINE void np_dns_report(const struct np_ctx *ctx, const struct np_dns *dns,
     np_dns_event_submit(event);
 }
 
-// Enter a class into dns->row: in place of the same class, of an unused or expired one, or of the first to expire. Of
-// two expiries of the same class, the later one holds.
-NP_INLINE void np_dns_merge(const struct np_ctx *ctx, struct np_dns *dns, __u32 name_class, __u32 until)
-{
-    __u32 now = (__u32)(ctx->arrival->now_jiffies / NP_LEARNED_JIFFIES);
-    struct np_learned *row = &dns->row;
-    __u64 least = ~0ull >> 1;
-#pragma unroll
-    for (__u32 way = 0; way < NP_LEARNED_CLASSES; way++) {
-        __u64 used = row->name_class[way];
-        __u64 other = used ^ name_class;
-        __u64 left = row->until[way] - now;
-        __u64 is_other = (other | -other) >> 63; // computed without a branch, for the reason at np_lesser
-        __u64 is_used = -used >> 63;
-        __u64 is_past = left >> 31;
-        np_forget(is_other);
-        np_forget(is_used);
-        np_forget(is_past);
-        __u64 worth = 1 + (left & -is_used & (is_past - 1));
-        least = np_lesser(least, (-is_other & worth) << 2 | way);
-        np_barrier();
-    }
-    __u32 way = least & (NP_LEARNED_CLASSES - 1);
-    np_forget(way); // keeps the bound below
-    way &= NP_LEARNED_CLASSES - 1;
-    if (least >> 2 > 1)
-        np_dns_count(ctx, NP_REASON_DNS_FULL);
-    if (!(least >> 2) && (__s32)(row->until[way] - until) > 0)
-        return;
-    row->name_class[way] = name_class;
-    row->until[way] = until;
-}
-
 // When an address expires, in units of NP_LEARNED_JIFFIES.
 NP_INLINE __u32 np_dns_until(const struct np_ctx *ctx, __u32 ttl_s)
 {
@@ -134,40 +101,43 @@ NP_INLINE void np_dns_row_read(const struct np_ctx *ctx, struct np_dns *dns, con
     dns->is_known = np_learned_lookup(key, version) == row;
 }
 
-// Enter the classes of the chain into the address's row. The row is replaced as a whole, for the reason at
-// np_dns_row_read.
-NP_INLINE void np_dns_teach(const struct np_ctx *ctx, struct np_dns *dns, struct np_asked *asked,
-                            const struct np_dns_address *one)
+// Enter the next class of the chain into dns->row: in place of the same class, of an unused or expired one, or of the
+// first to expire. Of two expiries of the same class, the later one holds.
+NP_INLINE void np_dns_merge(const struct np_ctx *ctx, struct np_dns *dns, const struct np_dns_address *one)
 {
-    if (one->version == 4)
-        np_dns_row_read(ctx, dns, one, 4);
-    else
-        np_dns_row_read(ctx, dns, one, 6);
-    np_barrier();
-    if (!dns->is_known) {
-        np_zero_words(&dns->row, sizeof(dns->row));
-        if (!np_dns_token(ctx, asked)) {
-            np_dns_count(ctx, NP_REASON_DNS_LIMITED);
-            return;
-        }
-    }
-    np_barrier();
+    struct np_learned *row = &dns->row;
+    __u32 now = (__u32)(ctx->arrival->now_jiffies / NP_LEARNED_JIFFIES);
+    __u32 class_way = dns->way & (NP_LEARNED_CLASSES - 1);
+    __u32 name_class = dns->name_class[class_way];
+    __u32 until = np_dns_until(ctx, (__u32)np_lesser(dns->class_ttl_s[class_way], one->ttl_s));
+    __u64 least = ~0ull >> 1;
 #pragma unroll
-    for (int way = 0; way < NP_LEARNED_CLASSES; way++) {
-        __u32 ttl_s = (__u32)np_lesser(dns->class_ttl_s[way], one->ttl_s);
-        if (dns->name_class[way])
-            np_dns_merge(ctx, dns, dns->name_class[way], np_dns_until(ctx, ttl_s));
+    for (__u32 way = 0; way < NP_LEARNED_CLASSES; way++) {
+        __u64 is_other = np_is_nonzero(row->name_class[way] ^ name_class);
+        __u64 left = (__u32)(row->until[way] - now);
+        __u64 is_past = left >> 31;
+        np_forget(is_past);
+        __u64 worth = 1 + (left & -np_is_nonzero(row->name_class[way]) & (is_past - 1));
+        least = np_lesser(least, (-is_other & worth) << 2 | way);
         np_barrier();
     }
-    long failed = one->version == 4 ? np_learned_update(&dns->row_key, &dns->row, 4)
-                                    : np_learned_update(&dns->row_key, &dns->row, 6);
-    np_dns_count(ctx, failed ? NP_REASON_DNS_LIMITED : NP_REASON_DNS_LEARNED);
+    dns->is_full |= np_is_nonzero(least >> 3); // the worth is above 1: another class is replaced
+    __u32 way = least & (NP_LEARNED_CLASSES - 1);
+    np_forget(way); // keeps the bound below
+    way &= NP_LEARNED_CLASSES - 1;
+    __u64 later = (__u32)(row->until[way] - until); // how much later the row's expiry is, if bit 31 is 0
+    __u64 is_earlier = later >> 31;
+    __u64 is_same = np_is_nonzero(least >> 2) ^ 1;
+    np_forget(is_earlier);
+    np_forget(is_same);
+    row->name_class[way] = name_class;
+    row->until[way] = until + (__u32)(later & (is_earlier - 1) & -is_same);
 }
 
-// Write and report one address.
-NP_INLINE void np_dns_learn_step(const struct np_ctx *ctx, struct np_dns *dns, struct np_asked *asked)
+// Begin with an address: report it, and prepare dns->row. Returns 0 if the address is not learned.
+NP_INLINE int np_dns_learn_begin(const struct np_ctx *ctx, struct np_dns *dns, struct np_asked *asked,
+                                 const struct np_dns_address *one)
 {
-    const struct np_dns_address *one = &dns->address[dns->learned & (NP_DNS_ADDRESSES - 1)];
     if (one->version == 4)
         np_dns_refuse(dns, one, 4);
     else
@@ -175,12 +145,54 @@ NP_INLINE void np_dns_learn_step(const struct np_ctx *ctx, struct np_dns *dns, s
     np_barrier();
     if (dns->is_refused) {
         np_dns_count(ctx, NP_REASON_DNS_REFUSED);
-        return;
+        return 0;
     }
     np_dns_report(ctx, dns, one);
     np_barrier();
-    if (dns->name_class[0] | dns->name_class[1] | dns->name_class[2] | dns->name_class[3])
-        np_dns_teach(ctx, dns, asked, one);
+    if (!dns->name_class[0])
+        return 0;
+    if (one->version == 4)
+        np_dns_row_read(ctx, dns, one, 4);
+    else
+        np_dns_row_read(ctx, dns, one, 6);
+    np_barrier();
+    if (dns->is_known)
+        return 1;
+    np_zero_words(&dns->row, sizeof(dns->row));
+    if (np_dns_token(ctx, asked))
+        return 1;
+    np_dns_count(ctx, NP_REASON_DNS_LIMITED);
+    return 0;
+}
+
+// Replace the address's row by dns->row, as a whole, for the reason at np_dns_row_read.
+NP_INLINE void np_dns_row_write(const struct np_ctx *ctx, struct np_dns *dns, const struct np_dns_address *one)
+{
+    if (one->version == 4)
+        dns->is_known = !np_learned_update(&dns->row_key, &dns->row, 4);
+    else
+        dns->is_known = !np_learned_update(&dns->row_key, &dns->row, 6);
+    np_barrier();
+    np_dns_count(ctx, dns->is_known ? NP_REASON_DNS_LEARNED : NP_REASON_DNS_LIMITED);
+}
+
+NP_INLINE void np_dns_learn_step(const struct np_ctx *ctx, struct np_dns *dns, struct np_asked *asked)
+{
+    const struct np_dns_address *one = &dns->address[dns->learned & (NP_DNS_ADDRESSES - 1)];
+    dns->is_refused = 0;
+    if (!dns->way)
+        dns->is_refused = !np_dns_learn_begin(ctx, dns, asked, one);
+    np_barrier();
+    if (!dns->is_refused) {
+        np_dns_merge(ctx, dns, one);
+        np_barrier();
+        dns->way++;
+        if (dns->way < NP_LEARNED_CLASSES && dns->name_class[dns->way & (NP_LEARNED_CLASSES - 1)])
+            return;
+        np_dns_row_write(ctx, dns, one);
+    }
+    dns->way = 0;
+    dns->learned++;
 }
 
 NP_INLINE void np_dns_learn(struct __sk_buff *skb, const struct np_ctx *ctx, struct np_dns *dns)
@@ -188,11 +200,6 @@ NP_INLINE void np_dns_learn(struct __sk_buff *skb, const struct np_ctx *ctx, str
     struct np_asked *asked = np_asked_lookup(ctx->ep->endpoint);
     if (!asked) // the agent has removed the row meanwhile
         return;
-    if (!dns->learned && dns->is_full & 1)
-        np_dns_count(ctx, NP_REASON_DNS_FULL);
-    if (!dns->learned && dns->is_full & 2)
-        np_dns_count(ctx, NP_REASON_DNS_TOO_LONG);
-    np_barrier();
 #pragma clang loop unroll(disable)
     for (__u32 step = 0; step < NP_DNS_LEARN_STEPS; step++) {
         np_forget(step); // otherwise the compiler counts by something else, which has no bound
@@ -200,11 +207,15 @@ NP_INLINE void np_dns_learn(struct __sk_buff *skb, const struct np_ctx *ctx, str
             break;
         np_dns_learn_step(ctx, dns, asked);
         np_barrier();
-        dns->learned++;
     }
     np_barrier();
-    if (dns->learned < dns->addresses)
+    if (dns->learned < dns->addresses) {
         np_dns_call(skb, ctx, NP_CALL_LEARN);
-    else
-        np_dns_following(skb, ctx, dns, NP_CALL_ANSWER);
+        return;
+    }
+    if (dns->is_full & 1)
+        np_dns_count(ctx, NP_REASON_DNS_FULL);
+    if (dns->is_full & 2)
+        np_dns_count(ctx, NP_REASON_DNS_TOO_LONG);
+    np_dns_following(skb, ctx, dns, NP_CALL_ANSWER);
 }

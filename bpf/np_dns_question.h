@@ -16,13 +16,10 @@ NP_INLINE void np_dns_ask(struct np_asked *asked, struct np_dns *dns, __u64 pend
 #pragma unroll
     for (__u32 way = 0; way < NP_ASKED_WAYS; way++) {
         __u64 slot = asked->slot[first + way];
-        __u64 other = (slot ^ pending) >> 16;
-        __u64 is_other = (other | -other) >> 63; // computed without a branch, for the reason at np_lesser
-        __u64 is_used = (slot | -slot) >> 63;
-        np_forget(is_other);
-        np_forget(is_used);
-        __u64 worth = 1 + (-is_used & (1 + 0xffff - np_dns_age(pending, slot)));
+        __u64 is_other = np_is_nonzero((slot ^ pending) >> 16);
+        __u64 worth = 1 + (-np_is_nonzero(slot) & (1 + 0xffff - np_dns_age(pending, slot)));
         least = np_lesser(least, (-is_other & worth) << 2 | way);
+        np_barrier();
     }
     dns->slot = first + (least & (NP_ASKED_WAYS - 1));
     np_barrier();

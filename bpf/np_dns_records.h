@@ -17,7 +17,7 @@
 #include "np_table.h"
 
 #define NP_DNS_STEPS 48 // steps of one call
-#define NP_DNS_LEARN_CALLS 2 // calls that np_tc_learn needs for NP_DNS_ADDRESSES
+#define NP_DNS_LEARN_CALLS 2 // calls that np_tc_learn needs for NP_DNS_ADDRESSES of one class
 #define NP_DNS_POINTERS 16 // pointers in one name
 #define NP_DNS_TARGETS 16 // CNAME records in the chain
 #define NP_DNS_SHORT_LABEL 16 // a label up to this length, with its length byte, is copied as two words
@@ -112,26 +112,22 @@ NP_INLINE int np_dns_is_current(const struct np_dns *dns)
     return !differs;
 }
 
-// Add a class to those of the chain. Each class has the time to live of its name that lives longest.
+// Add a class to those of the chain. Each class has the time to live of its name that lives longest. The classes fill
+// the array from its beginning.
 NP_INLINE void np_dns_class_add(struct np_dns *dns, __u32 name_class)
 {
     __u64 least = ~0ull >> 1;
 #pragma unroll
     for (__u32 way = 0; way < NP_LEARNED_CLASSES; way++) {
-        __u64 used = dns->name_class[way];
-        __u64 other = used ^ name_class;
-        __u64 is_other = (other | -other) >> 63; // computed without a branch, for the reason at np_lesser
-        __u64 is_used = -used >> 63;
-        np_forget(is_other);
-        np_forget(is_used);
-        __u64 worth = 1 + (-is_used & (1ull + dns->class_ttl_s[way]));
+        __u64 is_other = np_is_nonzero(dns->name_class[way] ^ name_class);
+        __u64 worth = 1 + (-np_is_nonzero(dns->name_class[way]) & (1ull + dns->class_ttl_s[way]));
         least = np_lesser(least, (-is_other & worth) << 2 | way);
+        np_barrier();
     }
-    if (least >> 2 > 1)
-        dns->is_full |= 1;
-    __u32 way = least & (NP_LEARNED_CLASSES - 1);
-    np_forget(way); // keeps the bound below
-    way &= NP_LEARNED_CLASSES - 1;
+    dns->is_full |= np_is_nonzero(least >> 3); // the worth is above 1: another class is replaced
+    dns->way = (__u32)least;
+    np_barrier();
+    __u32 way = dns->way & (NP_LEARNED_CLASSES - 1);
     dns->name_class[way] = name_class;
     dns->class_ttl_s[way] = NP_DNS_TTL_UNLIMITED;
 }
@@ -287,6 +283,7 @@ NP_INLINE int np_dns_records(struct __sk_buff *skb, const struct np_ctx *ctx, st
     }
     if (result != NP_DNS_COMPLETE)
         return np_dns_unread(ctx, dns, result == NP_DNS_RUNNING ? NP_REASON_DNS_TOO_LONG : result);
+    dns->way = 0;
     if (dns->addresses)
         np_dns_call(skb, ctx, NP_CALL_LEARN);
     else

@@ -303,7 +303,7 @@ NP_REASON_DNS_MALFORMED = 103  # a DNS answer that the program did not understan
 NP_REASON_DNS_TOO_LONG = 104  # a DNS answer beyond the limits of the program, so that it taught nothing or a part
 NP_REASON_DNS_TRUNCATED = 105  # a DNS answer in fragments was cut, so that the workload asks again by TCP
 NP_REASON_DNS_LIMITED = 106  # an endpoint learned addresses too fast, or the map was full: this one is not learned
-NP_REASON_DNS_FULL = 107  # an address had more name classes than one row has room for; the oldest was replaced
+NP_REASON_DNS_FULL = 107  # a DNS answer for addresses with more name classes than a row has room for; one is lost
 NP_REASON_DNS_EVENT_LOST = 108  # the ring buffer had no room for an np_dns_event
 NP_REASON_DNS_CALL_MISSING = 109  # np_call lacks a program for DNS, so the packet passed and taught nothing
 NP_REASON_COUNT = 128  # number of rows of np_reason_count
@@ -1535,7 +1535,7 @@ REASONS: Mapping[int, Reason] = MappingProxyType(
         NP_REASON_DNS_LIMITED: Reason(
             NP_REASON_DNS_LIMITED, "dns-limited", "an endpoint learned addresses too fast, or the map was full: this one is not learned"),
         NP_REASON_DNS_FULL: Reason(
-            NP_REASON_DNS_FULL, "dns-full", "an address had more name classes than one row has room for; the oldest was replaced"),
+            NP_REASON_DNS_FULL, "dns-full", "a DNS answer for addresses with more name classes than a row has room for; one is lost"),
         NP_REASON_DNS_EVENT_LOST: Reason(
             NP_REASON_DNS_EVENT_LOST, "dns-event-lost", "the ring buffer had no room for an np_dns_event"),
         NP_REASON_DNS_CALL_MISSING: Reason(
