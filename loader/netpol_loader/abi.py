@@ -803,7 +803,8 @@ class np_name_key(ctypes.Structure):
 
     The labels are in reverse order, each after its length in one byte, in lower case: www.example.com is "3com"
     "7example" "3www" and a zero byte. The key of a name ends with the zero byte; the key of a wildcard has the labels
-    after the "*." and no zero byte, so that the longest prefix finds the most specific pattern.
+    after the "*." and no zero byte, so that the longest prefix finds the most specific pattern. The bare name of a
+    wildcard has a row of its own, because the wildcard does not match the bare name.
     """
 
     prefix_bits: int

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import time
 from ipaddress import ip_address, ip_network
 from typing import Any
 
@@ -57,11 +58,13 @@ def stream_answer(data: bytes, *, client: str = POD4, port: int = CLIENT_PORT, f
 
 
 class DnsScene:
-    """A rig whose endpoint may talk to everybody and learns names. ``reports``: events of learned addresses."""
+    """A rig whose endpoint may talk to everybody and learns names. ``reports``: events of learned addresses; ``hertz``: jiffies a second."""
 
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
         self.reports: list[abi.np_dns_event] = []
+        self.hertz = int(rig.dataplane.config().jiffies_per_second)
+        self._began_s, self._began_jiffies = time.monotonic(), read_jiffies()
         self._sample = _SAMPLE(self._on_report)
         self._ring = _libbpf().ring_buffer__new(rig.map("np_dns_event").fd, self._sample, None, None)
         self.take_reports()
@@ -135,14 +138,10 @@ class DnsScene:
         """The learned addresses of the endpoint, each with its classes."""
         return {address: set(classes) for (number, address), classes in self.learned().items() if number == ENDPOINT}
 
-    @property
-    def hertz(self) -> int:
-        """Jiffies per second."""
-        return int(self.rig.dataplane.config().jiffies_per_second)
-
     def now_units(self) -> int:
-        """The time in units of NP_LEARNED_JIFFIES."""
-        return read_jiffies() // abi.NP_LEARNED_JIFFIES
+        """The time in units of NP_LEARNED_JIFFIES. The kernel's count is read once, because a read takes a millisecond."""
+        passed = (time.monotonic() - self._began_s) * self.hertz
+        return int(self._began_jiffies + passed) // abi.NP_LEARNED_JIFFIES
 
     def pending(self) -> int:
         """Number of pending questions."""

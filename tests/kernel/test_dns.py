@@ -62,8 +62,12 @@ def test_an_answer_teaches_its_addresses(scene: DnsScene, client: str, asked: d.
 
 
 def test_a_wildcard_gives_its_class_to_every_name_below(scene: DnsScene) -> None:
-    """The longest pattern decides the class; the bare name of a wildcard has no class."""
+    """The longest pattern decides the class; the bare name of a wildcard has a row of its own, without a class."""
     scene.pattern("a.cdn.net", 11)
+    scene.pattern("cdn.net", 0)
+    scene.exchange(d.Message("cdn.net"), d.address(WEB))
+    scene.exchange(d.Message("xcdn.net"), d.address(WEB))
+    assert scene.addresses() == {}
     for number, (name, expected) in enumerate(
         {"x.cdn.net": {WILD}, "y.x.cdn.net": {WILD}, "a.cdn.net": {11}, "b.a.cdn.net": {WILD}}.items(), 1
     ):
