@@ -42,9 +42,9 @@
 #define NP_DNS_OPCODE 0x7800
 #define NP_DNS_RCODE 0x000f
 #define NP_DNS_CLASS_IN 1
-#define NP_DNS_TYPE_A 1
+#define NP_DNS_TYPE_IP4 1 // A
 #define NP_DNS_TYPE_CNAME 5
-#define NP_DNS_TYPE_AAAA 28
+#define NP_DNS_TYPE_IP6 28 // AAAA
 
 // The name that the parser reads.
 enum np_dns_name {

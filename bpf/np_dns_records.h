@@ -203,8 +203,8 @@ NP_INLINE void np_dns_record(struct np_dns *dns)
     if (ttl_s >> 31) // negative: counts as 0 (RFC 2181)
         ttl_s = 0;
     np_barrier();
-    if (end > dns->message_bytes || (type == NP_DNS_TYPE_A && bytes != 4) ||
-        (type == NP_DNS_TYPE_AAAA && bytes != 16) ||
+    if (end > dns->message_bytes || (type == NP_DNS_TYPE_IP4 && bytes != 4) ||
+        (type == NP_DNS_TYPE_IP6 && bytes != 16) ||
         (type == NP_DNS_TYPE_CNAME && dns->addresses)) { // a name with a CNAME record has no other records
         dns->result = NP_REASON_DNS_MALFORMED;
         return;
@@ -215,9 +215,9 @@ NP_INLINE void np_dns_record(struct np_dns *dns)
         np_dns_name_begin(dns, NP_DNS_NAME_TARGET, data_at, end);
         return;
     }
-    if (type == NP_DNS_TYPE_A)
+    if (type == NP_DNS_TYPE_IP4)
         np_dns_address_add(dns, data_at, ttl_s, 4);
-    else if (type == NP_DNS_TYPE_AAAA)
+    else if (type == NP_DNS_TYPE_IP6)
         np_dns_address_add(dns, data_at, ttl_s, 6);
     np_barrier();
     np_dns_record_next(dns, end);

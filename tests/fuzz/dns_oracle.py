@@ -20,7 +20,7 @@ import dns.wire
 from dns_generate import AAAA, CNAME, PATTERNS, A, Exchange
 
 STEPS, RECORD_CALLS_UNTIL, CALLS, LEARN_STEPS = 48, 18, 20, 64
-"""Limits of the program: steps of a call, the last call that may go on reading, all calls, and steps of learning."""
+"""Limits of the program: steps of a call, the last call that goes on with a message, all calls, and steps of learning."""
 MOST_ADDRESSES, MOST_TARGETS, WAYS, UNLIMITED = 128, 16, 4, 0xFFFFFFFF
 FLOOR_S, WEEK_S = 30, 604800
 REFUSED = tuple(ip_network(one) for one in ("127.0.0.0/8", "10.0.0.0/8", "fe80::/10", "::ffff:0:0/96"))
@@ -92,7 +92,7 @@ def expected(one: Exchange) -> Lesson:
         except Refused:
             break
         spent = -(-reading.steps // STEPS)
-        if calls + spent > RECORD_CALLS_UNTIL:
+        if calls >= CALLS or (spent > 1 and calls + spent > RECORD_CALLS_UNTIL):
             break
         calls += spent
         calls += _learn(lesson, reading, calls)
