@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
 // DNS messages: which packets the program reads, and what its four DNS programs share. The programs learn which
-// addresses a name has, before the workload gets the answer (docs/adr/0023):
+// addresses a name has, before the workload gets the answer (docs/adr/0024):
 //
 //     np_tc_question  a question leaves the endpoint: record it as pending           (np_dns_question.h)
 //     np_tc_answer    an answer arrives: it must belong to a pending question        (np_dns_answer.h, np_dns_cut.h)
