@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
 // The program that enforces policy at one interface: from a packet to a verdict. There is one program for each hook,
-// and there are two programs that the hooks' programs tail-call (enum np_call). Read this file from the bottom up:
+// and there are programs that the hooks' programs tail-call (enum np_call). Read this file from the bottom up:
 //
 //     np_tc          the fast path, otherwise: packet and endpoint -> np_frame -> np_conclude
 //     np_frame       frame -> ARP | IPv4 | IPv6 | other
 //     np_ip          parse -> link messages -> forged source -> fragment -> np_sender -> np_ip_own
 //     np_ip_own      established connection: pass
 //     np_ip_slow     anti-spoofing -> connection: np_ip_known, otherwise np_ip_plan -> np_tc_judge
-//     np_tc_judge    one policy list, then the next -> np_tc_sender | np_ip_verdict
+//     np_tc_judge    one policy list, then the next -> np_tc_names | np_tc_sender | np_ip_verdict
+//     np_tc_names    domain names in the list's verdict, then as np_tc_judge
 //     np_tc_sender   apply the verdict for a sender that was deferred to this hook -> np_ip_own
 //     np_ip_verdict  apply the verdict for the interface's endpoint -> np_ip_known | np_ip_new
-//     np_conclude    count, report, pass or drop
+//     np_conclude    count, report, pass or drop -> DNS programs (np_dns.h), for a packet from or to a DNS server
 //
 // Each step returns the reason why the packet passes or is dropped (enum np_reason), or NP_REASON_NONE if the next step
 // must decide. A tail call does not return. The called program finds the packet's state in np_scratch, so the verifier
@@ -22,16 +23,19 @@
 // 2. A verdict carries the rule of the table entry that decided.
 // 3. After parsing, a packet of an established connection costs at most one look-up in the connection table, no
 //    bpf_ktime_get_ns() and no tail call.
-// 4. If a tail call fails, the packet is dropped and counted.
+// 4. If a tail call fails, the packet is dropped and counted. If the call of a DNS program fails, which is counted too,
+//    the packet passes and teaches nothing, so that policy denies what it would have allowed by name.
 //
 // Files, in the order of use:
 //     np_lang (the C dialect)          np_abi (what user space shares)     np_maps (maps)
 //     np_parse (parser)                np_ctx (context of a packet)        np_count (counters)
 //     np_event (events)                np_bucket (address, class tables)   np_endpoint (endpoints, anti-spoofing)
 //     np_outside (source from outside) np_classify (one policy list)       np_judge (sequence of policy lists)
+//     np_names (domain names)
 //     np_table (conntrack table)       np_conn (connection states)         np_service (sender tags)
 //     np_fragment (fragments)          np_link (link messages)             np_kernel (fields of sk_buff)
-//     np_flow_cache (fast path)
+//     np_flow_cache (fast path)        np_dns (DNS messages), np_dns_question, np_dns_answer, np_dns_cut (fragments),
+//                                      np_dns_records (parser), np_dns_learn (learned addresses)
 
 #include "np_lang.h"
 #include "np_abi.h"
@@ -46,11 +50,18 @@
 #include "np_table.h"
 #include "np_conn.h"
 #include "np_judge.h"
+#include "np_names.h"
 #include "np_service.h"
 #include "np_fragment.h"
 #include "np_link.h"
 #include "np_kernel.h"
 #include "np_flow_cache.h"
+#include "np_dns.h"
+#include "np_dns_question.h"
+#include "np_dns_cut.h"
+#include "np_dns_answer.h"
+#include "np_dns_records.h"
+#include "np_dns_learn.h"
 
 // The direction of policy for a packet at this hook.
 NP_INLINE __u8 np_direction_at(const int hook, __u32 endpoint_flags)
@@ -100,7 +111,7 @@ NP_INLINE int np_pass(struct __sk_buff *skb, const struct np_ctx *ctx)
 }
 
 // Count the packet, write its events, and return the verdict of TC.
-NP_INLINE int np_conclude(struct __sk_buff *skb, struct np_ctx *ctx, int reason)
+NP_INLINE int np_account(struct __sk_buff *skb, struct np_ctx *ctx, int reason)
 {
     struct np_decision *decision = ctx->decision;
     int dropped = reason >= NP_REASON_POLICY_DENY || reason == NP_REASON_NONE;
@@ -129,6 +140,20 @@ NP_INLINE int np_conclude(struct __sk_buff *skb, struct np_ctx *ctx, int reason)
     if (kind)
         np_event_write(ctx, kind, reason);
     return dropped ? NP_DROP : np_pass(skb, ctx);
+}
+
+// The end of every packet on the slow path: as np_account. A packet from or to a DNS server goes on to np_tc_question
+// or np_tc_answer if it passes.
+NP_INLINE int np_conclude(struct __sk_buff *skb, struct np_ctx *ctx, int reason)
+{
+    int verdict = np_account(skb, ctx, reason);
+    if (np_is_dns(ctx) && verdict != NP_DROP) {
+        if (ctx->ep->direction == NP_DIRECTION_EGRESS)
+            np_dns_call(skb, ctx, NP_CALL_QUESTION);
+        else
+            np_dns_call(skb, ctx, NP_CALL_ANSWER);
+    }
+    return verdict;
 }
 
 // The reason why policy does not apply to the packet, or NP_REASON_NONE. Policy does not apply if a process of the node
@@ -250,14 +275,18 @@ NP_INLINE int np_ip_plan(struct np_ctx *ctx, struct np_scratch *scratch, __u8 ki
 // the tuple of the connection's first packet. A denied connection keeps its old generation, so policy judges each
 // further packet again. It also keeps its entry, so that a packet of the other side does not pass as the first packet
 // of a new flow. Returns NP_REASON_NONE or the reason to drop the packet.
-NP_INLINE int np_ip_again(struct np_ctx *ctx, const struct np_scratch *scratch, struct np_conn *conn)
+NP_INLINE int np_ip_again(struct np_ctx *ctx, const struct np_scratch *scratch, const struct np_ct_slot *slot,
+                          const int version)
 {
     struct np_decision *decision = ctx->decision;
+    struct np_conn *conn = slot->conn;
     int allowed = decision->action != NP_ACTION_DENY;
     if (!allowed && !(ctx->config->flags & NP_CONFIG_KEEP_REVOKED))
         return decision->reason == NP_REASON_POLICY_DENY ? NP_REASON_REVOKED : decision->reason;
-    if (allowed)
+    if (allowed) {
         conn->rule = decision->rule;
+        *np_ct_slot_name_class(slot, version) = decision->name_class;
+    }
     if (allowed && conn->flags & NP_CONN_DEFERRED) {
         __u32 flags = conn->flags & ~NP_CONN_DUE;
         if (ctx->ep->endpoint_flags & NP_ENDPOINT_HOST)
@@ -372,7 +401,7 @@ NP_INLINE int np_ip_verdict(struct __sk_buff *skb, struct np_ctx *ctx, struct np
     if (scratch->found.is_known) {
         slot = np_conn_again(ctx, &scratch->found, key, version);
         if (slot.conn) {
-            int cut = np_ip_again(ctx, scratch, slot.conn);
+            int cut = np_ip_again(ctx, scratch, &slot, version);
             if (cut)
                 return cut;
         } // the entry was evicted meanwhile, so the packet counts as a first one
@@ -475,7 +504,7 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_ctx *ctx, union np_con
 // return to the endpoint of this interface.
 NP_INLINE void np_ip_sender_allowed(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch)
 {
-    np_conclude(skb, ctx, scratch->reason);
+    np_account(skb, ctx, scratch->reason);
     np_barrier();
     ctx->ep->endpoint = scratch->own_endpoint;
     ctx->ep->direction = np_direction_at(NP_HOOK_EGRESS, ctx->ep->endpoint_flags);
@@ -681,30 +710,52 @@ NP_INLINE struct np_scratch *np_resume(struct __sk_buff *skb, struct np_ctx *ctx
     return scratch;
 }
 
+// Go on after a policy list: evaluate the next one, or apply the verdict. Returns the verdict of TC.
+NP_INLINE int np_judged(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch, int outcome)
+{
+    if (outcome != NP_JUDGED_FINAL) {
+        scratch->reason = np_judge_call(skb, scratch, outcome == NP_JUDGED_NAMES ? NP_CALL_NAMES : NP_CALL_JUDGE);
+    } else {
+        np_judge_end(ctx, scratch);
+        np_barrier();
+        if (NP_UNLIKELY(scratch->is_sender)) {
+            np_call_program(skb, NP_CALL_SENDER);
+            scratch->reason = NP_REASON_CALL_MISSING;
+        } else if (ctx->packet->version == 4) {
+            scratch->reason = np_ip_verdict(skb, ctx, scratch, 4);
+        } else {
+            scratch->reason = np_ip_verdict(skb, ctx, scratch, 6);
+        }
+    }
+    np_barrier();
+    return np_conclude(skb, ctx, scratch->reason);
+}
+
 int np_tc_judge(struct __sk_buff *skb)
 {
     struct np_ctx ctx;
     struct np_scratch *scratch = np_resume(skb, &ctx);
     if (!scratch)
         return NP_DROP;
-    int is_answered = ctx.packet->version == 4 ? np_judge_step(&ctx, scratch, 4) : np_judge_step(&ctx, scratch, 6);
+    int outcome = ctx.packet->version == 4 ? np_judge_step(&ctx, scratch, 4) : np_judge_step(&ctx, scratch, 6);
     np_barrier();
-    if (!is_answered) {
-        scratch->reason = np_judge_next(skb, scratch);
-    } else {
-        np_judge_end(&ctx, scratch);
-        np_barrier();
-        if (NP_UNLIKELY(scratch->is_sender)) {
-            np_call_program(skb, NP_CALL_SENDER);
-            scratch->reason = NP_REASON_CALL_MISSING;
-        } else if (ctx.packet->version == 4) {
-            scratch->reason = np_ip_verdict(skb, &ctx, scratch, 4);
-        } else {
-            scratch->reason = np_ip_verdict(skb, &ctx, scratch, 6);
-        }
-    }
+    return np_judged(skb, &ctx, scratch, outcome);
+}
+
+int np_tc_names(struct __sk_buff *skb)
+{
+    struct np_ctx ctx;
+    struct np_scratch *scratch = np_resume(skb, &ctx);
+    if (!scratch)
+        return NP_DROP;
+    if (ctx.packet->version == 4)
+        np_names(&ctx, scratch, 4);
+    else
+        np_names(&ctx, scratch, 6);
     np_barrier();
-    return np_conclude(skb, &ctx, scratch->reason);
+    int outcome = np_judge_apply(&ctx, scratch, scratch->names.step, NP_REASON_NONE);
+    np_barrier();
+    return np_judged(skb, &ctx, scratch, outcome);
 }
 
 NP_INLINE int np_sender_goes_on(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch,
@@ -730,36 +781,66 @@ int np_tc_sender(struct __sk_buff *skb)
     return np_conclude(skb, &ctx, scratch->reason);
 }
 
-// Programs that are not written yet: they drop the packet and count it.
-NP_INLINE int np_unwritten(struct __sk_buff *skb)
+// Conclude a DNS program: let the packet pass, or drop it for a reason that np_account counts and reports.
+NP_INLINE int np_dns_conclude(struct __sk_buff *skb, struct np_ctx *ctx, int reason)
 {
-    np_count_reason(NP_REASON_CALL_MISSING, skb->len);
-    return NP_DROP;
+    if (NP_LIKELY(!reason))
+        return np_pass(skb, ctx);
+    ctx->decision->log_list = 0; // np_conclude has written that event
+    return np_account(skb, ctx, reason);
 }
 
-int np_tc_names(struct __sk_buff *skb)
+// Restore the context in a DNS program. Returns NULL if there is no configuration or no memory.
+NP_INLINE struct np_dns *np_dns_resume(struct __sk_buff *skb, struct np_ctx *ctx)
 {
-    return np_unwritten(skb);
+    struct np_dns *dns = (void *)np_dns_scratch_lookup();
+    if (!np_resume(skb, ctx))
+        return 0;
+    if (!dns) // cannot happen: an array always has its row
+        np_count_reason(NP_REASON_NO_CONFIG, skb->len);
+    return dns;
 }
 
 int np_tc_question(struct __sk_buff *skb)
 {
-    return np_unwritten(skb);
+    struct np_ctx ctx;
+    struct np_dns *dns = np_dns_resume(skb, &ctx);
+    if (!dns)
+        return NP_DROP;
+    np_dns_question(skb, &ctx, dns);
+    return np_dns_conclude(skb, &ctx, NP_REASON_NONE);
 }
 
 int np_tc_answer(struct __sk_buff *skb)
 {
-    return np_unwritten(skb);
+    struct np_ctx ctx;
+    struct np_dns *dns = np_dns_resume(skb, &ctx);
+    if (!dns)
+        return NP_DROP;
+    int reason = np_dns_answer(skb, &ctx, dns);
+    np_barrier();
+    return np_dns_conclude(skb, &ctx, reason);
 }
 
 int np_tc_records(struct __sk_buff *skb)
 {
-    return np_unwritten(skb);
+    struct np_ctx ctx;
+    struct np_dns *dns = np_dns_resume(skb, &ctx);
+    if (!dns)
+        return NP_DROP;
+    int reason = np_dns_records(skb, &ctx, dns);
+    np_barrier();
+    return np_dns_conclude(skb, &ctx, reason);
 }
 
 int np_tc_learn(struct __sk_buff *skb)
 {
-    return np_unwritten(skb);
+    struct np_ctx ctx;
+    struct np_dns *dns = np_dns_resume(skb, &ctx);
+    if (!dns)
+        return NP_DROP;
+    np_dns_learn(skb, &ctx, dns);
+    return np_dns_conclude(skb, &ctx, NP_REASON_NONE);
 }
 
 int np_tc_ingress(struct __sk_buff *skb)

@@ -319,6 +319,7 @@ NP_INLINE int np_conn_open(const struct np_ctx *ctx, const union np_conn_key *ke
 #pragma unroll
     for (__u32 word = 0; word < np_key_words(version); word++)
         stored[word] = ((const np_half *)key)[word];
+    *np_ct_slot_name_class(&slot, version) = ctx->decision->name_class;
     *slot.conn = (struct np_conn){
         .seen_jiffies = ctx->arrival->now_jiffies,
         .generation = ctx->arrival->generation,

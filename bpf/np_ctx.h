@@ -25,9 +25,11 @@ struct np_decision {
     __u16 reason; // enum np_reason
     __u8 action; // enum np_action
     __u8 staged_action; // enum np_action
-    __u32 flags; // enum np_verdict_flag
+    __u32 flags; // as in struct np_verdict
+    __u32 name_class; // class of the domain name by which a list allowed the packet; 0: no name was needed
+    __u32 pad;
 };
-_Static_assert(sizeof(struct np_decision) == 32, "np_decision is whole words");
+_Static_assert(sizeof(struct np_decision) == 40, "np_decision is whole words");
 
 // The endpoint whose policy this hook enforces for the packet.
 struct np_endpoint_ctx {
@@ -63,7 +65,7 @@ struct np_arrival {
     __u32 frame_bytes;
     __u32 hook; // enum np_hook
     __u32 is_from_node; // 1: a process or the kernel of the node sent the packet
-    __u32 pad;
+    __u32 dns_calls; // number of tail calls of DNS programs that the packet has used
 };
 
 // The context. Its pointers refer to parts of np_scratch, which is a map, for three reasons. The stack has only 512

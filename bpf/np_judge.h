@@ -13,10 +13,11 @@
 // (NP_ACTION_CONTINUE).
 //
 // The program np_tc_judge evaluates one list, then tail-calls itself for the next list. The verifier therefore checks
-// the code of an evaluation once, whatever the number of lists.
+// the code of an evaluation once, whatever the number of lists. If the verdict of a list depends on domain names,
+// np_tc_judge tail-calls np_tc_names, which completes the verdict and goes on in the same way.
 //
 // Invariants: all lists that judge a packet are from one version of the host endpoint's row (np_judge_step starts again
-// if the version changes). One packet costs at most NP_JUDGE_CALLS calls.
+// if the version changes). One packet costs at most NP_JUDGE_CALLS calls, calls of np_tc_names included.
 #pragma once
 
 #include "np_classify.h"
@@ -47,10 +48,30 @@ enum np_step {
     (1u << NP_STEP_NORMAL | 1u << NP_STEP_FORWARD | 1u << NP_STEP_PRE_DNAT | 1u << NP_STEP_UNTRACKED |                 \
      1u << NP_STEP_FAILSAFE)
 #define NP_STEP_ORIGINAL 4u // bit of a step that judges the original tuple, before translation
-// Most calls of np_tc_judge for a packet: two for the lists of its sender, four for those of its own interface's
-// endpoint, and four in reserve for rows that change meanwhile. The kernel allows 33 tail calls;
-// docs/adr/0012-program-set.md divides them.
+// Most calls of np_tc_judge and np_tc_names for a packet. The lists of the sender need two, those of its own
+// interface's endpoint four. One list of the sender and two of a host endpoint may need np_tc_names as well, but no
+// packet needs all of these: seven are enough. The rest is in reserve for rows that change meanwhile. The kernel allows
+// 33 tail calls; docs/adr/0012-program-set.md divides them.
 #define NP_JUDGE_CALLS 10
+
+// What follows after the evaluation of a policy list.
+enum np_judged {
+    NP_JUDGED_NEXT = 0, // the next list
+    NP_JUDGED_FINAL = 1, // no further list: the decision is final
+    NP_JUDGED_NAMES = 2, // np_tc_names, because the verdict has a domain list
+};
+
+// Working memory of np_tc_names.
+struct np_names {
+    __u32 step; // the step whose verdict has the domain list, enum np_step
+    __u32 rank; // least rank of an enforced rule so far; NP_RANK_LAST: none
+    __u32 staged_rank; // the same in the pending evaluation
+    __u32 rule; // the rule with the least rank; the next three belong to it too
+    __u32 staged_rule;
+    __u32 log_list;
+    __u32 name_class;
+    __u32 classes[NP_LEARNED_CLASSES + 1]; // classes that the endpoint knows for the peer's address; 0: unused
+};
 
 // Working memory of one packet. All programs that handle the packet share it.
 struct np_scratch {
@@ -69,6 +90,7 @@ struct np_scratch {
         struct np_outer outer; // tunnel key of the packet; valid only until `key` is set
     };
     union np_conn_key sender_key; // conntrack key of the packet at its sender's endpoint
+    struct np_names names;
     __u32 steps; // all policy steps of the packet, in the format of np_steps
     __u32 number; // number of the workload whose policy the workload's steps evaluate
     __u32 ifindex; // interface of that workload
@@ -122,13 +144,31 @@ NP_INLINE void np_tuple_of_key(struct np_tuple *tuple, const union np_conn_key *
     tuple->to_node = NP_TO_NODE_UNASKED;
 }
 
+NP_INLINE int np_is_workload_step(__u32 step)
+{
+    return step == NP_STEP_WORKLOAD || step == NP_STEP_SERVICE;
+}
+
+// The direction of the policy that the step evaluates.
+NP_INLINE __u8 np_step_direction(const struct np_scratch *scratch, __u32 step)
+{
+    return scratch->egress_steps >> step & 1; // 1 is NP_DIRECTION_EGRESS, 0 is NP_DIRECTION_INGRESS
+}
+
+// The tuple that the step judges.
+NP_INLINE const struct np_tuple *np_step_tuple(const struct np_scratch *scratch, __u32 step)
+{
+    __u32 which = step & NP_STEP_ORIGINAL ? NP_TUPLE_ORIGINAL : scratch->asked_tuple & 1;
+    return (const void *)scratch->tuples + which * sizeof(struct np_tuple);
+}
+
 // Find the policy set of a step. A workload's set is in the endpoint cache; a host endpoint's is copied from the
 // endpoint's row. Returns NP_REASON_CONTINUE if the host endpoint has no policy for this step.
 NP_INLINE int np_step_set(const struct np_ctx *ctx, struct np_scratch *scratch, __u32 step, __u8 direction,
                           const struct np_set **set)
 {
     *set = &scratch->owner.set;
-    if (step == NP_STEP_WORKLOAD || step == NP_STEP_SERVICE) {
+    if (np_is_workload_step(step)) {
         int reason;
         const struct np_ep_cache *cached = np_ep_cache_find(scratch->ifindex, ctx->arrival->epoch, &reason);
         if (!cached)
@@ -140,55 +180,23 @@ NP_INLINE int np_step_set(const struct np_ctx *ctx, struct np_scratch *scratch, 
     return np_host_read(scratch->host, stage * 2 + direction, &scratch->owner);
 }
 
-// Evaluate the next policy list, and fill in the decision. Returns 1 if the decision is final.
-NP_INLINE int np_judge_step(struct np_ctx *ctx, struct np_scratch *scratch, const int version)
+// Apply the result of a policy list to the decision. `reason`: why the packet is denied without a verdict, or
+// NP_REASON_NONE. Returns what follows.
+NP_INLINE int np_judge_apply(struct np_ctx *ctx, struct np_scratch *scratch, __u32 step, int reason)
 {
     struct np_decision *decision = ctx->decision;
-    __u32 step = scratch->steps_left & ((1u << NP_STEP_BITS) - 1);
-    if (step == NP_STEP_NONE)
-        return 1;
-    __u8 direction = scratch->egress_steps >> step & 1; // 1 is NP_DIRECTION_EGRESS, 0 is NP_DIRECTION_INGRESS
-    const struct np_set *set;
-    scratch->reason = np_step_set(ctx, scratch, step, direction, &set);
-    np_barrier();
-    int reason = scratch->reason;
-    if (reason == NP_REASON_TORN_ENDPOINT)
-        return 0; // the next call of np_tc_judge reads the row again
-    scratch->steps_left >>= NP_STEP_BITS;
-    int is_workload = step == NP_STEP_WORKLOAD || step == NP_STEP_SERVICE;
-    if (!is_workload && (reason == NP_REASON_NONE || reason == NP_REASON_CONTINUE)) {
-        if (scratch->host_version &&
-            scratch->owner.flags != scratch->host_version) { // the row changed between two lists
-            scratch->steps_left = scratch->steps;
-            scratch->host_version = 0;
-            return 0;
-        }
-        scratch->host_version = scratch->owner.flags;
-    }
-    if (reason == NP_REASON_CONTINUE)
-        return 0;
-    if (!reason) {
-        __u32 which = step & NP_STEP_ORIGINAL ? NP_TUPLE_ORIGINAL : scratch->asked_tuple & 1;
-        const struct np_tuple *tuple = (void *)scratch->tuples + which * sizeof(*tuple);
-        __u32 self = step == NP_STEP_WORKLOAD ? scratch->self : 0;
-        reason = np_classify(ctx, tuple, set, direction, self, version);
-        if (!reason && scratch->is_source_hidden && set->asks_source)
-            reason = NP_REASON_HIDDEN_SOURCE;
-        scratch->reason = reason;
-        np_barrier();
-        reason = scratch->reason;
-    }
+    int is_workload = np_is_workload_step(step);
     if (NP_UNLIKELY(step == NP_STEP_SERVICE)) { // no verdict here: the hook where the packet leaves judges it
         scratch->is_due = reason || decision->action != NP_ACTION_ALLOW;
         decision->action = decision->staged_action = NP_ACTION_CONTINUE;
         decision->reason = NP_REASON_CONTINUE;
         decision->rule = decision->staged_rule = decision->log_list = 0;
-        return 0;
+        return NP_JUDGED_NEXT;
     }
     if (NP_UNLIKELY(reason == NP_REASON_SELF)) {
         decision->action = decision->staged_action = NP_ACTION_ALLOW;
         decision->reason = reason;
-        return 1;
+        return NP_JUDGED_FINAL;
     }
     if (NP_UNLIKELY(reason)) {
         decision->action = decision->staged_action = NP_ACTION_DENY;
@@ -201,23 +209,70 @@ NP_INLINE int np_judge_step(struct np_ctx *ctx, struct np_scratch *scratch, cons
             decision->reason = NP_REASON_POLICY_DENY;
         if (!is_workload && scratch->host != ctx->ep->endpoint) {
             ctx->ep->endpoint = scratch->host; // the event and the counters then name the endpoint that denies
+            __u8 direction = np_step_direction(scratch, step);
             ctx->ep->direction = ctx->ep->reply ? !direction : direction;
         }
-        return 1;
+        return NP_JUDGED_FINAL;
     }
     if (decision->action == NP_ACTION_CONTINUE)
-        return 0;
+        return NP_JUDGED_NEXT;
     decision->reason = NP_REASON_POLICY_ALLOW;
     if (step == NP_STEP_WORKLOAD) {
         if (NP_LIKELY(!scratch->steps_left))
-            return 1;
+            return NP_JUDGED_FINAL;
         scratch->workload_decision = *decision;
         scratch->has_workload_decision = 1;
-        return 0;
+        return NP_JUDGED_NEXT;
     }
     if (step == NP_STEP_UNTRACKED)
         ctx->ep->untracked = 1;
-    return step == NP_STEP_UNTRACKED || step == NP_STEP_PRE_DNAT || step == NP_STEP_FAILSAFE;
+    return step == NP_STEP_UNTRACKED || step == NP_STEP_PRE_DNAT || step == NP_STEP_FAILSAFE ? NP_JUDGED_FINAL
+                                                                                             : NP_JUDGED_NEXT;
+}
+
+// Evaluate the next policy list, and fill in the decision. Returns what follows.
+NP_INLINE int np_judge_step(struct np_ctx *ctx, struct np_scratch *scratch, const int version)
+{
+    struct np_decision *decision = ctx->decision;
+    __u32 step = scratch->steps_left & ((1u << NP_STEP_BITS) - 1);
+    if (step == NP_STEP_NONE)
+        return NP_JUDGED_FINAL;
+    __u8 direction = np_step_direction(scratch, step);
+    const struct np_set *set;
+    scratch->reason = np_step_set(ctx, scratch, step, direction, &set);
+    np_barrier();
+    int reason = scratch->reason;
+    if (reason == NP_REASON_TORN_ENDPOINT)
+        return NP_JUDGED_NEXT; // the next call of np_tc_judge reads the row again
+    scratch->steps_left >>= NP_STEP_BITS;
+    int is_workload = np_is_workload_step(step);
+    if (!is_workload && (reason == NP_REASON_NONE || reason == NP_REASON_CONTINUE)) {
+        if (scratch->host_version &&
+            scratch->owner.flags != scratch->host_version) { // the row changed between two lists
+            scratch->steps_left = scratch->steps;
+            scratch->host_version = 0;
+            return NP_JUDGED_NEXT;
+        }
+        scratch->host_version = scratch->owner.flags;
+    }
+    if (reason == NP_REASON_CONTINUE)
+        return NP_JUDGED_NEXT;
+    if (!reason) {
+        const struct np_tuple *tuple = np_step_tuple(scratch, step);
+        __u32 self = step == NP_STEP_WORKLOAD ? scratch->self : 0;
+        reason = np_classify(ctx, tuple, set, direction, self, version);
+        if (!reason && scratch->is_source_hidden && set->asks_source)
+            reason = NP_REASON_HIDDEN_SOURCE;
+        scratch->reason = reason;
+        np_barrier();
+        reason = scratch->reason;
+        // The rules with domain names of the host endpoint's normal policy are evaluated in NP_STEP_NORMAL.
+        if (NP_UNLIKELY(!reason && decision->flags >> NP_VERDICT_DOMAIN_SHIFT) && step != NP_STEP_FAILSAFE) {
+            scratch->names.step = step;
+            return NP_JUDGED_NAMES;
+        }
+    }
+    return np_judge_apply(ctx, scratch, step, reason);
 }
 
 // Complete the decision after the last list: its action is now NP_ACTION_ALLOW, _DENY or _CONTINUE, and its reason is
@@ -235,13 +290,14 @@ NP_INLINE void np_judge_end(struct np_ctx *ctx, struct np_scratch *scratch)
     }
 }
 
-// Tail-call np_tc_judge for the next list. Returns only if the call fails, with the reason to drop the packet.
-NP_INLINE int np_judge_next(struct __sk_buff *skb, struct np_scratch *scratch)
+// Tail-call np_tc_judge or np_tc_names, which is in slot `program` of np_call. Returns only if the call fails, with the
+// reason to drop the packet.
+NP_INLINE int np_judge_call(struct __sk_buff *skb, struct np_scratch *scratch, __u32 program)
 {
     if (!scratch->calls_left)
         return NP_REASON_CALL_BUDGET;
     scratch->calls_left--;
-    np_call_program(skb, NP_CALL_JUDGE);
+    np_call_program(skb, program);
     return NP_REASON_CALL_MISSING;
 }
 
@@ -255,5 +311,5 @@ NP_INLINE int np_judge(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scra
     scratch->host_version = 0;
     scratch->has_workload_decision = 0;
     scratch->is_due = 0;
-    return np_judge_next(skb, scratch);
+    return np_judge_call(skb, scratch, NP_CALL_JUDGE);
 }

@@ -181,8 +181,10 @@ NP_INLINE int np_sender_verdict(struct np_ctx *ctx, struct np_scratch *scratch, 
             return scratch->reason == NP_REASON_POLICY_DENY ? NP_REASON_REVOKED : scratch->reason;
         struct np_ct_slot slot = np_conn_again(ctx, &scratch->sender_found, key, version);
         if (slot.conn) {
-            if (!denied)
+            if (!denied) {
                 slot.conn->rule = ctx->decision->rule;
+                *np_ct_slot_name_class(&slot, version) = ctx->decision->name_class;
+            }
             ctx->decision->rule = slot.conn->rule;
             np_conn_renew(slot.conn, ctx->arrival->generation);
             np_conn_touch(&slot, ctx);

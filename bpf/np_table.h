@@ -48,6 +48,15 @@ NP_INLINE __u64 np_lesser(__u64 one, __u64 other)
     return one + (more & more >> 63);
 }
 
+// 0 if the number is 0, otherwise 1. The computation has no branch, for the reason at np_lesser.
+NP_INLINE __u64 np_is_nonzero(__u64 number)
+{
+    np_forget(number);
+    __u64 sign = number | -number;
+    np_forget(sign);
+    return sign >> 63;
+}
+
 NP_INLINE __u32 np_tag_time(__u64 jiffies)
 {
     return jiffies / NP_TAG_JIFFIES & NP_TAG_TIME_MASK;
@@ -133,6 +142,16 @@ NP_INLINE void *np_ct_slot_key(const struct np_ct_slot *slot, const int version)
 {
     return (void *)slot->conn - (version == 4 ? __builtin_offsetof(struct np_conn4_entry, conn)
                                               : __builtin_offsetof(struct np_conn6_entry, conn));
+}
+
+// The name class in the entry of a slot. It is directly after the key.
+NP_INLINE __u32 *np_ct_slot_name_class(const struct np_ct_slot *slot, const int version)
+{
+    _Static_assert(__builtin_offsetof(struct np_conn4_entry, name_class) == sizeof(struct np_conn4_key),
+                   "after the key");
+    _Static_assert(__builtin_offsetof(struct np_conn6_entry, name_class) == sizeof(struct np_conn6_key),
+                   "after the key");
+    return (__u32 *)np_ct_slot_key(slot, version) + np_key_words(version);
 }
 
 // The slot that np_ct_probe found, if the slot's entry has this key; otherwise no slot. `unreplied`: whether to take

@@ -526,8 +526,8 @@ def require_room(
     ``bindings``: the interfaces of the endpoints.
     ``others``: rows of another writer in the same maps.
 
-    Only the maps with rows of addresses, prefixes, endpoints, peer classes, atoms, columns, verdicts and rules are
-    checked.  Cost: linear in addresses, prefixes, bindings and others.
+    Only the maps with rows of addresses, prefixes, endpoints, peer classes, atoms, columns, verdicts, domain lists, names
+    and rules are checked.  Cost: linear in addresses, prefixes, bindings and others.
     """
     keys = {(name, key) for name, key, _ in others}
     for key, binding in bindings.items():
@@ -538,6 +538,7 @@ def require_room(
     need.update(f"np_addr{address.version}" for address in tables.addresses)
     need.update(f"np_cidr{net.version}" for net in tables.cidrs)
     need.update(np_peer_class=len(tables.peer_classes), np_rule=len(tables.rules))
+    need.update(np_domain=len(tables.domains), np_name=len(tables.names))
     need["np_l4_atom"] = max(tables.l4_atoms, default=-1) + 1
     need["np_l4_col"] = max(tables.l4_columns, default=-1) + 1
     need["np_verdict"] = max(tables.verdicts, default=-1) + 1

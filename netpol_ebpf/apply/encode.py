@@ -19,7 +19,7 @@ from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, ip_address, ip_network
 from typing import Any
 
-from netpol_ebpf.compiler.tables import AddressRow, EndpointRow, SetRow, VerdictRow
+from netpol_ebpf.compiler.tables import AddressRow, DomainRow, EndpointRow, SetRow, VerdictRow
 from netpol_ebpf.errors import NetpolError
 from netpol_ebpf.policy.types import Cause, Direction, IPAddress, IPNetwork, Outcome, Stage, Vip, VipKey
 from netpol_loader import abi
@@ -31,6 +31,9 @@ Element = tuple[str, bytes, bytes]
 
 LOCAL_ROWS = 1 << 14
 """How many encoded rows of addresses of the node are cached; arbitrary, more than a full node has."""
+
+LABEL_BYTES = 63
+"""The longest label of a domain name (RFC 1035)."""
 
 ACTION: Mapping[Outcome, int] = {
     Outcome.ALLOW: abi.NP_ACTION_ALLOW,
@@ -93,6 +96,13 @@ _PEER_CLASS = layout(abi.np_peer_class, "peer_class")
 _L4_ATOM = layout(abi.np_l4_atom, "atom")
 _L4_COL = layout(abi.np_l4_col, "l4_class")
 _VERDICT = layout(abi.np_verdict, "rule", "staged_rule", "log_list", "action", "staged_action", "flags")
+_DOMAIN_KEY = layout(abi.np_domain_key, "list", "name_class")
+_DOMAIN = layout(abi.np_domain, "rank", "staged_rank", "rule", "staged_rule", "log_list")
+_NAME_KEY = layout(abi.np_name_key, "prefix_bits", "labels")
+_NAME = layout(abi.np_name, "name_class")
+_LEARNED4_KEY = layout(abi.np_learned4_key, "endpoint", "address")
+_LEARNED6_KEY = layout(abi.np_learned6_key, "endpoint", "address")
+_LEARNED = layout(abi.np_learned, "name_class", "until")
 _RULE_KEY = layout(abi.np_rule_key, "rule")
 _RULE = layout(abi.np_rule, "name")
 _ENDPOINT_KEY = layout(abi.np_endpoint_key, "ifindex")
@@ -168,11 +178,70 @@ def _l4_columns(block: int, classes: tuple[int, ...]) -> Element:
 
 
 def _verdict(index: int, row: VerdictRow) -> Element:
-    flags = abi.NP_VERDICT_FAILSAFE if row.failsafe else 0
+    flags = (abi.NP_VERDICT_FAILSAFE if row.failsafe else 0) | row.domain_list << abi.NP_VERDICT_DOMAIN_SHIFT
     value = _VERDICT.pack(
         row.rule, row.staged_rule, row.log_list, ACTION[row.outcome], ACTION[row.staged_outcome], flags
     )  # fmt: skip
     return "np_verdict", _INDEX.pack(index), value
+
+
+def _domain(key: tuple[int, int], row: DomainRow) -> Element:
+    value = _DOMAIN.pack(row.rank, row.staged_rank, row.rule, row.staged_rule, row.log_list)
+    return "np_domain", _DOMAIN_KEY.pack(*key), value
+
+
+def name_key(pattern: str) -> bytes:
+    """The key of a pattern of domain names in np_name.
+
+    ``pattern``: a name, or a wildcard: ``*.`` and a name, or ``*`` alone.  The row of ``*.example.com`` also matches the
+    key of the name ``example.com``.  So the table needs a row for that name, too; class 0 if no pattern matches it.
+    Raises NetpolError if the pattern has an asterisk in another place, or is no valid domain name.
+    """
+    labels = pattern.split(".")
+    is_wildcard = labels[0] == "*"
+    encoded = [label.encode() for label in reversed(labels[is_wildcard:])]
+    is_valid = all(0 < len(label) <= LABEL_BYTES and b"*" not in label for label in encoded)
+    parts = [bytes([len(label)]) + label for label in encoded] if is_valid else []
+    key = b"".join(parts) + (b"" if is_wildcard else b"\0")
+    if not is_valid or len(key) >= abi.NP_NAME_BYTES:
+        raise NetpolError(f"np_name can have no row for the pattern {pattern!r}")
+    return _NAME_KEY.pack(len(key) * 8, key)
+
+
+def name_of_key(key: bytes) -> str | None:
+    """The pattern of a key of np_name; None if the key is that of no pattern."""
+    bits, labels = _NAME_KEY.unpack(key)
+    left, found = labels[: bits // 8], []
+    while left and left[0]:
+        found.append(left[1 : left[0] + 1].decode(errors="replace"))
+        left = left[left[0] + 1 :]
+    pattern = ".".join(reversed([*found, *([] if left else ["*"])]))
+    try:
+        return pattern if name_key(pattern) == key else None
+    except NetpolError:
+        return None
+
+
+def _name(pattern: str, name_class: int) -> Element:
+    return "np_name", name_key(pattern), _NAME.pack(name_class)
+
+
+def learned_key(endpoint: int, address: IPAddress) -> tuple[str, bytes]:
+    """The map of learned addresses of the address's family, and the key for an endpoint's number and the address."""
+    packer = _LEARNED4_KEY if isinstance(address, IPv4Address) else _LEARNED6_KEY
+    return f"np_learned{address.version}", packer.pack(endpoint, address.packed)
+
+
+def learned_element(endpoint: int, address: IPAddress, classes: Mapping[int, int]) -> Element:
+    """The element that gives an endpoint the classes of names for which it learned an address.
+
+    ``classes``: maps at most NP_LEARNED_CLASSES classes to the times when they expire, in units of NP_LEARNED_JIFFIES
+    jiffies.
+    """
+    name, key = learned_key(endpoint, address)
+    unused = (0,) * (abi.NP_LEARNED_CLASSES - len(classes))
+    times = (until & 0xFFFFFFFF for until in classes.values())
+    return name, key, _LEARNED.pack(*classes, *unused, *times, *unused)
 
 
 def _rule(number: int, cause: Cause) -> Element:
@@ -186,12 +255,14 @@ ENCODERS: Mapping[str, Callable[[Any, Any], Element]] = {
     "l4_atoms": _l4_atoms,
     "l4_columns": _l4_columns,
     "verdicts": _verdict,
+    "domains": _domain,
+    "names": _name,
     "rules": _rule,
 }
 """Maps a table's name to the function that encodes one row of the table.
 
-Endpoint rows are not here, because they also need an interface (see `endpoint_element`).  Log lists and identities are
-not written to the kernel, because the program does not need them.
+Endpoint rows are not here, because they also need an interface (see `endpoint_element`).  Log lists, identities and the
+contents of name classes are not written to the kernel, because the program does not need them.
 """
 
 
@@ -203,6 +274,10 @@ def map_and_key(table: str, key: Any) -> tuple[str, bytes]:
         return cidr_key(key)
     if table == "peer_classes":
         return "np_peer_class", _PEER_CLASS_KEY.pack(*key)
+    if table == "domains":
+        return "np_domain", _DOMAIN_KEY.pack(*key)
+    if table == "names":
+        return "np_name", name_key(key)
     return {"l4_atoms": "np_l4_atom", "l4_columns": "np_l4_col", "verdicts": "np_verdict", "rules": "np_rule"}[
         table
     ], _INDEX.pack(key)
@@ -211,7 +286,7 @@ def map_and_key(table: str, key: Any) -> tuple[str, bytes]:
 def decode_key(name: str, key: bytes) -> tuple[str, Any]:
     """The table and table key of the element ``key`` of map ``name``.
 
-    This is the inverse of `map_and_key`, but not for arrays.
+    This is the inverse of `map_and_key`, but not for arrays.  The table key is None if no table can have the element.
     """
     if name in ("np_addr4", "np_addr6"):
         return "addresses", ip_address(key)
@@ -220,6 +295,10 @@ def decode_key(name: str, key: bytes) -> tuple[str, Any]:
         return "cidrs", ip_network((packed, bits), strict=False)
     if name == "np_peer_class":
         return "peer_classes", _PEER_CLASS_KEY.unpack(key)
+    if name == "np_domain":
+        return "domains", _DOMAIN_KEY.unpack(key)
+    if name == "np_name":
+        return "names", name_of_key(key)
     return {"np_rule": "rules"}[name], _RULE_KEY.unpack(key)[0]
 
 

@@ -7,9 +7,12 @@ the program of the hook that judges the question's direction.  Normally that is 
 attaches nothing to any interface.  If the kernel's test run cannot set the interface by which a packet entered the
 node, the engine sends the frame over a veth pair in a network namespace of its own (`netpol_loader.pins.frames`).
 
+The names of a question become rows of learned addresses, as if the endpoint had got DNS answers.  The program finds the
+class of a name in its own table of patterns.
+
 Invariants: the verdict is read from the program's event, and checked against the program's return value; the engine
-computes no verdict itself.  A verdict does not depend on earlier questions, because their connections are removed, and
-a new generation begins when the endpoint changes.
+computes no verdict itself.  A verdict does not depend on earlier questions, because their connections and learned
+addresses are removed, and a new generation begins when the endpoint changes.
 """
 
 from __future__ import annotations
@@ -38,7 +41,9 @@ from netpol_ebpf.apply.encode import (
     endpoint_key,
     host_element,
     host_key,
+    learned_element,
     local_element,
+    name_key,
     place_element,
     vip_filter_elements,
 )
@@ -62,6 +67,7 @@ from netpol_ebpf.policy.types import (
     World,
 )
 from netpol_loader import abi
+from netpol_loader.kernel.clock import read_jiffies
 from netpol_loader.kernel.hook import Hook
 from netpol_loader.pins.dataplane import DEFAULT_PIN_ROOT, Dataplane, TestRun
 from netpol_loader.pins.frames import FrameRunner, can_name_ingress
@@ -75,12 +81,18 @@ SIZES: Mapping[str, int] = {
     "np_conn6": 64,
     "np_frag4": 64,
     "np_frag6": 64,
+    "np_learned4": 64,
+    "np_learned6": 64,
     "np_event": 65536,
+    "np_dns_event": 65536,
 }
 """Sizes of maps that are smaller than by default, to save time: the engine sends one packet at a time.
 
-The size of the ring buffer np_event is in bytes.
+The sizes of the ring buffers np_event and np_dns_event are in bytes.
 """
+
+NAME_LIFE = 1 << 30
+"""How long a learned address of a question is valid, in units of NP_LEARNED_JIFFIES: longer than an engine runs."""
 
 MARK_SHIFT = 16
 """The number of the lowest bit of the sender tag in the packet mark; the tag has bits 16 to 31.
@@ -191,6 +203,7 @@ class KernelEngine:
         self._installed: _Installed | None = None
         self._own_address: IPAddress | None = None
         self._host: int | None = None
+        self._names_until = 0
 
     def __enter__(self) -> KernelEngine:  # noqa: PYI034 - typing.Self comes with Python 3.11
         for root in abandoned(self._pin_root.parent):
@@ -202,6 +215,7 @@ class KernelEngine:
             # Between two questions no packet is in the program, so no grace period is needed.
             self._applier = Applier(self._dataplane.maps, wait=lambda: None)
             self._applier.set_sender_tag_bits(MARK_SHIFT)
+            self._names_until = read_jiffies() // abi.NP_LEARNED_JIFFIES + NAME_LIFE
             self._applier.set_flags(on=abi.NP_CONFIG_ALLOW_EVENTS | abi.NP_CONFIG_DEFER)
             self._runner = stack.enter_context(open_runner(self._dataplane, over_veth=self._over_veth))
             self._stack = stack.pop_all()
@@ -231,9 +245,10 @@ class KernelEngine:
         host = self._kinds.get(question.endpoint) is EndpointKind.HOST
         self._install(question, row, host=host)
         hook = next(hook for hook in Hook if DIRECTION[hook.direction(host=host)] is question.direction)
-        event = self._run(hook, question, sent_here=host and question.stage is Stage.NORMAL)
-        if row is not None and event.reason == SELF and question.direction is Direction.EGRESS:
-            event = self._run_returning(question, row.number)
+        with self._learned(question, row):
+            event = self._run(hook, question, sent_here=host and question.stage is Stage.NORMAL)
+            if row is not None and event.reason == SELF and question.direction is Direction.EGRESS:
+                event = self._run_returning(question, row.number)
         if row is None and event.reason == "unknown-endpoint":
             return _without_rule(question.direction, *UNKNOWN)
         if event.reason not in JUDGED:
@@ -274,6 +289,31 @@ class KernelEngine:
                 maps[name].put(key, value)
         self._applier.bump_generation()  # the program caches an interface's endpoint for a generation
         self._installed = wanted
+
+    @contextlib.contextmanager
+    def _learned(self, question: Question, row: EndpointRow | None) -> Iterator[None]:
+        """Let the endpoint have learned the names of the question for the packet's destination, for the time of the block.
+
+        Raises NetpolError if the names have more classes than a row of the map has room for.
+        """
+        found = {self._class_of(name) for name in question.names} - {0}
+        if row is None or not found:
+            yield
+            return
+        if len(found) > abi.NP_LEARNED_CLASSES:
+            raise NetpolError(f"the names of {question} have {len(found)} classes, more than an address can have")
+        until = dict.fromkeys(sorted(found), self._names_until)
+        name, key, value = learned_element(row.number, question.packet.destination, until)
+        self._dataplane.maps[name].put(key, value)
+        try:
+            yield
+        finally:
+            self._dataplane.maps[name].delete(key)
+
+    def _class_of(self, name: str) -> int:
+        """The class of a domain name, by a look-up in the kernel's table of patterns. 0: no pattern matches the name."""
+        value = self._dataplane.maps["np_name"].get(name_key(name))
+        return 0 if value is None else abi.np_name.from_buffer_copy(value).name_class
 
     def _place_on_node(self, address: IPAddress | None) -> None:
         """Make ``address`` the only address of the node. ``address`` None: the node has no address."""

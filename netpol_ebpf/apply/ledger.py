@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps the numbers of rules, endpoints and identities beyond the life of one agent.
+"""Keeps the numbers of rules, endpoints, identities and name classes beyond the life of one agent.
 
 In the kernel, the key of a connection has the number of the connection's endpoint, and the row of the connection has
-the number of the rule that allowed the connection. Events have numbers of identities.  If a new agent gave such a
-number to another object, the agent would take one pod's connections for another pod's.  So each number is written to a
+the number of the rule that allowed the connection. Events have numbers of identities.  A learned address has numbers of
+name classes.  If a new agent gave such a number to another object, the agent would take one pod's connections for
+another pod's, or the program would take one domain name for another.  So each number is written to a
 file before the kernel first gets the number, and the next agent reads the file.
 
 Invariants: at any time, every number in the kernel is in the file, or `Ledger.problems` reports that some are not.  A
@@ -59,15 +60,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Numbers:
-    """The number of each rule, endpoint and identity. The key of an identity is the digest of its content."""
+    """The number of each rule, endpoint, identity and name class.
+
+    The key of an identity is the digest of its content.  The key of a name class is its content: the pattern sets of
+    rules that match its names.
+    """
 
     rules: dict[Cause, int] = field(default_factory=dict)
     endpoints: dict[EndpointKey, int] = field(default_factory=dict)
     identities: dict[str, int] = field(default_factory=dict)
+    name_classes: dict[frozenset[frozenset[str]], int] = field(default_factory=dict)
 
     def _table(self, kind: str) -> dict[Any, int]:
         tables: dict[str, dict[Any, int]] = {
-            "rule": self.rules, "endpoint": self.endpoints, "identity": self.identities,
+            "rule": self.rules, "endpoint": self.endpoints, "identity": self.identities, "name_class": self.name_classes,
         }  # fmt: skip
         return tables[kind]
 
@@ -152,7 +158,7 @@ class Ledger:
                 self._file.close()
             self._file = None
         message = (
-            f"the numbers of rules, endpoints and identities cannot be written down ({error.strerror}): enforcement goes on, and it "
+            f"the numbers of rules, endpoints, identities and name classes cannot be written down ({error.strerror}): enforcement goes on, and it "
             "is tried again; an agent that starts before may give them to others, so names in flows and counters may be wrong then"
         )
         problem = Problem(Location(str(self._path)), "", message, severity="warning", slug="ledger")
@@ -174,7 +180,7 @@ class Ledger:
         """Record the numbers of objects.
 
         Must be called before the kernel gets the numbers.
-        ``kind``: "rule", "endpoint" or "identity".
+        ``kind``: "rule", "endpoint", "identity" or "name_class".
 
         Numbers that are already recorded are not written again.  If another object already has one of the numbers, as
         after a failed change, that object loses the number.  Raises AssertionError if two of the given objects have the
@@ -339,15 +345,22 @@ def _read_identity(written: Any) -> str:
     return checked(written, str, "an identity")
 
 
+def _read_name_class(written: Any) -> frozenset[frozenset[str]]:
+    sets = checked(written, list, "a name class")
+    return frozenset(frozenset(checked_list(patterns, str, "a set of patterns")) for patterns in sets)
+
+
 _WRITERS: Mapping[str, Any] = {
     "rule": _write_cause,
     "endpoint": lambda key: [key.kind, key.namespace, key.name],
     "identity": str,
+    "name_class": lambda sets: sorted(sorted(patterns) for patterns in sets),
 }
 _READERS: Mapping[str, Callable[[Any], Any]] = {
     "rule": _read_cause,
     "endpoint": _read_endpoint,
     "identity": _read_identity,
+    "name_class": _read_name_class,
 }
-_NUMBER_ENDS = {"rule": 1 << 32, "endpoint": FIRST_NODE, "identity": 1 << 32}
+_NUMBER_ENDS = {"rule": 1 << 32, "endpoint": FIRST_NODE, "identity": 1 << 32, "name_class": 1 << 32}
 """Every number must be below this bound: 2**32 for a row's field of 32 bits, or the first number of a node."""

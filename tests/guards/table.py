@@ -33,6 +33,7 @@ LIFETIMES = "tests/netns/test_border_lifetimes.py::"
 BONDS = "tests/unit/test_agent_assignments.py::"
 SETTLED = "tests/unit/test_agent_settled.py::"
 IDENTITY = "tests/netns/test_identity.py::"
+NAMES = "tests/kernel/test_names.py::"
 HANDOVER = "tests/unit/test_agent_handover.py::"
 
 ANNOUNCED = " and route.protocol not in ANNOUNCED:"
@@ -613,6 +614,55 @@ GUARDS = (
         "netpol_ebpf/agent/assignments.py",
         ("known.link is link", "True"),
         (f"{SETTLED}test_interface_with_a_new_name_has_the_traits_of_that_name",),
+    ),
+    # --- domain names
+    Guard(
+        "name-expiry",
+        "a learned name counts until it expires",
+        "bpf/np_names.h",
+        ("learned->name_class[slot] & np_if_valid(learned->until[slot], now)", "learned->name_class[slot] + now * 0"),
+        (
+            f"{NAMES}test_class_counts_until_it_expires",
+            f"{NAMES}test_open_connection_outlives_its_name_but_not_its_rule",
+        ),
+    ),
+    Guard(
+        "name-class",
+        "a name that no pattern matches allows nothing",
+        "bpf/np_names.h",
+        ("if (key.name_class) {", "if (1) {"),
+        (f"{NAMES}test_names_of_no_rule_of_the_list_do_not_count",),
+    ),
+    Guard(
+        "name-rank",
+        "of the names of an address, the first rule in the order of evaluation decides",
+        "bpf/np_names.h",
+        ("np_if_less(row->rank, names->rank)", "np_if_less(row->rank, NP_RANK_LAST)"),
+        (f"{NAMES}test_least_rank_of_all_names_decides",),
+    ),
+    Guard(
+        "name-staged",
+        "a staged rule with a name allows nothing",
+        "bpf/np_names.h",
+        ("if (names->rank < NP_RANK_LAST) {", "if (names->staged_rank < NP_RANK_LAST) {"),
+        (f"{NAMES}test_staged_rule_with_a_name_changes_the_pending_evaluation_alone",),
+    ),
+    Guard(
+        "name-connection",
+        "a connection has the class of its own verdict, not that of an earlier connection in its slot",
+        "bpf/np_conn.h",
+        (
+            "*np_ct_slot_name_class(&slot, version) = ctx->decision->name_class;",
+            "if (ctx->decision->name_class)\n        *np_ct_slot_name_class(&slot, version) = ctx->decision->name_class;",
+        ),
+        (f"{NAMES}test_slot_of_a_connection_does_not_keep_the_class_of_an_earlier_one",),
+    ),
+    Guard(
+        "name-list",
+        "a verdict with a domain list is not final before its names are asked",
+        "bpf/np_judge.h",
+        ("decision->flags >> NP_VERDICT_DOMAIN_SHIFT) &&", "decision->flags >> 16) &&"),
+        (f"{NAMES}test_learned_address_is_allowed_by_the_rule_of_its_name",),
     ),
     # --- what the CNI plugin hands over
     Guard(

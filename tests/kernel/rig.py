@@ -10,11 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 
+from netpol_ebpf.apply.encode import learned_element
 from netpol_loader import abi
+from netpol_loader.kernel.clock import read_jiffies
 from netpol_loader.kernel.hook import Hook
 from netpol_loader.kernel.maps import Map
 from netpol_loader.pins.dataplane import Dataplane, default_config
 from netpol_loader.tables.buckets import vip_filter_bit
+from netpol_loader.tables.connections import ConnectionMap
 from netpol_loader.tables.seal import seal_endpoint, seal_host
 
 LO = 1
@@ -44,6 +47,7 @@ class Verdict:
     staged_rule: int | None = None
     log_list: int = 0
     failsafe: bool = False
+    domain_list: int = 0
 
     def row(self) -> bytes:
         """The row as the map has it."""
@@ -52,7 +56,8 @@ class Verdict:
                 rule=self.rule,
                 staged_rule=self.rule if self.staged_rule is None else self.staged_rule,
                 log_list=self.log_list,
-                flags=abi.NP_VERDICT_FAILSAFE if self.failsafe else 0,
+                flags=(abi.NP_VERDICT_FAILSAFE if self.failsafe else 0)
+                | self.domain_list << abi.NP_VERDICT_DOMAIN_SHIFT,
                 action=self.action,
                 staged_action=self.action if self.staged is None else self.staged,
             )
@@ -245,6 +250,34 @@ class Rig:
     def peer_class(self, policy_set: int, identity: int, peer_class: int) -> None:
         """Write a row of a class table."""
         self.map("np_peer_class").put(struct.pack("=II", policy_set, identity), struct.pack("=I", peer_class))
+
+    def domain(
+        self, domain_list: int, name_class: int, rule: int, *, rank: int = 0, staged_rank: int | None = None,
+        staged_rule: int | None = None, log_list: int = 0,
+    ) -> None:  # fmt: skip
+        """Write a rule of a domain list. ``staged_rank``, ``staged_rule`` None: the same as enforced."""
+        key = abi.np_domain_key(list=domain_list, name_class=name_class)
+        row = abi.np_domain(
+            rank=rank, staged_rank=rank if staged_rank is None else staged_rank, rule=rule,
+            staged_rule=rule if staged_rule is None else staged_rule, log_list=log_list,
+        )  # fmt: skip
+        self.map("np_domain").put(bytes(key), bytes(row))
+
+    def learned(self, address: str, classes: Mapping[int, int], *, endpoint: int = ENDPOINT) -> None:
+        """Let an endpoint know names of an address. ``classes``: by name class, in how many units of time it expires."""
+        now = read_jiffies() // abi.NP_LEARNED_JIFFIES
+        until = {name_class: now + left for name_class, left in classes.items()}
+        name, key, row = learned_element(endpoint, ip_address(address), until)
+        self.map(name).put(key, row)
+
+    def name_classes(self) -> set[int]:
+        """The name classes by which connections of any state were allowed."""
+        found: set[int] = set()
+        for name in abi.UNREPLIED_VIEWS:
+            table = self.map(name)
+            assert isinstance(table, ConnectionMap)
+            found |= table.name_classes()
+        return found
 
     def atom(self, block: int, index: int, atom: int) -> None:
         """Write one atom."""

@@ -23,6 +23,7 @@ from other_version import (
     OTHER_PROGRAM,
     WIDER_CONFIG,
     WIDER_ENDPOINT,
+    WITHOUT_NAME_CLASS,
     VersionedScene,
     make_version,
     schema,
@@ -34,7 +35,7 @@ from netpol_loader.pins import layouts
 
 pytestmark = pytest.mark.netns
 
-OLDER = (schema(-1), WIDER_CONFIG, WIDER_ENDPOINT)
+OLDER = (schema(-1), WIDER_CONFIG, WIDER_ENDPOINT, *WITHOUT_NAME_CLASS)
 """One version for all tests that need no other: a version is compiled once, which takes longer than its agent."""
 KILLED_AT = ("new-*", "new-*/np_event", "new-*/programs/np_call")
 """What is there when an upgrade has begun, compiles, and has its programs: an agent dies there."""

@@ -11,7 +11,16 @@ from memory_maps import MemoryMap, memory_maps
 
 from netpol_ebpf.apply import encode
 from netpol_ebpf.apply.applier import Applier, Binding
-from netpol_ebpf.compiler.tables import AddressRow, Change, CompiledTables, Delta, EndpointRow, SetRow, VerdictRow
+from netpol_ebpf.compiler.tables import (
+    AddressRow,
+    Change,
+    CompiledTables,
+    Delta,
+    DomainRow,
+    EndpointRow,
+    SetRow,
+    VerdictRow,
+)
 from netpol_ebpf.errors import MapFullError
 from netpol_ebpf.policy.types import (
     Cause,
@@ -82,6 +91,9 @@ def some_tables() -> CompiledTables:
     tables.addresses.set(ip_address("10.0.0.1"), AddressRow(16, 5))
     tables.addresses.set(ip_address("fd00::1"), AddressRow(17, 5))
     tables.cidrs.set(ip_network("10.0.0.0/8"), 18)
+    tables.domains.set((5, 40), DomainRow(0, 0, 1, 1))
+    tables.names.set("*.example.com", 40)
+    tables.name_classes.set(40, frozenset({frozenset({"*.example.com"})}))
     tables.log_lists.set(1, (1,))
     tables.identities.set(16, "web")
     tables.endpoints.set(WEB, endpoint(5))
@@ -98,11 +110,11 @@ def row_of(kernel: Kernel, ifindex: int) -> abi.np_endpoint | None:
 
 
 def test_fill_writes_what_is_referred_to_first(kernel: Kernel) -> None:
-    """A first fill writes every table, verdicts before addresses before endpoints."""
+    """A first fill writes every table, domain lists before verdicts before addresses before endpoints."""
     kernel.applier.bind(WEB, Binding(42))
     kernel.applier.fill(some_tables())
-    assert kernel.order("np_rule", "np_verdict", "np_addr4", "np_endpoint") == [
-        "np_rule", "np_verdict", "np_addr4", "np_endpoint",
+    assert kernel.order("np_rule", "np_domain", "np_name", "np_verdict", "np_addr4", "np_endpoint") == [
+        "np_rule", "np_domain", "np_name", "np_verdict", "np_addr4", "np_endpoint",
     ]  # fmt: skip
     row = row_of(kernel, 42)
     assert row is not None
@@ -208,6 +220,29 @@ def test_change_grows_flips_and_shrinks_after_a_grace_period(kernel: Kernel) -> 
     assert kernel.generation != before
     assert kernel.maps["np_verdict"].rows[bytes(4)] == bytes(abi.MAP_SPECS["np_verdict"].value_size)
     assert len(kernel.maps["np_peer_class"].rows) == len(kernel.maps["np_rule"].rows) == 1
+
+
+def test_change_of_domain_lists_writes_classes_before_names(kernel: Kernel) -> None:
+    """A name gets its class after the rows of the class, and the old rows go after a grace period."""
+    kernel.applier.fill(some_tables())
+    kernel.log.clear()
+    grow = {"domains": delta({(5, 41): DomainRow(1, 1, 1, 1)})}
+    flip = {"names": delta({"www.example.com": 41, "*.org": 41}, {"*.example.com"})}
+    kernel.applier.apply(Change(grow=grow, flip=flip, shrink={"domains": delta(deletes={(5, 40)})}, revokes=True))
+    order = kernel.order("np_domain", "np_name", "np_config", "grace")
+    assert order == ["np_domain", "np_name", "np_config", "grace", "np_domain"]
+    assert kernel.maps["np_name"].rows.keys() == {encode.name_key("www.example.com"), encode.name_key("*.org")}
+    assert kernel.maps["np_domain"].rows.keys() == {encode.map_and_key("domains", (5, 41))[1]}
+    assert (kernel.applier.counts["np_name"], kernel.applier.counts["np_domain"]) == (2, 1)
+
+
+@pytest.mark.parametrize(("name", "size"), [("np_domain", 0), ("np_name", 0)])
+def test_tables_of_names_that_do_not_fit_are_refused(kernel: Kernel, name: str, size: int) -> None:
+    """A first fill is refused before the first write if the names or their lists do not fit."""
+    kernel.maps[name].max_entries = size
+    with pytest.raises(MapFullError, match=f"map {name} has room for 0 rows; the change needs 1"):
+        kernel.applier.fill(some_tables())
+    assert kernel.order(name, "np_rule") == []
 
 
 def test_change_that_revokes_nothing_keeps_the_generation(kernel: Kernel) -> None:

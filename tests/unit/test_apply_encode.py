@@ -10,7 +10,7 @@ import pytest
 
 from netpol_ebpf.apply import encode
 from netpol_ebpf.compiler.limits import Limits
-from netpol_ebpf.compiler.tables import FIRST_NODE, AddressRow, EndpointRow, SetRow, VerdictRow
+from netpol_ebpf.compiler.tables import FIRST_NODE, NO_RANK, AddressRow, DomainRow, EndpointRow, SetRow, VerdictRow
 from netpol_ebpf.errors import NetpolError
 from netpol_ebpf.policy.types import Action, Cause, CauseKind, Direction, Outcome, PolicyKey, Stage
 from netpol_loader import abi
@@ -170,3 +170,76 @@ def test_changed_layout_is_an_error() -> None:
     assert encode.layout(abi.np_addr, "identity", "holder").size == 8
     with pytest.raises(NetpolError, match="np_addr has the fields identity, holder"):
         encode.layout(abi.np_addr, "holder", "identity")
+
+
+NAMES = [
+    ("www.example.com", b"\x03com\x07example\x03www\0"),
+    ("*.example.com", b"\x03com\x07example"),
+    ("com", b"\x03com\0"),
+    ("*", b""),
+    (f"*.{'a' * 63}.com", b"\x03com\x3f" + b"a" * 63),
+    ("_srv._tcp.a-b.org", b"\x03org\x03a-b\x04_tcp\x04_srv\0"),
+]
+
+
+@pytest.mark.parametrize(("pattern", "labels"), NAMES, ids=[pattern[:20] for pattern, _ in NAMES])
+def test_name_has_its_labels_in_reverse_order(pattern: str, labels: bytes) -> None:
+    """The key of a name ends with a zero byte, that of a wildcard does not; decoding a key gives the pattern."""
+    name, key, value = encoded("names", pattern, 9)
+    assert (name, key["prefix_bits"], value) == ("np_name", len(labels) * 8, {"name_class": 9})
+    assert key["labels"] == list(labels.ljust(abi.NP_NAME_BYTES, b"\0"))
+    assert encode.decode_key("np_name", encode.name_key(pattern)) == ("names", pattern)
+
+
+LONGEST = ".".join(["a" * 63] * 3 + ["b" * 61])
+"""The longest name: with lengths and the final zero, 255 bytes."""
+
+
+def test_longest_name_fits() -> None:
+    """A name of 253 characters has a key; one character more is rejected."""
+    assert len(LONGEST) == 253
+    assert encode.decode_key("np_name", encode.name_key(LONGEST)) == ("names", LONGEST)
+    with pytest.raises(NetpolError, match="no row for the pattern"):
+        encode.name_key(f"{LONGEST}bb")
+
+
+@pytest.mark.parametrize("pattern", ["", "a..b", "a.", ".a", "x.*.com", "*x.com", "a.*", f"{'a' * 64}.com"])
+def test_pattern_that_the_trie_cannot_match_is_rejected(pattern: str) -> None:
+    """An asterisk inside, an empty label and a long one have no key."""
+    with pytest.raises(NetpolError, match="no row for the pattern"):
+        encode.name_key(pattern)
+
+
+@pytest.mark.parametrize(
+    ("bits", "labels"),
+    [(8, b"\0"), (24, b"\x03co"), (33, b"\x03com\0"), (2048, b"\xff" * 256), (32, b"\x03com\1"), (40, b"\x03c*m\0")],
+)
+def test_foreign_key_of_a_name_is_no_pattern(bits: int, labels: bytes) -> None:
+    """A key that no pattern has is none, so that the audit removes its row."""
+    key = bytes(abi.np_name_key(prefix_bits=bits, labels=(ctypes.c_uint8 * 256)(*labels)))
+    assert encode.decode_key("np_name", key) == ("names", None)
+
+
+def test_domain_row_is_keyed_by_list_and_class() -> None:
+    """Ranks and rules of both evaluations keep their places."""
+    name, key, value = encoded("domains", (5, 40), DomainRow(3, NO_RANK, 30, 0, 70))
+    assert (name, key) == ("np_domain", {"list": 5, "name_class": 40})
+    assert value == {"rank": 3, "staged_rank": abi.NP_RANK_LAST, "rule": 30, "staged_rule": 0, "log_list": 70}
+    assert encode.decode_key("np_domain", encode.map_and_key("domains", (5, 40))[1]) == ("domains", (5, 40))
+
+
+def test_verdict_has_its_domain_list_above_the_flags() -> None:
+    """List and flag do not overlap, up to the greatest list number."""
+    for failsafe in (False, True):
+        row = VerdictRow(Outcome.DENY, 11, Outcome.DENY, 11, failsafe=failsafe, domain_list=32767)
+        _, _, value = encoded("verdicts", 1, row)
+        assert value["flags"] == 0xFFFE + failsafe
+
+
+def test_learned_address_has_its_classes_and_their_times() -> None:
+    """Unused classes are 0; a time has 32 bits."""
+    name, key, value = encode.learned_element(7, ip_address("192.0.2.1"), {40: 5, 41: (1 << 32) + 6})
+    assert (name, read(abi.np_learned4_key, key)) == ("np_learned4", {"endpoint": 7, "address": [192, 0, 2, 1]})
+    assert read(abi.np_learned, value) == {"name_class": [40, 41, 0, 0], "until": [5, 6, 0, 0]}
+    name, key, _ = encode.learned_element(7, ip_address("2001:db8::1"), {})
+    assert (name, read(abi.np_learned6_key, key)["endpoint"]) == ("np_learned6", 7)

@@ -27,6 +27,8 @@ RULE = Cause(
     CauseKind.RULE, Direction.EGRESS, "default", PolicyKey("NetworkPolicy", "shop", 'a "b"\n'), "", 3, Action.ALLOW
 )
 END = Cause(CauseKind.TIER_END, Direction.INGRESS, "default", PolicyKey("NetworkPolicy", "shop", "x"))
+SITE = frozenset({frozenset({"*.example.com", "example.com"}), frozenset({"www.example.com"})})
+NO_NAMES: frozenset[frozenset[str]] = frozenset()
 PROFILE = Cause(CauseKind.PROFILE, Direction.INGRESS, profile="kns.shop", index=0, action=Action.ALLOW)
 
 
@@ -41,6 +43,7 @@ def recorded(path: Path) -> Ledger:
     ledger.record("rule", {RULE: 1, END: 2, PROFILE: 3})
     ledger.record("endpoint", {WEB: 7, DB: 8})
     ledger.record("identity", {"ab12": 16})
+    ledger.record("name_class", {SITE: 4, NO_NAMES: 5})
     return ledger
 
 
@@ -52,9 +55,9 @@ def read(path: Path) -> Numbers:
 
 
 def test_numbers_come_back_as_they_were(path: Path) -> None:
-    """Causes of every kind, endpoints and identities are read back equal, without the first ledger being closed."""
+    """Causes of every kind, endpoints, identities and name classes are read back equal, without the first ledger being closed."""
     first = recorded(path)
-    assert read(path) == Numbers({RULE: 1, END: 2, PROFILE: 3}, {WEB: 7, DB: 8}, {"ab12": 16})
+    assert read(path) == Numbers({RULE: 1, END: 2, PROFILE: 3}, {WEB: 7, DB: 8}, {"ab12": 16}, {SITE: 4, NO_NAMES: 5})
     first.close()
 
 
@@ -113,7 +116,8 @@ DAMAGE = {
     "too large": b'["endpoint", ["Pod", "shop", "x"], 1099511627776]', "a node's": b'["endpoint", ["Pod", "shop", "x"], 1048576]',
     "fraction": b'["endpoint", ["Pod", "shop", "x"], 2.5]', "list for a number": b'["endpoint", ["Pod", "shop", "x"], [1]]',
     "true": b'["endpoint", ["Pod", "shop", "x"], true]', "lists for names": b'["endpoint", [["Pod"], ["shop"], ["x"]], 9]',
-    "text for a list": b'["endpoint", "Pod", 9]', "digest is a number": b'["identity", 5, 9]', "large rule": b'["rule", null, 4294967296]',
+    "text for a list": b'["endpoint", "Pod", 9]', "digest is a number": b'["identity", 5, 9]', "pattern is a number": b'["name_class", [["a", 5]], 9]',
+    "class without sets": b'["name_class", ["a"], 9]', "large rule": b'["rule", null, 4294967296]',
     "half a character": b'["endpoint", ["Pod", "shop", "\\udfff"], 9]', "huge": b'["identity", "x", 1%s]' % (b"0" * 5000),
 }  # fmt: skip
 
@@ -126,7 +130,9 @@ def test_damaged_line_is_told_and_the_others_count(path: Path, line: bytes) -> N
     damaged = b"\n".join([lines[0], line, *lines[1:]])
     path.write_bytes(damaged)
     ledger = Ledger(path)
-    assert ledger.open() == Numbers({RULE: 1, END: 2, PROFILE: 3}, {WEB: 7, DB: 8}, {"ab12": 16})
+    assert ledger.open() == Numbers(
+        {RULE: 1, END: 2, PROFILE: 3}, {WEB: 7, DB: 8}, {"ab12": 16}, {SITE: 4, NO_NAMES: 5}
+    )
     (problem,) = ledger.problems
     assert (problem.slug, problem.severity, problem.location.file) == ("ledger", "warning", str(path))
     assert "line 2" in problem.message
@@ -164,7 +170,9 @@ def test_number_of_several_is_nobody_s(path: Path, kind: str, number: int) -> No
             line[2] = number
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     ledger = Ledger(path)
-    everything = Numbers({RULE: 1, END: 2, PROFILE: 3}, {WEB: 7, DB: 8}, {"ab12": 16, "cd34": 17})
+    everything = Numbers(
+        {RULE: 1, END: 2, PROFILE: 3}, {WEB: 7, DB: 8}, {"ab12": 16, "cd34": 17}, {SITE: 4, NO_NAMES: 5}
+    )
     everything._table(kind).clear()
     assert ledger.open() == everything
     assert f"{kind} number {number} is given to several" in ledger.problems[0].message

@@ -5,8 +5,8 @@ The kernel has the layouts too, as type information (BTF), but shows them only t
 agent does not have (ADR 21). The map has one element: a JSON document with the fields of every map's key and value.
 
 Invariants: a new pin directory has this map before it is in force; the directory has a map that an older version made
-(connections, counters) only if the map's layout equals that of this version. The module must not know what a field
-means.
+(connections, counters) only if its rows have the layout of this version (`can_keep`). The module must not know what a
+field means, but knows that a field `pad` is padding.
 """
 
 from __future__ import annotations
@@ -78,6 +78,28 @@ def decode_layouts(raw: bytes, where: str) -> Mapping[str, Layouts]:
         return {name: (_fields(key), _fields(value)) for name, (key, value) in document["maps"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PlatformError(f"{where} has no layouts of maps: {error}") from error
+
+
+PADDING = "pad"
+"""The name of a field that every version fills with zeros."""
+
+
+def can_keep(older: Layouts, newer: Layouts) -> bool:
+    """Whether rows that an older version wrote are rows of this version's layout.
+
+    Every field must have the same name, offset and size.  But this version may use a field that is padding in the older
+    layout: the older rows have zero there, so zero must mean in this version that the field is not set.
+    """
+    return all(_can_read(one, other) for one, other in zip(older, newer, strict=True))
+
+
+def _can_read(older: Layout, newer: Layout) -> bool:
+    return len(older) == len(newer) and all(
+        (one.at, one.size) == (other.at, other.size)
+        and (one.name in (other.name, PADDING))
+        and (_can_read(one.inner, other.inner))
+        for one, other in zip(older, newer, strict=True)
+    )
 
 
 def _plain(layout: Layout) -> list[Any]:

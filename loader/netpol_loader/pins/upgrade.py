@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Upgrade from pins of an older schema: new maps and programs are made beside these pins, and then replace them.
 
-Some maps record events and not policy: connections, fragments and counters. Such a map is kept if its layout, as the
-older version saved it (`netpol_loader.pins.layouts`), equals that of this version: the new directory pins the same map
-a second time. A copy would miss a connection that opens at the last moment. The configuration is translated field by
-field. All other maps are new, and the caller must fill them.
+Some maps record events and not policy: connections, fragments, counters and learned addresses. Such a map is kept if its
+rows, by the layout that the older version saved (`netpol_loader.pins.layouts`), are rows of this version: the new
+directory pins the same map a second time. A copy would miss a connection that opens at the last moment. The
+configuration is translated field by field. All other maps are new, and the caller must fill them.
 
 There are four steps, each of them atomic. A staging directory is filled while the old programs judge packets. This
 directory is renamed to the one of this schema, which begins the exchange. On each interface, the new programs replace
@@ -35,7 +35,7 @@ from netpol_loader.kernel.maps import Map
 from netpol_loader.pins import attach, build, doctor
 from netpol_loader.pins.attach import LINKS
 from netpol_loader.pins.dataplane import Dataplane, default_config, fill, find_older, following, schema_dir
-from netpol_loader.pins.layouts import Layouts, load_layouts
+from netpol_loader.pins.layouts import Layouts, can_keep, load_layouts
 from netpol_loader.pins.lock import locked
 from netpol_loader.pins.programs import CURRENT, DAMAGED_HINT, program_ids, supersede
 from netpol_loader.pins.staging import Staging, remove_unfinished
@@ -44,7 +44,7 @@ from netpol_loader.tables.connections import ROWS_PER_BUCKET
 log = logging.getLogger(__name__)
 
 LASTING = abi.maps_of(abi.MapRole.CONNECTION, abi.MapRole.COUNTER)
-"""Names of the maps that survive a change of schema, if their layout is the same."""
+"""Names of the maps that survive a change of schema, if their rows can be kept (`can_keep`)."""
 
 OWN_SETTINGS = frozenset({"jiffies_per_second", "timeout_jiffies", "pad"})
 """Fields of the configuration that are not translated: each version sets them itself."""
@@ -199,6 +199,8 @@ def _prepare(pin_root: Path, older: Path, sizes: dict[str, int]) -> tuple[Datapl
         config = _config_of(older, saved)
         restarted = []
         for name in LASTING:
+            if saved is not None and name not in saved:  # the older schema had no such map, so nothing is lost
+                continue
             reason = _keep(older / name, staging.directory / name, abi.MAP_SPECS[name], sizes, saved)
             if reason:
                 restarted.append(name)
@@ -226,7 +228,9 @@ def _keep(
         if one.type != spec.kind:
             return f"it is of type {one.type}, not {spec.kind}"
         found, wanted = _layouts(one, saved), (btf.declared(spec.key), btf.declared(spec.value))
-        if (one.key_size, one.value_size) != (spec.key_size, spec.value_size) or found != wanted:
+        if (one.key_size, one.value_size) != (spec.key_size, spec.value_size) or not (
+            found and can_keep(found, wanted)
+        ):
             return "its layout is another" if found is not None else "its layout is not known"
         is_table = spec.name in {*abi.TAG_MAPS, *abi.TAG_MAPS.values()}  # a bucketed table, for which any size fits
         asked = build.kernel_sizes(sizes)[spec.name] if spec.name in sizes else spec.max_entries

@@ -189,6 +189,18 @@ class ConnectionMap(Map):
                     established += count
         return established, unreplied
 
+    def name_classes(self) -> set[int]:
+        """The classes of domain names by which policy allowed connections of the whole table, without 0.
+
+        Cost: one system call for each connection.
+        """
+        at, found = self._layout.name_class, set()
+        for number, tag in enumerate(self._tags.words.tolist()):
+            if tag & abi.NP_TAG_RANK_MASK:
+                raw = self._array.get(_INDEX.pack(number)) or b""
+                found.add(int.from_bytes(raw[at.offset : at.offset + at.size], sys.byteorder))
+        return found - {0}
+
     def close(self) -> None:
         """Close the descriptor. The kernel keeps the map as long as it is pinned or a program uses it."""
         self._array.close()
