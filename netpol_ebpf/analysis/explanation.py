@@ -211,6 +211,11 @@ def parse_destination(text: str) -> IPAddress | tuple[str, str] | DomainName:
     return parse_end(text) if name is None else DomainName(name)
 
 
+def names_of(probe: Probe) -> tuple[str, ...]:
+    """The domain names for which an engine must be loaded to answer about ``probe`` (`Engine.load`)."""
+    return (probe.destination.name,) if isinstance(probe.destination, DomainName) else ()
+
+
 def as_request(probe: Probe) -> dict[str, Any]:
     """Encode a probe as the ``explain`` request that netpolctl sends to the agent."""
     to = probe.destination.name if isinstance(probe.destination, DomainName) else probe.destination

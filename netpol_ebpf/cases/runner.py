@@ -149,7 +149,7 @@ def _run_case(case: Case, engines: Mapping[str, Engine], settings: PolicySetting
     try:
         journeys = [(probe, _journeys(cast, probe, case.answers)) for probe in case.probes]
         for engine in engines.values():
-            engine.load(world)
+            engine.load(world, {name for answer in case.answers for name in answer.names})
     except InvalidInputError as error:
         report.invalid.append(InvalidCase(case.name, error.message))
         return

@@ -35,7 +35,7 @@ def test_cases(engine: str, family: Path) -> None:
     assert report.cases == len(list(family.glob("*.yaml")))
 
 
-@pytest.mark.parametrize("engine", ["model"])  # the tables have no domain names yet
+@pytest.mark.parametrize("engine", ["model", "tables"])
 def test_cases_with_names(engine: str) -> None:
     """Every probe of the cases with DNS answers goes as expected."""
     loaded = load_cases([CASES / "names"])

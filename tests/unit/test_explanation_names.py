@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from worlds import read
 
-from netpol_ebpf.analysis.explanation import UNKNOWN_ADDRESS, Ways, as_request, explain, parse_request
+from netpol_ebpf.analysis.explanation import UNKNOWN_ADDRESS, Ways, as_request, explain, names_of, parse_request
 from netpol_ebpf.analysis.names import stand_ins
 from netpol_ebpf.cases.answers import DomainName
 from netpol_ebpf.cases.case import Probe, load_cases
@@ -48,24 +48,30 @@ spec:
 
 
 def ask(
-    name: str, port: int = 443, learned: LearnedNames | None = None, source: Any = ("a", "web"), cluster: str = CLUSTER
+    name: str,
+    port: int = 443,
+    learned: LearnedNames | None = None,
+    source: Any = ("a", "web"),
+    cluster: str = CLUSTER,
+    engine: str = "model",
 ) -> Ways:
     resources = read(cluster)
     world = derive(resources)
     probe = Probe(source, DomainName(name), TCP, expect_allow=True, port=port)
-    with open_engine("model") as engine:
-        engine.load(world)
-        return explain(Cast(resources, world), world, probe, engine, learned=learned)
+    with open_engine(engine) as judge:
+        judge.load(world, names_of(probe))
+        return explain(Cast(resources, world), world, probe, judge, learned=learned)
 
 
-def test_each_probe_with_names_is_explained_as_its_case_expects() -> None:
+@pytest.mark.parametrize("engine", ["model", "tables"])
+def test_each_probe_with_names_is_explained_as_its_case_expects(engine: str) -> None:
     """Every way is allowed, or denied, as the case says, and a rule that matched by a name says by which."""
     wrong, named = [], 0
-    with open_engine("model") as judge:
+    with open_engine(engine) as judge:
         for case in CASES:
             world = derive(case.resources)
             cast = Cast(case.resources, world)
-            judge.load(world)
+            judge.load(world, {name for answer in case.answers for name in answer.names})
             for probe in case.probes:
                 if isinstance(probe.destination, DomainName):
                     continue
@@ -92,6 +98,13 @@ def test_a_name_without_a_known_address() -> None:
     text = render(way)
     assert text.startswith("ALLOWED  10.0.0.1 -> api.example.com TCP port 443\n")
     assert "api.example.com matches *.example.com of the network set a/cdn: egress rule 2 of NetworkPolicy/a/p" in text
+
+
+@pytest.mark.parametrize("engine", ["model", "tables"])
+def test_a_name_that_a_wildcard_inside_matches(engine: str) -> None:
+    """Compiled tables have a row for the name, as they have it in the agent once it has seen the name."""
+    (way,) = ask("s3.eu.example.org", cluster=CLUSTER.replace("api.example.com", "s3.*.example.org"), engine=engine)
+    assert (way["allowed"], way["named_rules"][0]["patterns"]) == (True, ["s3.*.example.org"])
 
 
 @pytest.mark.parametrize(
