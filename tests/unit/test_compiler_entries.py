@@ -55,6 +55,11 @@ class Resolutions:
         """Service n/s has TCP 443, UDP 53 and a backend without a port."""
         return ((TCP, 443), (UDP, 53), (TCP, 0)) if (namespace, name) == ("n", "s") else ()
 
+    def domains(self, selector: Selector) -> frozenset[str]:
+        """No network set has names."""
+        del selector
+        return frozenset()
+
 
 def entries(rule: Rule, direction: Direction = Direction.INGRESS) -> tuple[RuleEntry, ...]:
     """The rule's entries."""
