@@ -19,7 +19,7 @@ def histogram() -> dict[str, Any]:
     for took_s in (0.02, 120.0):
         record.begin()
         now_s += took_s
-        record.note({"policies": , "learned_names": 3ObjectCounts(1, 0, 0)}, 7)
+        record.note({"policies": ObjectCounts(1, 0, 0)}, 7)
     return record.histogram()
 
 
