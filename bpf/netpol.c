@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
 // The program that enforces policy at one interface: from a packet to a verdict. There is one program for each hook,
-// and there are two programs that the hooks' programs tail-call (enum np_call). Read this file from the bottom up:
+// and there are programs that the hooks' programs tail-call (enum np_call). Read this file from the bottom up:
 //
 //     np_tc          the fast path, otherwise: packet and endpoint -> np_frame -> np_conclude
 //     np_frame       frame -> ARP | IPv4 | IPv6 | other
@@ -12,7 +12,7 @@
 //     np_tc_names    domain names in the list's verdict, then as np_tc_judge
 //     np_tc_sender   apply the verdict for a sender that was deferred to this hook -> np_ip_own
 //     np_ip_verdict  apply the verdict for the interface's endpoint -> np_ip_known | np_ip_new
-//     np_conclude    count, report, pass or drop
+//     np_conclude    count, report, pass or drop -> DNS programs (np_dns.h), for a packet from or to a DNS server
 //
 // Each step returns the reason why the packet passes or is dropped (enum np_reason), or NP_REASON_NONE if the next step
 // must decide. A tail call does not return. The called program finds the packet's state in np_scratch, so the verifier
@@ -23,7 +23,8 @@
 // 2. A verdict carries the rule of the table entry that decided.
 // 3. After parsing, a packet of an established connection costs at most one look-up in the connection table, no
 //    bpf_ktime_get_ns() and no tail call.
-// 4. If a tail call fails, the packet is dropped and counted.
+// 4. If a tail call fails, the packet is dropped and counted. If the call of a DNS program fails, which is counted too,
+//    the packet passes and teaches nothing, so that policy denies what it would have allowed by name.
 //
 // Files, in the order of use:
 //     np_lang (the C dialect)          np_abi (what user space shares)     np_maps (maps)
@@ -33,7 +34,8 @@
 //     np_names (domain names)
 //     np_table (conntrack table)       np_conn (connection states)         np_service (sender tags)
 //     np_fragment (fragments)          np_link (link messages)             np_kernel (fields of sk_buff)
-//     np_flow_cache (fast path)
+//     np_flow_cache (fast path)        np_dns (DNS messages), np_dns_question, np_dns_answer, np_dns_cut (fragments),
+//                                      np_dns_records (parser), np_dns_learn (learned addresses)
 
 #include "np_lang.h"
 #include "np_abi.h"
@@ -54,6 +56,12 @@
 #include "np_link.h"
 #include "np_kernel.h"
 #include "np_flow_cache.h"
+#include "np_dns.h"
+#include "np_dns_question.h"
+#include "np_dns_cut.h"
+#include "np_dns_answer.h"
+#include "np_dns_records.h"
+#include "np_dns_learn.h"
 
 // The direction of policy for a packet at this hook.
 NP_INLINE __u8 np_direction_at(const int hook, __u32 endpoint_flags)
@@ -103,7 +111,7 @@ NP_INLINE int np_pass(struct __sk_buff *skb, const struct np_ctx *ctx)
 }
 
 // Count the packet, write its events, and return the verdict of TC.
-NP_INLINE int np_conclude(struct __sk_buff *skb, struct np_ctx *ctx, int reason)
+NP_INLINE int np_account(struct __sk_buff *skb, struct np_ctx *ctx, int reason)
 {
     struct np_decision *decision = ctx->decision;
     int dropped = reason >= NP_REASON_POLICY_DENY || reason == NP_REASON_NONE;
@@ -132,6 +140,20 @@ NP_INLINE int np_conclude(struct __sk_buff *skb, struct np_ctx *ctx, int reason)
     if (kind)
         np_event_write(ctx, kind, reason);
     return dropped ? NP_DROP : np_pass(skb, ctx);
+}
+
+// The end of every packet on the slow path: as np_account. A packet from or to a DNS server goes on to np_tc_question
+// or np_tc_answer if it passes.
+NP_INLINE int np_conclude(struct __sk_buff *skb, struct np_ctx *ctx, int reason)
+{
+    int verdict = np_account(skb, ctx, reason);
+    if (np_is_dns(ctx) && verdict != NP_DROP) {
+        if (ctx->ep->direction == NP_DIRECTION_EGRESS)
+            np_dns_call(skb, ctx, NP_CALL_QUESTION);
+        else
+            np_dns_call(skb, ctx, NP_CALL_ANSWER);
+    }
+    return verdict;
 }
 
 // The reason why policy does not apply to the packet, or NP_REASON_NONE. Policy does not apply if a process of the node
@@ -482,7 +504,7 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_ctx *ctx, union np_con
 // return to the endpoint of this interface.
 NP_INLINE void np_ip_sender_allowed(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch)
 {
-    np_conclude(skb, ctx, scratch->reason);
+    np_account(skb, ctx, scratch->reason);
     np_barrier();
     ctx->ep->endpoint = scratch->own_endpoint;
     ctx->ep->direction = np_direction_at(NP_HOOK_EGRESS, ctx->ep->endpoint_flags);
@@ -759,31 +781,66 @@ int np_tc_sender(struct __sk_buff *skb)
     return np_conclude(skb, &ctx, scratch->reason);
 }
 
-// Programs that are not written yet: they drop the packet and count it.
-NP_INLINE int np_unwritten(struct __sk_buff *skb)
+// Conclude a DNS program: let the packet pass, or drop it for a reason that np_account counts and reports.
+NP_INLINE int np_dns_conclude(struct __sk_buff *skb, struct np_ctx *ctx, int reason)
 {
-    np_count_reason(NP_REASON_CALL_MISSING, skb->len);
-    return NP_DROP;
+    if (NP_LIKELY(!reason))
+        return np_pass(skb, ctx);
+    ctx->decision->log_list = 0; // np_conclude has written that event
+    return np_account(skb, ctx, reason);
+}
+
+// Restore the context in a DNS program. Returns NULL if there is no configuration or no memory.
+NP_INLINE struct np_dns *np_dns_resume(struct __sk_buff *skb, struct np_ctx *ctx)
+{
+    struct np_dns *dns = (void *)np_dns_scratch_lookup();
+    if (!np_resume(skb, ctx))
+        return 0;
+    if (!dns) // cannot happen: an array always has its row
+        np_count_reason(NP_REASON_NO_CONFIG, skb->len);
+    return dns;
 }
 
 int np_tc_question(struct __sk_buff *skb)
 {
-    return np_unwritten(skb);
+    struct np_ctx ctx;
+    struct np_dns *dns = np_dns_resume(skb, &ctx);
+    if (!dns)
+        return NP_DROP;
+    np_dns_question(skb, &ctx, dns);
+    return np_dns_conclude(skb, &ctx, NP_REASON_NONE);
 }
 
 int np_tc_answer(struct __sk_buff *skb)
 {
-    return np_unwritten(skb);
+    struct np_ctx ctx;
+    struct np_dns *dns = np_dns_resume(skb, &ctx);
+    if (!dns)
+        return NP_DROP;
+    int reason = np_dns_answer(skb, &ctx, dns);
+    np_barrier();
+    return np_dns_conclude(skb, &ctx, reason);
 }
 
 int np_tc_records(struct __sk_buff *skb)
 {
-    return np_unwritten(skb);
+    struct np_ctx ctx;
+    struct np_dns *dns = np_dns_resume(skb, &ctx);
+    if (!dns)
+        return NP_DROP;
+    int reason = np_dns_records(skb, &ctx, dns);
+    np_barrier();
+    return np_dns_conclude(skb, &ctx, reason);
 }
 
 int np_tc_learn(struct __sk_buff *skb)
 {
-    return np_unwritten(skb);
+    struct np_ctx ctx;
+    struct np_dns *dns = np_dns_resume(skb, &ctx);
+    if (!dns)
+        return NP_DROP;
+    np_dns_learn(skb, &ctx, dns);
+    return np_dns_conclude(skb, &ctx, NP_REASON_NONE);
 }
 
 int np_tc_ingress(struct __sk_buff *skb)

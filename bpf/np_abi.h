@@ -70,6 +70,7 @@
 
 #define NP_HOST_SETS 8 // policy sets of a host endpoint; the index is stage * 2 + direction
 #define NP_SCRATCH_WORDS 76 // 64-bit words of np_scratch
+#define NP_DNS_WORDS 1152 // 64-bit words of np_dns_scratch
 
 #define NP_KERNEL_BYTES 96 // bytes that the program copies from sk_buff if it cannot read the fields in place
 
@@ -293,11 +294,12 @@ enum np_reason {
     NP_REASON_DNS_NOT_ASKED = 101, // a DNS answer of a trusted server without a pending question of the endpoint
     NP_REASON_DNS_REFUSED = 102, // an address in a DNS answer is in a range whose addresses are never learned
     NP_REASON_DNS_MALFORMED = 103, // a DNS answer that the program did not understand, so that it taught nothing
-    NP_REASON_DNS_TOO_LONG = 104, // a DNS message beyond the limits of the program, so that it taught nothing
+    NP_REASON_DNS_TOO_LONG = 104, // a DNS answer beyond the limits of the program, so that it taught nothing or a part
     NP_REASON_DNS_TRUNCATED = 105, // a DNS answer in fragments was cut, so that the workload asks again by TCP
-    NP_REASON_DNS_LIMITED = 106, // an endpoint learned addresses too fast, so that it did not learn this one
-    NP_REASON_DNS_FULL = 107, // an address had more name classes than one row has room for; the oldest was replaced
+    NP_REASON_DNS_LIMITED = 106, // an endpoint learned addresses too fast, or the map was full: this one is not learned
+    NP_REASON_DNS_FULL = 107, // a DNS answer for addresses with more name classes than a row has room for; one is lost
     NP_REASON_DNS_EVENT_LOST = 108, // the ring buffer had no room for an np_dns_event
+    NP_REASON_DNS_CALL_MISSING = 109, // np_call lacks a program for DNS, so the packet passed and taught nothing
     NP_REASON_COUNT = 128, // number of rows of np_reason_count
 };
 
@@ -557,6 +559,7 @@ _Static_assert(sizeof(struct np_domain) == 16, "np_domain");
 // A pattern of domain names. The labels are in reverse order, each after its length in one byte, in lower case:
 // www.example.com is "3com" "7example" "3www" and a zero byte. The key of a name ends with the zero byte; the key of a
 // wildcard has the labels after the "*." and no zero byte, so that the longest prefix finds the most specific pattern.
+// The bare name of a wildcard has a row of its own, because the wildcard does not match the bare name.
 struct np_name_key {
     __u32 prefix_bits;
     __u8 labels[NP_NAME_BYTES];
@@ -810,9 +813,10 @@ struct np_config {
     __u32 unread_dns; // enum np_unread_dns
     __u32 name_floor_s; // shortest life of a learned address, in seconds
     __u32 name_extra_s; // seconds added to the life of every learned address
+    __u64 dns_ports; // up to four ports of DNS servers besides 53, of 16 bits each; 0: unused
     __u64 timeout_jiffies[NP_CONN_STATES];
 };
-_Static_assert(sizeof(struct np_config) == 112, "np_config");
+_Static_assert(sizeof(struct np_config) == 120, "np_config");
 
 struct np_schema {
     __u32 version; // NP_SCHEMA_VERSION
@@ -855,6 +859,12 @@ struct np_scratch_words {
     __u64 words[NP_SCRATCH_WORDS];
 };
 _Static_assert(sizeof(struct np_scratch_words) == 608, "np_scratch_words");
+
+// Memory for struct np_dns (np_dns.h).
+struct np_dns_words {
+    __u64 words[NP_DNS_WORDS];
+};
+_Static_assert(sizeof(struct np_dns_words) == 9216, "np_dns_words");
 
 // A checked copy of an interface's np_endpoint row, per CPU. The slot is the ifindex modulo the size. The copy also has
 // the last IPv4 and IPv6 source address that proved to be the workload's own. A copy is valid for one epoch.

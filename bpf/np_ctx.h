@@ -65,7 +65,7 @@ struct np_arrival {
     __u32 frame_bytes;
     __u32 hook; // enum np_hook
     __u32 is_from_node; // 1: a process or the kernel of the node sent the packet
-    __u32 pad;
+    __u32 dns_calls; // number of tail calls of DNS programs that the packet has used
 };
 
 // The context. Its pointers refer to parts of np_scratch, which is a map, for three reasons. The stack has only 512

@@ -11,11 +11,13 @@
 // Invariant: an entry repeats what np_conn had at most a second ago, under the same generation, about an established
 // connection or an unreplied UDP one. This has two consequences. The slow path updates each live connection in np_conn
 // once a second. Packets of a removed connection pass for at most a second. A packet that changes a connection's state,
-// or that carries a sender tag, never takes the fast path.
+// or that carries a sender tag, never takes the fast path. If the program learns domain names, a packet from or to a
+// DNS server never takes it either, because the fast path does not read DNS messages.
 #pragma once
 
 #include "np_count.h"
 #include "np_ctx.h"
+#include "np_dns.h"
 #include "np_kernel.h"
 #include "np_maps.h"
 #include "np_service.h"
@@ -95,7 +97,7 @@ NP_INLINE void np_flow_cache_fill(const struct np_ctx *ctx, __u32 rule, __u32 se
                                   const int version)
 {
     const struct np_packet *packet = ctx->packet;
-    if (packet->protocol != NP_PROTOCOL_TCP && packet->protocol != NP_PROTOCOL_UDP)
+    if ((packet->protocol != NP_PROTOCOL_TCP && packet->protocol != NP_PROTOCOL_UDP) || np_is_dns(ctx))
         return;
     struct np_ports ports = {np_net16(packet->source_port), np_net16(packet->destination_port)};
     np_flow_cache_store(ctx, packet->source, packet->destination, ports, rule, sender_tag, is_due, hook, version);
@@ -107,7 +109,7 @@ NP_INLINE void np_flow_cache_fill_reply(const struct np_ctx *ctx, __u32 rule, __
                                         const int hook, const int version)
 {
     const struct np_packet *packet = ctx->packet;
-    if (packet->protocol != NP_PROTOCOL_TCP && packet->protocol != NP_PROTOCOL_UDP)
+    if ((packet->protocol != NP_PROTOCOL_TCP && packet->protocol != NP_PROTOCOL_UDP) || np_is_dns(ctx))
         return;
     struct np_ports ports = {np_net16(packet->destination_port), np_net16(packet->source_port)};
     np_flow_cache_store(ctx, packet->destination, packet->source, ports, rule, sender_tag, is_due, !hook, version);

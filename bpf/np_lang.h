@@ -17,10 +17,12 @@
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #define np_host16(value) __builtin_bswap16(value)
 #define np_host32(value) __builtin_bswap32(value)
+#define np_host64(value) __builtin_bswap64(value)
 #define np_net16(value) __builtin_bswap16(value) // for a constant, the compiler swaps the bytes
 #else
 #define np_host16(value) (value)
 #define np_host32(value) (value)
+#define np_host64(value) (value)
 #define np_net16(value) (value)
 #endif
 
@@ -54,6 +56,13 @@ static long (*const np_outer_key)(void *context, void *key, __u32 bytes,
                                   __u64 flags) = (void *)BPF_FUNC_skb_get_tunnel_key;
 static long (*const np_fib_lookup)(void *context, void *route, int bytes, __u32 flags) = (void *)BPF_FUNC_fib_lookup;
 static long (*const np_probe_read_kernel)(void *to, __u32 bytes, const void *from) = (void *)BPF_FUNC_probe_read_kernel;
+static long (*const np_store_bytes)(void *context, __u32 offset, const void *from, __u32 bytes,
+                                    __u64 flags) = (void *)BPF_FUNC_skb_store_bytes;
+static long (*const np_ip4_checksum_replace)(void *context, __u32 offset, __u64 from, __u64 to,
+                                             __u64 flags) = (void *)BPF_FUNC_l3_csum_replace;
+static __s64 (*const np_checksum_diff)(const void *from, __u32 from_bytes, const void *to, __u32 to_bytes,
+                                       __u32 seed) = (void *)BPF_FUNC_csum_diff;
+static long (*const np_change_tail)(void *context, __u32 bytes, __u64 flags) = (void *)BPF_FUNC_skb_change_tail;
 static void *(*const np_ringbuf_reserve)(void *map, __u64 bytes, __u64 flags) = (void *)BPF_FUNC_ringbuf_reserve;
 static void (*const np_ringbuf_submit)(void *record, __u64 flags) = (void *)BPF_FUNC_ringbuf_submit;
 

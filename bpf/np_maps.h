@@ -114,6 +114,11 @@ NP_MAP("hash", np_vip6, struct np_vip6_key, struct np_vip, 65536, BPF_F_NO_PREAL
 // Role: scratch, private.
 NP_MAP("percpu_array", np_scratch, __u32, struct np_scratch_words, 1, 0);
 
+// Holds the working memory of one DNS message.  The program writes and reads.  Looked up for a packet from or to a DNS
+// server.  One row per CPU.  The content is valid for one packet.
+// Role: scratch, private.
+NP_MAP("percpu_array", np_dns_scratch, __u32, struct np_dns_words, 1, 0);
+
 // Maps the hash of an address to a bit, which is 0 if neither np_local nor np_vip has the address. The agent writes,
 // the program reads. Looked up for a new flow, which is spared two other look-ups if the bit is 0. Fixed size; the more
 // addresses there are, the more flows find their bit set in vain. Key: host order. The agent sets a bit before it
@@ -452,6 +457,12 @@ NP_INLINE struct np_scratch_words *np_scratch_lookup(void)
 {
     __u32 only = 0;
     return np_lookup(NP_MAP_OF(np_scratch), &only);
+}
+
+NP_INLINE struct np_dns_words *np_dns_scratch_lookup(void)
+{
+    __u32 only = 0;
+    return np_lookup(NP_MAP_OF(np_dns_scratch), &only);
 }
 
 NP_INLINE struct np_cidr *np_cidr_lookup(union np_cidr_key *key, const int version)

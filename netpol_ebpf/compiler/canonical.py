@@ -12,7 +12,7 @@ from collections.abc import Hashable, Mapping
 from itertools import product
 
 from netpol_ebpf.compiler.reader import AddressClass, PolicySetReader, TableReader
-from netpol_ebpf.compiler.tables import WORLD_V4, WORLD_V6, CompiledTables, SetRow
+from netpol_ebpf.compiler.tables import WORLD_V4, WORLD_V6, CompiledTables, DomainList, DomainRow, SetRow
 
 _WORLDS = {WORLD_V4: "world 4", WORLD_V6: "world 6"}
 
@@ -46,6 +46,8 @@ def canonical(tables: CompiledTables) -> dict[str, Hashable]:
     """
     reader = TableReader(tables)
     names = {**dict(tables.identities.items()), **_WORLDS}
+    lists = {number: _domain_list(tables, value) for number, value in tables.domain_lists.items()}
+    classes = dict(tables.name_classes.items())
     sets = {row: _set(reader.policy_set(row), names) for row in _sets_in_use(tables)}
     keys = {row.number: key for key, row in tables.endpoints.items()}
     nodes = {number: name for name, number in tables.nodes.items()}
@@ -67,8 +69,32 @@ def canonical(tables: CompiledTables) -> dict[str, Hashable]:
         "identities": frozenset(digest for _, digest in tables.identities.items()),
         "atoms": (frozenset(reader.atoms.values()), frozenset(reader.source_atoms.values())),
         "rules": frozenset(cause for _, cause in tables.rules.items()),
+        "names": frozenset((pattern, classes.get(number)) for pattern, number in tables.names.items()),
+        "name classes": frozenset(classes.values()),
+        "domains": frozenset(
+            (lists[number], classes[class_], _domain_row(tables, row))
+            for (number, class_), row in tables.domains.items()
+        ),
+        "domain lists": frozenset(lists.values()),
         "rows of no set": len({number for number, _ in tables.peer_classes} - _numbers_in_use(tables)),
     }
+
+
+def _domain_list(tables: CompiledTables, value: DomainList) -> Hashable:
+    """A domain list with causes in place of rule numbers."""
+    return tuple(
+        tuple((one.patterns, tables.rules[one.rule], _logs(tables, one.log_list)) for one in candidates)
+        for candidates in (value.enforced, value.pending)
+    )
+
+
+def _domain_row(tables: CompiledTables, row: DomainRow) -> Hashable:
+    causes = tuple(tables.rules[rule] if rule else None for rule in (row.rule, row.staged_rule))
+    return (row.rank, row.staged_rank, *causes, _logs(tables, row.log_list))
+
+
+def _logs(tables: CompiledTables, log_list: int) -> Hashable:
+    return tuple(tables.rules[rule] for rule in tables.log_lists[log_list]) if log_list else ()
 
 
 def _sets_in_use(tables: CompiledTables) -> set[SetRow]:

@@ -412,6 +412,7 @@ class Commit:
             draft.write(Phase.SHRINK, "identities", number, DELETED)
         state.sets.remove_identities(gone, draft, journal)
         state.sets.bury(draft, journal)
+        state.stores.names.end_commit(self._what(), draft, journal)
         state.stores.causes.collect(draft, journal)
         state.stores.log_lists.collect(draft, journal)
         for owner in {*owners, *self._intake.disappeared}:
@@ -422,14 +423,18 @@ class Commit:
     def check_sizes(self, tables: CompiledTables) -> None:
         """Raise LimitError if a table would exceed its limit at any time during the change."""
         limits = self._state.limits
+        for table in ("addresses", "cidrs", "peer_classes", "identities", "domains", "names"):
+            seen, most = self._draft.size_after(tables, table), getattr(limits, table)
+            if seen > most:
+                raise exceeded(self._what(), table, most, seen)
+
+    def _what(self) -> str:
+        """The changed objects, as errors name them."""
         names = [str(key or kind.__name__) for kind, objects in self._changes.items() for key in islice(objects, 3)]
         what = ", ".join(names[:3])
         if (count := sum(map(len, self._changes.values()))) > 3:  # noqa: PLR2004  # three names suffice to find the change
             what += f" and {count - 3} more"
-        for table in ("addresses", "cidrs", "peer_classes", "identities"):
-            seen, most = self._draft.size_after(tables, table), getattr(limits, table)
-            if seen > most:
-                raise exceeded(what, table, most, seen)
+        return what
 
 
 def _members(service: ServiceBackends | None, group: ServiceTerm) -> set[IPAddress]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import gc
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Union
 
@@ -78,6 +78,8 @@ class Compiler:
         self._known = known or KnownNumbers()
         self._state = CompilerState(self._limits, self._known)
         self._is_new = True
+        self._seen_names: set[str] = set()
+        self._forgotten_classes: set[int] = set()
         self._staged: defaultdict[type, dict[Any, PolicyObject | None]] = defaultdict(dict)
         self.tables = CompiledTables()
 
@@ -105,6 +107,21 @@ class Compiler:
         Raises KeyError if no identity in use has this number.
         """
         return self._state.identities.content_of(identity)
+
+    def see_names(self, names: Iterable[str]) -> None:
+        """Give rows of their own, at the next commit, to names that endpoints asked for.
+
+        Needed for names that only a wildcard inside a name (``x.*.com``) can match; all other names are ignored.
+        """
+        self._seen_names.update(names)
+
+    def unused_name_classes(self) -> frozenset[int]:
+        """The name classes that no pattern gives any more. Endpoints may still have learned them."""
+        return self._state.stores.names.unused
+
+    def forget_name_classes(self, numbers: Iterable[int]) -> None:
+        """Let unused name classes go at the next commit. The caller must know that no endpoint has learned them."""
+        self._forgotten_classes.update(numbers)
 
     def release_known(self) -> None:
         """Free the rule and endpoint numbers of an earlier run that no object uses."""
@@ -155,6 +172,7 @@ class Compiler:
             self._state.begin(journal)
             try:
                 work = Commit(self._state, staged, self._local, draft, journal)
+                self._take_names(journal)
                 work.run()
                 work.check_sizes(self.tables)
             except BaseException:
@@ -167,6 +185,13 @@ class Compiler:
                 self._state.end_commit()
             self._is_new = False
             return draft.publish(self.tables)
+
+    def _take_names(self, journal: Journal) -> None:
+        """Hand over what the caller said of names since the last commit."""
+        names = self._state.stores.names
+        names.forget(self._forgotten_classes, journal)
+        names.see(self._seen_names)
+        self._forgotten_classes, self._seen_names = set(), set()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 from itertools import chain, product
 from typing import Protocol
@@ -26,6 +26,7 @@ from netpol_ebpf.compiler.terms import (
     NamedPortTerm,
     NetsTerm,
     NodeTerm,
+    ObjectTerm,
     SelectorTerm,
     ServiceTerm,
     Term,
@@ -61,6 +62,9 @@ class Resolver(Protocol):
     def service(self, namespace: str, name: str) -> Iterable[PortPair]:
         """Every (protocol, port) of a service's backends."""
 
+    def domains(self, selector: Selector) -> frozenset[str]:
+        """The patterns of domain names of all network sets that ``selector`` matches."""
+
 
 class Effect(enum.Enum):
     """The effect of an entry on a packet that matches the entry."""
@@ -81,6 +85,7 @@ class RuleEntry:
 
     ``family``: 4, 6, or 0 for both.  ``peer`` has the same family, unless its terms match one family only; then
     ``peer`` has family 0.
+    ``domains``: if not empty, a name that the endpoint learned for the peer's address must match one of these patterns.
     """
 
     effect: Effect
@@ -90,6 +95,7 @@ class RuleEntry:
     l4: Intervals
     source: Intervals
     family: int
+    domains: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +123,22 @@ def expand(rule: Rule, direction: Direction, effect: Effect, cause: Cause, resol
     """
     if rule.unsupported or rule.source.impossible or rule.destination.impossible:
         return ()
+    if rule.source.domains or (rule.destination.domains and direction is Direction.INGRESS):
+        return ()  # names count for the destination of egress alone
+    found = dict.fromkeys(_entries(rule, direction, effect, cause, resolver))
+    selector = rule.destination.selector
+    if rule.action is Action.ALLOW and direction is Direction.EGRESS and selector and not rule.destination.domains:
+        # By the names of a network set, the rule matches addresses that the set's nets do not contain.
+        patterns = resolver.domains(selector)
+        if patterns:
+            by_name = replace(rule, destination=replace(rule.destination, selector=None, domains=patterns))
+            found.update(dict.fromkeys(_entries(by_name, direction, effect, cause, resolver)))
+    return tuple(found)
+
+
+def _entries(rule: Rule, direction: Direction, effect: Effect, cause: Cause, resolver: Resolver) -> Iterator[RuleEntry]:
+    """The entries of a rule, as `expand`, without those by the names of network sets."""
     whole = _rule_clause(rule)
-    found: dict[RuleEntry, None] = {}
     sources = tuple(_side(rule.source, rule.protocol, resolver, is_source=True))
     destinations = tuple(_side(rule.destination, rule.protocol, resolver, is_source=False))
     for source, destination in product(sources, destinations):
@@ -129,17 +149,17 @@ def expand(rule: Rule, direction: Direction, effect: Effect, cause: Cause, resol
             continue
         family = families.pop() if families else 0
         peer, own = (source, destination) if direction is Direction.INGRESS else (destination, source)
-        entry = RuleEntry(
+        negative = peer.negative | {ObjectTerm()} if rule.destination.domains else peer.negative
+        yield RuleEntry(
             effect,
             cause,
-            AddressMatch(0 if _implies_family(peer.positive) else family, peer.positive, peer.negative),
+            AddressMatch(0 if _implies_family(peer.positive) else family, peer.positive, negative),
             AddressMatch(0, own.positive, own.negative),
             l4,
             ports_,
             family,
+            rule.destination.domains,
         )
-        found[entry] = None
-    return tuple(found)
 
 
 def _rule_clause(rule: Rule) -> _Clause:

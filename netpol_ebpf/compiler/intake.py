@@ -17,6 +17,7 @@ from netpol_ebpf.compiler.owners import OwnerKind
 from netpol_ebpf.compiler.state import CompilerState, LocalEndpoint
 from netpol_ebpf.compiler.templates import TemplateKey
 from netpol_ebpf.policy.types import (
+    Action,
     ClusterNode,
     Direction,
     Endpoint,
@@ -26,9 +27,11 @@ from netpol_ebpf.policy.types import (
     IPNetwork,
     LabelledNets,
     Policy,
+    PolicyKey,
     PolicySettings,
     PolicyTier,
     ProfileRules,
+    Rule,
     ServiceBackends,
     Staged,
     World,
@@ -209,6 +212,29 @@ class Intake:
         key = (new or old).key  # type: ignore[union-attr]  # old or new is not None
         before, after = self._own(self._state.set_owners, key, OwnerKind.NETWORK_SET, old, new)
         self.net_moves.extend(_moves(old.nets if old else (), before, new.nets if new else (), after))
+        self._take_domains(key, old, new)
+
+    def _take_domains(self, key: str, old: LabelledNets | None, new: LabelledNets | None) -> None:
+        """Mark the templates of rules that match by the domain names of a changed network set.
+
+        Cost: linear in the egress rules of the world, if the set has domain names.
+        """
+        changed = [held for held in (old, new) if held is not None and held.domains]
+        if not changed or (old and new and (old.domains, old.labels) == (new.domains, new.labels)):
+            return
+        world, journal, named_sets = self._state.world, self._journal, self._state.templates.named_sets
+        if new is not None and new.domains:
+            journal.put(named_sets, key, new)
+        elif key in named_sets:
+            journal.pop(named_sets, key)
+        subjects: list[tuple[PolicyKey | str, tuple[Rule, ...]]] = [
+            *((policy.key, policy.egress) for policy in world.policies.values()),
+            *((profile.name, profile.egress) for profile in world.profiles.values()),
+        ]
+        for subject, rules in subjects:
+            selectors = (rule.destination.selector for rule in rules if rule.action is Action.ALLOW)
+            if any(selector and selector.matches(held.labels) for selector in selectors for held in changed):
+                self.stale[(subject, Direction.EGRESS)] = None
 
     def _take_node(self, old: ClusterNode | None, new: ClusterNode | None) -> None:
         name = (new or old).name  # type: ignore[union-attr]  # old or new is not None

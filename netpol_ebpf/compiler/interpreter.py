@@ -6,15 +6,20 @@ Invariant: only the tables are read.  KeyError is raised if a row that another r
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from netpol_ebpf.compiler.domains import most_specific
 from netpol_ebpf.compiler.rule_lists import nothing_decided
 from netpol_ebpf.compiler.tables import (
     ATOM_BLOCK,
+    NO_RANK,
     OTHER_BLOCK,
     PROTOCOL_SLOT,
     SOURCE_SLOT,
     WORLD_V4,
     WORLD_V6,
     CompiledTables,
+    DomainRow,
     SetRow,
     VerdictRow,
 )
@@ -24,11 +29,14 @@ from netpol_ebpf.policy.types import (
     PORT_PROTOCOLS,
     Direction,
     IPAddress,
+    Outcome,
     Packet,
     Question,
     Stage,
     Verdict,
 )
+
+_NO_ROW = DomainRow(NO_RANK, NO_RANK, 0, 0)
 
 
 class Interpreter:
@@ -54,7 +62,23 @@ class Interpreter:
         peer, own = packet.source, packet.destination
         if question.direction is Direction.EGRESS:
             peer, own = own, peer
-        return self._verdict(tables.verdicts[self._index(set_row, peer, own, packet)])
+        verdict = tables.verdicts[self._index(set_row, peer, own, packet)]
+        if verdict.domain_list and question.names:
+            verdict = self._by_names(verdict, question.names)
+        return self._verdict(verdict)
+
+    def _by_names(self, row: VerdictRow, names: frozenset[str]) -> VerdictRow:
+        """Step 5: the verdict row with the rules that match by one of ``names`` in place of the row's own rules."""
+        tables = self._tables
+        classes = {most_specific(name, tables.names) for name in names}
+        rows = [found for class_ in classes if (found := tables.domains.get((row.domain_list, class_)))]
+        enforced = min(rows, key=lambda found: found.rank, default=_NO_ROW)
+        pending = min(rows, key=lambda found: found.staged_rank, default=_NO_ROW)
+        if enforced.rank != NO_RANK:
+            row = replace(row, outcome=Outcome.ALLOW, rule=enforced.rule, log_list=enforced.log_list, failsafe=False)
+        if pending.staged_rank != NO_RANK:
+            row = replace(row, staged_outcome=Outcome.ALLOW, staged_rule=pending.staged_rule)
+        return row
 
     def identity_of(self, address: IPAddress) -> int:
         """Step 1: the identity of an address.

@@ -33,6 +33,10 @@ class Limits:
     verdicts: int = 1 << 24
     rules: int = 1 << 20
     log_lists: int = 1 << 16
+    domain_lists: int = (1 << 15) - 1  # a verdict has 15 bits for the number
+    domains: int = 1 << 18
+    names: int = 1 << 16
+    name_classes: int = 1 << 16  # arbitrary
     endpoints: int = 1 << 16
 
 

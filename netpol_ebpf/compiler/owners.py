@@ -20,7 +20,7 @@ from itertools import chain
 
 from netpol_ebpf.compiler.entries import PortPair
 from netpol_ebpf.compiler.journal import Journal
-from netpol_ebpf.compiler.terms import NamedPortTerm, NodeTerm, OwnerTerm, SelectorTerm
+from netpol_ebpf.compiler.terms import NamedPortTerm, NodeTerm, ObjectTerm, OwnerTerm, SelectorTerm
 from netpol_ebpf.policy.types import NamedPort
 from netpol_ebpf.selector import Selector, SelectorIndex
 
@@ -28,7 +28,8 @@ from netpol_ebpf.selector import Selector, SelectorIndex
 class OwnerKind(enum.Enum):
     """The kind of an owner, which determines the terms that can be true for the owner.
 
-    Selector terms can be true for endpoints and network sets, named port terms for endpoints, node terms for nodes.
+    Selector terms can be true for endpoints and network sets, named port terms for endpoints, node terms for nodes, the
+    object term for endpoints and nodes.
     """
 
     ENDPOINT = "e"
@@ -183,6 +184,9 @@ class OwnerIndex:
                 named = self.terms[term].term
                 if isinstance(named, NamedPortTerm) and self._declares(named, value):
                     terms.add(term)
+        any_object = self._term_ids.get(ObjectTerm())
+        if any_object is not None and kind is not OwnerKind.NETWORK_SET:
+            terms.add(any_object)
         for term in terms:
             journal.add(self.terms[term].owners, owner)
         record.terms = terms
@@ -228,7 +232,7 @@ class OwnerIndex:
         term = record.term
         if isinstance(term, NamedPortTerm):
             journal.discard_from(self._named_terms, term.name, term_id)
-        else:
+        elif not isinstance(term, ObjectTerm):
             labels = self._nodes if isinstance(term, NodeTerm) else self._labelled
             labels.remove_selector(term_id, term.selector, journal)
         journal.pop(self.terms, term_id)
@@ -239,6 +243,8 @@ class OwnerIndex:
             return self._labelled.add_selector(term_id, term.selector, journal)
         if isinstance(term, NodeTerm):
             return self._nodes.add_selector(term_id, term.selector, journal)
+        if isinstance(term, ObjectTerm):
+            return {owner for owner, record in self.owners.items() if record.value[0] is not OwnerKind.NETWORK_SET}
         journal.add_to(self._named_terms, term.name, term_id)
         declaring = self._declaring.get(term.name, ())
         return {owner for owner in declaring if self._declares(term, self.owners[owner].value)}

@@ -52,6 +52,14 @@ class RowRegister(Generic[V]):
         journal.put(self._references, number, self._references.get(number, 0) + 1)
         return number
 
+    def has(self, value: V) -> bool:
+        """Whether the value has a number in this run."""
+        return value in self._known
+
+    def value_of(self, number: int) -> V:
+        """The value with this number. Raises KeyError if no value has it."""
+        return self._values[number]
+
     def release_kept(self, journal: Journal) -> None:
         """Free the kept numbers that no value uses."""
         for value in list(self._kept):
@@ -63,12 +71,15 @@ class RowRegister(Generic[V]):
         if not self._references[number]:
             journal.add(self._unreferenced, number)
 
-    def collect(self, draft: Draft, journal: Journal) -> None:
-        """Remove values without references. Must be called at the end of a commit."""
+    def collect(self, draft: Draft, journal: Journal) -> dict[int, V]:
+        """Remove values without references, and return them by number. Must be called at the end of a commit."""
+        gone: dict[int, V] = {}
         for number in list(self._unreferenced):
             journal.discard(self._unreferenced, number)
             if not self._references[number]:
                 journal.pop(self._references, number)
-                journal.pop(self._known, journal.pop(self._values, number))
+                gone[number] = journal.pop(self._values, number)
+                journal.pop(self._known, gone[number])
                 self._numbers.give_back(number, journal)
                 draft.write(Phase.SHRINK, self._table, number, DELETED)
+        return gone

@@ -71,7 +71,7 @@ class Revocation:
                 return True
             if len(live.losses) > _REMEMBERED:
                 live.losses.clear()
-            known = any(_loses(live.outcome(old & each), live.outcome(new & each)) for each in rest)
+            known = any(_loses(live, old & each, live, new & each) for each in rest)
             live.losses[(is_peer, old, new)] = known
         return known
 
@@ -99,7 +99,7 @@ class Revocation:
         if self._left < 0:
             return True
         return any(
-            _loses(old.outcome(peer[0] & own[0] & one[0] & two[0]), new.outcome(peer[1] & own[1] & one[1] & two[1]))
+            _loses(old, peer[0] & own[0] & one[0] & two[0], new, peer[1] & own[1] & one[1] & two[1])
             for peer, own, one, two in product(peers, owns, l4, sources)
         )
 
@@ -128,6 +128,13 @@ def _all(side: EntryVectors | None) -> Iterable[int]:
     return (-1,) if side is None else side.vectors.values()
 
 
-def _loses(old: Outcome, new: Outcome) -> bool:
-    """Whether ``new`` is stricter than ``old``: allow became continue or deny, or continue became deny."""
-    return new is not old and (old is Outcome.ALLOW or new is Outcome.DENY)
+def _loses(old: LiveSet, before: int, new: LiveSet, after: int) -> bool:
+    """Whether ``new`` is stricter than ``old``: allow became continue or deny, or continue became deny.
+
+    Also if a domain name that allowed no longer does.
+    ``before``, ``after``: the packets, by the entries that they match in the old and in the new policy set.
+    """
+    was, is_now = old.outcome(before), new.outcome(after)
+    if is_now is not was and (was is Outcome.ALLOW or is_now is Outcome.DENY):
+        return True
+    return is_now is not Outcome.ALLOW and not old.allowed_names(before) <= new.allowed_names(after)

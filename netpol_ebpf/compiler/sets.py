@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from netpol_ebpf.compiler.classes import ClassTable, ClassTables, EntryVectors
+from netpol_ebpf.compiler.domains import Names
 from netpol_ebpf.compiler.draft import DELETED, Draft, Phase
 from netpol_ebpf.compiler.entries import Effect
 from netpol_ebpf.compiler.identities import IdentityIndex, MatchRecord
@@ -27,7 +28,7 @@ from netpol_ebpf.compiler.limits import Limits, exceeded
 from netpol_ebpf.compiler.numbers import Ranges
 from netpol_ebpf.compiler.registers import RowRegister
 from netpol_ebpf.compiler.rule_lists import RuleList, TemplateUse, nothing_decided
-from netpol_ebpf.compiler.tables import COLUMN_BLOCK, SetRow, VerdictRow
+from netpol_ebpf.compiler.tables import COLUMN_BLOCK, Candidate, DomainList, PatternSet, SetRow, VerdictRow
 from netpol_ebpf.compiler.terms import ANYONE
 from netpol_ebpf.policy.types import Action, Cause, CauseKind, Direction, Outcome
 
@@ -59,6 +60,7 @@ class Stores:
     sources: AtomSpace
     causes: RowRegister[Cause]
     log_lists: RowRegister[tuple[int, ...]]
+    names: Names
     class_tables: ClassTables
     verdicts: Ranges
     columns: Ranges
@@ -84,6 +86,9 @@ class _Entries:
         self.l4: dict[Intervals, int] = {}
         self.sources: dict[Intervals, int] = {}
         self.enforced = self.pending = self.ends = 0
+        self.named = 0
+        """The entries with domain names, as bits."""
+        self.domains: dict[int, PatternSet] = {}  # by bit number
         self._direction = rule_list.direction
         self._own_iterator = None if own_entries is None else iter(own_entries)
         for use in rule_list.head:
@@ -139,6 +144,9 @@ class _Entries:
             if not kept >> index & 1:
                 continue
             bit = self._add(entry.effect, entry.cause, enforced=use.enforced, pending=use.pending)
+            if entry.domains:
+                self.named |= bit
+                self.domains[len(self.effects) - 1] = entry.domains
             self.peers[peer] = self.peers.get(peer, 0) | bit
             if self._own_iterator is None:
                 self.owns[own] = self.owns.get(own, 0) | bit
@@ -211,6 +219,20 @@ def _room(class_table: ClassTable) -> int:
     if all(record.match.is_family_alone for record in class_table.matches):
         return class_table.span
     return class_table.span + max(LEAST_ROOM, class_table.span // 4)
+
+
+@dataclass(frozen=True, slots=True)
+class _Walked:
+    """The result of one evaluation of a packet's entries, as if no name matched.
+
+    ``named``: the rules with domain names that would have matched before ``rule``, by pattern set, in order: the first
+    rule of each pattern set, with the Log rules that matched before that rule.
+    """
+
+    outcome: Outcome
+    rule: int
+    logs: tuple[int, ...]
+    named: dict[PatternSet, tuple[int, tuple[int, ...]]]
 
 
 class LiveSet:
@@ -351,12 +373,39 @@ class LiveSet:
 
     def _verdict(self, vector: int, draft: Draft, journal: Journal) -> VerdictRow:
         """The verdict row of the packets that match exactly the entries in ``vector``."""
-        outcome, rule, logs = self._walk(vector & self._entries.enforced)
-        staged_outcome, staged_rule, _ = self._walk(vector & self._entries.pending)
-        log_list = 0
-        if logs:
-            log_list = self._stores.log_lists.acquire(tuple(logs), self.what, draft, journal)
-        return VerdictRow(outcome, rule, staged_outcome, staged_rule, log_list, rule in self._exceptions)
+        enforced, pending = (self._walk(vector & taking) for taking in (self._entries.enforced, self._entries.pending))
+        log_lists = self._stores.log_lists
+
+        def list_of(logs: tuple[int, ...]) -> int:
+            return log_lists.acquire(logs, self.what, draft, journal) if logs else 0
+
+        domain_list = 0
+        if enforced.named or pending.named:
+            candidates = DomainList(
+                tuple(Candidate(patterns, rule, list_of(logs)) for patterns, (rule, logs) in enforced.named.items()),
+                tuple(Candidate(patterns, rule) for patterns, (rule, _) in pending.named.items()),
+            )
+            domain_list = self._stores.names.acquire(candidates, self.what, draft, journal)
+        return VerdictRow(
+            enforced.outcome,
+            enforced.rule,
+            pending.outcome,
+            pending.rule,
+            list_of(enforced.logs),
+            enforced.rule in self._exceptions,
+            domain_list,
+        )
+
+    def _release_verdict(self, verdict: VerdictRow, journal: Journal) -> None:
+        """Release what a verdict row that is no longer cached refers to."""
+        stores = self._stores
+        if verdict.log_list:
+            stores.log_lists.release(verdict.log_list, journal)
+        if verdict.domain_list:
+            for candidate in stores.names.value_of(verdict.domain_list).enforced:
+                if candidate.log_list:
+                    stores.log_lists.release(candidate.log_list, journal)
+            stores.names.release(verdict.domain_list, journal)
 
     def _trim(self, journal: Journal) -> None:
         """Drop cached verdicts of removed classes."""
@@ -368,26 +417,29 @@ class LiveSet:
             )
         }
         for vector in self._verdicts.keys() - reachable:
-            verdict = journal.pop(self._verdicts, vector)
-            if verdict.log_list:
-                self._stores.log_lists.release(verdict.log_list, journal)
+            self._release_verdict(journal.pop(self._verdicts, vector), journal)
         journal.assign(self, "_trimmed", len(self._verdicts))
 
-    def _walk(self, vector: int) -> tuple[Outcome, int, dict[int, None]]:
+    def _walk(self, vector: int) -> _Walked:
+        """Evaluate the entries in ``vector`` in order, as if no name matched."""
         entries = self._entries
         logs: dict[int, None] = {}
+        named: dict[PatternSet, tuple[int, tuple[int, ...]]] = {}
         while vector:
             index = (vector & -vector).bit_length() - 1
             effect = entries.effects[index]
-            if effect is Effect.PASS:
+            if entries.named >> index & 1:
+                named.setdefault(entries.domains[index], (self._rules[index], tuple(logs)))
+                vector &= vector - 1
+            elif effect is Effect.PASS:
                 target = entries.targets[index]
                 vector = vector >> target << target
             elif effect is Effect.LOG:
                 logs[self._rules[index]] = None
                 vector &= vector - 1
             else:
-                return entries.outcomes[index], self._rules[index], logs
-        return self._tail, self._tail_rule, logs
+                return _Walked(entries.outcomes[index], self._rules[index], tuple(logs), named)
+        return _Walked(self._tail, self._tail_rule, tuple(logs), named)
 
     # --- growing ----------------------------------------------------------------------------------------------------
 
@@ -448,14 +500,26 @@ class LiveSet:
     def outcome(self, vector: int) -> Outcome:
         """The outcome of the enforced evaluation of packets that match exactly the entries in ``vector``."""
         known = self._verdicts.get(vector)
-        return self._walk(vector & self._entries.enforced)[0] if known is None else known.outcome
+        return self._walk(vector & self._entries.enforced).outcome if known is None else known.outcome
+
+    def allowed_names(self, vector: int) -> frozenset[str]:
+        """The patterns of domain names that allow packets that match exactly the entries in ``vector``.
+
+        Names do not count for packets that are allowed without them.
+        """
+        if not vector & self._entries.named & self._entries.enforced or self.outcome(vector) is Outcome.ALLOW:
+            return frozenset()
+        return frozenset().union(*self._walk(vector & self._entries.enforced).named)
 
     def may(self, outcome: Outcome) -> bool:
         """Whether some packet may have this outcome. If the result is False, no packet has the outcome.
 
         If the result is True, it is not certain that a packet has the outcome.
         """
-        return any(verdict.outcome is outcome for verdict in self._verdicts.values())
+        return any(
+            verdict.outcome is outcome or (outcome is Outcome.ALLOW and verdict.domain_list)
+            for verdict in self._verdicts.values()
+        )
 
     def port_vectors(self) -> tuple[list[int], list[int]]:
         """The vectors of the L4 classes, and the vectors of the source-port classes."""
@@ -486,8 +550,7 @@ class LiveSet:
         for rule in (*self._rules, self._tail_rule):
             stores.causes.release(rule, journal)
         for verdict in self._verdicts.values():
-            if verdict.log_list:
-                stores.log_lists.release(verdict.log_list, journal)
+            self._release_verdict(verdict, journal)
         free_verdicts(self.base, self.size, stores, draft)
         for column in (self._l4, self._source):
             if not column.is_constant:

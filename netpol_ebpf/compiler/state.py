@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from netpol_ebpf.compiler.addresses import Addresses, Claim
 from netpol_ebpf.compiler.classes import ClassTables
+from netpol_ebpf.compiler.domains import NameClass, Names
 from netpol_ebpf.compiler.identities import IdentityIndex
 from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.l4 import ANY_L4, ANY_SOURCE, SOURCE_BLOCK, AtomSpace
@@ -38,6 +39,7 @@ class KnownNumbers:
     ``identities``: by digest of the identity's content.
     ``rules``: by cause.
     ``endpoints``: by key.
+    ``name_classes``: by content.
 
     A number that several objects have, or that is out of range, is not kept.
     """
@@ -45,6 +47,7 @@ class KnownNumbers:
     identities: Mapping[str, int] = field(default_factory=dict)
     rules: Mapping[Cause, int] = field(default_factory=dict)
     endpoints: Mapping[EndpointKey, int] = field(default_factory=dict)
+    name_classes: Mapping[NameClass, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -87,6 +90,7 @@ class CompilerState:
             sources=AtomSpace(ANY_SOURCE, SOURCE_BLOCK, 256, limits),
             causes=RowRegister("rules", limits.rules, known.rules),
             log_lists=RowRegister("log_lists", limits.log_lists),
+            names=Names(limits, known.name_classes),
             class_tables=ClassTables(self.identities, limits),
             verdicts=Ranges(limits.verdicts),
             columns=Ranges(limits.column_blocks),

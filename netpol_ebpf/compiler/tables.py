@@ -163,6 +163,39 @@ class VerdictRow:
     domain_list: int = 0
 
 
+PatternSet = frozenset[str]
+"""The patterns of domain names of one rule, or of the network sets that one rule selects."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A rule with domain names that may match before a verdict's own rule. Its action is allow.
+
+    ``log_list``: a key of ``CompiledTables.log_lists``, for the Log rules that match before ``rule``; 0 for none, and in
+    the pending evaluation.
+    """
+
+    patterns: PatternSet
+    rule: int
+    log_list: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DomainList:
+    """The candidates of a verdict in the enforced and in the pending evaluation, each in the order of evaluation."""
+
+    enforced: tuple[Candidate, ...] = ()
+    pending: tuple[Candidate, ...] = ()
+
+    @property
+    def pattern_sets(self) -> frozenset[PatternSet]:
+        """The pattern sets of all candidates."""
+        return frozenset(candidate.patterns for candidate in (*self.enforced, *self.pending))
+
+    def __bool__(self) -> bool:
+        return bool(self.enforced or self.pending)
+
+
 NO_RANK = 65535
 """The rank in a `DomainRow` if no rule matches."""
 
@@ -273,6 +306,7 @@ class CompiledTables:
     ``l4_atoms``: maps a block to its 256 atom numbers.  A block without a row is all zeros.
     ``l4_columns``: maps a block to its 64 class numbers.
     ``verdicts``: maps index to verdict row.
+    ``domain_lists``: maps the number of a domain list to its content.
     ``domains``: maps (domain list, name class) to the rules that match the names of the class.
     ``names``: maps a pattern of domain names (``www.example.com``, ``*.example.com``) to the class of the names for which
     it is the most specific pattern.  A name that no pattern matches has class 0.
@@ -289,11 +323,10 @@ class CompiledTables:
     l4_atoms: DesiredTable[int, tuple[int, ...]] = field(default_factory=lambda: DesiredTable("l4_atoms"))
     l4_columns: DesiredTable[int, tuple[int, ...]] = field(default_factory=lambda: DesiredTable("l4_columns"))
     verdicts: DesiredTable[int, VerdictRow] = field(default_factory=lambda: DesiredTable("verdicts"))
+    domain_lists: DesiredTable[int, DomainList] = field(default_factory=lambda: DesiredTable("domain_lists"))
     domains: DesiredTable[tuple[int, int], DomainRow] = field(default_factory=lambda: DesiredTable("domains"))
     names: DesiredTable[str, int] = field(default_factory=lambda: DesiredTable("names"))
-    name_classes: DesiredTable[int, frozenset[frozenset[str]]] = field(
-        default_factory=lambda: DesiredTable("name_classes")
-    )
+    name_classes: DesiredTable[int, frozenset[PatternSet]] = field(default_factory=lambda: DesiredTable("name_classes"))
     rules: DesiredTable[int, Cause] = field(default_factory=lambda: DesiredTable("rules"))
     log_lists: DesiredTable[int, tuple[int, ...]] = field(default_factory=lambda: DesiredTable("log_lists"))
     identities: DesiredTable[int, str] = field(default_factory=lambda: DesiredTable("identities"))
@@ -319,8 +352,8 @@ class CompiledTables:
         If a row refers to another row, the other row must be written first.
         """
         return (
-            self.rules, self.log_lists, self.identities, self.nodes, self.name_classes, self.domains, self.names,
-            self.verdicts, self.l4_columns, self.l4_atoms, self.peer_classes, self.addresses, self.cidrs, self.endpoints,
+            self.rules, self.log_lists, self.identities, self.nodes, self.domain_lists, self.name_classes, self.domains,
+            self.names, self.verdicts, self.l4_columns, self.l4_atoms, self.peer_classes, self.addresses, self.cidrs, self.endpoints,
         )  # type: ignore[return-value]  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from netpol_ebpf.compiler.rule_lists import (
     policy_entries,
     profile_entries,
 )
-from netpol_ebpf.policy.types import Direction, PolicyKey, ServiceBackends, World
+from netpol_ebpf.policy.types import Direction, LabelledNets, PolicyKey, ServiceBackends, World
 from netpol_ebpf.selector import Selector
 
 ServiceKey = tuple[str, str]
@@ -51,9 +51,16 @@ def service_key(old: ServiceBackends | None, new: ServiceBackends | None) -> Ser
 class _RecordingResolver:
     """A resolver that records each named port and service that is looked up, and acquires the named ports."""
 
-    def __init__(self, owners: OwnerIndex, services: Mapping[ServiceKey, ServiceBackends], journal: Journal) -> None:
+    def __init__(
+        self,
+        owners: OwnerIndex,
+        services: Mapping[ServiceKey, ServiceBackends],
+        named_sets: Mapping[str, LabelledNets],
+        journal: Journal,
+    ) -> None:
         self._owners = owners
         self._services = services
+        self._named_sets = named_sets
         self._journal = journal
         self.names: set[NameKey] = set()
         self.services: set[ServiceKey] = set()
@@ -70,6 +77,10 @@ class _RecordingResolver:
         self.services.add(key)
         return service_ports(self._services.get(key))
 
+    def domains(self, selector: Selector) -> frozenset[str]:
+        """The patterns of the selected network sets. `Intake` finds the rules that depend on them by itself."""
+        return frozenset().union(*(held.domains for held in self._named_sets.values() if selector.matches(held.labels)))
+
 
 class Templates:
     """The current template of each key, for the objects of one world."""
@@ -79,6 +90,8 @@ class Templates:
         self._owners = owners
         self._identities = identities
         self._limits = limits
+        self.named_sets: dict[str, LabelledNets] = {}
+        """The network sets with domain names, by key. `Intake` keeps them up to date."""
         self._current: dict[TemplateKey, Template] = {}
         self._watched: dict[TemplateKey, _Watched] = {}
         self._by_name: dict[NameKey, set[TemplateKey]] = {}
@@ -180,7 +193,7 @@ class Templates:
 
     def _build(self, key: TemplateKey, journal: Journal) -> tuple[Template, _Watched]:
         subject, direction = key
-        resolver = _RecordingResolver(self._owners, self._world.services, journal)
+        resolver = _RecordingResolver(self._owners, self._world.services, self.named_sets, journal)
         entries: list[RuleEntry]
         if isinstance(subject, PolicyKey):
             what = str(subject)

@@ -42,6 +42,11 @@ class NamedPortTerm:
 
 
 @dataclass(frozen=True, slots=True)
+class ObjectTerm:
+    """True if an endpoint or a node has the address."""
+
+
+@dataclass(frozen=True, slots=True)
 class NetsTerm:
     """True if one of the nets contains the address. No net contains another net, and no net is a default route."""
 
@@ -61,7 +66,7 @@ class ServiceTerm:
     port: int = 0
 
 
-OwnerTerm = Union[SelectorTerm, NodeTerm, NamedPortTerm]
+OwnerTerm = Union[SelectorTerm, NodeTerm, NamedPortTerm, ObjectTerm]
 """A term about the owners of the address."""
 AddressGroup = Union[NetsTerm, ServiceTerm]
 """A term about nets or a service that contain the address. The address groups of an address are part of its identity.

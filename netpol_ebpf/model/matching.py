@@ -6,12 +6,14 @@ Invariant: every result is computed from the `World` and the packet alone.  Noth
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from netpol_ebpf.policy.domain_names import matches_pattern
 from netpol_ebpf.policy.types import (
     ICMP,
     ICMPV6,
     PORT_PROTOCOLS,
+    Action,
     BackendMatch,
     Endpoint,
     Entity,
@@ -28,12 +30,16 @@ from netpol_ebpf.selector import Selector
 
 @dataclass(frozen=True, slots=True)
 class PacketSide:
-    """One side of a packet: its address and port, with the objects of the world that have or contain the address."""
+    """One side of a packet: its address and port, with the objects of the world that have or contain the address.
+
+    ``names``: the domain names that count for the address; none if an endpoint or a node has the address.
+    """
 
     address: IPAddress
     port: int
     endpoints: tuple[Endpoint, ...]
     network_sets: tuple[LabelledNets, ...]
+    names: frozenset[str] = frozenset()
 
 
 def source_side(world: World, packet: Packet) -> PacketSide:
@@ -41,9 +47,11 @@ def source_side(world: World, packet: Packet) -> PacketSide:
     return _side(world, packet.source, packet.source_port)
 
 
-def destination_side(world: World, packet: Packet) -> PacketSide:
-    """The destination side of ``packet``."""
-    return _side(world, packet.destination, packet.destination_port)
+def destination_side(world: World, packet: Packet, names: frozenset[str] = frozenset()) -> PacketSide:
+    """The destination side of ``packet``. ``names``: the names that the endpoint learned for the destination address."""
+    side = _side(world, packet.destination, packet.destination_port)
+    is_of_a_node = any(packet.destination in node.addresses for node in world.nodes.values())
+    return side if side.endpoints or is_of_a_node else replace(side, names=names)
 
 
 def _side(world: World, address: IPAddress, port: int) -> PacketSide:
@@ -72,9 +80,24 @@ def rule_matches(world: World, rule: Rule, packet: Packet, source: PacketSide, d
         return False
     if rule.not_icmp is not None and _icmp_matches(rule.not_icmp, packet):
         return False
-    return _entity_matches(world, rule.source, packet, source) and _entity_matches(
-        world, rule.destination, packet, destination
+    sets = _sets_by_name(world, rule, destination)
+    return _entity_matches(world, rule.source, packet, source, ()) and _entity_matches(
+        world, rule.destination, packet, destination, sets
     )
+
+
+def _sets_by_name(world: World, rule: Rule, destination: PacketSide) -> tuple[LabelledNets, ...]:
+    """The network sets with a pattern that matches a name of the destination.
+
+    Only a rule with action Allow and without patterns of its own matches by them.
+    """
+    if rule.action is not Action.ALLOW or rule.destination.domains:
+        return ()
+    return tuple(held for held in world.network_sets.values() if _has_name(held.domains, destination))
+
+
+def _has_name(patterns: frozenset[str], side: PacketSide) -> bool:
+    return any(matches_pattern(pattern, name) for pattern in patterns for name in side.names)
 
 
 def _icmp_matches(icmp: IcmpType, packet: Packet) -> bool:
@@ -83,7 +106,14 @@ def _icmp_matches(icmp: IcmpType, packet: Packet) -> bool:
     return icmp.type == packet.icmp_type and icmp.code in (None, packet.icmp_code)
 
 
-def _entity_matches(world: World, entity: Entity, packet: Packet, side: PacketSide) -> bool:
+def _entity_matches(
+    world: World, entity: Entity, packet: Packet, side: PacketSide, sets_by_name: tuple[LabelledNets, ...]
+) -> bool:
+    """Whether all parts of the entity match the side.
+
+    ``sets_by_name``: network sets that count as owners of the address for the entity's ``selector``, besides those that
+    contain the address.
+    """
     address = side.address
     if entity.impossible:
         return False
@@ -91,7 +121,10 @@ def _entity_matches(world: World, entity: Entity, packet: Packet, side: PacketSi
         return False
     if any(address in net for net in entity.not_nets):
         return False
-    if entity.selector is not None and not _is_selected(entity.selector, side):
+    if entity.domains and not _has_name(entity.domains, side):
+        return False
+    by_name = entity.selector is not None and any(entity.selector.matches(held.labels) for held in sets_by_name)
+    if entity.selector is not None and not (by_name or _is_selected(entity.selector, side)):
         return False
     if entity.not_selector is not None and _is_selected(entity.not_selector, side):
         return False

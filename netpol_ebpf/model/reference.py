@@ -44,7 +44,8 @@ class ReferenceModel:
             outcome, cause = _nothing_decided(question.direction, Stage.NORMAL)
             return Verdict(outcome, cause, outcome, cause)
         packet = question.packet
-        sides = (source_side(self._world, packet), destination_side(self._world, packet))
+        names = question.names if question.direction is Direction.EGRESS else frozenset()
+        sides = (source_side(self._world, packet), destination_side(self._world, packet, names))
         enforced = [policy for policy in self._world.policies.values() if policy.staged is Staged.NO]
         run = _Run(self._world, endpoint, question, sides)
         outcome, cause = run.evaluate(enforced)

@@ -3,14 +3,27 @@
 
 Both functions are sound and not complete.  True is a proof that holds for every packet and every state of the cluster
 (by the definition of a match in MATCHING.md).  False does not prove the contrary.  The functions compare rules only and
-do not look at endpoints.
+do not look at endpoints.  Only where the domain names of network sets matter does a caller say which sets exist.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 
-from netpol_ebpf.policy.types import ICMP, ICMPV6, PORT_PROTOCOLS, BackendMatch, Entity, IPNetwork, Ports, Rule
+from netpol_ebpf.policy.domain_names import covers_pattern
+from netpol_ebpf.policy.types import (
+    ICMP,
+    ICMPV6,
+    PORT_PROTOCOLS,
+    Action,
+    BackendMatch,
+    Entity,
+    IPNetwork,
+    LabelledNets,
+    Ports,
+    Rule,
+)
 from netpol_ebpf.selector import Selector, all_of, negate
 
 _FAMILY_OF_PROTOCOL = {ICMP: 4, ICMPV6: 6}
@@ -22,10 +35,12 @@ def implies(premise: Selector, conclusion: Selector) -> bool:
     return premise == conclusion or all_of(premise, negate(conclusion)).is_unsatisfiable()
 
 
-def covers(wide: Rule, narrow: Rule) -> bool:
+def covers(wide: Rule, narrow: Rule, named_sets: Iterable[LabelledNets] | None = None) -> bool:
     """Whether ``wide`` matches every packet that ``narrow`` matches.
 
     False if either rule is known to match no packet.
+    ``named_sets``: the network sets with domain names; empty also if names do not count, as for ingress rules.  None: a
+    set with any labels may have names.
     """
     if is_dead(wide) or is_dead(narrow):
         return False
@@ -37,7 +52,21 @@ def covers(wide: Rule, narrow: Rule) -> bool:
         and _icmp_covers(wide, narrow)
         and _entity_covers(wide.source, narrow.source, narrow, family)
         and _entity_covers(wide.destination, narrow.destination, narrow, family)
+        and not _matches_more_sets(narrow, wide, named_sets)
     )
+
+
+def _matches_more_sets(narrow: Rule, wide: Rule, named_sets: Iterable[LabelledNets] | None) -> bool:
+    """Whether ``narrow`` may match by the domain names of a network set where ``wide`` knows the nets of the set only.
+
+    Only Allow rules without patterns of their own match by the names of sets that their destination selects.
+    """
+    selector = narrow.destination.selector
+    if wide.action is Action.ALLOW or wide.destination.selector is None:
+        return False
+    if narrow.action is not Action.ALLOW or selector is None or narrow.destination.domains:
+        return False
+    return named_sets is None or any(selector.matches(held.labels) for held in named_sets)
 
 
 def excludes(one: Rule, other: Rule) -> bool:
@@ -118,6 +147,7 @@ def _entity_covers(wide: Entity, narrow: Entity, rule: Rule, family: int | None)
     return (
         _nets_cover(wide, narrow, family)
         and _selectors_cover(wide, narrow)
+        and _domains_cover(wide.domains, narrow.domains)
         and _service_covers(wide.service, narrow.service)
         and _ports_cover(wide.ports, narrow.ports)
         and _not_ports_cover(wide, narrow, rule)
@@ -156,6 +186,13 @@ def _selectors_cover(wide: Entity, narrow: Entity) -> bool:
     return wide.not_selector is None or (
         narrow.not_selector is not None and implies(wide.not_selector, narrow.not_selector)
     )
+
+
+def _domains_cover(wide: frozenset[str], narrow: frozenset[str]) -> bool:
+    """Whether an address with a name that ``narrow`` matches has a name that ``wide`` matches. Empty: no condition."""
+    if not wide:
+        return True
+    return bool(narrow) and all(any(covers_pattern(one, pattern) for one in wide) for pattern in narrow)
 
 
 def _service_covers(wide: BackendMatch | None, narrow: BackendMatch | None) -> bool:

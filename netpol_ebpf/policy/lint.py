@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from netpol_ebpf.errors import Location, Problem
+from netpol_ebpf.policy.lint_names import NameLinter
 from netpol_ebpf.policy.shadows import KUBERNETES, Shadows
 from netpol_ebpf.policy.translate import derive, key_of
 from netpol_ebpf.policy.types import (
@@ -91,11 +92,16 @@ class _Linter:
 
     def problems(self) -> Iterator[Problem]:
         """Every warning, in no particular order."""
-        shadows = Shadows(self.world)
+        shadows, names = Shadows(self.world), NameLinter(self.world)
         for policy in self.world.policies.values():
             if policy.staged is Staged.DELETE:
                 continue
-            for warning in (*self._of_policy(policy), *self._of_rules(policy), *_of_shadows(policy, shadows)):
+            for warning in (
+                *self._of_policy(policy),
+                *self._of_rules(policy),
+                *_of_shadows(policy, shadows),
+                *self._of_names(policy, names),
+            ):
                 location = warning.location or policy.location or Location("")
                 yield Problem(
                     location,
@@ -106,6 +112,20 @@ class _Linter:
                     slug=warning.slug,
                 )
         yield from self._equal_priorities()
+        too_many = names.of_world()
+        if too_many is not None:
+            yield Problem(Location(""), "", too_many, severity="warning", slug="too-many-names")
+
+    def _of_names(self, policy: Policy, names: NameLinter) -> Iterator[_Warning]:
+        """One warning for each distinct message of `NameLinter` about a user rule or the policy."""
+        said: set[tuple[int, str]] = set()
+        for warning in names.of_policy(policy, self.selected[policy.key]):
+            index = -1 if warning.rule is None else warning.rule.index
+            if (index, warning.message) not in said:
+                said.add((index, warning.message))
+                path = "spec.egress" if warning.rule is None else f"spec.egress[{index}]"
+                location = None if warning.rule is None else warning.rule.location
+                yield _Warning(path, warning.message, warning.slug, location)
 
     # --- the policy as a whole --------------------------------------------------------------------------------------
 

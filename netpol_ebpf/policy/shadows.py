@@ -2,7 +2,7 @@
 """Rules that no packet can reach, because an earlier rule matches every packet that they match.
 
 The analysis is sound and not complete, as in `netpol_ebpf.policy.coverage`.  A reported rule is not reached in any
-state of the cluster's endpoints, so its removal changes no verdict.  A rule that is not reported may still be
+state of the cluster's endpoints, whatever names they learn, so its removal changes no verdict.  A rule that is not reported may still be
 unreachable.
 
 A rule is reported if another rule *covers* it.  The covering rule matches all packets that the covered rule matches,
@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from netpol_ebpf.policy.coverage import covers, excludes, implies, is_dead
-from netpol_ebpf.policy.types import Action, Direction, Policy, Rule, Staged, World
+from netpol_ebpf.policy.types import Action, Direction, LabelledNets, Policy, Rule, Staged, World
 from netpol_ebpf.selector import all_of
 
 KUBERNETES = ("KubernetesNetworkPolicy", "StagedKubernetesNetworkPolicy")
@@ -63,6 +63,7 @@ class Shadows:
             for tier in world.sorted_tiers()
             for policy in sorted(by_tier[tier.name], key=lambda policy: policy.sort_key)
         ]
+        self._named_sets = [held for held in world.network_sets.values() if held.domains]
         self._replaced = {policy.replaces for policy in world.policies.values() if policy.staged is not Staged.NO}
 
     def of(self, policy: Policy) -> Iterator[Shadow]:
@@ -83,7 +84,8 @@ class Shadows:
                 if any(map(is_dead, parts)):
                     continue
                 own = [_Before(policy, rule) for rule in rules if rule.index < index and rule.action is not Action.LOG]
-                causes = [_first_cover((*own, *earlier), part) for part in parts]
+                named_sets = self._named_sets if direction is Direction.EGRESS else []
+                causes = [_first_cover((*own, *earlier), part, named_sets) for part in parts]
                 found = [(cause.policy, cause.rule) for cause in causes if cause is not None]
                 if len(found) == len(parts):
                     yield Shadow(direction, parts[0], tuple(found))
@@ -131,8 +133,10 @@ def _precedes(policy: Policy, other: Policy) -> bool:
     )
 
 
-def _first_cover(earlier: Iterable[_Before], rule: Rule) -> _Before | None:
-    return next(
-        (one for one in earlier if covers(one.rule, rule) and all(excludes(passing, rule) for passing in one.passes)),
-        None,
+def _first_cover(earlier: Iterable[_Before], rule: Rule, named_sets: list[LabelledNets]) -> _Before | None:
+    found = (
+        one
+        for one in earlier
+        if covers(one.rule, rule, named_sets) and all(excludes(passing, rule) for passing in one.passes)
     )
+    return next(found, None)

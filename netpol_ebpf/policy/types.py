@@ -137,8 +137,8 @@ class Rule:
     A user rule with several ports or peers may become several internal rules.
     ``index``: the position of the user rule in its policy's list for the direction, from 0.
     ``protocol``, ``not_protocol``: IANA numbers.
-    ``unsupported``: the fields of the user rule that are not supported ("http", "domains"), or "".  A rule with
-    unsupported fields matches nothing.  Only Allow rules can have them, so this never widens access.
+    ``unsupported``: the field of the user rule that is not supported ("http"), or "".  A rule with an unsupported field
+    matches nothing.  Only Allow rules can have it, so this never widens access.
     """
 
     action: Action
@@ -312,8 +312,8 @@ class LabelledNets:
     """A network set: nets and domain names with labels.
 
     ``key``: ``namespace/name``, or ``name`` for a GlobalNetworkSet.
-    ``domains``: patterns of domain names.  In the destination of an Allow rule, a selector that matches the labels also
-    matches an address for which the endpoint learned a name that matches one of the patterns.
+    ``domains``: patterns of domain names.  In the destination of an Allow rule without patterns of its own, a selector
+    that matches the labels also matches an address for which the endpoint learned a name that matches one of the patterns.
     """
 
     key: str

@@ -16,6 +16,7 @@ from netpol_ebpf.errors import SelectorError
 from netpol_ebpf.resources.reader import FOLDING_HINT, Reader, describe, suggestion
 from netpol_ebpf.resources.syntax import (
     MAX_PORT,
+    NAMES_ONLY_ALLOW,
     check_annotations,
     check_dns_subdomain,
     check_domain,
@@ -437,9 +438,15 @@ def _check_domains(rule: Reader, context: RuleContext, action: str) -> None:
         entity = rule.mapping(side)
         if entity is None or not entity.list("domains"):
             continue
-        if side == "source" or context.ingress or action != "Allow":
+        if side == "source" or context.ingress:
             entity.error(
                 "domains", "is allowed only in the `destination` of an egress rule with action Allow", slug="conflict"
+            )
+        elif action != "Allow":
+            entity.error(
+                "domains",
+                f"is allowed only with action Allow: {NAMES_ONLY_ALLOW}",
+                slug="conflict",
             )
         for other in ("nets", "selector"):
             if entity.raw(other):

@@ -18,6 +18,7 @@ from netpol_ebpf.resources.kubernetes import read_label_selector
 from netpol_ebpf.resources.reader import Reader, describe, suggestion
 from netpol_ebpf.resources.syntax import (
     MAX_PORT,
+    NAMES_ONLY_ALLOW,
     PROTOCOLS,
     check_dns_subdomain,
     check_domain,
@@ -228,7 +229,8 @@ def _peer(peer: Reader, dialect: Dialect, *, ingress: bool, allows: bool) -> Sig
         return SigPeer(networks=tuple(_networks(peer)))
     if which == "domainNames":
         if not allows:
-            peer.error("domainNames", f"is possible only in a rule with action {dialect.allow}", slug="conflict")
+            message = f"is possible only in a rule with action {dialect.allow}: {NAMES_ONLY_ALLOW}"
+            peer.error("domainNames", message, slug="conflict")
         return SigPeer(domain_names=tuple(_domains(peer)))
     below = peer.mapping(which)
     if below is None:

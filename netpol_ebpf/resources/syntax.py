@@ -166,6 +166,13 @@ def check_domain(text: str) -> str | None:
     return None
 
 
+NAMES_ONLY_ALLOW = (
+    "the addresses of a name are known only after a workload asked for it, so until then a rule that denies by name would "
+    "let the traffic through"
+)
+"""Why a rule with names must allow."""
+
+
 def normal_domain(text: str) -> str:
     """The form in which domain names are compared: lower case, no trailing dot."""
     return text.removesuffix(".").lower()

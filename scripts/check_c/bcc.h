@@ -16,3 +16,8 @@ int np_tc_ingress(struct __sk_buff *skb);
 int np_tc_egress(struct __sk_buff *skb);
 int np_tc_judge(struct __sk_buff *skb);
 int np_tc_sender(struct __sk_buff *skb);
+int np_tc_names(struct __sk_buff *skb);
+int np_tc_question(struct __sk_buff *skb);
+int np_tc_answer(struct __sk_buff *skb);
+int np_tc_records(struct __sk_buff *skb);
+int np_tc_learn(struct __sk_buff *skb);

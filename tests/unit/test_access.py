@@ -48,7 +48,9 @@ def pins(tmp_path: Path) -> Pins:
 def test_group_gets_neither_the_secret_nor_what_tells_it(pins: Pins) -> None:
     """The secret of the connection tables, and the tables whose order gives it away, are the owner's; all else the group reads."""
     access.grant(pins, os.getegid())  # type: ignore[arg-type]
-    private = {"np_secret", "np_conn4", "np_conn6", "np_conn4_tag", "np_conn6_tag", "np_scratch"}
+    private = {
+        "np_secret", "np_conn4", "np_conn6", "np_conn4_tag", "np_conn6_tag", "np_scratch", "np_dns_scratch", "np_asked",
+    }  # fmt: skip
     assert {name for name in pins.pinned if pins.mode(name) == 0o600} == private
     assert {name for name in pins.pinned if pins.mode(name) == 0o640} == set(pins.pinned) - private
     assert {pins.mode(LINKS), pins.mode(CURRENT)} == {0o700}

@@ -50,7 +50,7 @@ def test_a_case() -> None:
 
 def test_remarks_are_accepted() -> None:
     """They mean nothing to the runner; a sequence does."""
-    remarks = "source: {repo: x}\nnotes: 'n'\ndns: {}\ntags: [a]\nconfidence: low\noptional: true\nderived: 'y'\n"
+    remarks = "source: {repo: x}\nnotes: 'n'\ntags: [a]\nconfidence: low\noptional: true\nderived: 'y'\n"
     (case,) = parse(GOOD + remarks + "sequence: {group: g, step: 2, of: 3}\n").cases
     assert case.sequence == ("g", 2)
 
@@ -83,7 +83,7 @@ def test_all_probe_fields() -> None:
     [
         (
             ("to: 10.0.0.9", "to: nowhere"),
-            'c.yaml:5: error: probes[0].to: must be a pod as namespace/name or an IP address; is "nowhere"',
+            'c.yaml:5: error: probes[0].to: must be a pod as namespace/name or an IP address or a domain name; is "nowhere"',
         ),
         (("protocol: TCP", "protocol: TPC"), "probes[0].protocol: must be TCP, UDP"),
         (("protocol: TCP", "protocol: 256"), "probes[0].protocol: must be TCP, UDP"),

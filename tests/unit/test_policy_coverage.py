@@ -3,13 +3,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import ip_network
 from typing import Any
 
 import pytest
 
 from netpol_ebpf.policy.coverage import covers, implies
-from netpol_ebpf.policy.types import ICMP, TCP, UDP, Action, BackendMatch, Entity, IcmpType, Ports, Rule
+from netpol_ebpf.policy.types import (
+    ICMP,
+    TCP,
+    UDP,
+    Action,
+    BackendMatch,
+    Entity,
+    IcmpType,
+    LabelledNets,
+    Ports,
+    Rule,
+)
 from netpol_ebpf.selector import parse
 
 
@@ -113,3 +125,51 @@ def test_implication_of_selectors() -> None:
     assert implies(parse("a == 'b'"), parse("a == 'b' || c == 'd'"))
     assert implies(parse("a in {'b'}"), parse("a != 'c'"))
     assert not implies(parse("a == 'b' || c == 'd'"), parse("a == 'b'"))
+
+
+def _named(*patterns: str, **more: Any) -> Rule:
+    return _to(domains=frozenset(patterns), **more)
+
+
+@pytest.mark.parametrize(
+    ("wide", "narrow", "expected"),
+    [
+        (_to(), _named("a.b"), True),
+        (_named("a.b"), _to(), False),
+        (_named("a.b", "*.c"), _named("a.b"), True),
+        (_named("*.b"), _named("a.b", "*.a.b", "x.*.b"), True),
+        (_named("*.b"), _named("b"), False),
+        (_named("a.b"), _named("a.b", "c.b"), False),
+        (_named("a.b", ports=Ports(((80, 80),))), _named("a.b"), False),
+        (_to(nets=["192.0.2.0/24"]), _named("a.b"), False),
+    ],
+)
+def test_names_of_rules(wide: Rule, narrow: Rule, expected: bool) -> None:  # noqa: FBT001 - a table
+    """A rule with names is covered by one without, and by one with patterns that match every name of its own."""
+    assert covers(wide, narrow) is expected
+
+
+SETS = (LabelledNets("s", {"for": "cdn"}, (), frozenset({"a.b"})),)
+
+
+@pytest.mark.parametrize(
+    ("action", "selector", "sets", "expected"),
+    [
+        (Action.ALLOW, "has(for)", SETS, True),
+        (Action.DENY, "has(for)", SETS, False),
+        (Action.PASS, "has(for)", SETS, False),
+        (Action.DENY, "has(for)", None, False),
+        (Action.DENY, "has(for)", (), True),
+        (Action.DENY, "has(for) && role == 'x'", SETS, True),
+    ],
+)
+def test_names_of_sets(
+    action: Action,
+    selector: str,
+    sets: tuple[LabelledNets, ...] | None,
+    expected: bool,  # noqa: FBT001 - a table
+) -> None:
+    """A Deny of a set covers no Allow of it, if the set has names: these only the Allow rule knows."""
+    wide = replace(_to(selector="has(for)"), action=action)
+    assert covers(wide, _to(selector=selector), sets) is expected
+    assert covers(replace(_to(), action=action), _to(selector=selector), sets)

@@ -39,6 +39,7 @@ def test_rule_is_found_where_it_is_written() -> None:
         "kind": "rule", "action": "allow", "direction": "ingress", "tier": "default",
         "policy": "KubernetesNetworkPolicy/shop/web", "profile": None, "rule": 1, "file": "web.yaml", "line": 8,
         "sentence": "",
+        "names": [],
     }  # fmt: skip
 
 

@@ -9,7 +9,9 @@ from ipaddress import ip_network
 import pytest
 from worlds import read
 
+from netpol_ebpf.errors import Location
 from netpol_ebpf.policy.translate import derive
+from netpol_ebpf.policy.translate.calico import translate_profile
 from netpol_ebpf.policy.types import (
     TCP,
     Action,
@@ -24,6 +26,7 @@ from netpol_ebpf.policy.types import (
     Rule,
     Staged,
 )
+from netpol_ebpf.resources.types import CalicoRule, EntityRule, Meta, Profile
 
 
 def document(kind: str, spec: str, name: str = "p", namespace: str = "") -> str:
@@ -207,13 +210,29 @@ def test_services_match_ports_as_an_egress_destination_only() -> None:
 
 
 def test_what_no_engine_has_is_marked() -> None:
-    """Allow rules that need HTTP or names of domains match nothing for now."""
-    policy = global_policy(
-        "ingress: [{action: Allow, protocol: TCP, http: {methods: [GET]}}], "
-        "egress: [{action: Allow, destination: {domains: [example.com]}}], types: [Ingress, Egress]"
-    )
+    """Allow rules that need HTTP match nothing for now."""
+    policy = global_policy("ingress: [{action: Allow, protocol: TCP, http: {methods: [GET]}}], types: [Ingress]")
     assert policy.ingress[0].unsupported == "http"
-    assert policy.egress[0].unsupported == "domains"
+
+
+def test_domains() -> None:
+    """They become patterns in lower case without a dot at the end, beside the other fields of the destination."""
+    policy = global_policy(
+        "egress: [{action: Allow, protocol: TCP, destination: {domains: [Example.com., '*.example.org'], ports: [443]}}], "
+        "types: [Egress]"
+    )
+    (rule,) = policy.egress
+    assert rule.unsupported == ""
+    assert rule.destination == Entity(domains=frozenset({"example.com", "*.example.org"}), ports=Ports(((443, 443),)))
+
+
+@pytest.mark.parametrize("action", [Action.DENY, Action.PASS, Action.LOG])
+def test_domains_never_narrow_what_is_not_allowed(action: Action) -> None:
+    """The parser rejects them there; if they came through, the rule would match whatever the name is."""
+    place = Location("test.yaml", 1)
+    rule = CalicoRule(action.value.capitalize(), place, destination=EntityRule(domains=("example.com",)))
+    profile = Profile(Meta("p", "", {}, place), labels_to_apply={}, ingress=(), egress=(rule,))
+    assert translate_profile(profile).egress == (Rule(action, 0),)
 
 
 def test_kinds_of_host_policy() -> None:

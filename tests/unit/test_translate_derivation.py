@@ -150,7 +150,7 @@ spec: {nets: [192.0.2.7]}
 apiVersion: projectcalico.org/v3
 kind: GlobalNetworkSet
 metadata: {name: s, labels: {kind: global, projectcalico.org/serviceaccount: sa}}
-spec: {nets: [192.0.2.0/24]}
+spec: {nets: [192.0.2.0/24], allowedEgressDomains: ["*.Example.com."]}
 """
 
 
@@ -165,6 +165,7 @@ def test_network_sets() -> None:
         "pcns.projectcalico.org/name": "ns",
     }
     assert dict(sets["s"].labels) == {"kind": "global"}
+    assert (sets["ns/s"].domains, sets["s"].domains) == (frozenset(), frozenset({"*.example.com"}))
 
 
 SLICE = """

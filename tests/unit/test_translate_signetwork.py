@@ -124,10 +124,17 @@ def test_ports_of_each_sort() -> None:
     assert all(rule.action is Action.ALLOW for rule in rules)
 
 
-def test_domain_names_are_marked_unsupported() -> None:
-    """The peer matches nothing for now; the others of the rule do."""
-    policy = cluster_policy("egress: [{action: Accept, to: [{domainNames: [example.com]}, {networks: [10.0.0.0/8]}]}]")
-    assert [rule.unsupported for rule in policy.egress] == ["domains", ""]
+def test_domain_names() -> None:
+    """Such a peer becomes a rule with patterns, with the ports of the whole rule."""
+    policy = cluster_policy(
+        "egress: [{action: Accept, to: [{domainNames: [Example.com, '*.example.org.']}, {networks: [10.0.0.0/8]}], "
+        "protocols: [{tcp: {destinationPort: {number: 443}}}]}]"
+    )
+    named, nets = policy.egress
+    ports = Ports(((443, 443),))
+    assert named.destination == Entity(domains=frozenset({"example.com", "*.example.org"}), ports=ports)
+    assert nets.destination == Entity(nets=(ip_network("10.0.0.0/8"),), ports=ports)
+    assert [rule.unsupported for rule in policy.egress] == ["", ""]
 
 
 UNKNOWN_PEER, UNKNOWN_PORT = SigPeer(unknown=True), SigPort(None, unknown=True)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Translates Calico policies, tiers and profiles. Effective selectors are composed exactly as in SEMANTICS 2.6.
 
-Invariant: each user rule becomes one internal rule, in the user's order.  A rule with ``http`` or ``domains`` is marked
-unsupported, so it matches nothing.  Only Allow rules can have these fields, so the mark never widens access.
+Invariant: each user rule becomes one internal rule, in the user's order.  A rule with ``http`` is marked unsupported, so
+it matches nothing.  Only Allow rules can have this field, so the mark never widens access.
 """
 
 from __future__ import annotations
@@ -145,26 +145,12 @@ def _rules(rules: tuple[CalicoRule, ...], namespace: str, direction: Direction) 
             not_protocol=rule.not_protocol,
             icmp=None if rule.icmp is None else IcmpType(rule.icmp.type, rule.icmp.code),
             not_icmp=None if rule.not_icmp is None else IcmpType(rule.not_icmp.type, rule.not_icmp.code),
-            source=_entity(rule.source, namespace, service_ports=False),
-            destination=_entity(rule.destination, namespace, service_ports=direction is Direction.EGRESS),
-            unsupported=_unsupported(rule) if action is Action.ALLOW else "",
+            source=_entity(rule.source, namespace, action, service_ports=False),
+            destination=_entity(rule.destination, namespace, action, service_ports=direction is Direction.EGRESS),
+            unsupported="http" if action is Action.ALLOW and rule.http is not None else "",
             name=rule.annotations.get("name", ""),
             location=rule.location,
         )
-
-
-def _unsupported(rule: CalicoRule) -> str:
-    """The names of the rule's fields that no engine supports, comma-separated; "" if there are none.
-
-    Must be called for Allow rules only.  A rule with unsupported fields matches nothing, which would widen access if
-    the rule denied or passed.
-    """
-    needs = []
-    if rule.http is not None:
-        needs.append("http")
-    if rule.destination.domains or rule.source.domains:
-        needs.append("domains")
-    return ",".join(needs)
 
 
 def _ip_version(rule: CalicoRule) -> int | None:
@@ -179,10 +165,12 @@ def _ip_version(rule: CalicoRule) -> int | None:
     return versions.pop() if len(versions) == 1 else None
 
 
-def _entity(entity: EntityRule, namespace: str, *, service_ports: bool) -> Entity:
+def _entity(entity: EntityRule, namespace: str, action: Action, *, service_ports: bool) -> Entity:
     """Translate one side (source or destination) of a rule.
 
     ``namespace``: the policy's namespace; "" for a global policy.
+    ``action``: the rule's action.  Only Allow rules may have ``domains``; the parser rejects others.  If another action
+    kept them, the rule would match nothing until a name is learned, which would widen access.
     ``service_ports``: whether a service on this side also restricts protocol and port (`BackendMatch.match_ports`).
     """
     service = None
@@ -200,6 +188,7 @@ def _entity(entity: EntityRule, namespace: str, *, service_ports: bool) -> Entit
         ports=_ports(entity.ports),
         not_ports=_ports(entity.not_ports),
         service=service,
+        domains=frozenset(entity.domains) if action is Action.ALLOW else frozenset(),
     )
 
 

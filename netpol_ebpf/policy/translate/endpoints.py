@@ -163,6 +163,7 @@ def network_set(resource: resources.NetworkSet, labels_of: ProfileLabels) -> Lab
         key=network_set_key(meta.namespace, meta.name),
         labels=_effective(own, network_set_profiles(resource), labels_of),
         nets=resource.nets,
+        domains=frozenset(resource.allowed_egress_domains),
     )
 
 

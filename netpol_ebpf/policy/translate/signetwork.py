@@ -136,46 +136,46 @@ def _rules(rules: tuple[SigRule, ...], direction: Direction, distinct_values: Di
         if unknown:
             yield replace(base, source=Entity(impossible=True))
             continue
-        for own, peer, unsupported in _sides(rule.peers, distinct_values):
+        for own, peer in _sides(rule.peers, distinct_values):
             for protocol, ports in _protocols(rule.ports):
-                rule_of_both = replace(base, protocol=protocol, unsupported=unsupported)
+                rule_of_both = replace(base, protocol=protocol)
                 if direction is Direction.INGRESS:
                     yield replace(rule_of_both, source=peer, destination=replace(own, ports=ports))
                 else:
                     yield replace(rule_of_both, source=own, destination=replace(peer, ports=ports))
 
 
-def _sides(peers: Sequence[SigPeer], distinct_values: DistinctValues) -> Iterator[tuple[Entity, Entity, str]]:
-    """For each peer: the subject's side, the peer's side, and the names of unsupported fields ("" if there are none).
+def _sides(peers: Sequence[SigPeer], distinct_values: DistinctValues) -> Iterator[tuple[Entity, Entity]]:
+    """For each peer: the subject's side and the peer's side.
 
-    A sameLabels or notSameLabels peer gives one triple for each combination of label values on a namespace.
+    A sameLabels or notSameLabels peer gives one pair for each combination of label values on a namespace.
     """
     for peer in peers:
         if peer.domain_names:
-            yield ANY_ENTITY, ANY_ENTITY, "domains"
+            yield ANY_ENTITY, Entity(domains=frozenset(peer.domain_names))
         elif _is_related(peer):
             yield from _related_sides(peer, distinct_values)
         elif peer.nodes is not None:
-            yield ANY_ENTITY, Entity(nodes=from_label_selector(peer.nodes)), ""
+            yield ANY_ENTITY, Entity(nodes=from_label_selector(peer.nodes))
         elif peer.networks:
-            yield ANY_ENTITY, Entity(nets=peer.networks), ""
+            yield ANY_ENTITY, Entity(nets=peer.networks)
         elif peer.pods is not None:
             selector = pods(_namespaces(peer.pods.namespace_selector), peer.pods.pod_selector)
-            yield ANY_ENTITY, Entity(selector=selector), ""
+            yield ANY_ENTITY, Entity(selector=selector)
         elif peer.namespaces is not None:
-            yield ANY_ENTITY, Entity(selector=pods(_namespaces(peer.namespaces), None)), ""
+            yield ANY_ENTITY, Entity(selector=pods(_namespaces(peer.namespaces), None))
         else:
-            yield ANY_ENTITY, Entity(impossible=True), ""
+            yield ANY_ENTITY, Entity(impossible=True)
 
 
 def _is_related(peer: SigPeer) -> bool:
     return bool(peer.same_labels or peer.not_same_labels)
 
 
-def _related_sides(peer: SigPeer, distinct_values: DistinctValues) -> Iterator[tuple[Entity, Entity, str]]:
-    """The triples of `_sides` for a sameLabels or notSameLabels peer.
+def _related_sides(peer: SigPeer, distinct_values: DistinctValues) -> Iterator[tuple[Entity, Entity]]:
+    """The pairs of `_sides` for a sameLabels or notSameLabels peer.
 
-    There is one triple for each combination of values that the label keys have on a namespace.  With sameLabels, the
+    There is one pair for each combination of values that the label keys have on a namespace.  With sameLabels, the
     peer's namespace must have all the labels, with the values of the subject's namespace.  With notSameLabels, it must
     have all of them, and at least one must differ from the subject's.  A label that the subject's namespace lacks
     counts as different.
@@ -195,7 +195,7 @@ def _related_sides(peer: SigPeer, distinct_values: DistinctValues) -> Iterator[t
             other = all_of(*map(has, labels))
             if None not in values:
                 other = all_of(other, negate(same))
-        yield Entity(selector=all_of(IS_POD, same)), Entity(selector=pods(other, pod_selector)), ""
+        yield Entity(selector=all_of(IS_POD, same)), Entity(selector=pods(other, pod_selector))
 
 
 def _has_value(label: str, value: str | None) -> Selector:

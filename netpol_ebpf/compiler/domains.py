@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Domain names in the tables: domain lists of verdicts, classes of names, and the patterns that give a name its class.
+
+A *pattern set* is the set of patterns of one rule, or of the network sets that one rule selects.  A *domain list* has
+the rules with pattern sets that may match before a verdict's own rule, in order.  A *name class* is the set of pattern
+sets that match a name.  So the names that an endpoint learned for an address decide with one look-up for each class,
+whatever the number of rules and patterns is (docs/adr/0023-domain-names.md).
+
+Invariants: for each domain list and each name class that have a pattern set in common, the table ``domains`` has a row.
+The row of a pattern in ``names`` has the class of all pattern sets that match at this pattern, so that the most specific
+pattern alone decides.  A name class keeps its number until `Names.forget`, because endpoints may have learned it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from netpol_ebpf.compiler.draft import DELETED, Draft, Phase
+from netpol_ebpf.compiler.journal import Journal
+from netpol_ebpf.compiler.limits import Limits
+from netpol_ebpf.compiler.registers import RowRegister
+from netpol_ebpf.compiler.tables import NO_RANK, Candidate, DesiredTable, DomainList, DomainRow, PatternSet
+
+NameClass = frozenset[PatternSet]
+"""The content of a name class: the pattern sets that match its names."""
+
+WILDCARD = "*."
+
+
+def is_inner(pattern: str) -> bool:
+    """Whether the ``*`` of a pattern is not its first label. No row of ``names`` can have such a pattern."""
+    return "*" in pattern.split(".")[1:]
+
+
+def inner_matches(pattern: str, name: str) -> bool:
+    """Whether a pattern whose ``*`` is not its first label matches a name."""
+    head, tail = pattern.split("*")
+    return name.startswith(head) and name.endswith(tail) and len(name) > len(head) + len(tail)
+
+
+def parents(name: str) -> Iterator[str]:
+    """The wildcard patterns that match a name, the most specific one first."""
+    labels = name.split(".")
+    for first in range(1, len(labels)):
+        yield WILDCARD + ".".join(labels[first:])
+
+
+def most_specific(name: str, rows: DesiredTable[str, int]) -> int:
+    """The class of a name: that of the most specific row that matches the name; 0 if there is none."""
+    return next((class_ for pattern in (name, *parents(name)) if (class_ := rows.get(pattern)) is not None), 0)
+
+
+@dataclass(slots=True)
+class _Use:
+    """How a pattern set is used.
+
+    ``references``: how many domain lists have it.
+    ``lists``, ``classes``: the numbers of the domain lists and of the name classes that have it.
+    """
+
+    references: int = 0
+    lists: set[int] = field(default_factory=set)
+    classes: set[int] = field(default_factory=set)
+
+
+class Names:
+    """All domain lists, name classes and patterns in use.
+
+    ``kept``: the numbers of the name classes of an earlier run, by content.
+    """
+
+    def __init__(self, limits: Limits, kept: Mapping[NameClass, int] | None = None) -> None:
+        self._lists: RowRegister[DomainList] = RowRegister("domain_lists", limits.domain_lists)
+        self._classes: RowRegister[NameClass] = RowRegister("name_classes", limits.name_classes, kept)
+        self._kept = dict(kept or {})
+        self._uses: dict[PatternSet, _Use] = {}
+        self._by_pattern: dict[str, set[PatternSet]] = {}
+        self._inner: set[str] = set()
+        self._asked: frozenset[str] = frozenset()
+        self._seen: set[str] = set()
+        self._rows: dict[str, int] = {}  # pattern -> number of its name class; 0: no pattern set matches
+        self._learned: set[int] = set()  # name classes with a reference for the endpoints that may have learned them
+        self._created: dict[int, NameClass] = {}
+        self._dirty: set[str] = set()
+        self._new_lists: dict[int, DomainList] = {}
+
+    # --- lists --------------------------------------------------------------------------------------------------------
+
+    def acquire(self, value: DomainList, what: str, draft: Draft, journal: Journal) -> int:
+        """Add a reference to a domain list, and return its number. Raises LimitError if all numbers are in use."""
+        is_new = not self._lists.has(value)
+        number = self._lists.acquire(value, what, draft, journal)
+        if is_new:
+            journal.put(self._new_lists, number, value)
+            for patterns in value.pattern_sets:
+                use = self._use(patterns, journal)
+                if not use.references:
+                    self._index(patterns, journal)
+                journal.assign(use, "references", use.references + 1)
+                journal.add(use.lists, number)
+        return number
+
+    def release(self, number: int, journal: Journal) -> None:
+        """Drop a reference to a domain list."""
+        self._lists.release(number, journal)
+
+    def value_of(self, number: int) -> DomainList:
+        """The content of a domain list."""
+        return self._lists.value_of(number)
+
+    def _use(self, patterns: PatternSet, journal: Journal) -> _Use:
+        use = self._uses.get(patterns)
+        if use is None:
+            use = _Use()
+            journal.put(self._uses, patterns, use)
+        return use
+
+    def _index(self, patterns: PatternSet, journal: Journal) -> None:
+        for pattern in patterns:
+            journal.add_to(self._by_pattern, pattern, patterns)
+            if is_inner(pattern):
+                journal.add(self._inner, pattern)
+            journal.add(self._dirty, pattern)
+
+    def _drop(self, patterns: PatternSet, number: int, journal: Journal) -> None:
+        use = self._uses[patterns]
+        journal.assign(use, "references", use.references - 1)
+        journal.discard(use.lists, number)
+        if use.references:
+            return
+        for pattern in patterns:
+            journal.discard_from(self._by_pattern, pattern, patterns)
+            if pattern in self._inner and pattern not in self._by_pattern:
+                journal.discard(self._inner, pattern)
+            journal.add(self._dirty, pattern)
+        if not use.classes:
+            journal.pop(self._uses, patterns)
+
+    # --- names --------------------------------------------------------------------------------------------------------
+
+    @property
+    def unused(self) -> frozenset[int]:
+        """The name classes that no pattern gives any more, but that endpoints may have learned."""
+        return frozenset(self._learned - set(self._rows.values()))
+
+    def forget(self, numbers: Iterable[int], journal: Journal) -> None:
+        """Let name classes go that no endpoint has learned. Classes that a pattern still gives are kept."""
+        for number in sorted(self.unused & set(numbers)):
+            journal.discard(self._learned, number)
+            self._classes.release(number, journal)
+
+    def see(self, names: Iterable[str]) -> None:
+        """Give rows of their own, in this commit, to names that endpoints asked for and that an inner wildcard matches."""
+        self._asked = frozenset(names)
+
+    def content_of(self, name: str) -> NameClass:
+        """The pattern sets that match a name, or that match all names of a wildcard that no longer wildcard matches."""
+        is_wildcard = name.startswith(WILDCARD)
+        found = set(self._by_pattern.get(name, ()))
+        for pattern in parents(name.removeprefix(WILDCARD) if is_wildcard else name):
+            found |= self._by_pattern.get(pattern, set())
+        if not is_wildcard:
+            for pattern in self._inner:
+                if inner_matches(pattern, name):
+                    found |= self._by_pattern[pattern]
+        return frozenset(found)
+
+    # --- the end of a commit ------------------------------------------------------------------------------------------
+
+    def end_commit(self, what: str, draft: Draft, journal: Journal) -> None:
+        """Write the rows of all lists, classes and patterns that changed. Must be called at the end of a commit.
+
+        Raises LimitError. ``what``: the object that the error names.
+        """
+        self._adopt(draft, journal)
+        dropped = self._lists.collect(draft, journal)
+        for number, value in dropped.items():
+            for patterns in value.pattern_sets:
+                self._drop(patterns, number, journal)
+        self._update_rows(what, draft, journal)
+        self._write_rows(draft)
+        self._delete_rows(dropped, draft)
+        for number, content in self._classes.collect(draft, journal).items():
+            for patterns in content:
+                use = self._uses.get(patterns)
+                if use is None:
+                    continue
+                for list_number in use.lists:
+                    draft.write(Phase.SHRINK, "domains", (list_number, number), DELETED)
+                journal.discard(use.classes, number)
+                if not use.references and not use.classes:
+                    journal.pop(self._uses, patterns)
+        for number in list(self._new_lists):
+            journal.pop(self._new_lists, number)
+        for number in list(self._created):
+            journal.pop(self._created, number)
+        for pattern in list(self._dirty):
+            journal.discard(self._dirty, pattern)
+
+    def _adopt(self, draft: Draft, journal: Journal) -> None:
+        """At the first commit, take over the name classes that endpoints may have learned in an earlier run."""
+        for content in list(self._kept):
+            journal.pop(self._kept, content)
+            journal.add(self._learned, self._class_of(content, "", draft, journal))
+
+    def _class_of(self, content: NameClass, what: str, draft: Draft, journal: Journal) -> int:
+        """Add a reference to a name class and return its number; 0 for the empty class."""
+        if not content:
+            return 0
+        is_new = not self._classes.has(content)
+        number = self._classes.acquire(content, what, draft, journal)
+        if is_new:
+            journal.put(self._created, number, content)
+            for patterns in content:
+                journal.add(self._use(patterns, journal).classes, number)
+        return number
+
+    def _update_rows(self, what: str, draft: Draft, journal: Journal) -> None:
+        """Give the changed patterns, and the patterns below them, their rows in ``names``."""
+        flip, shrink = draft.rows(Phase.FLIP, "names"), draft.rows(Phase.SHRINK, "names")
+        for name in self._asked | self._seen:
+            is_matched = any(inner_matches(pattern, name) for pattern in self._inner)
+            if is_matched != (name in self._seen):
+                (journal.add if is_matched else journal.discard)(self._seen, name)
+                journal.add(self._dirty, name)
+        self._asked = frozenset()
+        for pattern in self._affected():
+            before = self._rows.get(pattern)
+            if not self._is_row(pattern):
+                if before is not None:
+                    journal.pop(self._rows, pattern)
+                    shrink[pattern] = DELETED
+                    if before:
+                        self._classes.release(before, journal)
+                continue
+            number = self._class_of(self.content_of(pattern), what, draft, journal)
+            if number and number not in self._learned:
+                journal.add(self._learned, number)
+                self._classes.acquire(self._classes.value_of(number), what, draft, journal)
+            if before:
+                self._classes.release(before, journal)
+            if before != number:
+                journal.put(self._rows, pattern, number)
+                flip[pattern] = number
+
+    def _is_row(self, pattern: str) -> bool:
+        """Whether ``names`` has a row for the pattern, or for the name to which a wildcard is added.
+
+        The latter row keeps ``*.example.com`` from matching ``example.com``.
+        """
+        if is_inner(pattern):
+            return False
+        return pattern in self._by_pattern or pattern in self._seen or WILDCARD + pattern in self._by_pattern
+
+    def _affected(self) -> set[str]:
+        """The patterns whose rows may change: those that changed, and those that a changed wildcard matches."""
+        found: set[str] = set()
+        rows = [*self._rows, *self._dirty]
+        for pattern in self._dirty:
+            if is_inner(pattern):
+                found.update(row for row in rows if not row.startswith(WILDCARD) and inner_matches(pattern, row))
+                continue
+            found.add(pattern)
+            if pattern.startswith(WILDCARD):
+                found.add(pattern.removeprefix(WILDCARD))
+                found.update(row for row in rows if row.endswith(pattern[1:]))
+        return found
+
+    def _write_rows(self, draft: Draft) -> None:
+        """Write the rows of new lists for all classes, and of new classes for all lists."""
+        rows = draft.rows(Phase.GROW, "domains")
+        for number, value in self._new_lists.items():
+            if not self._lists.has(value):
+                continue  # dropped in the same commit
+            for class_ in {class_ for patterns in value.pattern_sets for class_ in self._uses[patterns].classes}:
+                rows[(number, class_)] = domain_row(value, self._classes.value_of(class_))
+        for class_, content in self._created.items():
+            for number in {number for patterns in content for number in self._uses[patterns].lists}:
+                rows[(number, class_)] = domain_row(self._lists.value_of(number), content)
+
+    def _delete_rows(self, dropped: Mapping[int, DomainList], draft: Draft) -> None:
+        for number, value in dropped.items():
+            for class_ in {
+                class_
+                for patterns in value.pattern_sets
+                if patterns in self._uses
+                for class_ in self._uses[patterns].classes
+            }:
+                draft.write(Phase.SHRINK, "domains", (number, class_), DELETED)
+
+
+def domain_row(value: DomainList, content: NameClass) -> DomainRow:
+    """The first rules of a domain list that match the names of a class."""
+    rank, enforced = _first(value.enforced, content)
+    staged_rank, pending = _first(value.pending, content)
+    return DomainRow(rank, staged_rank, enforced.rule, pending.rule, enforced.log_list)
+
+
+_NOBODY = Candidate(frozenset(), 0)
+
+
+def _first(candidates: tuple[Candidate, ...], content: NameClass) -> tuple[int, Candidate]:
+    for rank, candidate in enumerate(candidates):
+        if candidate.patterns in content:
+            return rank, candidate
+    return NO_RANK, _NOBODY

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Warnings about rules with domain names: names that no rule can match as its author probably means.
+
+Invariant: as in `netpol_ebpf.policy.lint`, a warning changes no verdict.  Whether an endpoint can ask for names at all
+is judged by the policies given: a warning is a proof that no policy lets it ask.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from netpol_ebpf.policy.coverage import is_dead
+from netpol_ebpf.policy.domain_names import MAX_QUESTION_LABELS, is_inner_wildcard
+from netpol_ebpf.policy.provenance import sets_with_names
+from netpol_ebpf.policy.types import (
+    TCP,
+    UDP,
+    Action,
+    Direction,
+    Endpoint,
+    EndpointKey,
+    EndpointKind,
+    Policy,
+    Rule,
+    Staged,
+    World,
+)
+
+DNS_PORT = 53
+MAX_PATTERNS = 65536
+"""The most patterns of all policies together that the packet path holds (docs/domain-names.md)."""
+
+_CLUSTER = ("cluster.local", "svc")
+"""Endings of the names of services and pods, with the cluster's domain that almost every cluster has, and without."""
+_UNANSWERED = {
+    "localhost": "answers lead to the workload itself, and such addresses are never learned (RFC 6761)",
+    "invalid": "this ending is reserved for names that do not exist (RFC 6761)",
+    "onion": "names with this ending are not looked up in DNS (RFC 7686)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class NameWarning:
+    """A warning about a user rule, or about a whole policy if ``rule`` is None."""
+
+    slug: str
+    message: str
+    rule: Rule | None = None
+
+
+class NameLinter:
+    """Finds the warnings about names for the policies of a world."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._sets_with_names = [held for held in world.network_sets.values() if held.domains]
+        self._by_tier: dict[str, list[Policy]] = defaultdict(list)
+        for policy in world.policies.values():
+            if policy.staged is Staged.NO and Direction.EGRESS in policy.types:
+                self._by_tier[policy.tier].append(policy)
+
+    def of_policy(self, policy: Policy, selected: Iterable[EndpointKey]) -> Iterator[NameWarning]:
+        """The warnings about a policy. ``selected``: the endpoints to which the policy applies."""
+        if Direction.EGRESS not in policy.types:
+            return
+        named = None
+        for rule in policy.egress:
+            patterns = self._patterns(rule)
+            if patterns and named is None:
+                named = rule
+            for pattern in sorted(patterns):
+                yield from (NameWarning(slug, message, rule) for slug, message in of_pattern(pattern))
+            yield from self._ignored(rule)
+        if named is not None:
+            yield from self._of_endpoints(policy, [self._world.endpoints[key] for key in selected])
+
+    def of_world(self) -> str | None:
+        """The message of a warning if all policies together have more patterns than the packet path holds."""
+        patterns = {pattern for held in self._sets_with_names for pattern in held.domains}
+        for policy in self._world.policies.values():
+            patterns |= {pattern for rule in policy.egress for pattern in rule.destination.domains}
+        if len(patterns) <= MAX_PATTERNS:
+            return None
+        return f"there are {len(patterns)} different patterns of domain names; the packet path holds {MAX_PATTERNS}"
+
+    def _patterns(self, rule: Rule) -> set[str]:
+        """All patterns by which an egress rule may match: its own, and those of network sets that it selects."""
+        sets = sets_with_names(self._world, rule, Direction.EGRESS)
+        return {*rule.destination.domains, *(pattern for held in sets for pattern in held.domains)}
+
+    def _ignored(self, rule: Rule) -> Iterator[NameWarning]:
+        """Warn if a rule selects network sets with names, but is of a kind that ignores names."""
+        entity = rule.destination
+        if rule.action is not Action.ALLOW and entity.selector is not None:
+            selector, why = entity.selector, f"a {rule.action.value.capitalize()} rule matches their nets only"
+        elif entity.not_selector is not None:
+            selector, why = entity.not_selector, "notSelector compares their nets only"
+        else:
+            return
+        sets = sorted(held.key for held in self._sets_with_names if selector.matches(held.labels))
+        if sets:
+            yield NameWarning(
+                "names-ignored",
+                f"it selects network sets with domain names ({', '.join(sets)}), but {why}: an address is known for a name only "
+                "after an endpoint asked for the name",
+                rule,
+            )
+
+    def _of_endpoints(self, policy: Policy, selected: list[Endpoint]) -> Iterator[NameWarning]:
+        if policy.apply_on_forward and any(endpoint.kind is EndpointKind.HOST for endpoint in selected):
+            yield NameWarning(
+                "forwarded-names",
+                "it applies to forwarded packets too, but a host endpoint knows only names that its own host asked for: for what "
+                "workloads send, use a policy that selects the workloads",
+            )
+        workloads = [endpoint for endpoint in selected if endpoint.kind is EndpointKind.WORKLOAD]
+        mute = [endpoint for endpoint in workloads if not self._may_ask(endpoint, policy)]
+        if mute:
+            which = "none of the endpoints that it selects" if len(mute) == len(workloads) else str(mute[0].key)
+            may = "may" if len(mute) == len(workloads) else "may not"
+            yield NameWarning(
+                "no-dns",
+                f"{which} {may} ask a DNS server (no rule allows UDP or TCP port {DNS_PORT}), so no name is ever learned and the rules "
+                "with names match nothing there; add a rule that allows DNS",
+            )
+
+    def _may_ask(self, endpoint: Endpoint, own: Policy) -> bool:
+        """Whether some rule may let ``endpoint`` send to port 53, or no tier stops it. Earlier Deny rules are not compared.
+
+        ``own``: counts also if it is staged.
+        """
+        is_isolated = False
+        for tier in self._world.sorted_tiers():
+            policies = self._by_tier.get(tier.name, [])
+            if own.staged is not Staged.NO and own.tier == tier.name:
+                policies = [*policies, own]
+            applied = [one for one in policies if _applies(one, endpoint)]
+            if any(_allows_dns(rule) for policy in applied for rule in policy.egress):
+                return True
+            is_isolated = is_isolated or (bool(applied) and tier.default_action is Action.DENY)
+        profiles = (self._world.profiles.get(name) for name in endpoint.profiles)
+        return not is_isolated and any(
+            _allows_dns(rule) for profile in profiles if profile is not None for rule in profile.egress
+        )
+
+
+def _applies(policy: Policy, endpoint: Endpoint) -> bool:
+    return not policy.do_not_track and not policy.pre_dnat and policy.subject.matches(endpoint.labels)
+
+
+def _allows_dns(rule: Rule) -> bool:
+    """Whether a rule may let a packet to port 53 pass: it allows it, or hands it to the next tier."""
+    if rule.action not in (Action.ALLOW, Action.PASS) or rule.destination.domains or is_dead(rule):
+        return False
+    if rule.protocol not in (None, UDP, TCP):
+        return False
+    ports = rule.destination.ports
+    return ports is None or bool(ports.names) or any(first <= DNS_PORT <= last for first, last in ports.ranges)
+
+
+def of_pattern(pattern: str) -> Iterator[tuple[str, str]]:
+    """The slug and message of each warning about one pattern."""
+    labels = pattern.split(".")
+    if len(labels) == 1:
+        yield (
+            "single-label-name",
+            f'"{pattern}" has no dot: workloads look such a name up in their search domains, so the name in the question is a longer '
+            "one; write the full name",
+        )
+    elif labels[-2:] == _CLUSTER[0].split(".") or labels[-1] == _CLUSTER[1]:
+        yield (
+            "cluster-name",
+            f'"{pattern}" is a name of services or pods of the cluster: names do not count for their addresses, so this matches '
+            "nothing but what ExternalName services stand for; select the pods or the service instead",
+        )
+    elif labels[-1] in _UNANSWERED:
+        yield "unanswerable-name", f'"{pattern}" matches nothing: {_UNANSWERED[labels[-1]]}'
+    if is_inner_wildcard(pattern):
+        yield (
+            "inner-wildcard",
+            f'the packet path cannot match "{pattern}", since its * is not in front: the agent adds each name that it sees, so the '
+            "first connection to a new name may be denied, and none is learned while the agent is down",
+        )
+    if len(labels) > MAX_QUESTION_LABELS:
+        yield (
+            "long-name",
+            f"it has a name of {len(labels)} parts; questions for names of more than {MAX_QUESTION_LABELS} are not read, so this "
+            "matches nothing",
+        )
