@@ -37,7 +37,7 @@ SIZES = {
     "np_name": 64, "np_unlearned4": 64, "np_unlearned6": 64, "np_domain": 64,
 }  # fmt: skip
 SLACK_S = 2.0
-RENEWED = 50
+RENEWED = 20
 """Exchanges between two renewals of the endpoint's tokens."""
 
 
