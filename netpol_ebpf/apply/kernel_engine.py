@@ -204,6 +204,7 @@ class KernelEngine:
         self._own_address: IPAddress | None = None
         self._host: int | None = None
         self._names_until = 0
+        self._seen: set[str] = set()
 
     def __enter__(self) -> KernelEngine:  # noqa: PYI034 - typing.Self comes with Python 3.11
         for root in abandoned(self._pin_root.parent):
@@ -233,6 +234,7 @@ class KernelEngine:
         """
         self._compiler.replace(world)
         self._compiler.see_names(names)
+        self._seen = set(names)
         self._applier.apply(self._compiler.commit())
         self._kinds = {key: endpoint.kind for key, endpoint in world.endpoints.items()}
         self._installed = None
@@ -300,6 +302,7 @@ class KernelEngine:
 
         Raises NetpolError if the names have more classes than a row of the map has room for.
         """
+        self._see(question.names)
         found = {self._class_of(name) for name in question.names} - {0}
         if row is None or not found:
             yield
@@ -313,6 +316,14 @@ class KernelEngine:
             yield
         finally:
             self._dataplane.maps[name].delete(key)
+
+    def _see(self, names: frozenset[str]) -> None:
+        """Let the compiler know which names were asked for, as the agent does after a DNS answer."""
+        if names <= self._seen:
+            return
+        self._seen |= names
+        self._compiler.see_names(self._seen)
+        self._applier.apply(self._compiler.commit())
 
     def _class_of(self, name: str) -> int:
         """The class of a domain name, by a look-up in the kernel's table of patterns. 0: no pattern matches the name."""

@@ -33,7 +33,7 @@ LIFETIMES = "tests/netns/test_border_lifetimes.py::"
 BONDS = "tests/unit/test_agent_assignments.py::"
 SETTLED = "tests/unit/test_agent_settled.py::"
 IDENTITY = "tests/netns/test_identity.py::"
-NAMES = "tests/kernel/test_names.py::"
+NAMES = "tests/kernel/test_domain_lists.py::"
 HANDOVER = "tests/unit/test_agent_handover.py::"
 
 ANNOUNCED = " and route.protocol not in ANNOUNCED:"

@@ -17,6 +17,9 @@ from hypothesis import HealthCheck, assume, given, settings
 sys.path.insert(0, str(Path(__file__).parent.parent / "property"))
 
 from strategies import packets, questions_about, worlds
+from test_names_agree import asked as asked_with_names
+from test_names_agree import named_worlds
+from test_names_agree import names as some_names
 
 from netpol_ebpf.apply.kernel_engine import KernelEngine, NotJudgedError, abandoned
 from netpol_ebpf.cases.case import load_cases
@@ -116,6 +119,54 @@ def test_kernel_agrees_with_the_model(engine: KernelEngine, steps: list[World], 
         for asked in questions_about(world, drawn):
             if is_asked(world, asked):
                 assert engine.decide(asked) == model.decide(asked), asked
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    steps=st.lists(named_worlds(max_policies=3), min_size=1, max_size=3),
+    drawn=st.lists(packets(), min_size=1, max_size=4),
+    known=some_names,
+)
+def test_kernel_agrees_with_the_model_on_names(
+    engine: KernelEngine, steps: list[World], drawn: list[Packet], known: frozenset[str]
+) -> None:
+    """Domain names beside everything else, learned and not: the program says the same as the model after each change."""
+    for world in steps:
+        engine.load(world)
+        model = ReferenceModel(world)
+        for asked in asked_with_names(world, drawn, known):
+            if is_asked(world, asked):
+                assert engine.decide(asked) == model.decide(asked), asked
+
+
+NAMED = """\
+---
+apiVersion: projectcalico.org/v3
+kind: GlobalNetworkPolicy
+metadata: {name: names}
+spec:
+  selector: app == 'web'
+  types: [Egress]
+  egress:
+  - {action: Allow, protocol: TCP, destination: {domains: ["*.example.com", "api.*.org"], ports: [443]}}
+"""
+
+
+@pytest.mark.parametrize(("web", "site"), [("10.0.0.1", "192.0.2.1"), ("fd00::1", "2001:db8::1")], ids=["ipv4", "ipv6"])
+def test_names_of_a_question_count_for_it_alone(engine: KernelEngine, web: str, site: str) -> None:
+    """The engine lets the endpoint know the names of a question, and nothing of them at the next one."""
+    engine.load(derive(parse_documents(SHOP + NAMED, "shop.yaml").check()))
+    nameless = question(WEB, Direction.EGRESS, web, site, TCP, 4000, 443)
+    for name, outcome in (
+        ("www.example.com", Outcome.ALLOW), ("example.com", Outcome.DENY), ("api.a.b.org", Outcome.ALLOW),
+        ("api.org", Outcome.DENY), ("xapi.a.org", Outcome.DENY),
+    ):  # fmt: skip
+        assert engine.decide(replace(nameless, names=frozenset({name}))).outcome is outcome
+        assert engine.decide(nameless).outcome is Outcome.DENY
+    both = frozenset({"other.net", "a.example.com"})
+    assert engine.decide(replace(nameless, names=both)).outcome is Outcome.ALLOW
+    ingress = question(WEB, Direction.INGRESS, site, web, TCP, 4000, 443)
+    assert engine.decide(replace(ingress, names=both)) == engine.decide(ingress)
 
 
 NODES = """\
