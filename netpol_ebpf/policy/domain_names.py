@@ -17,9 +17,6 @@ from netpol_ebpf.policy.types import IPAddress
 
 STAR = "*"
 
-MAX_QUESTION_LABELS = 39
-"""The most labels that a name may have for the packet path to read it (docs/domain-names.md)."""
-
 
 def matches_pattern(pattern: str, name: str) -> bool:
     """Whether ``pattern`` matches ``name``, which is in lower case and has no dot at the end."""

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from netpol_ebpf.policy.coverage import is_dead
-from netpol_ebpf.policy.domain_names import MAX_QUESTION_LABELS, is_inner_wildcard
+from netpol_ebpf.policy.domain_names import is_inner_wildcard
 from netpol_ebpf.policy.provenance import sets_with_names
 from netpol_ebpf.policy.types import (
     TCP,
@@ -30,7 +30,7 @@ from netpol_ebpf.policy.types import (
 
 DNS_PORT = 53
 MAX_PATTERNS = 65536
-"""The most patterns of all policies together that the packet path holds (docs/domain-names.md)."""
+"""The size of the packet path's table of patterns, np_name (docs/domain-names.md)."""
 
 _CLUSTER = ("cluster.local", "svc")
 """Endings of the names of services and pods, with the cluster's domain that almost every cluster has, and without."""
@@ -87,13 +87,20 @@ class NameLinter:
             yield from self._of_endpoints(policy, [self._world.endpoints[key] for key in selected])
 
     def of_world(self) -> str | None:
-        """The message of a warning if all policies together have more patterns than the packet path holds."""
+        """The message of a warning if all policies together have more patterns than the packet path holds.
+
+        A pattern ``*.example.com`` needs a row for ``example.com`` too, because the wildcard does not match that name.
+        """
         patterns = {pattern for held in self._sets_with_names for pattern in held.domains}
         for policy in self._world.policies.values():
             patterns |= {pattern for rule in policy.egress for pattern in rule.destination.domains}
-        if len(patterns) <= MAX_PATTERNS:
+        rows = patterns | {pattern.removeprefix("*.") for pattern in patterns}
+        if len(rows) <= MAX_PATTERNS:
             return None
-        return f"there are {len(patterns)} different patterns of domain names; the packet path holds {MAX_PATTERNS}"
+        return (
+            f"the patterns of domain names need {len(rows)} rows, two for each wildcard; the packet path has {MAX_PATTERNS}, so the "
+            "agent rejects these policies"
+        )
 
     def _patterns(self, rule: Rule) -> set[str]:
         """All patterns by which an egress rule may match: its own, and those of network sets that it selects."""
@@ -185,10 +192,4 @@ def of_pattern(pattern: str) -> Iterator[tuple[str, str]]:
             "inner-wildcard",
             f'the packet path cannot match "{pattern}", since its * is not in front: the agent adds each name that it sees, so the '
             "first connection to a new name may be denied, and none is learned while the agent is down",
-        )
-    if len(labels) > MAX_QUESTION_LABELS:
-        yield (
-            "long-name",
-            f"it has a name of {len(labels)} parts; questions for names of more than {MAX_QUESTION_LABELS} are not read, so this "
-            "matches nothing",
         )

@@ -26,7 +26,8 @@ some_packets = st.lists(packets(), min_size=1, max_size=6)
 def _with_names(draw: st.DrawFn, rule: Rule) -> Rule:
     if rule.action is not Action.ALLOW or not draw(st.booleans()):
         return rule
-    return replace(rule, destination=replace(rule.destination, selector=None, domains=draw(patterns)))
+    selectors = st.sampled_from((None, rule.destination.selector))
+    return replace(rule, destination=replace(rule.destination, selector=draw(selectors), domains=draw(patterns)))
 
 
 @st.composite
