@@ -11,8 +11,8 @@
 
 #define NP_DNS_LEARN_STEPS 64 // steps of one call
 #define NP_DNS_LONGEST_S 604800 // a longer time to live counts as a week; arbitrary
-#define NP_DNS_TOKENS 1024 // new rows that an endpoint may write until the next refill; arbitrary
-#define NP_DNS_REFILL_S 10 // arbitrary
+#define NP_DNS_TOKENS 4096 // new rows that an endpoint may write until the next refill; arbitrary
+#define NP_DNS_REFILL_S 60 // arbitrary
 _Static_assert(NP_DNS_LEARN_STEPS *NP_DNS_LEARN_CALLS >= NP_DNS_ADDRESSES, "all addresses of a message");
 
 // Take a token for a new row. Without this limit, an endpoint could evict the rows of all others.

@@ -24,6 +24,7 @@ from pathlib import Path
 from netpol_ebpf.agent.attachments import Attachments
 from netpol_ebpf.agent.barrier import Barrier
 from netpol_ebpf.agent.closed_workloads import ClosedWorkloads
+from netpol_ebpf.agent.domain_names import DomainNames
 from netpol_ebpf.agent.endpoint_binder import EndpointBinder
 from netpol_ebpf.agent.enforcement import Enforcement
 from netpol_ebpf.agent.handover import Handover
@@ -71,11 +72,13 @@ class Agent:
         clock: Callable[[], float],
         assignments_file: Path | None = None,
         handovers_file: Path | None = None,
+        names_file: Path | None = None,
     ) -> None:
         """``clock``: returns the time in seconds.
 
         ``assignments_file``: the file that keeps interface assignments across restarts; None: they are not kept.
         ``handovers_file``: the same for handovers of the CNI plugin.
+        ``names_file``: the same for the domain names that endpoints learned.
         """
         self.settings = settings
         self.source = source
@@ -91,6 +94,14 @@ class Agent:
             node, self.objects, self.interfaces, self.enforcement, self.attachments, self.own_interfaces, self.barrier
         )
         self.repair = Repair(node, self.enforcement, self.attachments, self.barrier, self._name_of, clock)
+        self.domain_names = DomainNames(
+            node,
+            self.enforcement,
+            clock,
+            names_file,
+            floor_s=settings.name_ttl_floor_s,
+            extra_s=settings.name_extra_ttl_s,
+        )
         self.closed = ClosedWorkloads(settings.node)
         self.rejected = RejectedChanges()
         self._node = node
@@ -254,10 +265,18 @@ class Agent:
             self._bring_into_force(Changes())
         if self.interfaces.audit():
             self.binder.reconcile()
+        self._step_names()
         self.enforcement.record.write_line()
         if self.repair.step():
             self._log_unenforced()
         return self.read_events()
+
+    def _step_names(self) -> None:
+        """Read what endpoints learned. A change of the tables that does not fit is reported like any other."""
+        try:
+            self.domain_names.step(self.enforcement.applier.bindings.keys())
+        except (LimitError, MapFullError) as error:
+            self.rejected.reject(error, self._clock())
 
     def release(self, kind: str, *, is_trial: bool = False) -> tuple[str, ...]:
         """Remove the kept objects of a kind, see `Source.release`, and apply the change. Returns their names.
@@ -384,6 +403,7 @@ class Agent:
         found += [*self.barrier.problems, *self.repair.other_programs]
         found += [one for one in (self.rejected.problem, self.repair.failure, own.no_room) if one is not None]
         found += [*self.interfaces.conflicts(), *self.unenforced(), *self.interfaces.file_problems]
+        found += self.domain_names.problems
         if not self.source.has_synced:
             found.append(self._not_synced())
         return [*found, *self.objects.handovers.problems]

@@ -26,6 +26,7 @@ from netpol_ebpf.apply.events import Names
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.apply.surroundings import SurroundingsWriter
 from netpol_ebpf.compiler import Change, CompiledTables, Compiler, KnownNumbers, Limits
+from netpol_ebpf.compiler.domains import most_specific
 from netpol_ebpf.errors import LimitError, MapFullError
 from netpol_ebpf.policy.types import (
     Action,
@@ -158,6 +159,32 @@ class Enforcement:
         """The policies, staged ones included, that select any local endpoint, as a new set."""
         return self._compiler.selecting()
 
+    # --- domain names -----------------------------------------------------------------------------------------------
+
+    def class_of_name(self, name: str) -> int:
+        """The class that the patterns in force give a name; 0 if no pattern matches it."""
+        return most_specific(name, self.tables.names)
+
+    def see_names(self, names: Collection[str]) -> None:
+        """Give rows of their own to those of ``names`` that only an inner wildcard matches.
+
+        Raises LimitError or MapFullError, as `apply`.
+        """
+        wanted = [name for name in names if self._compiler.wants_name(name)]
+        if wanted and not self.is_pending:
+            self._compiler.see_names(wanted)
+            self.apply(Changes())
+
+    def unused_name_classes(self) -> frozenset[int]:
+        """The name classes that no pattern gives any more. Endpoints may still have learned them."""
+        return self._compiler.unused_name_classes()
+
+    def forget_name_classes(self, numbers: Collection[int]) -> None:
+        """Remove unused name classes that no learned address and no connection has."""
+        if numbers and not self.is_pending:
+            self._compiler.forget_name_classes(numbers)
+            self.apply(Changes())
+
     # --- changes ----------------------------------------------------------------------------------------------------
 
     def apply(self, changes: Changes) -> None:
@@ -207,7 +234,9 @@ class Enforcement:
         Raises LimitError or MapFullError.
         """
         numbers = self._ledger.numbers
-        known = KnownNumbers(dict(numbers.identities), dict(numbers.rules), self._known_endpoints())
+        known = KnownNumbers(
+            dict(numbers.identities), dict(numbers.rules), self._known_endpoints(), dict(numbers.name_classes)
+        )
         sizes, wiring = self._maps.renewal_sizes(), self._interfaces.wiring
         compiler = Compiler(self._objects.is_ours, limits=limits_of(sizes), known=known)
         compiler.replace(self._objects.effective_world())
@@ -305,6 +334,9 @@ class Enforcement:
             if "identities" in batch:
                 upserts = batch["identities"].upserts
                 self._ledger.record("identity", {digest: number for number, digest in upserts.items()})
+            if "name_classes" in batch:
+                upserts = batch["name_classes"].upserts
+                self._ledger.record("name_class", {content: number for number, content in upserts.items()})
             if "endpoints" in batch:
                 upserts = batch["endpoints"].upserts
                 self._ledger.record("endpoint", {key: row.number for key, row in upserts.items()})
@@ -312,7 +344,7 @@ class Enforcement:
     def _forget(self, change: Change) -> None:
         """Remove the deleted numbers of a change from the ledger, after the kernel no longer has them."""
         for _, batch in change.batches():
-            for table, kind in (("rules", "rule"), ("identities", "identity")):
+            for table, kind in (("rules", "rule"), ("identities", "identity"), ("name_classes", "name_class")):
                 if table in batch:
                     self._ledger.release(kind, batch[table].deletes)
             if "endpoints" in batch:
@@ -323,6 +355,8 @@ class Enforcement:
         tables, numbers = self.tables, self._ledger.numbers
         self._ledger.forget("rule", set(numbers.rules) - {cause for _, cause in tables.rules.items()})
         self._ledger.forget("identity", set(numbers.identities) - {digest for _, digest in tables.identities.items()})
+        classes = {content for _, content in tables.name_classes.items()}
+        self._ledger.forget("name_class", set(numbers.name_classes) - classes)
         self._ledger.forget("endpoint", set(numbers.endpoints) - set(tables.endpoints))
         self._compiler.release_known()
 
@@ -336,6 +370,8 @@ def limits_of(size: Mapping[str, int]) -> Limits:
         column_blocks=size["np_l4_col"],
         verdicts=size["np_verdict"],
         rules=min(size["np_rule"], size["np_rule_count"] - 1),  # rule 0 counts exempt traffic
+        domains=size["np_domain"],
+        names=size["np_name"],
     )
 
 

@@ -59,6 +59,7 @@ LOCK_NAME = "lock"
 LEDGER_NAME = "numbers"
 INTERFACES_NAME = "interfaces"
 HANDOVERS_NAME = "handovers"
+NAMES_NAME = "names"
 IN_FORCE = {"in_force": True}
 """The answer for which the CNI plugin waits (cni/agent.c)."""
 
@@ -265,8 +266,10 @@ def run(arguments: argparse.Namespace) -> int:
         source = stack.enter_context(contextlib.closing(open_source(not node.attached())))
         open_to_group(state_dir, pin_root, group)
         agent = Agent(
-            settings, node, source, ledger, time.monotonic, state_dir / INTERFACES_NAME, state_dir / HANDOVERS_NAME
-        )
+            settings, node, source, ledger, time.monotonic, state_dir / INTERFACES_NAME, state_dir / HANDOVERS_NAME,
+            state_dir / NAMES_NAME,
+        )  # fmt: skip
+        stack.callback(agent.domain_names.close)
 
         def tell_in_force() -> None:
             footprint.freeze()
@@ -401,6 +404,7 @@ def answers_of(
         "status": status,
         "metrics": metrics,
         "rules": apart(lambda: report.rules(agent, node.maps)),
+        "dns": apart(agent.domain_names.report),
         "identities": apart(lambda: report.identities(agent)),
         "connections": apart(lambda: report.connections(agent, node.maps)),
         "explain": asked(lambda request: answer_question(agent, request)),

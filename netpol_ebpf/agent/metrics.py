@@ -178,6 +178,12 @@ def _enforcement(state: Mapping[str, Any]) -> Iterator[Family]:
         (({}, state["change_seconds"]),),
     )  # fmt: skip
     yield _one("netpol_policies", "gauge", "Policies that the sources have.", state["objects"]["policies"])
+    yield _one(
+        "netpol_learned_names",
+        "gauge",
+        "Domain names that workloads of this node learned for an address and that have not expired.",
+        state["objects"]["learned_names"],
+    )
     states = {**dict.fromkeys(("enforced", "waiting"), 0), **Counter(one["state"] for one in state["endpoints"])}
     yield Family(
         "netpol_local_endpoints", "gauge", "Workloads of this node, by state: enforced, or waiting for their interface.",

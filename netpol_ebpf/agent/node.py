@@ -66,6 +66,7 @@ class KernelNode:
         self._sizes = dict(sizes or {})
         self._stack = contextlib.ExitStack()
         self._consume: Callable[[EventRecord], None] = lambda _event: None
+        self._consume_dns: Callable[[abi.np_dns_event], None] = lambda _event: None
         self._others = OtherPrograms()
         self._upgrade: Upgrade | None = None  # None after it has taken over
         self.upgraded = ""  # result of an upgrade of the pins, as text; "": none
@@ -80,6 +81,7 @@ class KernelNode:
                 self.upgraded = self._upgrade.summary
                 stack.callback(self._upgrade.discard)
             self._reader = stack.enter_context(self._dataplane.events(lambda event: self._consume(event)))
+            self._dns_reader = stack.enter_context(self._dataplane.dns_events(lambda event: self._consume_dns(event)))
             self._mechanism = attach.preferred_mechanism(self._dataplane)
             self._turns = Turns(CLSACT_TURN if self._mechanism is attach.Mechanism.CLSACT else None)
             access.grant(self._dataplane, self._group)
@@ -226,3 +228,8 @@ class KernelNode:
         """See `NodeAccess`."""
         self._consume = consume
         return self._reader.consume(EVENTS_A_LOOK)
+
+    def read_dns_events(self, consume: Callable[[abi.np_dns_event], None]) -> int:
+        """See `NodeAccess`."""
+        self._consume_dns = consume
+        return self._dns_reader.consume(EVENTS_A_LOOK)

@@ -15,6 +15,7 @@ from netpol_ebpf.agent.barrier import BarrierAccess
 from netpol_ebpf.agent.wiring import Interface, Wiring
 from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.policy.types import IPAddress
+from netpol_loader import abi
 from netpol_loader.pins.drift import Drift
 from netpol_loader.pins.others import Other
 from netpol_loader.tables.events import EventRecord
@@ -128,3 +129,6 @@ class NodeAccess(ProgramAccess, MapAccess, RepairAccess, ConnectionAccess, Proto
 
     def read_events(self, consume: Callable[[EventRecord], None]) -> int:
         """Pass queued events to ``consume``, up to a fixed number of them; returns how many were passed."""
+
+    def read_dns_events(self, consume: Callable[[abi.np_dns_event], None]) -> int:
+        """Pass reports of learned addresses to ``consume``, up to a fixed number; returns how many were passed."""

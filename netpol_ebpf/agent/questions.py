@@ -13,7 +13,7 @@ from ipaddress import ip_address
 from typing import Any
 
 from netpol_ebpf.agent.core import Agent
-from netpol_ebpf.analysis.explanation import explain, parse_engine, parse_request
+from netpol_ebpf.analysis.explanation import explain, names_of, parse_engine, parse_request
 from netpol_ebpf.cases.engines import open_engine
 from netpol_ebpf.cases.runner import Cast
 from netpol_ebpf.errors import InvalidInputError
@@ -53,7 +53,7 @@ def answer_question(agent: Agent, request: Mapping[str, Any]) -> dict[str, Any]:
     resources = agent.objects.derivation.resources()
     cast = Cast(resources, world, borrow_sources=agent.settings.borrow_sources, topology=topology)
     with open_engine(name) as engine:
-        engine.load(world)
+        engine.load(world, names_of(probe))
         ways = explain(cast, world, probe, engine, lambda journey: _require_enforced(agent, journey))
     return {"node": agent.settings.node, "ways": ways}
 

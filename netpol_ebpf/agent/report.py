@@ -22,7 +22,7 @@ from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.apply.events import FlowEvent
 from netpol_ebpf.errors import Problem
 from netpol_ebpf.policy.provenance import trace
-from netpol_ebpf.policy.types import Cause, CauseKind, EndpointKey
+from netpol_ebpf.policy.types import Cause, CauseKind, Direction, EndpointKey
 from netpol_loader import abi
 
 WAITING = 100
@@ -67,6 +67,7 @@ def status(
             "local_endpoints": len(endpoints),
             "enforced_endpoints": sum(one["state"] == "enforced" for one in endpoints),
             "skipped": dict(agent.source.skipped),
+            "learned_names": len(agent.domain_names.learned),
         },
         "endpoints": endpoints,
         "interfaces": interfaces(agent),
@@ -120,6 +121,9 @@ def flow(agent: Agent, event: FlowEvent) -> dict[str, Any]:
     if event.packet is not None:
         plain["source_name"] = agent.objects.owner_of(event.packet.source)
         plain["destination_name"] = agent.objects.owner_of(event.packet.destination)
+        if event.endpoint is not None and event.direction is Direction.EGRESS:
+            names = agent.domain_names.learned.names_of(event.endpoint, event.packet.destination)
+            plain["destination_domains"] = sorted(names)
     world = agent.objects.world_in_force
     plain["decided_by"] = None if event.cause is None else trace(world, event.cause).as_dict()
     return plain

@@ -27,7 +27,8 @@ class AgentSettings:
     protocol, UDP port) of encapsulations that the nodes accept from any sender, besides those of this node's devices; a
     host endpoint's policy does not apply to them between known nodes. ``routers``: patterns of ``NAMESPACE/NAME`` of
     workloads that forward packets for other hosts. ``hairpin``: a packet from outside may have the source address of a
-    local workload. ``barrier``: options of the second barrier.
+    local workload. ``barrier``: options of the second barrier. ``name_ttl_floor_s``, ``name_extra_ttl_s``: the shortest
+    life of an address that a workload learned for a domain name, and seconds added to each life.
     """
 
     node: str | None = None
@@ -41,6 +42,8 @@ class AgentSettings:
     routers: Sequence[str] = ()
     hairpin: bool = False
     barrier: BarrierSettings = BarrierSettings()
+    name_ttl_floor_s: int = 30
+    name_extra_ttl_s: int = 0
 
     def is_router(self, key: EndpointKey) -> bool:
         """Whether a workload forwards packets for other hosts."""

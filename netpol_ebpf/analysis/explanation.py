@@ -88,7 +88,7 @@ def _explain_name(
     known = {} if learned is None else dict.fromkeys(a for one in learners for a in learned.addresses(one, name))
     substitutes: tuple[IPAddress, ...] = ()
     if not known:
-        substitutes, learned = stand_ins(world), LearnedNames()
+        substitutes, learned = stand_ins(world, cast.is_outside), LearnedNames()
         for address in substitutes:
             learned.learn(None, (name,), address)
     rules = [one | {"endpoint": str(learner)} for learner in learners for one in rules_for(world, learner, name)]
@@ -209,6 +209,11 @@ def parse_destination(text: str) -> IPAddress | tuple[str, str] | DomainName:
     """
     name = parse_name(text) if "." in text.removesuffix(".") else None
     return parse_end(text) if name is None else DomainName(name)
+
+
+def names_of(probe: Probe) -> tuple[str, ...]:
+    """The domain names for which an engine must be loaded to answer about ``probe`` (`Engine.load`)."""
+    return (probe.destination.name,) if isinstance(probe.destination, DomainName) else ()
 
 
 def as_request(probe: Probe) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Invariant: a stand-in address is the address of no endpoint and no node, so that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 
@@ -67,21 +67,19 @@ def _matches(world: World, rules: tuple[Rule, ...], name: str) -> Iterator[dict[
     yield from found.values()
 
 
-def stand_ins(world: World) -> tuple[IPAddress, ...]:
+def stand_ins(world: World, is_outside: Callable[[IPAddress], bool]) -> tuple[IPAddress, ...]:
     """An IPv4 and an IPv6 address outside the cluster that no net of a rule or network set contains, if there is one.
 
     A net that contains all addresses does not count.  If every address that is tried is in some net, the first one that
-    is no address of the cluster is taken.
+    is outside the cluster is taken.
+    ``is_outside``: whether an address is outside the cluster.
     """
-    return tuple(_stand_in(world, version) for version in (4, 6))
+    return tuple(_stand_in(world, is_outside, version) for version in (4, 6))
 
 
-def _stand_in(world: World, version: int) -> IPAddress:
-    taken = {address for endpoint in world.endpoints.values() for address in endpoint.addresses}
-    taken |= {address for node in world.nodes.values() for address in node.addresses}
-    taken |= {key.address for key in world.vips if key.address is not None}
+def _stand_in(world: World, is_outside: Callable[[IPAddress], bool], version: int) -> IPAddress:
     nets = {net for net in _nets(world) if net.version == version and net.prefixlen > 0}
-    candidates = [address for address in _candidates(version) if address not in taken]
+    candidates = [address for address in _candidates(version) if is_outside(address)]
     free = (address for address in candidates if not any(address in net for net in nets))
     return next(free, candidates[0])
 

@@ -186,3 +186,50 @@ def _packet(event: abi.np_event) -> Packet | None:
 DECODERS: Mapping[int, Callable[[EventRecord, Names], ProgramEvent]] = dict.fromkeys(FLOW_KIND, decode_flow)
 """Maps each type number (``enum np_event_kind``) in `netpol_loader.tables.events.RECORDS` to the decoder of that type.
 """
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedAddress:
+    r"""An address that an endpoint learned from a DNS answer, as the program reported it.
+
+    ``endpoint``: None if the endpoint is no longer known.
+    ``name``: the name of the question, in lower case, without a dot at the end. A byte of a label that is no letter, digit,
+    hyphen or underscore has the form ``\DDD``, as in zone files.
+    ``ttl_s``: the time to live in the answer, in seconds.
+    ``name_class``: 0 if no pattern matched the name.
+    """
+
+    endpoint: EndpointKey | None
+    name: str
+    address: IPv4Address | IPv6Address
+    server: IPv4Address | IPv6Address
+    ttl_s: int
+    name_class: int
+
+
+def decode_learned(record: abi.np_dns_event, names: Names) -> LearnedAddress:
+    """Decode a report of the program. ``names``: resolves the endpoint's number."""
+    family: type[IPv4Address | IPv6Address] = IPv4Address if record.ip_version == IPV4 else IPv6Address
+    size = 4 if record.ip_version == IPV4 else 16
+    return LearnedAddress(
+        names.endpoints.get(record.endpoint),
+        decode_labels(bytes(record.labels)),
+        family(bytes(record.address)[:size]),
+        family(bytes(record.server)[:size]),
+        record.ttl_s,
+        record.name_class,
+    )
+
+
+def decode_labels(labels: bytes) -> str:
+    """The name of a key of np_name: labels in reverse order, each after its length, until a length of zero."""
+    found, at = [], 0
+    while at < len(labels) and labels[at]:
+        label = labels[at + 1 : at + 1 + labels[at]]
+        found.append("".join(chr(byte) if chr(byte) in _PLAIN else f"\\{byte:03d}" for byte in label))
+        at += 1 + labels[at]
+    return ".".join(reversed(found))
+
+
+_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_*")
+IPV4 = 4

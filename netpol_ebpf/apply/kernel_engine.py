@@ -21,7 +21,7 @@ import contextlib
 import itertools
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -227,10 +227,14 @@ class KernelEngine:
     ) -> None:
         self._stack.close()
 
-    def load(self, world: World) -> None:
-        """Replace the present world by ``world``. As in the agent, only the changes are compiled and written."""
+    def load(self, world: World, names: Collection[str] = ()) -> None:
+        """Replace the present world by ``world``. As in the agent, only the changes are compiled and written.
+
+        ``names``: the domain names that endpoints ask for, as the agent learns them from the program's events.
+        """
         self._compiler.replace(world)
-        self._seen.clear()
+        self._compiler.see_names(names)
+        self._seen = set(names)
         self._applier.apply(self._compiler.commit())
         self._kinds = {key: endpoint.kind for key, endpoint in world.endpoints.items()}
         self._installed = None

@@ -7,7 +7,7 @@ Invariant: an engine's verdicts depend only on the world that was loaded last, n
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Protocol
 
 from netpol_ebpf.model import ReferenceModel
@@ -19,8 +19,12 @@ ENGINES = ("model", "tables", "kernel")
 class Engine(Protocol):
     """An evaluator of policy: it decides the packets of one world."""
 
-    def load(self, world: World) -> None:
-        """Replace the present world by ``world``. Engines that keep compiled state apply only the difference."""
+    def load(self, world: World, names: Collection[str] = ()) -> None:
+        """Replace the present world by ``world``. Engines that keep compiled state apply only the difference.
+
+        ``names``: the domain names that endpoints ask for, as the agent of a node sees them. Compiled engines need them
+        for patterns with a wildcard inside a name.
+        """
 
     def decide(self, question: Question) -> Verdict:
         """The verdict of the loaded world's policy on ``question``."""
@@ -32,7 +36,7 @@ class ModelEngine:
     def __init__(self) -> None:
         self._model = ReferenceModel(World())
 
-    def load(self, world: World) -> None:
+    def load(self, world: World, names: Collection[str] = ()) -> None:  # noqa: ARG002 - the model needs no rows
         """See `Engine`."""
         self._model = ReferenceModel(world)
 

@@ -149,7 +149,7 @@ def _run_case(case: Case, engines: Mapping[str, Engine], settings: PolicySetting
     try:
         journeys = [(probe, _journeys(cast, probe, case.answers)) for probe in case.probes]
         for engine in engines.values():
-            engine.load(world)
+            engine.load(world, {name for answer in case.answers for name in answer.names})
     except InvalidInputError as error:
         report.invalid.append(InvalidCase(case.name, error.message))
         return
@@ -260,6 +260,7 @@ class Cast:
         self._topology = Topology(world) if topology is None else topology
         self._borrowers = [one for one in world.endpoints.values() if borrow_sources and one.allowed_sources]
         self._services = ServiceAddresses(world.vips, resources)
+        self._vips = frozenset(key.address for key in world.vips if key.address is not None)
         self._named: dict[tuple[str, str], tuple[IPAddress, ...]] = {}
         self._host_network: dict[tuple[str, str], FlowEnd] = {}
         self._host_addresses: dict[IPAddress, FlowEnd] = {}
@@ -304,6 +305,11 @@ class Cast:
             else:
                 raise InvalidInputError(f"{address}, which asks for a name, is the address of no workload and no host")
         return learners
+
+    def is_outside(self, address: IPAddress) -> bool:
+        """Whether an address is that of no workload, host, service and pod of a host's network."""
+        is_known = address in self._host_addresses or self._topology.locate(address).kind is not FlowEndKind.OUTSIDE
+        return not is_known and address not in self._vips
 
     def learned(self, answers: Iterable[DnsAnswer], at_s: float | None) -> LearnedNames:
         """The names that endpoints know at a time. ``at_s``: see `DnsAnswer.is_valid`."""

@@ -7,6 +7,8 @@ tests incremental compilation.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from netpol_ebpf.compiler import Compiler
 from netpol_ebpf.compiler.interpreter import Interpreter
 from netpol_ebpf.policy.types import Question, Verdict, World
@@ -18,9 +20,10 @@ class TablesEngine:
     def __init__(self) -> None:
         self._compiler = Compiler()
 
-    def load(self, world: World) -> None:
+    def load(self, world: World, names: Collection[str] = ()) -> None:
         """See `Engine`."""
         self._compiler.replace(world)
+        self._compiler.see_names(names)
         self._compiler.commit()
 
     def decide(self, question: Question) -> Verdict:

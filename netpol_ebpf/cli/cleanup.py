@@ -21,6 +21,7 @@ from netpol_ebpf.agent.main import (
     INTERFACES_NAME,
     LEDGER_NAME,
     LOCK_NAME,
+    NAMES_NAME,
     exclusive,
 )
 from netpol_ebpf.agent.source_options import COPIES_NAME, DEFAULT_SAVED_STATE
@@ -127,7 +128,7 @@ def _abandoned_engines(parent: Path) -> list[Any]:
 
 def _state(state_dir: Path) -> Iterator[Path]:
     """The agent's files in the state directory, then the directory itself if it contains no other files."""
-    names = (LEDGER_NAME, INTERFACES_NAME, HANDOVERS_NAME)
+    names = (LEDGER_NAME, INTERFACES_NAME, HANDOVERS_NAME, NAMES_NAME)
     files = [f"{name}{suffix}" for name in names for suffix in ("", ".draft", DAMAGED_SUFFIX)]
     ours = [state_dir / name for name in (SOCKET_NAME, *files, COPIES_NAME, LOCK_NAME)]
     present = [path for path in ours if path.exists() or path.is_socket()]

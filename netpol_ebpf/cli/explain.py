@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from netpol_ebpf.agent.answering import SEND_S, WORK_S
-from netpol_ebpf.analysis.explanation import ENGINES, Ways, as_request, explain
+from netpol_ebpf.analysis.explanation import ENGINES, Ways, as_request, explain, names_of
 from netpol_ebpf.analysis.explanation import parse_destination as read_destination
 from netpol_ebpf.analysis.explanation import parse_end as read_end
 from netpol_ebpf.cases.answers import DomainName
@@ -125,7 +125,7 @@ def _by_files(paths: list[Path], probe: Probe, engine: str) -> Ways:
         say(paragraph(escaped(f"note: {note}")), file=sys.stderr)
     world = derive(resources)
     with open_engine(engine) as judge:
-        judge.load(world)
+        judge.load(world, names_of(probe))
         return explain(Cast(resources, world), world, probe, judge)
 
 

@@ -15,6 +15,7 @@ from netpol_ebpf.cli.output import render_json
 from netpol_ebpf.policy.types import ICMP, ICMPV6, SCTP, TCP, UDP
 from netpol_ebpf.terminal import escaped, say
 
+DOMAINS_SHOWN = 3
 PROTOCOLS = {ICMP: "ICMP", TCP: "TCP", UDP: "UDP", ICMPV6: "ICMPv6", SCTP: "SCTP"}
 
 
@@ -65,7 +66,7 @@ def render_flow(flow: dict[str, Any]) -> str:
 
 
 def render_end(flow: dict[str, Any], side: str) -> str:
-    """Render one end of a flow: its name, address and port, as far as they are known.
+    """Render one end of a flow: its name or the domain names that the endpoint learned for it, its address and port.
 
     ``side``: "source" or "destination".
     """
@@ -75,4 +76,7 @@ def render_end(flow: dict[str, Any], side: str) -> str:
         if port is not None and ":" in address
         else address + (f":{port}" if port is not None else "")
     )
+    domains = flow.get(f"{side}_domains") or ()
+    if name is None and domains:
+        return f"{', '.join(domains[:DOMAINS_SHOWN])}{', ...' if domains[DOMAINS_SHOWN:] else ''} {text}"
     return text if name is None else f"{name.removeprefix('Pod/')} {text}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl get`: list endpoints, rules with their counters, identities, connections or maps of the agent.
+"""`netpolctl get`: list endpoints, rules with their counters, learned domain names, identities, connections or maps of the agent.
 
 Exit codes: 0 listed, 4 no agent answers.
 """
@@ -23,8 +23,8 @@ def register(subparsers: Any) -> None:
     """Add the command to the parser of `netpolctl`."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "get",
-        help="list endpoints, rules, identities, connections or maps of this node",
-        description="List endpoints, rules with their counters, identities, connections or maps of the agent of this node.",
+        help="list endpoints, rules, learned domain names, identities, connections or maps of this node",
+        description="List endpoints, rules with their counters, learned domain names (dns), identities, connections or maps of the agent of this node.",
         epilog="exit codes: 0 done, 4 no agent answers",
     )
     parser.add_argument("what", choices=tuple(_LISTS), help="what to list")
@@ -70,6 +70,12 @@ _LISTS: dict[str, tuple[str, Callable[[Any], list[dict[str, Any]]], tuple[str, .
     "rules": (
         "rules", list, ("number", "packets", "bytes", "staged", "rule"),
         lambda one, _: (one["number"], one["packets"], one["bytes"], one["staged_packets"], one["rule"]),
+    ),
+    "dns": (
+        "dns", list, ("endpoint", "name", "address", "expires", "patterns"),
+        lambda one, _: (
+            one["endpoint"], one["name"], one["address"], f"{one['expires_s']} s", " ".join(one["patterns"]) or "-",
+        ),
     ),
     "identities": (
         "identities", list, ("number", "members"), lambda one, wide: (one["number"], _members(one, wide)),

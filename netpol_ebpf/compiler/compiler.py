@@ -108,6 +108,10 @@ class Compiler:
         """
         return self._state.identities.content_of(identity)
 
+    def wants_name(self, name: str) -> bool:
+        """Whether a wildcard inside a name matches ``name``, which has no row of its own yet."""
+        return self._state.stores.names.wants(name)
+
     def see_names(self, names: Iterable[str]) -> None:
         """Give rows of their own, at the next commit, to names that endpoints asked for.
 

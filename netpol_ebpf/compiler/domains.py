@@ -8,7 +8,7 @@ whatever the number of rules and patterns is (docs/adr/0023-domain-names.md).
 
 Invariants: for each domain list and each name class that have a pattern set in common, the table ``domains`` has a row.
 The row of a pattern in ``names`` has the class of all pattern sets that match at this pattern, so that the most specific
-pattern alone decides.  A name class keeps its number until `Names.forget`, because endpoints may have learned it.
+pattern alone decides.  A name class keeps its number until `DomainIndex.forget`, because endpoints may have learned it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class _Use:
     classes: set[int] = field(default_factory=set)
 
 
-class Names:
+class DomainIndex:
     """All domain lists, name classes and patterns in use.
 
     ``kept``: the numbers of the name classes of an earlier run, by content.
@@ -149,6 +149,10 @@ class Names:
         for number in sorted(self.unused & set(numbers)):
             journal.discard(self._learned, number)
             self._classes.release(number, journal)
+
+    def wants(self, name: str) -> bool:
+        """Whether an inner wildcard matches the name, which has no row of its own yet."""
+        return name not in self._rows and any(inner_matches(pattern, name) for pattern in self._inner)
 
     def see(self, names: Iterable[str]) -> None:
         """Give rows of their own, in this commit, to names that endpoints asked for and that an inner wildcard matches."""

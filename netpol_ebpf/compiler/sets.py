@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from netpol_ebpf.compiler.classes import ClassTable, ClassTables, EntryVectors
-from netpol_ebpf.compiler.domains import Names
+from netpol_ebpf.compiler.domains import DomainIndex
 from netpol_ebpf.compiler.draft import DELETED, Draft, Phase
 from netpol_ebpf.compiler.entries import Effect
 from netpol_ebpf.compiler.identities import IdentityIndex, MatchRecord
@@ -60,7 +60,7 @@ class Stores:
     sources: AtomSpace
     causes: RowRegister[Cause]
     log_lists: RowRegister[tuple[int, ...]]
-    names: Names
+    names: DomainIndex
     class_tables: ClassTables
     verdicts: Ranges
     columns: Ranges

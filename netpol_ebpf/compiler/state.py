@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from netpol_ebpf.compiler.addresses import Addresses, Claim
 from netpol_ebpf.compiler.classes import ClassTables
-from netpol_ebpf.compiler.domains import NameClass, Names
+from netpol_ebpf.compiler.domains import DomainIndex, NameClass
 from netpol_ebpf.compiler.identities import IdentityIndex
 from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.l4 import ANY_L4, ANY_SOURCE, SOURCE_BLOCK, AtomSpace
@@ -90,7 +90,7 @@ class CompilerState:
             sources=AtomSpace(ANY_SOURCE, SOURCE_BLOCK, 256, limits),
             causes=RowRegister("rules", limits.rules, known.rules),
             log_lists=RowRegister("log_lists", limits.log_lists),
-            names=Names(limits, known.name_classes),
+            names=DomainIndex(limits, known.name_classes),
             class_tables=ClassTables(self.identities, limits),
             verdicts=Ranges(limits.verdicts),
             columns=Ranges(limits.column_blocks),

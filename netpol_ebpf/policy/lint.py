@@ -92,7 +92,7 @@ class _Linter:
 
     def problems(self) -> Iterator[Problem]:
         """Every warning, in no particular order."""
-        shadows, names = Shadows(self.world), NameLinter(self.world)
+        shadows, names = Shadows(self.world), NameLinter(self.world, self.selected)
         for policy in self.world.policies.values():
             if policy.staged is Staged.DELETE:
                 continue
@@ -119,7 +119,7 @@ class _Linter:
     def _of_names(self, policy: Policy, names: NameLinter) -> Iterator[_Warning]:
         """One warning for each distinct message of `NameLinter` about a user rule or the policy."""
         said: set[tuple[int, str]] = set()
-        for warning in names.of_policy(policy, self.selected[policy.key]):
+        for warning in names.of_policy(policy):
             index = -1 if warning.rule is None else warning.rule.index
             if (index, warning.message) not in said:
                 said.add((index, warning.message))

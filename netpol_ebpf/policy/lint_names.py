@@ -7,8 +7,7 @@ is judged by the policies given: a warning is a proof that no policy lets it ask
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from netpol_ebpf.policy.coverage import is_dead
@@ -23,6 +22,7 @@ from netpol_ebpf.policy.types import (
     EndpointKey,
     EndpointKind,
     Policy,
+    PolicyKey,
     Rule,
     Staged,
     World,
@@ -53,16 +53,25 @@ class NameWarning:
 class NameLinter:
     """Finds the warnings about names for the policies of a world."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, selected: Mapping[PolicyKey, Collection[EndpointKey]]) -> None:
+        """``selected``: the endpoints to which each policy applies. Cost: linear in rules and selected endpoints."""
         self._world = world
+        self._selected = selected
         self._sets_with_names = [held for held in world.network_sets.values() if held.domains]
-        self._by_tier: dict[str, list[Policy]] = defaultdict(list)
+        self._may_ask: set[EndpointKey] = set()
+        self._isolated: set[EndpointKey] = set()
         for policy in world.policies.values():
-            if policy.staged is Staged.NO and Direction.EGRESS in policy.types:
-                self._by_tier[policy.tier].append(policy)
+            if policy.staged is Staged.NO and _is_for_connections(policy):
+                self._may_ask.update(selected[policy.key] if any(map(_allows_dns, policy.egress)) else ())
+                self._isolated.update(selected[policy.key] if self._isolates(policy) else ())
 
-    def of_policy(self, policy: Policy, selected: Iterable[EndpointKey]) -> Iterator[NameWarning]:
-        """The warnings about a policy. ``selected``: the endpoints to which the policy applies."""
+    def _isolates(self, policy: Policy) -> bool:
+        """Whether the policy's tier denies at its end what the policy does not decide."""
+        tier = self._world.tiers.get(policy.tier)
+        return tier is None or tier.default_action is Action.DENY
+
+    def of_policy(self, policy: Policy) -> Iterator[NameWarning]:
+        """The warnings about a policy."""
         if Direction.EGRESS not in policy.types:
             return
         named = None
@@ -74,6 +83,7 @@ class NameLinter:
                 yield from (NameWarning(slug, message, rule) for slug, message in of_pattern(pattern))
             yield from self._ignored(rule)
         if named is not None:
+            selected = sorted(self._selected[policy.key])
             yield from self._of_endpoints(policy, [self._world.endpoints[key] for key in selected])
 
     def of_world(self) -> str | None:
@@ -116,7 +126,7 @@ class NameLinter:
                 "workloads send, use a policy that selects the workloads",
             )
         workloads = [endpoint for endpoint in selected if endpoint.kind is EndpointKind.WORKLOAD]
-        mute = [endpoint for endpoint in workloads if not self._may_ask(endpoint, policy)]
+        mute = [endpoint for endpoint in workloads if not self._can_ask(endpoint, policy)]
         if mute:
             which = "none of the endpoints that it selects" if len(mute) == len(workloads) else str(mute[0].key)
             may = "may" if len(mute) == len(workloads) else "may not"
@@ -126,28 +136,21 @@ class NameLinter:
                 "with names match nothing there; add a rule that allows DNS",
             )
 
-    def _may_ask(self, endpoint: Endpoint, own: Policy) -> bool:
+    def _can_ask(self, endpoint: Endpoint, own: Policy) -> bool:
         """Whether some rule may let ``endpoint`` send to port 53, or no tier stops it. Earlier Deny rules are not compared.
 
-        ``own``: counts also if it is staged.
+        ``own``: a policy that selects the endpoint; it counts also if it is staged.
         """
-        is_isolated = False
-        for tier in self._world.sorted_tiers():
-            policies = self._by_tier.get(tier.name, [])
-            if own.staged is not Staged.NO and own.tier == tier.name:
-                policies = [*policies, own]
-            applied = [one for one in policies if _applies(one, endpoint)]
-            if any(_allows_dns(rule) for policy in applied for rule in policy.egress):
-                return True
-            is_isolated = is_isolated or (bool(applied) and tier.default_action is Action.DENY)
+        if endpoint.key in self._may_ask or any(map(_allows_dns, own.egress)):
+            return True
+        if endpoint.key in self._isolated or self._isolates(own):
+            return False
         profiles = (self._world.profiles.get(name) for name in endpoint.profiles)
-        return not is_isolated and any(
-            _allows_dns(rule) for profile in profiles if profile is not None for rule in profile.egress
-        )
+        return any(_allows_dns(rule) for profile in profiles if profile is not None for rule in profile.egress)
 
 
-def _applies(policy: Policy, endpoint: Endpoint) -> bool:
-    return not policy.do_not_track and not policy.pre_dnat and policy.subject.matches(endpoint.labels)
+def _is_for_connections(policy: Policy) -> bool:
+    return Direction.EGRESS in policy.types and not policy.do_not_track and not policy.pre_dnat
 
 
 def _allows_dns(rule: Rule) -> bool:

@@ -36,10 +36,31 @@ class Refused(Exception):  # noqa: N818  # no error of the test: the message tea
 
 
 @dataclass
-class Lesson:
-    """What is learned: seconds to live by address and class; and the reports, as (name, address, class, TTL)."""
+class Ways:
+    """Four classes with their lives; class 0 is unused."""
 
-    lives: dict[str, dict[int, int]] = field(default_factory=dict)
+    classes: list[int] = field(default_factory=lambda: [0] * WAYS)
+    lives: list[int] = field(default_factory=lambda: [0] * WAYS)
+
+    def enter(self, number: int, life: int) -> None:
+        """Enter a class in place of itself, of an unused way, or of the way with the least life."""
+        worths = [
+            -2 if one == number else -1 if not one else left for one, left in zip(self.classes, self.lives, strict=True)
+        ]
+        way = worths.index(min(worths))
+        before = self.lives[way] if self.classes[way] == number else 0
+        self.classes[way], self.lives[way] = number, max(before, life)
+
+    def used(self) -> dict[int, int]:
+        """Lives by class."""
+        return {one: life for one, life in zip(self.classes, self.lives, strict=True) if one}
+
+
+@dataclass
+class Lesson:
+    """What is learned: classes and seconds to live by address; and the reports, as (name, address, class, TTL)."""
+
+    rows: dict[str, Ways] = field(default_factory=dict)
     reports: list[tuple[str, str, int, int]] = field(default_factory=list)
 
 
@@ -51,8 +72,7 @@ class Reading:
     current: dns.name.Name
     current_at: int
     steps: int
-    classes: list[int]
-    lives: list[int]
+    ways: Ways = field(default_factory=Ways)
     addresses: list[tuple[str, int]] = field(default_factory=list)
     targets: int = 0
 
@@ -117,9 +137,9 @@ def _read(message: bytes, answers: int) -> Reading:
     try:
         name = dns.name.from_wire_parser(parser)
         number = class_of(name)
-        reading = Reading(name, name, 12, len(name.labels), [0] * WAYS, [0] * WAYS)
+        reading = Reading(name, name, 12, len(name.labels))
         if number:
-            _add_class(reading, number)
+            reading.ways.enter(number, UNLIMITED)
         parser.get_bytes(4)
         for _ in range(answers):
             _read_record(reading, parser, message)
@@ -159,10 +179,10 @@ def _read_record(reading: Reading, parser: dns.wire.Parser, message: bytes) -> N
         raise Refused
     reading.steps += len(pieces)
     reading.current, reading.current_at = data.target, at
-    reading.lives = [min(one, ttl) for one in reading.lives]
+    reading.ways.lives = [min(one, ttl) for one in reading.ways.lives]
     number = class_of(reading.current)
     if number:
-        _add_class(reading, number)
+        reading.ways.enter(number, UNLIMITED)
 
 
 def _pieces(message: bytes, at: int) -> Iterator[int | None]:
@@ -177,21 +197,11 @@ def _pieces(message: bytes, at: int) -> Iterator[int | None]:
     yield None
 
 
-def _add_class(reading: Reading, number: int) -> None:
-    """Enter a class in place of itself, of an unused way, or of the way with the least life."""
-    worths = [
-        0 if one == number else 1 if not one else 2 + life
-        for one, life in zip(reading.classes, reading.lives, strict=True)
-    ]
-    way = worths.index(min(worths))
-    reading.classes[way], reading.lives[way] = number, UNLIMITED
-
-
 def _learn(lesson: Lesson, reading: Reading, calls: int) -> int:
     """Enter the addresses of a message. Returns the number of calls."""
     if not reading.addresses:
         return 0
-    classes = [one for one in reading.classes if one]
+    classes = reading.ways.used()
     asked_class = class_of(reading.asked)
     asked = b".".join(reading.asked.labels[:-1]).decode("latin-1").lower()
     steps = 0
@@ -211,9 +221,7 @@ def _learn(lesson: Lesson, reading: Reading, calls: int) -> int:
                 lesson.reports.append((asked, str(address), asked_class, ttl))
         if is_refused or not classes:
             continue
-        row = lesson.lives.setdefault(str(address), {})
-        for number, life in zip(reading.classes, reading.lives, strict=True):
-            if number:
-                seconds = min(max(min(life, ttl), FLOOR_S), WEEK_S)
-                row[number] = max(row.get(number, 0), seconds)
+        row = lesson.rows.setdefault(str(address), Ways())
+        for number, life in classes.items():
+            row.enter(number, min(max(min(life, ttl), FLOOR_S), WEEK_S))
     return used

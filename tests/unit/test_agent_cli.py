@@ -72,7 +72,9 @@ spec:
 STATE: dict[str, Any] = {
     "version": "1", "pid": 7, "node": None, "manifests": "/m", "pin_dir": "/p", "in_force": True, "generation": 3,
     "changes_applied": 1, "packets": {"policy-deny": 4}, "problems": [],
-    "objects": {"policies": 1, "endpoints": 2, "local_endpoints": 2, "enforced_endpoints": 1, "skipped": {"v1 ConfigMap": 2}},
+    "objects": {
+        "policies": 1, "endpoints": 2, "local_endpoints": 2, "enforced_endpoints": 1, "skipped": {"v1 ConfigMap": 2}, "learned_names": 3,
+    },
     "endpoints": [
         {"endpoint": "Pod/shop/web", "addresses": ["10.0.0.1"], "number": 1, "ifindex": 5, "interface": "cali1", "state": "enforced",
          "evidence": "route", "isolated_by": {"ingress": [], "egress": []}},

@@ -88,6 +88,7 @@ class MemoryNode:
     renewals: int = 0
     sizes: dict[str, int] = field(default_factory=dict)
     events: list[abi.np_event] = field(default_factory=list)
+    dns_events: list[abi.np_dns_event] = field(default_factory=list)
     gone: set[int] | None = field(default_factory=set)
     born: list[Interface] = field(default_factory=list)
     prunings: int = 0
@@ -192,6 +193,12 @@ class MemoryNode:
 
     def read_events(self, consume: Callable[[abi.np_event], None]) -> int:
         events, self.events = self.events, []
+        for event in events:
+            consume(event)
+        return len(events)
+
+    def read_dns_events(self, consume: Callable[[abi.np_dns_event], None]) -> int:
+        events, self.dns_events = self.dns_events, []
         for event in events:
             consume(event)
         return len(events)

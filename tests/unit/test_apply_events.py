@@ -155,7 +155,7 @@ def test_unknown_record_is_counted_and_said_once(caplog: pytest.LogCaptureFixtur
     """What another version of the program left in the ring keeps nobody from what this one reports."""
     seen: list[events.EventRecord] = []
     reader = object.__new__(events.EventReader)
-    reader.unknown, reader._callback = 0, seen.append
+    reader.unknown, reader._callback, reader._parse = 0, seen.append, events.parse_record
     for kind in (99, abi.NP_EVENT_DENY, 99):
         reader._hand_over(bytes(raw(kind=kind)))
     assert (reader.unknown, [one.kind for one in seen]) == (2, [abi.NP_EVENT_DENY])

@@ -2,7 +2,8 @@
 """The project's own conformance set, run on the engines that need neither root nor a kernel.
 
 `tests/cases/shared` holds expectations from public suites, `tests/cases/decisions` one case for each point on which this
-project had to decide (docs/semantics-decisions.md), and `tests/cases/vectors` the short conformance vectors of docs/SEMANTICS.md appendix A.
+project had to decide (docs/semantics-decisions.md), `tests/cases/names` rules with domain names, and `tests/cases/vectors` the short
+conformance vectors of docs/SEMANTICS.md appendix A.
 """
 
 from __future__ import annotations
@@ -34,17 +35,27 @@ def test_cases(engine: str, family: Path) -> None:
     assert report.cases == len(list(family.glob("*.yaml")))
 
 
+@pytest.mark.parametrize("engine", ["model", "tables"])
+def test_cases_with_names(engine: str) -> None:
+    """Every probe of the cases with DNS answers goes as expected."""
+    loaded = load_cases([CASES / "names"])
+    report = run_cases(loaded, engine)
+    assert (report.invalid, report.failed) == ([], [])
+    assert report.cases == len(list((CASES / "names").glob("*.yaml")))
+
+
 def test_the_set_is_whole() -> None:
     """A family that vanished, or a case that lost its probes, would pass unnoticed otherwise."""
     cases = load_cases([CASES]).cases
-    assert len(cases) >= 183
-    assert sum(len(case.probes) for case in cases) >= 8889
+    assert len(cases) >= 199
+    assert sum(len(case.probes) for case in cases) >= 8990
 
 
-def test_the_documented_example() -> None:
-    """The case in docs/case-files.md does what the page says."""
+@pytest.mark.parametrize("example", [1, 2], ids=["probes", "names"])
+def test_the_documented_examples(example: int) -> None:
+    """The cases in docs/case-files.md do what the page says."""
     page = (CASES.parents[1] / "docs" / "case-files.md").read_text()
     loaded = LoadedCases()
-    parse_cases(page.split("```yaml\n")[1].split("```")[0], "case-files.md", loaded)
+    parse_cases(page.split("```yaml\n")[example].split("```")[0], "case-files.md", loaded)
     report = run_cases(loaded)
     assert (report.cases, report.probes, report.failed, report.invalid) == (1, 4, [], [])

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from ipaddress import ip_address
 
@@ -177,9 +177,9 @@ class Contrary(ModelEngine):
         self.change = change
         self.loaded: list[World] = []
 
-    def load(self, world: World) -> None:
+    def load(self, world: World, names: Collection[str] = ()) -> None:
         """See `ModelEngine`."""
-        super().load(world)
+        super().load(world, names)
         self.loaded.append(world)
 
     def decide(self, question: Question) -> Verdict:
@@ -263,7 +263,7 @@ def test_a_world_an_engine_refuses_makes_the_case_invalid(monkeypatch: pytest.Mo
     """A limit exceeded, for example."""
 
     class Refusing(ModelEngine):
-        def load(self, world: World) -> None:
+        def load(self, world: World, names: Collection[str] = ()) -> None:  # noqa: ARG002
             raise InvalidInputError(f"too many endpoints: {len(world.endpoints)}")
 
     @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from worlds import read
 
-from netpol_ebpf.analysis.explanation import UNKNOWN_ADDRESS, Ways, as_request, explain, parse_request
+from netpol_ebpf.analysis.explanation import UNKNOWN_ADDRESS, Ways, as_request, explain, names_of, parse_request
 from netpol_ebpf.analysis.names import stand_ins
 from netpol_ebpf.cases.answers import DomainName
 from netpol_ebpf.cases.case import Probe, load_cases
@@ -48,24 +48,30 @@ spec:
 
 
 def ask(
-    name: str, port: int = 443, learned: LearnedNames | None = None, source: Any = ("a", "web"), cluster: str = CLUSTER
+    name: str,
+    port: int = 443,
+    learned: LearnedNames | None = None,
+    source: Any = ("a", "web"),
+    cluster: str = CLUSTER,
+    engine: str = "model",
 ) -> Ways:
     resources = read(cluster)
     world = derive(resources)
     probe = Probe(source, DomainName(name), TCP, expect_allow=True, port=port)
-    with open_engine("model") as engine:
-        engine.load(world)
-        return explain(Cast(resources, world), world, probe, engine, learned=learned)
+    with open_engine(engine) as judge:
+        judge.load(world, names_of(probe))
+        return explain(Cast(resources, world), world, probe, judge, learned=learned)
 
 
-def test_each_probe_with_names_is_explained_as_its_case_expects() -> None:
+@pytest.mark.parametrize("engine", ["model", "tables"])
+def test_each_probe_with_names_is_explained_as_its_case_expects(engine: str) -> None:
     """Every way is allowed, or denied, as the case says, and a rule that matched by a name says by which."""
     wrong, named = [], 0
-    with open_engine("model") as judge:
+    with open_engine(engine) as judge:
         for case in CASES:
             world = derive(case.resources)
             cast = Cast(case.resources, world)
-            judge.load(world)
+            judge.load(world, {name for answer in case.answers for name in answer.names})
             for probe in case.probes:
                 if isinstance(probe.destination, DomainName):
                     continue
@@ -92,6 +98,13 @@ def test_a_name_without_a_known_address() -> None:
     text = render(way)
     assert text.startswith("ALLOWED  10.0.0.1 -> api.example.com TCP port 443\n")
     assert "api.example.com matches *.example.com of the network set a/cdn: egress rule 2 of NetworkPolicy/a/p" in text
+
+
+@pytest.mark.parametrize("engine", ["model", "tables"])
+def test_a_name_that_a_wildcard_inside_matches(engine: str) -> None:
+    """Compiled tables have a row for the name, as they have it in the agent once it has seen the name."""
+    (way,) = ask("s3.eu.example.org", cluster=CLUSTER.replace("api.example.com", "s3.*.example.org"), engine=engine)
+    assert (way["allowed"], way["named_rules"][0]["patterns"]) == (True, ["s3.*.example.org"])
 
 
 @pytest.mark.parametrize(
@@ -136,13 +149,16 @@ def test_who_asks_for_a_name() -> None:
 
 
 def test_an_address_that_stands_for_an_unknown_one() -> None:
-    """It is in no net of a rule, if any address is in none."""
+    """It is in no net of a rule, if any address is in none, and outside the cluster."""
     world = derive(read(CLUSTER))
-    v4, v6 = stand_ins(world)
+    v4, v6 = stand_ins(world, lambda _: True)
     assert v4 not in world.policies[next(iter(world.policies))].egress[0].destination.nets[0]
     assert v6 == ip_address("2001:db8::1")
     crowded = derive(read(CLUSTER.replace("192.0.2.0/24", "192.0.0.0/2, 128.0.0.0/2, 0.0.0.0/1")))
-    assert stand_ins(crowded)[0] == ip_address("192.0.2.1")
+    assert stand_ins(crowded, lambda _: True)[0] == ip_address("192.0.2.1")
+    assert stand_ins(crowded, lambda address: address != v4)[0] not in (v4, v6)
+    cast = Cast(read(CLUSTER), world)
+    assert [cast.is_outside(ip_address(one)) for one in ("10.0.0.1", "192.0.2.1")] == [False, True]
 
 
 def test_requests_carry_names() -> None:

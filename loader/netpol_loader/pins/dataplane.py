@@ -40,7 +40,7 @@ from netpol_loader.pins.programs import CURRENT, DAMAGED_HINT, OLD, ProgramSet, 
 from netpol_loader.pins.staging import Staging, remove_unfinished
 from netpol_loader.tables.buckets import bucketed
 from netpol_loader.tables.connections import choose_secret, viewed
-from netpol_loader.tables.events import EventReader, EventRecord
+from netpol_loader.tables.events import EventReader, EventRecord, parse_dns_record, parse_record
 
 log = logging.getLogger(__name__)
 
@@ -248,9 +248,13 @@ class Dataplane:
             ) from error
         return TestRun(verdict, duration_ns, struct.unpack_from("=I", context, SKB_MARK)[0])
 
-    def events(self, callback: Callable[[EventRecord], None]) -> EventReader:
+    def events(self, callback: Callable[[EventRecord], None]) -> EventReader[EventRecord]:
         """A reader of the event ring. Only one reader may exist at a time."""
-        return EventReader(self.maps["np_event"].fd, callback)
+        return EventReader(self.maps["np_event"].fd, callback, parse_record)
+
+    def dns_events(self, callback: Callable[[abi.np_dns_event], None]) -> EventReader[abi.np_dns_event]:
+        """A reader of the ring of learned addresses. Only one reader may exist at a time."""
+        return EventReader(self.maps["np_dns_event"].fd, callback, parse_dns_record)
 
     def config(self) -> abi.np_config:
         """Read the configuration."""

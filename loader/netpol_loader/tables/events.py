@@ -16,6 +16,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
+from typing import Generic, TypeVar
 
 from netpol_ebpf.errors import PlatformError
 from netpol_loader import abi
@@ -63,15 +64,25 @@ def parse_record(data: bytes) -> EventRecord | None:
     return None if kind is None or len(data) < ctypes.sizeof(kind) else kind.from_buffer_copy(data)
 
 
-class EventReader:
+def parse_dns_record(data: bytes) -> abi.np_dns_event | None:
+    """Decode a record of the ring np_dns_event. Returns None if it is shorter than its structure."""
+    return abi.np_dns_event.from_buffer_copy(data) if len(data) >= ctypes.sizeof(abi.np_dns_event) else None
+
+
+R = TypeVar("R")
+
+
+class EventReader(Generic[R]):
     """A consumer of the ring buffer ``map_fd``. Only one consumer may exist at a time.
 
+    ``parse``: decodes a record; None for a record of an unknown type.
     ``unknown``: number of records of unknown types so far.
     """
 
-    def __init__(self, map_fd: int, callback: Callable[[EventRecord], None]) -> None:
+    def __init__(self, map_fd: int, callback: Callable[[R], None], parse: Callable[[bytes], R | None]) -> None:
         self.unknown = 0
         self._callback = callback
+        self._parse = parse
         self._failure: BaseException | None = None
         self._most: int | None = None
         self._handed_over = 0
@@ -104,7 +115,7 @@ class EventReader:
             _libbpf().ring_buffer__free(self._ring)
             self._ring = None
 
-    def __enter__(self) -> EventReader:  # noqa: PYI034  # typing.Self is newer than Python 3.10
+    def __enter__(self) -> EventReader[R]:  # typing.Self is newer than Python 3.10
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -120,7 +131,7 @@ class EventReader:
         return -1 if self._handed_over == self._most else 0  # below 0 the library stops, after this record
 
     def _hand_over(self, data: bytes) -> None:
-        record = parse_record(data)
+        record = self._parse(data)
         if record is not None:
             self._callback(record)
             return

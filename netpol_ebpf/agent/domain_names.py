@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent's part in domain names: reads what the program learned, and adds what later patterns need.
+
+Each step reads the program's reports.  When patterns changed, learned addresses get the classes of the new patterns.
+Names that only an inner wildcard matches are given to the compiler, which makes rows for them.  Name classes that no
+pattern gives any more are forgotten when no learned address and no open connection has them.
+
+Invariant: a fault of this part changes no verdict: a missing class denies what only the name would allow.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from netpol_ebpf.agent.enforcement import Enforcement
+from netpol_ebpf.agent.learned_names import LearnedName, Lifetime, NameStore, learned_classes, teach
+from netpol_ebpf.agent.node_access import NodeAccess
+from netpol_ebpf.apply.events import LearnedAddress, decode_learned
+from netpol_ebpf.errors import Problem
+from netpol_ebpf.policy.types import EndpointKey, IPAddress
+from netpol_loader import abi
+from netpol_loader.kernel.clock import read_jiffies
+from netpol_loader.tables.connections import ConnectionMap
+
+FORGET_S = 300.0
+"""Seconds between two looks for name classes that nothing has any more; arbitrary. A class takes one row of each domain
+list that has one of its pattern sets."""
+VERIFY_S = 2.0
+"""Seconds for which reports about a row that the agent wrote make the agent look at the row again; arbitrary. The program
+may have written the row at the same moment, and one of the two classes is then missing."""
+
+
+class DomainNames:
+    """Keeps the names that endpoints learned, and the classes of learned addresses, up to date."""
+
+    def __init__(
+        self,
+        node: NodeAccess,
+        enforcement: Enforcement,
+        clock: Callable[[], float],
+        file: Path | None,
+        *,
+        floor_s: int,
+        extra_s: int,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        """``clock``: monotonic time in seconds. The other parameters are those of `NameStore`."""
+        self.learned = NameStore(wall_clock, file, floor_s=floor_s, extra_s=extra_s)
+        self._node = node
+        self._enforcement = enforcement
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._patterns_version = -1
+        self._written: dict[tuple[EndpointKey, IPAddress], float] = {}
+        self._forget_at_s = clock() + FORGET_S
+        self._has_loaded = False
+
+    def step(self, endpoints: Collection[EndpointKey]) -> None:
+        """Do all work that is due. ``endpoints``: those of this node."""
+        if not self._has_loaded:
+            self._has_loaded = True
+            self.learned.load(set(endpoints).__contains__)
+        events = self._read()
+        new = self.learned.take(events)
+        if new:
+            self._enforcement.see_names({key.name for key in new})
+        again = self._to_verify(events)
+        version = self._enforcement.tables.names.version
+        if version != self._patterns_version:
+            self._patterns_version = version
+            self._teach(list(self.learned))
+        elif again:
+            self._teach(again)
+        self.learned.keep_only(endpoints)
+        self.learned.expire()
+        if self._clock() >= self._forget_at_s:
+            self._forget_at_s = self._clock() + FORGET_S
+            self._forget_classes()
+
+    def _read(self) -> list[LearnedAddress]:
+        records: list[abi.np_dns_event] = []
+        self._node.read_dns_events(records.append)
+        return [decode_learned(record, self._enforcement.names) for record in records]
+
+    def _to_verify(self, events: list[LearnedAddress]) -> list[tuple[LearnedName, Lifetime]]:
+        """The names of addresses that the program reported shortly after the agent wrote their rows."""
+        now_s = self._clock()
+        self._written = {key: at_s for key, at_s in self._written.items() if at_s > now_s - VERIFY_S}
+        rows = {(event.endpoint, event.address) for event in events if event.endpoint is not None}
+        rows &= self._written.keys()
+        return [(key, one) for key, one in self.learned if (key.endpoint, key.address) in rows] if rows else []
+
+    def _teach(self, names: list[tuple[LearnedName, Lifetime]]) -> None:
+        if not names:
+            return
+        maps = self._node.maps
+        config = abi.np_config.from_buffer_copy(maps["np_config"].get(bytes(4)) or b"")
+        teach(
+            maps,
+            self._enforcement.tables,
+            names,
+            now_s=self._wall_clock(),
+            now_jiffies=read_jiffies(),
+            jiffies_per_second=config.jiffies_per_second,
+        )
+        now_s = self._clock()
+        self._written.update(((key.endpoint, key.address), now_s) for key, _ in names)
+
+    def _forget_classes(self) -> None:
+        unused = self._enforcement.unused_name_classes()
+        if unused:
+            self._enforcement.forget_name_classes(
+                unused - learned_classes(self._node.maps) - self._classes_of_connections()
+            )
+
+    def _classes_of_connections(self) -> frozenset[int]:
+        tables = (self._node.maps[name] for name in ("np_conn4", "np_conn6"))
+        return frozenset().union(*(one.name_classes() for one in tables if isinstance(one, ConnectionMap)))
+
+    def close(self) -> None:
+        """Write the names down at the end."""
+        self.learned.save()
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What is wrong with the kept names."""
+        return self.learned.problems
+
+    def report(self) -> list[dict[str, Any]]:
+        """The learned names as plain values, those of an endpoint together, with the patterns of rules that match."""
+        tables, now_s = self._enforcement.tables, self._wall_clock()
+        found = []
+        for key, one in sorted(self.learned, key=lambda item: (item[0].endpoint, item[0].name, str(item[0].address))):
+            content = tables.name_classes.get(self._enforcement.class_of_name(key.name)) or frozenset()
+            found.append({
+                "endpoint": str(key.endpoint),
+                "name": key.name,
+                "address": str(key.address),
+                "server": str(one.server),
+                "patterns": sorted(frozenset().union(*content)),
+                "expires_s": max(0, int(one.until_s - now_s)),
+            })  # fmt: skip
+        return found
