@@ -62,7 +62,7 @@ NP_INLINE int np_names_read(struct np_names *names, union np_learned_key *key, _
     for (int slot = 0; slot < NP_LEARNED_CLASSES; slot++)
         names->classes[slot] = learned ? learned->name_class[slot] & np_if_valid(learned->until[slot], now) : 0;
     np_barrier();
-    if (np_learned_lookup(key, version) == learned)
+    if (!learned || np_learned_lookup(key, version) == learned)
         return 1;
 #pragma unroll
     for (int slot = 0; slot < NP_LEARNED_CLASSES; slot++)

@@ -2,7 +2,8 @@
 """Writes the compiled tables to the kernel's maps: first all rows, then each change.
 
 Invariants: a row is written before other rows refer to it.  A row is deleted only when no row refers to it any more and
-a grace period of the kernel has passed.  The update of one map element changes an endpoint's policy.  A change that
+a grace period of the kernel has passed.  The update of one map element changes an endpoint's policy.  When a change
+that removes an endpoint is complete, no row of learned addresses has the endpoint's number any more.  A change that
 does not fit is rejected before its first write.  A change that fails later is rolled back.  In both cases the previous
 policy stays in force.
 
@@ -26,6 +27,7 @@ from netpol_ebpf.apply.encode import (
     EndpointSets,
     elements,
     endpoint_element,
+    endpoint_of_learned,
     host_element,
     map_and_key,
     place_element,
@@ -52,6 +54,8 @@ arbitrary.
 """
 REMEMBERED = frozenset(abi.maps_with(abi.MapTrait.CACHED))
 """Maps whose rows the program caches for an epoch."""
+LEARNED = ("np_learned4", "np_learned6")
+"""Maps of what endpoints learned. Their rows outlive programs and agents, but not the endpoint with the number."""
 
 
 class KernelMap(Protocol):
@@ -99,11 +103,13 @@ class _Step:
 
     ``renews``: True if an endpoint's row is deleted or gets another number.  Then a new generation must begin, because
     the program caches the number for a generation.
+    ``frees``: True if an endpoint's number is no longer in use.
     """
 
     puts: dict[str, dict[bytes, bytes]] = field(default_factory=dict)
     deletes: dict[str, list[bytes]] = field(default_factory=dict)
     renews: bool = False
+    frees: bool = False
 
     def put(self, element: Element) -> None:
         name, key, value = element
@@ -239,6 +245,7 @@ class Applier:
                         step.put(element)
                     self._fill(step)
         self._fill(owners)
+        self._forget_learned()  # of endpoints that went while no agent ran
 
     def _fill(self, step: _Step) -> None:
         for name, rows in step.puts.items():
@@ -276,9 +283,12 @@ class Applier:
             self.bump_generation()
         elif flip.touches(REMEMBERED):
             self.bump_epoch()
-        if shrink:
+        frees = any(step.frees for step in (prepare, grow, flip, shrink))
+        if shrink or (frees and self.config_flags & abi.NP_CONFIG_NAMES):  # else no program learns anything
             self._grace()
             self._write(shrink, None)
+        if frees:
+            self._forget_learned()
 
     def _step(self, batch: Mapping[str, Any]) -> _Step:
         """Translate one batch of a change into map writes. ``batch``: maps table names to Deltas."""
@@ -302,6 +312,7 @@ class Applier:
         for key, row in delta.upserts.items():
             before, old = self._rows.get(key), self._keys(key)
             step.renews |= before is not None and before.number != row.number
+            step.frees |= before is not None and before.number != row.number
             self._rows[key] = row
             self._put_endpoint(step, key)
             self._delete_all(step, old - self._keys(key))
@@ -309,7 +320,17 @@ class Applier:
             old = self._keys(key)
             step.renews |= bool(old)
             self._delete_all(step, old)
-            self._rows.pop(key, None)
+            step.frees |= self._rows.pop(key, None) is not None
+
+    def _forget_learned(self) -> None:
+        """Delete what endpoints learned that no longer exist. Must be called before their numbers are given away.
+
+        Cost: linear in the rows of learned addresses.
+        """
+        present = {row.number for row in self._rows.values()}
+        for name in LEARNED:
+            one = self._maps[name]
+            one.delete_many([key for key, _ in one.items() if endpoint_of_learned(key) not in present])
 
     def _put_endpoint(self, step: _Step, key: EndpointKey) -> None:
         for element in self._elements(key):

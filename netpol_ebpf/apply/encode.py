@@ -232,6 +232,12 @@ def learned_key(endpoint: int, address: IPAddress) -> tuple[str, bytes]:
     return f"np_learned{address.version}", packer.pack(endpoint, address.packed)
 
 
+def endpoint_of_learned(key: bytes) -> int:
+    """The number of the endpoint in a key of np_learned4 or np_learned6."""
+    number: int = _INDEX.unpack_from(key)[0]
+    return number
+
+
 def learned_element(endpoint: int, address: IPAddress, classes: Mapping[int, int]) -> Element:
     """The element that gives an endpoint the classes of names for which it learned an address.
 

@@ -53,6 +53,9 @@ It is more than the numbers of all rows need if maps have default sizes and name
 SMALL_BYTES = 1 << 20
 """A file below this size is not rewritten to drop released numbers; arbitrary."""
 
+NameClass = frozenset[frozenset[str]]
+"""The content of a name class."""
+
 E = TypeVar("E", bound=enum.Enum)
 
 log = logging.getLogger(__name__)
@@ -69,7 +72,7 @@ class Numbers:
     rules: dict[Cause, int] = field(default_factory=dict)
     endpoints: dict[EndpointKey, int] = field(default_factory=dict)
     identities: dict[str, int] = field(default_factory=dict)
-    name_classes: dict[frozenset[frozenset[str]], int] = field(default_factory=dict)
+    name_classes: dict[NameClass, int] = field(default_factory=dict)
 
     def _table(self, kind: str) -> dict[Any, int]:
         tables: dict[str, dict[Any, int]] = {
@@ -82,6 +85,18 @@ class Numbers:
         for kind in _READERS:
             for what, number in self._table(kind).items():
                 yield kind, what, number
+
+
+def with_lost_classes(known: Mapping[NameClass, int], in_use: Iterable[int]) -> dict[NameClass, int]:
+    """The name classes of an earlier agent, also those that the ledger lost.
+
+    If a number that learned addresses or connections have got another meaning, the program would allow one domain name
+    for another.  So a number without a known content gets a content that no name has, and is not given to a new class.
+
+    ``known``: the classes of the ledger.  ``in_use``: the numbers in the kernel's rows.
+    """
+    lost = set(in_use) - set(known.values()) - {0}
+    return {**known, **{frozenset({frozenset({f"lost class {number}"})}): number for number in sorted(lost)}}
 
 
 class Ledger:
@@ -345,7 +360,7 @@ def _read_identity(written: Any) -> str:
     return checked(written, str, "an identity")
 
 
-def _read_name_class(written: Any) -> frozenset[frozenset[str]]:
+def _read_name_class(written: Any) -> NameClass:
     sets = checked(written, list, "a name class")
     return frozenset(frozenset(checked_list(patterns, str, "a set of patterns")) for patterns in sets)
 

@@ -236,6 +236,45 @@ def test_change_of_domain_lists_writes_classes_before_names(kernel: Kernel) -> N
     assert (kernel.applier.counts["np_name"], kernel.applier.counts["np_domain"]) == (2, 1)
 
 
+def learned_by(kernel: Kernel) -> set[int]:
+    """The numbers of the endpoints that learned addresses."""
+    maps = [kernel.maps[name] for name in ("np_learned4", "np_learned6")]
+    return {encode.endpoint_of_learned(key) for one in maps for key, _ in one.items()}
+
+
+def learn(kernel: Kernel, *numbers: int) -> None:
+    """Write what endpoints learned, as the program does."""
+    for number in numbers:
+        for address in ("192.0.2.1", "2001:db8::1"):
+            name, key, value = encode.learned_element(number, ip_address(address), {40: 9})
+            kernel.maps[name].put(key, value)
+
+
+@pytest.mark.parametrize("change", ["deleted", "renumbered"])
+def test_number_of_an_endpoint_that_went_has_learned_nothing(kernel: Kernel, change: str) -> None:
+    """What an endpoint learned is gone when its number may be given away, after a grace period; others keep theirs."""
+    kernel.applier.bind(WEB, Binding(42))
+    tables = some_tables()
+    tables.endpoints.set(DB, endpoint(6))
+    kernel.applier.fill(tables)
+    kernel.applier.set_flags(on=abi.NP_CONFIG_NAMES)
+    learn(kernel, 5, 6)
+    kernel.log.clear()
+    kernel.applier.apply(Change(flip={"endpoints": delta({DB: endpoint(6)})}))
+    assert learned_by(kernel) == {5, 6}
+    gone = delta(deletes={WEB}) if change == "deleted" else delta({WEB: endpoint(9)})
+    kernel.applier.apply(Change(flip={"endpoints": gone}))
+    assert learned_by(kernel) == {6}
+    assert kernel.order("np_endpoint", "np_config", "grace", "np_learned4")[-2:] == ["grace", "np_learned4"]
+
+
+def test_what_was_learned_by_nobody_is_forgotten_at_the_start(kernel: Kernel) -> None:
+    """An endpoint may go while no agent runs: the next agent deletes what the endpoint learned."""
+    learn(kernel, 5, 7)
+    kernel.applier.fill(some_tables())
+    assert learned_by(kernel) == {5}
+
+
 @pytest.mark.parametrize(("name", "size"), [("np_domain", 0), ("np_name", 0)])
 def test_tables_of_names_that_do_not_fit_are_refused(kernel: Kernel, name: str, size: int) -> None:
     """A first fill is refused before the first write if the names or their lists do not fit."""

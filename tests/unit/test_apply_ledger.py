@@ -16,10 +16,13 @@ from typing import Any
 import pytest
 
 from netpol_ebpf.apply import ledger as ledger_module
-from netpol_ebpf.apply.ledger import RETRY_S, Ledger, Numbers
+from netpol_ebpf.apply.ledger import RETRY_S, Ledger, Numbers, with_lost_classes
 from netpol_ebpf.apply.records import DAMAGED_SUFFIX
+from netpol_ebpf.compiler import Compiler, KnownNumbers
 from netpol_ebpf.errors import PlatformError
+from netpol_ebpf.policy.translate import derive
 from netpol_ebpf.policy.types import Action, Cause, CauseKind, Direction, EndpointKey, PolicyKey
+from netpol_ebpf.resources.load import parse_documents
 
 WEB = EndpointKey("Pod", "shop", "web")
 DB = EndpointKey("Pod", "shop", "db")
@@ -28,6 +31,22 @@ RULE = Cause(
 )
 END = Cause(CauseKind.TIER_END, Direction.INGRESS, "default", PolicyKey("NetworkPolicy", "shop", "x"))
 SITE = frozenset({frozenset({"*.example.com", "example.com"}), frozenset({"www.example.com"})})
+NAMED = """\
+apiVersion: v1
+kind: Namespace
+metadata: {name: shop}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: web, namespace: shop}
+spec: {nodeName: 'n', containers: [{name: c, image: x}]}
+status: {podIPs: [{ip: 10.0.0.1}]}
+---
+apiVersion: projectcalico.org/v3
+kind: GlobalNetworkPolicy
+metadata: {name: names}
+spec: {types: [Egress], egress: [{action: Allow, destination: {domains: [www.example.org]}}]}
+"""
 NO_NAMES: frozenset[frozenset[str]] = frozenset()
 PROFILE = Cause(CauseKind.PROFILE, Direction.INGRESS, profile="kns.shop", index=0, action=Action.ALLOW)
 
@@ -59,6 +78,19 @@ def test_numbers_come_back_as_they_were(path: Path) -> None:
     first = recorded(path)
     assert read(path) == Numbers({RULE: 1, END: 2, PROFILE: 3}, {WEB: 7, DB: 8}, {"ab12": 16}, {SITE: 4, NO_NAMES: 5})
     first.close()
+
+
+def test_number_of_a_class_that_was_lost_is_not_given_again() -> None:
+    """A learned address whose class is not in the ledger keeps a number of its own: no new class gets it, and no name has it."""
+    known = with_lost_classes({SITE: 1}, [0, 1, 2])
+    assert known[SITE] == 1
+    assert sorted(known.values()) == [1, 2]
+    compiler = Compiler(known=KnownNumbers(name_classes=known))
+    compiler.replace(derive(parse_documents(NAMED, "names.yaml").check()))
+    compiler.commit()
+    assert compiler.tables.names.get("www.example.org") == 3
+    assert compiler.unused_name_classes() == {1, 2}
+    assert {"domains": len(compiler.tables.domains), "names": len(compiler.tables.names)} == {"domains": 1, "names": 1}
 
 
 def test_what_went_does_not_come_back(path: Path) -> None:
