@@ -30,6 +30,7 @@ TUNNELS = "tests/netns/test_border_tunnels.py::"
 NODE = "tests/netns/test_border_node.py::"
 LIFETIMES = "tests/netns/test_border_lifetimes.py::"
 
+DNS = "tests/kernel/test_dns.py::"
 BONDS = "tests/unit/test_agent_assignments.py::"
 SETTLED = "tests/unit/test_agent_settled.py::"
 IDENTITY = "tests/netns/test_identity.py::"
@@ -66,6 +67,122 @@ GUARDS = (
         "bpf/netpol.c",
         (IS_FROM_NODE, "!skb->ingress_ifindex && skb->sk"),
         (f"{ORIGIN}test_node_speaks_to_groups_on_a_bridge",),
+    ),
+    # --- answers of DNS servers
+    Guard(
+        "dns-server",
+        "an answer of a server that is not trusted teaches nothing",
+        "bpf/np_dns_answer.h",
+        ("if (!asked || !np_dns_is_trusted(ctx, 1))", "if (!asked)"),
+        (f"{DNS}test_servers_of_both_families_are_trusted_by_address",),
+    ),
+    Guard(
+        "dns-asked",
+        "nor does one that the endpoint has not asked for",
+        "bpf/np_dns_answer.h",
+        ("if (!now || !np_dns_settle(asked, dns, ctx, now))", "if (!now || (np_dns_settle(asked, dns, ctx, now), 0))"),
+        (f"{DNS}test_hostile_answers_teach_nothing",),
+    ),
+    Guard(
+        "dns-once",
+        "nor a second one",
+        "bpf/np_dns_answer.h",
+        ("    asked->slot[dns->slot & (NP_ASKED_SLOTS - 1)] = 0;\n", ""),
+        (f"{DNS}test_a_question_is_answered_once",),
+    ),
+    Guard(
+        "dns-late",
+        "nor a late one",
+        "bpf/np_dns_answer.h",
+        (" && np_dns_age(now, slot) <= longest)", ")"),
+        (f"{DNS}test_a_late_answer_teaches_nothing",),
+    ),
+    Guard(
+        "dns-code",
+        "nor one with an error",
+        "bpf/np_dns_answer.h",
+        ("if (dns->flags & NP_DNS_RCODE || !dns->records_left)", "if (!dns->records_left)"),
+        (f"{DNS}test_hostile_answers_teach_nothing",),
+    ),
+    Guard(
+        "dns-whole",
+        "nor one of which a part is missing",
+        "bpf/np_dns_answer.h",
+        ("if (dns->stated_bytes > dns->message_bytes)", "if (0)"),
+        (f"{DNS}test_a_stream_answer_in_two_segments_is_not_read",),
+    ),
+    Guard(
+        "dns-owner",
+        "a record counts for the last name of the chain alone",
+        "bpf/np_dns_records.h",
+        ("dns->is_match = np_dns_is_current(dns);", "dns->is_match = 1;"),
+        (f"{DNS}test_hostile_answers_teach_nothing",),
+    ),
+    Guard(
+        "dns-class",
+        "and in the class IN",
+        "bpf/np_dns_records.h",
+        ("dns->is_match && (head >> 32 & 0xffff) == NP_DNS_CLASS_IN ?", "dns->is_match ?"),
+        (f"{DNS}test_records_of_other_names_are_skipped",),
+    ),
+    Guard(
+        "dns-pointer",
+        "a pointer leads backwards",
+        "bpf/np_dns_records.h",
+        ("target >= dns->lowest || ", ""),
+        (f"{DNS}test_hostile_answers_teach_nothing",),
+    ),
+    Guard(
+        "dns-header",
+        "and not into the header",
+        "bpf/np_dns_records.h",
+        ("target < NP_DNS_HEADER_BYTES ||", ""),
+        (f"{DNS}test_hostile_answers_teach_nothing",),
+    ),
+    Guard(
+        "dns-target",
+        "the target of a CNAME record fills the record",
+        "bpf/np_dns_records.h",
+        ("if (dns->after != dns->target_end)", "if (0)"),
+        (f"{DNS}test_hostile_answers_teach_nothing",),
+    ),
+    Guard(
+        "dns-refused",
+        "addresses of refused ranges are not learned",
+        "bpf/np_dns_learn.h",
+        (
+            "    if (dns->is_refused) {\n        np_dns_count(ctx, NP_REASON_DNS_REFUSED);",
+            "    if (0) {\n        np_dns_count(ctx, NP_REASON_DNS_REFUSED);",
+        ),
+        (f"{DNS}test_hostile_answers_teach_nothing",),
+    ),
+    Guard(
+        "dns-mapped",
+        "nor IPv4-mapped ones",
+        "bpf/np_dns_learn.h",
+        ("if (!one->address[0] && (__u32)one->address[1] == np_host32(0x0000ffff))", "if (0)"),
+        (f"{DNS}test_hostile_answers_teach_nothing",),
+    ),
+    Guard(
+        "dns-tokens",
+        "an endpoint learns new addresses at a limited rate",
+        "bpf/np_dns_learn.h",
+        ("    if (!asked->tokens)\n        return 0;\n", ""),
+        (f"{DNS}test_a_limited_endpoint_learns_no_new_address",),
+    ),
+    Guard(
+        "dns-fragment",
+        "the rest of an answer that was cut does not pass",
+        "bpf/np_dns_answer.h",
+        ("return np_dns_is_cut(packet) ? NP_REASON_DNS_FRAGMENT : NP_REASON_NONE;", "return NP_REASON_NONE;"),
+        (f"{DNS}test_an_answer_in_fragments_is_cut",),
+    ),
+    Guard(
+        "dns-denied",
+        "what policy drops teaches nothing",
+        "bpf/netpol.c",
+        ("if (np_is_dns(ctx) && verdict != NP_DROP)", "if (np_is_dns(ctx))"),
+        (f"{DNS}test_a_denied_packet_teaches_nothing",),
     ),
     # --- messages of the link
     Guard(
