@@ -403,7 +403,7 @@ class Agent:
         found += [*self.barrier.problems, *self.repair.other_programs]
         found += [one for one in (self.rejected.problem, self.repair.failure, own.no_room) if one is not None]
         found += [*self.interfaces.conflicts(), *self.unenforced(), *self.interfaces.file_problems]
-        found += self.domain_names.problems
+        found += [*self.enforcement.name_problems, *self.domain_names.problems]
         if not self.source.has_synced:
             found.append(self._not_synced())
         return [*found, *self.objects.handovers.problems]

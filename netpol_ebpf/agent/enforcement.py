@@ -15,7 +15,9 @@ from typing import Any
 
 from netpol_ebpf.agent.barrier import Barrier
 from netpol_ebpf.agent.change_record import ChangeRecord
+from netpol_ebpf.agent.dns_servers import NO_DNS, OTHER_PORTS, DnsInputs, DnsServers
 from netpol_ebpf.agent.local_interfaces import LocalInterfaces
+from netpol_ebpf.agent.name_learners import NameLearners, may_use_names
 from netpol_ebpf.agent.node_access import MapAccess, ProgramAccess
 from netpol_ebpf.agent.objects import ClusterObjects
 from netpol_ebpf.agent.own_interfaces import HostPolicyInputs, OwnInterfaces
@@ -27,7 +29,7 @@ from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.apply.surroundings import SurroundingsWriter
 from netpol_ebpf.compiler import Change, CompiledTables, Compiler, KnownNumbers, Limits
 from netpol_ebpf.compiler.domains import most_specific
-from netpol_ebpf.errors import LimitError, MapFullError
+from netpol_ebpf.errors import LimitError, MapFullError, Problem
 from netpol_ebpf.policy.types import (
     Action,
     Cause,
@@ -42,6 +44,7 @@ from netpol_ebpf.policy.types import (
     PolicySettings,
     PolicyTier,
     ProfileRules,
+    Rule,
     ServiceBackends,
     Staged,
 )
@@ -49,6 +52,10 @@ from netpol_loader import abi
 
 HOST_ENDPOINT = "HostEndpoint"
 """The kind in the keys of host endpoints. The row of a host endpoint names no interface."""
+
+
+UNREAD_DNS = {"pass": abi.NP_UNREAD_DNS_PASS, "drop": abi.NP_UNREAD_DNS_DROP}
+"""By value of the option ``--unread-dns``: what happens to an answer that the program cannot read."""
 
 
 @dataclass(slots=True)
@@ -106,6 +113,8 @@ class Enforcement:
         self._barrier = barrier
         self._clock = clock
         self._names = NumberNames()
+        self._servers = DnsServers(settings.dns_servers, settings.unlearned_nets, objects.derivation.get)
+        self._learners = NameLearners()
         self._compiler = Compiler()
         self._applier: Applier | None = None
         self._is_behind = False  # a change exceeded a limit: the compiler must compile the whole world again
@@ -175,6 +184,45 @@ class Enforcement:
             self._compiler.see_names(wanted)
             self.apply(Changes())
 
+    def _dns_inputs(self, tables: CompiledTables) -> DnsInputs:
+        """The DNS servers; none while no rule in force here has domain names."""
+        return self._servers.inputs(self._objects.world) if len(tables.names) else NO_DNS
+
+    def _update_learners(self) -> None:
+        """Let exactly those endpoints learn whose policies may match by domain names."""
+        wanted: dict[EndpointKey, int] = {}
+        if len(self.tables.names):
+            world = self._objects.world
+            known: dict[object, bool] = {}
+            for key, row in self.tables.endpoints.items():
+                endpoint = world.endpoints.get(key)
+                profiles = (world.profiles.get(name) for name in (endpoint.profiles if endpoint else ()))
+                subjects: list[tuple[object, tuple[Rule, ...]]] = [
+                    *((one.key, one.egress) for one in self._compiler.policies_of(key)),
+                    *((one.name, one.egress) for one in profiles if one is not None),
+                ]
+                for name, rules in subjects:
+                    if name not in known:
+                        known[name] = may_use_names(rules, world)
+                if any(known[name] for name, _ in subjects):
+                    wanted[key] = row.number
+        if wanted or self._learners.numbers or self._learners.full:
+            self._learners.update(self._maps.maps, wanted)
+        settings, dns = self._settings, self._own.inputs.dns
+        self.applier.set_learning(
+            floor_s=settings.name_ttl_floor_s,
+            extra_s=settings.name_extra_ttl_s,
+            unread_dns=UNREAD_DNS[settings.unread_dns],
+            ports=dns.other_ports[:OTHER_PORTS],
+            is_used=bool(self._learners.numbers),
+        )
+
+    @property
+    def name_problems(self) -> list[Problem]:
+        """What keeps endpoints from learning domain names."""
+        is_used = bool(self._learners.numbers or self._learners.full)
+        return [*self._servers.problems(self._own.inputs.dns, is_used=is_used), *self._learners.problems]
+
     def unused_name_classes(self) -> frozenset[int]:
         """The name classes that no pattern gives any more. Endpoints may still have learned them."""
         return self._compiler.unused_name_classes()
@@ -217,7 +265,9 @@ class Enforcement:
                     self._compiler.upsert(new)
         change = self._compiler.commit()
         self._is_behind = False
-        after = HostPolicyInputs.of(self._objects.world, self.tables, self._settings.node)
+        after = HostPolicyInputs.of(
+            self._objects.world, self.tables, self._settings.node, self._dns_inputs(self.tables)
+        )
         own, wiring, workloads = self._own, self._interfaces.wiring, self._interfaces.wanted()
         own.require_room(after, wiring, workloads)
         self._record(change, self.applier)
@@ -225,6 +275,7 @@ class Enforcement:
         own.place(wiring, workloads)
         self.applier.apply(change)
         own.inputs = after
+        self._update_learners()
         self._forget(change)
         self._note_change()
 
@@ -241,12 +292,18 @@ class Enforcement:
         compiler = Compiler(self._objects.is_ours, limits=limits_of(sizes), known=known)
         compiler.replace(self._objects.effective_world())
         change = compiler.commit()
-        inputs = HostPolicyInputs.of(self._objects.world, compiler.tables, self._settings.node)
+        dns = self._dns_inputs(compiler.tables)
+        inputs = HostPolicyInputs.of(self._objects.world, compiler.tables, self._settings.node, dns)
         own = self._own.initial_state(inputs, wiring, self._interfaces.wanted(), self._programs.attached())
         bindings = {**self._interfaces.bindings(), **own.bindings}
         # Checked first, so that no maps and programs are made in vain.
         require_room(compiler.tables, sizes, bindings, own.complete.elements())
         with self._maps.renewal() as maps:
+            rows = compiler.tables.endpoints
+            self._learners.adopt(
+                maps,
+                {key: number for key, number in known.endpoints.items() if key in rows and rows[key].number == number},
+            )
             applier = Applier(maps)
             for key, binding in bindings.items():
                 applier.bind(key, binding)
@@ -259,6 +316,7 @@ class Enforcement:
         self.audit = Audit(maps, compiler.tables, applier, surroundings)
         self._is_ahead = self._is_behind = False
         self._configure(applier)
+        self._update_learners()
         applier.bump_generation()  # the new policy may allow less than what an earlier agent left
         self._forget_unused()
         self._note_change()

@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ LEDGER_NAME = "numbers"
 INTERFACES_NAME = "interfaces"
 HANDOVERS_NAME = "handovers"
 NAMES_NAME = "names"
+DAY_S = 86_400
 IN_FORCE = {"in_force": True}
 """The answer for which the CNI plugin waits (cni/agent.c)."""
 
@@ -156,6 +158,29 @@ def build_parser() -> argparse.ArgumentParser:
         "and packets out of a tunnel with a source on another node than the one that sent them",
     )  # fmt: skip
     parser.add_argument(
+        "--dns-server", action="append", default=[], metavar="SERVER",
+        help="DNS server whose answers teach workloads the addresses of domain names in rules (may be repeated): ADDRESS[:PORT], "
+        "[ADDRESS]:PORT or k8s-service:[NAMESPACE/]NAME[:PORT] (default: k8s-service:kube-system/kube-dns)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--name-ttl-floor", type=int, default=30, metavar="SECONDS",
+        help="shortest time that an address counts for a domain name, whatever the TTL of the answer is (default: 30)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--name-extra-ttl", type=int, default=0, metavar="SECONDS",
+        help="time that is added to the TTL of every answer, for workloads that keep answers longer (default: 0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--unlearned-net", action="append", default=[], metavar="CIDR",
+        help="prefix whose addresses no DNS answer can teach (may be repeated), such as the ranges of pods and services; addresses of "
+        "nodes and services, loopback, link-local and multicast are always refused",
+    )  # fmt: skip
+    parser.add_argument(
+        "--unread-dns", choices=("pass", "drop"), default="pass", metavar="WHAT",
+        help="what happens to an answer of a DNS server that the program cannot read: pass (default; rules with domain names do not "
+        "match its addresses) or drop",
+    )  # fmt: skip
+    parser.add_argument(
         "--barrier", choices=("nft", "off"), default="nft", metavar="WHAT",
         help="nft (default): nf_tables tables drop what a workload sends past its program, or before it has one; "
         "off: such packets pass",
@@ -223,6 +248,7 @@ def run(arguments: argparse.Namespace) -> int:
     # Imported here, because --help must work without BCC, root and a kernel.
     from netpol_ebpf.agent.barrier import parse_barrier
     from netpol_ebpf.agent.core import Agent
+    from netpol_ebpf.agent.dns_servers import DEFAULT_SERVERS, parse_dns_server
     from netpol_ebpf.agent.node import KernelNode
     from netpol_ebpf.agent.settings import AgentSettings
     from netpol_ebpf.agent.timeouts import parse_timeouts
@@ -254,6 +280,11 @@ def run(arguments: argparse.Namespace) -> int:
         tunnels=frozenset(map(parse_tunnel, arguments.tunnel)),
         routers=tuple(map(parse_router, arguments.router)),
         hairpin=arguments.hairpin,
+        name_ttl_floor_s=parse_ttl("--name-ttl-floor", arguments.name_ttl_floor),
+        name_extra_ttl_s=parse_ttl("--name-extra-ttl", arguments.name_extra_ttl),
+        dns_servers=tuple(map(parse_dns_server, arguments.dns_server or DEFAULT_SERVERS)),
+        unlearned_nets=tuple(map(parse_unlearned_net, arguments.unlearned_net)),
+        unread_dns=arguments.unread_dns,
         barrier=parse_barrier(arguments.barrier, arguments.barrier_interfaces, arguments.barrier_marks, mark_shift),
     )
     os.umask(PRIVATE_UMASK)
@@ -501,6 +532,21 @@ def parse_router(text: str) -> str:
     if not (namespace and slash and name) or "/" in name:
         raise UsageError(f"--router {text}: expected NAMESPACE/NAME, such as network/router or network/*")
     return text
+
+
+def parse_ttl(option: str, seconds: int) -> int:
+    """Check a number of seconds, which may be a day at most. Raises UsageError."""
+    if not 0 <= seconds <= DAY_S:
+        raise UsageError(f"{option} {seconds}: must be 0 to {DAY_S} seconds")
+    return seconds
+
+
+def parse_unlearned_net(text: str) -> IPv4Network | IPv6Network:
+    """Parse a prefix. Raises UsageError."""
+    try:
+        return ip_network(text)
+    except ValueError as error:
+        raise UsageError(f"--unlearned-net {text}: {error}") from None
 
 
 def parse_group(name: str | None) -> int | None:

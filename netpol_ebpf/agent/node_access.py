@@ -77,6 +77,10 @@ class ProgramAccess(Protocol):
 class MapAccess(Protocol):
     """The maps that contain policy, and their replacement by new maps."""
 
+    @property
+    def maps(self) -> Mapping[str, KernelMap]:
+        """The maps in force, by name."""
+
     def renewal(self) -> contextlib.AbstractContextManager[Mapping[str, KernelMap]]:
         """A context manager that provides empty policy maps, which the caller must fill.
 

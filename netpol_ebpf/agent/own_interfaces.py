@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from netpol_ebpf.agent.attachments import Attachments
+from netpol_ebpf.agent.dns_servers import NO_DNS, DnsInputs
 from netpol_ebpf.agent.hosts import HostPlan, own_interfaces, plan_hosts
 from netpol_ebpf.agent.wiring import BRIDGE_KIND, NOWHERE, PAIR_KINDS, Interface, Wiring, device_flags
 from netpol_ebpf.apply.applier import Applier, Binding, KernelMap, too_small
@@ -38,7 +39,7 @@ class HostPolicyInputs:
     """The inputs of host policy that are in force on the node's own interfaces.
 
     ``hosts``: host endpoints; ``numbers``: their numbers; ``vips``: services; ``nodes``: addresses of all nodes, each
-    with the node's number, 0 for none. These are kept besides the objects and the compiler's tables, which are newer
+    with the node's number, 0 for none; ``dns``: the DNS servers. These are kept besides the objects and the compiler's tables, which are newer
     while a change is rejected.
     """
 
@@ -46,28 +47,29 @@ class HostPolicyInputs:
     numbers: Mapping[EndpointKey, int] = field(default_factory=dict)
     vips: Mapping[VipKey, Vip] = field(default_factory=dict)
     nodes: Mapping[IPAddress, int] = field(default_factory=dict)
+    dns: DnsInputs = NO_DNS
 
     @classmethod
-    def of(cls, world: World, tables: CompiledTables, node: str | None) -> HostPolicyInputs:
+    def of(cls, world: World, tables: CompiledTables, node: str | None, dns: DnsInputs = NO_DNS) -> HostPolicyInputs:
         """Derive the inputs of host policy from the objects and from the tables compiled from them.
 
-        ``node``: the name of this node; None: not known.
+        ``node``: the name of this node; None: not known. ``dns``: the DNS servers.
         """
         rows = tables.endpoints
         hosts = {key: one for key, one in world.endpoints.items() if one.kind is EndpointKind.HOST and key in rows}
         nodes = {address: tables.nodes.get(name) or 0 for name, one in world.nodes.items() for address in one.addresses}
         vips = {key: vip for key, vip in world.vips.items() if node is None or key.node in ("", node)}
-        return cls(hosts, {key: rows[key].number for key in hosts}, vips, nodes)
+        return cls(hosts, {key: rows[key].number for key in hosts}, vips, nodes, dns)
 
     def without_removed(self, after: HostPolicyInputs) -> HostPolicyInputs:
         """These inputs without host endpoints that ``after`` lacks.
 
         The agent uses them before it removes the rows of those host endpoints, so that no interface needs the rows any
         more. Nodes have their old and their new addresses, because rows of their workloads are written in between.
-        Services are those of ``after``.
+        Services and DNS servers are those of ``after``.
         """
         staying = {key: after.hosts[key] for key in self.hosts if key in after.hosts}
-        return HostPolicyInputs(staying, self.numbers, after.vips, {**self.nodes, **after.nodes})
+        return HostPolicyInputs(staying, self.numbers, after.vips, {**self.nodes, **after.nodes}, after.dns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +267,8 @@ class OwnInterfaces:
             tuple(inputs.vips.values()) if are_exits_known else (),
             wiring.local_nets,
             wiring.tunnels | self._tunnels,
+            inputs.dns.resolvers,
+            inputs.dns.unlearned,
         )
 
     def _write(self, wiring: Wiring, workloads: Collection[int], bearing: Collection[int]) -> None:

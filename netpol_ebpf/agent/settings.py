@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from netpol_ebpf.agent.barrier import BarrierSettings
-from netpol_ebpf.policy.types import Action, EndpointKey
+from netpol_ebpf.agent.dns_servers import DEFAULT_SERVERS, DnsServer, parse_dns_server
+from netpol_ebpf.policy.types import Action, EndpointKey, IPNetwork
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,9 @@ class AgentSettings:
     host endpoint's policy does not apply to them between known nodes. ``routers``: patterns of ``NAMESPACE/NAME`` of
     workloads that forward packets for other hosts. ``hairpin``: a packet from outside may have the source address of a
     local workload. ``barrier``: options of the second barrier. ``name_ttl_floor_s``, ``name_extra_ttl_s``: the shortest
-    life of an address that a workload learned for a domain name, and seconds added to each life.
+    life of an address that a workload learned for a domain name, and seconds added to each life. ``dns_servers``: the
+    servers whose answers count. ``unlearned_nets``: further prefixes that no answer can teach. ``unread_dns``: "pass" or
+    "drop", what happens to an answer that the program cannot read.
     """
 
     node: str | None = None
@@ -44,6 +47,9 @@ class AgentSettings:
     barrier: BarrierSettings = BarrierSettings()
     name_ttl_floor_s: int = 30
     name_extra_ttl_s: int = 0
+    dns_servers: Sequence[DnsServer] = tuple(map(parse_dns_server, DEFAULT_SERVERS))
+    unlearned_nets: Sequence[IPNetwork] = ()
+    unread_dns: str = "pass"
 
     def is_router(self, key: EndpointKey) -> bool:
         """Whether a workload forwards packets for other hosts."""

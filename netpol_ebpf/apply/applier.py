@@ -455,6 +455,25 @@ class Applier:
         config.mark_shift = mark_shift
         self._put_config(config)
 
+    def set_learning(self, *, floor_s: int, extra_s: int, unread_dns: int, ports: Sequence[int], is_used: bool) -> None:
+        """Set how the program learns addresses of domain names.
+
+        ``floor_s``, ``extra_s``: the shortest life of a learned address, and what is added to each life, in seconds.
+        ``unread_dns``: ``abi.NP_UNREAD_DNS_*``.  ``ports``: at most four ports of DNS servers besides 53.
+        ``is_used``: whether some endpoint learns.  When that begins, a new generation begins as well, because packets of
+        DNS must leave the flow cache.
+        """
+        config = self._config()
+        before = bytes(config)
+        was_used = bool(config.flags & abi.NP_CONFIG_NAMES)
+        config.name_floor_s, config.name_extra_s, config.unread_dns = floor_s, extra_s, unread_dns
+        config.dns_ports = sum(port << 16 * place for place, port in enumerate(ports))
+        config.flags = config.flags | abi.NP_CONFIG_NAMES if is_used else config.flags & ~abi.NP_CONFIG_NAMES
+        if bytes(config) != before:
+            self._put_config(config)
+        if is_used and not was_used:
+            self.bump_generation()
+
     @property
     def marks(self) -> Marks:
         """The bits of the packet mark that the programs use."""

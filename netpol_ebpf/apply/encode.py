@@ -114,6 +114,10 @@ _TUNNEL = layout(abi.np_tunnel, "taken")
 _SPECIAL = layout(abi.np_vip_filter, "bits")
 _VIP4_KEY = layout(abi.np_vip4_key, "address", "port", "protocol")
 _VIP6_KEY = layout(abi.np_vip6_key, "address", "port", "protocol")
+_RESOLVER4_KEY = layout(abi.np_resolver4_key, "address", "port")
+_RESOLVER6_KEY = layout(abi.np_resolver6_key, "address", "port")
+_RESOLVER = layout(abi.np_resolver, "trusted")
+_UNLEARNED = layout(abi.np_unlearned, "refused")
 _VIP = layout(abi.np_vip, "flags", "local_port", "local")
 
 
@@ -248,6 +252,20 @@ def learned_element(endpoint: int, address: IPAddress, classes: Mapping[int, int
     unused = (0,) * (abi.NP_LEARNED_CLASSES - len(classes))
     times = (until & 0xFFFFFFFF for until in classes.values())
     return name, key, _LEARNED.pack(*classes, *unused, *times, *unused)
+
+
+def resolver_element(address: IPAddress, port: int) -> Element:
+    """The element that makes the program believe a DNS server."""
+    if isinstance(address, IPv4Address):
+        return "np_resolver4", _RESOLVER4_KEY.pack(address.packed, port), _RESOLVER.pack(1)
+    return "np_resolver6", _RESOLVER6_KEY.pack(address.packed, port), _RESOLVER.pack(1)
+
+
+def unlearned_element(net: IPNetwork) -> Element:
+    """The element that keeps the program from learning addresses of a prefix."""
+    if isinstance(net, IPv4Network):
+        return "np_unlearned4", _CIDR4_KEY.pack(net.prefixlen, net.network_address.packed), _UNLEARNED.pack(1)
+    return "np_unlearned6", _CIDR6_KEY.pack(net.prefixlen, net.network_address.packed), _UNLEARNED.pack(1)
 
 
 def _rule(number: int, cause: Cause) -> Element:

@@ -28,7 +28,9 @@ from netpol_ebpf.apply.encode import (
     endpoint_element,
     local_element,
     local_net_element,
+    resolver_element,
     tunnel_element,
+    unlearned_element,
     vip_elements,
     vip_filter_elements,
 )
@@ -65,6 +67,8 @@ class Surroundings:
     ``vips``: the destinations that nodes translate.
     ``nets``: prefixes in which all addresses are this node's own.
     ``tunnels``: encapsulations that nodes accept from any sender, as (protocol, UDP port or 0).
+    ``resolvers``: the DNS servers whose answers the program believes, as (address, port).
+    ``unlearned``: prefixes whose addresses the program never learns from DNS answers.
     """
 
     addresses: Mapping[IPAddress, Meaning] = field(default_factory=dict)
@@ -72,6 +76,8 @@ class Surroundings:
     vips: Iterable[Vip] = ()
     nets: frozenset[IPNetwork] = frozenset()
     tunnels: frozenset[tuple[int, int]] = frozenset()
+    resolvers: frozenset[tuple[IPAddress, int]] = frozenset()
+    unlearned: frozenset[IPNetwork] = frozenset()
 
     def is_own(self, address: IPAddress) -> bool:
         """Whether the address is one of this node's own addresses."""
@@ -91,6 +97,10 @@ class Surroundings:
             yield local_net_element(net)
         for protocol, port in self.tunnels:
             yield tunnel_element(protocol, port)
+        for address, port in self.resolvers:
+            yield resolver_element(address, port)
+        for net in self.unlearned:
+            yield unlearned_element(net)
         for ifindex, one in self.interfaces.items():
             flags = EndpointFlag.HOST if one.number else EndpointFlag.HOST | EndpointFlag.UPLINK
             yield endpoint_element(ifindex, one.number, NO_SETS, flags | one.flags)
