@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv6Address, ip_address, ip_network
 
 from netpol_ebpf.errors import Location, Problem, UsageError
 from netpol_ebpf.policy.types import UDP, IPAddress, IPNetwork, ResourceKey, World
@@ -49,11 +49,8 @@ class DnsServer:
         if self.service is not None:
             namespace, name = self.service
             return f"{SERVICE_PREFIX}{namespace}/{name}" + ("" if self.port is None else f":{self.port}")
-        return (
-            f"[{self.address}]:{self.port}"
-            if self.address and self.address.version == 6
-            else f"{self.address}:{self.port}"
-        )  # the family
+        host = f"[{self.address}]" if isinstance(self.address, IPv6Address) else str(self.address)
+        return f"{host}:{self.port}"
 
 
 def parse_dns_server(text: str) -> DnsServer:

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from netpol_ebpf.agent.enforcement import Enforcement
-from netpol_ebpf.agent.learned_names import LearnedName, Lifetime, NameStore, learned_classes, teach
+from netpol_ebpf.agent.learned_names import LearnedName, Lifetime, NameStore, classes_in_use, teach
 from netpol_ebpf.agent.node_access import NodeAccess
 from netpol_ebpf.apply.events import LearnedAddress, decode_learned
 from netpol_ebpf.errors import Problem
 from netpol_ebpf.policy.types import EndpointKey, IPAddress
 from netpol_loader import abi
 from netpol_loader.kernel.clock import read_jiffies
-from netpol_loader.tables.connections import ConnectionMap
 
 FORGET_S = 300.0
 """Seconds between two looks for name classes that nothing has any more; arbitrary. A class takes one row of each domain
@@ -112,13 +111,7 @@ class DomainNames:
     def _forget_classes(self) -> None:
         unused = self._enforcement.unused_name_classes()
         if unused:
-            self._enforcement.forget_name_classes(
-                unused - learned_classes(self._node.maps) - self._classes_of_connections()
-            )
-
-    def _classes_of_connections(self) -> frozenset[int]:
-        tables = (self._node.maps[name] for name in ("np_conn4", "np_conn6"))
-        return frozenset().union(*(one.name_classes() for one in tables if isinstance(one, ConnectionMap)))
+            self._enforcement.forget_name_classes(unused - classes_in_use(self._node.maps))
 
     def close(self) -> None:
         """Write the names down at the end."""

@@ -16,6 +16,7 @@ from typing import Any
 from netpol_ebpf.agent.barrier import Barrier
 from netpol_ebpf.agent.change_record import ChangeRecord
 from netpol_ebpf.agent.dns_servers import NO_DNS, OTHER_PORTS, DnsInputs, DnsServers
+from netpol_ebpf.agent.learned_names import classes_in_use
 from netpol_ebpf.agent.local_interfaces import LocalInterfaces
 from netpol_ebpf.agent.name_learners import NameLearners, may_use_names
 from netpol_ebpf.agent.node_access import MapAccess, ProgramAccess
@@ -25,7 +26,7 @@ from netpol_ebpf.agent.settings import AgentSettings
 from netpol_ebpf.apply.applier import Applier, require_room
 from netpol_ebpf.apply.audit import Audit
 from netpol_ebpf.apply.events import Names
-from netpol_ebpf.apply.ledger import Ledger
+from netpol_ebpf.apply.ledger import Ledger, with_lost_classes
 from netpol_ebpf.apply.surroundings import SurroundingsWriter
 from netpol_ebpf.compiler import Change, CompiledTables, Compiler, KnownNumbers, Limits
 from netpol_ebpf.compiler.domains import most_specific
@@ -286,7 +287,10 @@ class Enforcement:
         """
         numbers = self._ledger.numbers
         known = KnownNumbers(
-            dict(numbers.identities), dict(numbers.rules), self._known_endpoints(), dict(numbers.name_classes)
+            dict(numbers.identities),
+            dict(numbers.rules),
+            self._known_endpoints(),
+            with_lost_classes(numbers.name_classes, classes_in_use(self._maps.maps)),
         )
         sizes, wiring = self._maps.renewal_sizes(), self._interfaces.wiring
         compiler = Compiler(self._objects.is_ours, limits=limits_of(sizes), known=known)

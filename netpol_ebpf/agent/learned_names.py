@@ -29,6 +29,7 @@ from netpol_ebpf.compiler.tables import CompiledTables
 from netpol_ebpf.errors import Location, Problem
 from netpol_ebpf.policy.types import EndpointKey, IPAddress
 from netpol_loader import abi
+from netpol_loader.tables.connections import ConnectionMap
 
 MOST_NAMES = 65_536
 """Largest number of kept (endpoint, address, name); as many as np_learned4 has rows."""
@@ -249,9 +250,13 @@ def _classes(value: bytes | None, now: int) -> dict[int, int]:
     return found
 
 
-def learned_classes(maps: Mapping[str, KernelMap]) -> frozenset[int]:
-    """The name classes in rows of learned addresses, expired ones included. Cost: linear in the rows."""
-    found: set[int] = set()
+def classes_in_use(maps: Mapping[str, KernelMap]) -> frozenset[int]:
+    """The name classes that learned addresses, also expired ones, and connections have.
+
+    Cost: linear in the rows, and a system call for each connection.
+    """
+    tables = (maps[name] for name in ("np_conn4", "np_conn6"))
+    found = {number for one in tables if isinstance(one, ConnectionMap) for number in one.name_classes()}
     for name in ("np_learned4", "np_learned6"):
         for _, value in maps[name].items():  # noqa: PERF102 - a map is no dict
             found.update(abi.np_learned.from_buffer_copy(value).name_class)

@@ -31,6 +31,8 @@ MAPS_BY_LIMIT = {
     "column_blocks": "np_l4_col",
     "verdicts": "np_verdict",
     "rules": "np_rule, np_rule_count",
+    "domains": "np_domain",
+    "names": "np_name",
 }
 """The maps whose sizes determine a limit of the compiler, by the limit's name."""
 

@@ -12,7 +12,7 @@ import pytest
 from memory_maps import MemoryMap
 
 from netpol_ebpf.agent import learned_names
-from netpol_ebpf.agent.learned_names import LearnedName, NameStore, learned_classes, teach
+from netpol_ebpf.agent.learned_names import LearnedName, NameStore, classes_in_use, teach
 from netpol_ebpf.apply.encode import learned_element
 from netpol_ebpf.apply.events import LearnedAddress, decode_labels
 from netpol_ebpf.compiler.tables import CompiledTables, EndpointRow
@@ -143,7 +143,8 @@ class Maps:
 
     maps: dict[str, MemoryMap] = field(
         default_factory=lambda: {
-            name: MemoryMap(name, 64, ctypes.sizeof(abi.np_learned), []) for name in ("np_learned4", "np_learned6")
+            name: MemoryMap(name, 64, ctypes.sizeof(abi.np_learned), [])
+            for name in ("np_learned4", "np_learned6", "np_conn4", "np_conn6")
         }
     )
 
@@ -183,7 +184,7 @@ def test_classes_that_the_program_wrote_are_kept(clock: Clock) -> None:
     maps.maps[name].put(key, value)
     maps.teach(names, tables_with("*.example.com", 3))
     assert maps.row().keys() == {1, 2, 3, 9}
-    assert learned_classes(maps.maps) == {1, 2, 3, 9}  # type: ignore[arg-type]
+    assert classes_in_use(maps.maps) == {1, 2, 3, 9}  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from test_agent_core import CLUSTER, POD, POLICY, WIRING, Bench, settle
 
 from netpol_ebpf.agent.core import Agent
+from netpol_ebpf.agent.dns_servers import parse_dns_server
 from netpol_ebpf.agent.node import POLICY_MAPS
 from netpol_ebpf.agent.rejected import MAPS_BY_LIMIT, RETRY_S
 from netpol_ebpf.agent.settings import AgentSettings
@@ -23,7 +24,6 @@ from netpol_loader.tables.buckets import SIZED
 
 FILLED = sorted(POLICY_MAPS.intersection(SIZED) - {"np_ep_cache"})
 """All but what the program writes itself, and what has a row for every hash."""
-SETTINGS = AgentSettings("here", borrow_sources=True)
 PREFIXES = """'["198.51.100.0/24", "2001:db8::/64"]'"""
 SENDER = (
     POD.format(name="late", node="here", last=9)
@@ -40,6 +40,18 @@ kind: Service
 metadata: {name: s, namespace: shop}
 spec: {clusterIPs: [10.96.0.1, "fd00:96::1"], ports: [{port: 80}]}
 """
+NAMES = """\
+apiVersion: projectcalico.org/v3
+kind: NetworkPolicy
+metadata: {name: names, namespace: shop}
+spec:
+  selector: all()
+  types: [Egress]
+  egress: [{action: Allow, protocol: TCP, destination: {domains: ["*.example.com", www.example.net], ports: [443]}}]
+"""
+SETTINGS = AgentSettings(
+    "here", borrow_sources=True, dns_servers=tuple(map(parse_dns_server, ("192.0.2.53", "2001:db8::53")))
+)
 ADDRESSES = {ip_address("192.0.2.1"): 2, ip_address("2001:db8::1"): 2}
 MEANINGS = {address: Meaning(LocalFlag.OWN, ifindex) for address, ifindex in ADDRESSES.items()}
 NETS = frozenset({ip_network("198.18.0.0/24"), ip_network("2001:db8:18::/48")})
@@ -74,7 +86,7 @@ def needed(bench: Bench, name: str) -> int:
 @pytest.mark.parametrize("name", FILLED)
 def test_new_set_of_maps_is_not_made_in_vain(bench: Bench, name: str) -> None:
     """With room for all rows but one in any of its tables the agent refuses by name; with room for all it starts."""
-    for file, text in {"sender": SENDER, "blocks": BLOCKS, "host": HOST, "service": SERVICE}.items():
+    for file, text in {"sender": SENDER, "blocks": BLOCKS, "host": HOST, "service": SERVICE, "names": NAMES}.items():
         bench.write(f"{file}.yaml", text)
     assert bench.agent(SETTINGS).problems == []
     need, before, node = needed(bench, name), content(bench), bench.node
