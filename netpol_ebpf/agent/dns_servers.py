@@ -17,6 +17,7 @@ from netpol_ebpf.errors import Location, Problem, UsageError
 from netpol_ebpf.policy.types import UDP, IPAddress, IPNetwork, ResourceKey, World
 from netpol_ebpf.resources.types import Resource, Service
 
+SLUG = "dns-servers"
 DNS_PORT = 53
 SERVICE_PREFIX = "k8s-service:"
 DEFAULT_NAMESPACE = "kube-system"
@@ -38,7 +39,8 @@ IPv6 addresses."""
 class DnsServer:
     """One value of the option ``--dns-server``: an address, or a service.
 
-    ``port``: for an address its port; for a service the number of the service's port; None: 53, otherwise its first port.
+    ``port``: for an address its port; for a service the number of the service's port; None: 53 if the service has it,
+    otherwise its first port with UDP.
     """
 
     address: IPAddress | None = None
@@ -97,10 +99,12 @@ class DnsInputs:
 
     ``resolvers``: (address, port) of each server.
     ``unlearned``: prefixes whose addresses are never learned.
+    ``own``: addresses of nodes and services, which are never learned either.
     """
 
     resolvers: frozenset[tuple[IPAddress, int]] = frozenset()
     unlearned: frozenset[IPNetwork] = frozenset()
+    own: frozenset[IPAddress] = frozenset()
 
     @property
     def other_ports(self) -> tuple[int, ...]:
@@ -126,7 +130,7 @@ class DnsServers:
         """``unlearned``: further prefixes that are never learned. ``get``: returns the object of a key."""
         self.missing: tuple[DnsServer, ...] = ()
         self._servers = tuple(servers)
-        self._unlearned = frozenset(unlearned)
+        self._unlearned = frozenset((*unlearned, *NEVER_LEARNED))
         self._get = get
 
     def inputs(self, world: World) -> DnsInputs:
@@ -141,10 +145,7 @@ class DnsServers:
         self.missing = tuple(missing)
         own = {address for node in world.nodes.values() for address in node.addresses}
         own |= {key.address for key in world.vips if key.address is not None}
-        own -= {address for address, _ in found}
-        return DnsInputs(
-            frozenset(found), self._unlearned | frozenset(NEVER_LEARNED) | {ip_network(address) for address in own}
-        )
+        return DnsInputs(frozenset(found), self._unlearned, frozenset(own))
 
     def _addresses(self, server: DnsServer, world: World) -> set[tuple[IPAddress, int]]:
         if server.address is not None:
@@ -154,7 +155,7 @@ class DnsServers:
         found: set[tuple[IPAddress, int]] = set()
         service = self._get(ResourceKey("Service", *server.service))
         if isinstance(service, Service):
-            ports = [one.port for one in service.ports]
+            ports = [one.port for one in service.ports if one.protocol == UDP]
             chosen = server.port or (DNS_PORT if DNS_PORT in ports else ports[0] if ports else DNS_PORT)
             found |= {(address, chosen) for address in service.cluster_ips}
         backends = world.services.get(server.service)
@@ -170,11 +171,13 @@ class DnsServers:
             f"the DNS server {server} is not known: answers of it teach no names, so rules with domain names do not match"
             for server in self.missing
         ]
-        if not inputs.resolvers:
-            found.append("no DNS server is known (--dns-server): rules with domain names match nothing")
         if len(inputs.other_ports) > OTHER_PORTS:
             ports = ", ".join(map(str, inputs.other_ports[OTHER_PORTS:]))
             found.append(
                 f"DNS servers have more than {OTHER_PORTS} ports besides 53: answers from port {ports} are not read"
             )
-        return [Problem(Location(""), "", message, slug="dns-servers") for message in found]
+        problems = [Problem(Location(""), "", message, severity="warning", slug=SLUG) for message in found]
+        if not inputs.resolvers:
+            message = "no DNS server is known (--dns-server): rules with domain names match nothing"
+            problems.append(Problem(Location(""), "", message, slug=SLUG))
+        return problems

@@ -18,7 +18,7 @@ from netpol_ebpf.agent.change_record import ChangeRecord
 from netpol_ebpf.agent.dns_servers import NO_DNS, OTHER_PORTS, DnsInputs, DnsServers
 from netpol_ebpf.agent.learned_names import classes_in_use
 from netpol_ebpf.agent.local_interfaces import LocalInterfaces
-from netpol_ebpf.agent.name_learners import NameLearners, may_use_names
+from netpol_ebpf.agent.name_learners import NameLearners, find_learners
 from netpol_ebpf.agent.node_access import MapAccess, ProgramAccess
 from netpol_ebpf.agent.objects import ClusterObjects
 from netpol_ebpf.agent.own_interfaces import HostPolicyInputs, OwnInterfaces
@@ -45,11 +45,11 @@ from netpol_ebpf.policy.types import (
     PolicySettings,
     PolicyTier,
     ProfileRules,
-    Rule,
     ServiceBackends,
     Staged,
 )
 from netpol_loader import abi
+from netpol_loader.pins.drift import Drift
 
 HOST_ENDPOINT = "HostEndpoint"
 """The kind in the keys of host endpoints. The row of a host endpoint names no interface."""
@@ -186,27 +186,12 @@ class Enforcement:
             self.apply(Changes())
 
     def _dns_inputs(self, tables: CompiledTables) -> DnsInputs:
-        """The DNS servers; none while no rule in force here has domain names."""
-        return self._servers.inputs(self._objects.world) if len(tables.names) else NO_DNS
+        """The DNS servers; none while no verdict has a rule with domain names before it."""
+        return self._servers.inputs(self._objects.world) if len(tables.domain_lists) else NO_DNS
 
     def _update_learners(self) -> None:
         """Let exactly those endpoints learn whose policies may match by domain names."""
-        wanted: dict[EndpointKey, int] = {}
-        if len(self.tables.names):
-            world = self._objects.world
-            known: dict[object, bool] = {}
-            for key, row in self.tables.endpoints.items():
-                endpoint = world.endpoints.get(key)
-                profiles = (world.profiles.get(name) for name in (endpoint.profiles if endpoint else ()))
-                subjects: list[tuple[object, tuple[Rule, ...]]] = [
-                    *((one.key, one.egress) for one in self._compiler.policies_of(key)),
-                    *((one.name, one.egress) for one in profiles if one is not None),
-                ]
-                for name, rules in subjects:
-                    if name not in known:
-                        known[name] = may_use_names(rules, world)
-                if any(known[name] for name, _ in subjects):
-                    wanted[key] = row.number
+        wanted = find_learners(self.tables, self._objects.world, self._compiler.policies_of)
         if wanted or self._learners.numbers or self._learners.full:
             self._learners.update(self._maps.maps, wanted)
         settings, dns = self._settings, self._own.inputs.dns
@@ -223,6 +208,10 @@ class Enforcement:
         """What keeps endpoints from learning domain names."""
         is_used = bool(self._learners.numbers or self._learners.full)
         return [*self._servers.problems(self._own.inputs.dns, is_used=is_used), *self._learners.problems]
+
+    def restore_learners(self) -> list[Drift]:
+        """Restore which endpoints have room for DNS questions, if another program changed that."""
+        return self._learners.restore(self._maps.maps)
 
     def unused_name_classes(self) -> frozenset[int]:
         """The name classes that no pattern gives any more. Endpoints may still have learned them."""

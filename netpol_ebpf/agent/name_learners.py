@@ -12,30 +12,60 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from netpol_ebpf.apply.applier import KernelMap
+from netpol_ebpf.compiler import CompiledTables
 from netpol_ebpf.errors import Location, MapFullError, Problem
-from netpol_ebpf.policy.types import Action, EndpointKey, Rule, World
+from netpol_ebpf.policy.types import Action, EndpointKey, Policy, ProfileRules, Rule, World
 from netpol_loader import abi
+from netpol_loader.pins.drift import Drift
 
 LEARNED_MAPS = ("np_learned4", "np_learned6")
 _NUMBER = struct.Struct("=I")
 _EMPTY = bytes(ctypes.sizeof(abi.np_asked))
 
 
-def may_use_names(rules: tuple[Rule, ...], world: World) -> bool:
-    """Whether one of these egress rules may match by domain names.
+def may_use_names(rules: Iterable[Rule], *, has_named_sets: bool) -> bool:
+    """Whether one of these egress rules may match by domain names. ``has_named_sets``: some network set has names.
 
     A rule with a selector may do so by the names of a network set. Whether the selector selects such a set is not looked
     up: a row that no rule needs only takes memory.
     """
-    has_named_sets = any(held.domains for held in world.network_sets.values())
     return any(
         rule.action is Action.ALLOW
         and (rule.destination.domains or (has_named_sets and rule.destination.selector is not None))
         for rule in rules
     )
+
+
+def find_learners(
+    tables: CompiledTables, world: World, policies_of: Callable[[EndpointKey], Iterable[Policy]]
+) -> dict[EndpointKey, int]:
+    """The endpoints of this node that must learn domain names, with their numbers.
+
+    These are the endpoints with a policy or profile that `may_use_names`, as long as some verdict has a domain list.
+    ``policies_of``: returns the policies that select an endpoint. Cost: linear in the endpoints of this node and their
+    policies, and in the network sets.
+    """
+    if not len(tables.domain_lists):
+        return {}
+    has_named_sets = any(one.domains for one in world.network_sets.values())
+    known: dict[object, bool] = {}
+
+    def may_use(one: Policy | ProfileRules) -> bool:
+        key = one.key if isinstance(one, Policy) else one.name
+        if key not in known:
+            known[key] = may_use_names(one.egress, has_named_sets=has_named_sets)
+        return known[key]
+
+    found = {}
+    for key, row in tables.endpoints.items():
+        endpoint = world.endpoints.get(key)
+        profiles = (world.profiles.get(name) for name in (endpoint.profiles if endpoint else ()))
+        if any(map(may_use, (one for one in (*policies_of(key), *profiles) if one is not None))):
+            found[key] = row.number
+    return found
 
 
 class NameLearners:
@@ -80,6 +110,22 @@ class NameLearners:
                 except MapFullError:
                     full.append(key)
         self.numbers, self.full = present, tuple(full)
+
+    def restore(self, maps: Mapping[str, KernelMap]) -> list[Drift]:
+        """Make rows that are missing, and delete surplus rows. Returns what differed. Rows that exist stay as they are."""
+        found = []
+        present = {raw for raw, _ in maps["np_asked"].items()}
+        wanted = {_NUMBER.pack(number) for number in self.numbers.values()}
+        for raw in present - wanted:
+            maps["np_asked"].delete(raw)
+            found.append(Drift("row", f"{raw.hex()} of np_asked", "foreign"))
+        for raw in wanted - present:
+            try:
+                maps["np_asked"].put(raw, _EMPTY)
+            except MapFullError:  # the next round tries again; surplus rows that filled the map are gone by then
+                continue
+            found.append(Drift("row", f"{raw.hex()} of np_asked", "missing"))
+        return found
 
     @property
     def problems(self) -> list[Problem]:

@@ -269,6 +269,7 @@ class OwnInterfaces:
             wiring.tunnels | self._tunnels,
             inputs.dns.resolvers,
             inputs.dns.unlearned,
+            inputs.dns.own,
         )
 
     def _write(self, wiring: Wiring, workloads: Collection[int], bearing: Collection[int]) -> None:

@@ -138,6 +138,7 @@ class Repair:
             if now_s - self._round_s < ROUND_S:
                 return
             self._round_s = now_s
+            self.drift.note(self._enforcement.restore_learners(), now_s)
         self.drift.note(audit.step(), now_s)
 
     def _look_for_other_programs(self) -> None:

@@ -261,11 +261,11 @@ def resolver_element(address: IPAddress, port: int) -> Element:
     return "np_resolver6", _RESOLVER6_KEY.pack(address.packed, port), _RESOLVER.pack(1)
 
 
-def unlearned_element(net: IPNetwork) -> Element:
-    """The element that keeps the program from learning addresses of a prefix."""
-    if isinstance(net, IPv4Network):
-        return "np_unlearned4", _CIDR4_KEY.pack(net.prefixlen, net.network_address.packed), _UNLEARNED.pack(1)
-    return "np_unlearned6", _CIDR6_KEY.pack(net.prefixlen, net.network_address.packed), _UNLEARNED.pack(1)
+def unlearned_element(address: IPAddress, prefix_bits: int) -> Element:
+    """The element that keeps the program from learning addresses of a prefix. ``address``: the first one."""
+    if isinstance(address, IPv4Address):
+        return "np_unlearned4", _CIDR4_KEY.pack(prefix_bits, address.packed), _UNLEARNED.pack(1)
+    return "np_unlearned6", _CIDR6_KEY.pack(prefix_bits, address.packed), _UNLEARNED.pack(1)
 
 
 def _rule(number: int, cause: Cause) -> Element:

@@ -68,7 +68,7 @@ class Surroundings:
     ``nets``: prefixes in which all addresses are this node's own.
     ``tunnels``: encapsulations that nodes accept from any sender, as (protocol, UDP port or 0).
     ``resolvers``: the DNS servers whose answers the program believes, as (address, port).
-    ``unlearned``: prefixes whose addresses the program never learns from DNS answers.
+    ``unlearned``, ``unlearned_addresses``: prefixes and addresses that the program never learns from DNS answers.
     """
 
     addresses: Mapping[IPAddress, Meaning] = field(default_factory=dict)
@@ -78,6 +78,7 @@ class Surroundings:
     tunnels: frozenset[tuple[int, int]] = frozenset()
     resolvers: frozenset[tuple[IPAddress, int]] = frozenset()
     unlearned: frozenset[IPNetwork] = frozenset()
+    unlearned_addresses: frozenset[IPAddress] = frozenset()
 
     def is_own(self, address: IPAddress) -> bool:
         """Whether the address is one of this node's own addresses."""
@@ -100,7 +101,9 @@ class Surroundings:
         for address, port in self.resolvers:
             yield resolver_element(address, port)
         for net in self.unlearned:
-            yield unlearned_element(net)
+            yield unlearned_element(net.network_address, net.prefixlen)
+        for address in self.unlearned_addresses:
+            yield unlearned_element(address, address.max_prefixlen)
         for ifindex, one in self.interfaces.items():
             flags = EndpointFlag.HOST if one.number else EndpointFlag.HOST | EndpointFlag.UPLINK
             yield endpoint_element(ifindex, one.number, NO_SETS, flags | one.flags)
