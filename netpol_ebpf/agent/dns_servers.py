@@ -26,12 +26,12 @@ OTHER_PORTS = 4
 NEVER_LEARNED: tuple[IPNetwork, ...] = tuple(
     ip_network(text)
     for text in (
-        "0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "240.0.0.0/4",
+        "0.0.0.0/32", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4",
         "::/128", "::1/128", "fe80::/10", "ff00::/8",
     )
 )  # fmt: skip
-"""This network, loopback, link-local, multicast and reserved addresses (RFC 6890). The program itself refuses IPv4-mapped
-IPv6 addresses."""
+"""Unspecified, loopback, link-local and multicast addresses, as `policy.domain_names.is_never_learned`. The program itself
+refuses IPv4-mapped IPv6 addresses."""
 
 
 @dataclass(frozen=True, slots=True)
