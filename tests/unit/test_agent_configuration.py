@@ -219,6 +219,9 @@ def test_an_unknown_variable_is_refused() -> None:
     """With the nearest known one; those that a kubelet sets for a Service whose name begins so do not count."""
     with pytest.raises(UsageError, match=r"NETPOL_EBPF_NOD is no option \(did you mean `NETPOL_EBPF_NODE`\?\)"):
         parsed(NETPOL_EBPF_NOD="a")
+    for unrelated in ("NETPOL_EBPF_COLOUR", "NETPOL_EBPF_LEVEL", "NETPOL_EBPF_X"):
+        with pytest.raises(UsageError, match=f"{unrelated} is no option$"):
+            parsed(**{unrelated: "a"})
     with pytest.raises(UsageError, match="NETPOL_EBPF_HAIRPIN: must be one of true, false"):
         parsed(NETPOL_EBPF_HAIRPIN="yes")
     parsed(
