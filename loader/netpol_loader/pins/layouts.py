@@ -4,8 +4,8 @@
 The kernel has the layouts too, as type information (BTF), but shows them only to a process with CAP_SYS_ADMIN, which an
 agent does not have (ADR 21). The map has one element: a JSON document with the fields of every map's key and value.
 
-Invariants: a new pin directory has this map before it is in force; the directory has a map that an older version made
-(connections, counters) only if the map's layout equals that of this version. The module must not know what a field
+Invariants: a new pin directory has this map before it is in force; a map that an older version made (connections,
+counters) is in the directory only if its layout equals that of this version. The module must not know what a field
 means.
 """
 
