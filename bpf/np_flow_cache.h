@@ -9,9 +9,9 @@
 // candidate. Every other packet takes the slow path.
 //
 // Invariant: an entry repeats what np_conn had at most a second ago, under the same generation, about an established
-// connection or an unreplied UDP one. This has two consequences. The slow path updates each live connection in np_conn
-// once a second. Packets of a removed connection pass for at most a second. A packet that changes a connection's state,
-// or that carries a sender tag, never takes the fast path.
+// connection or an unreplied UDP one. So the slow path updates each live connection in np_conn once a second, and
+// packets of a removed connection pass for at most a second. A packet that changes a connection's state, or that
+// carries a sender tag, never takes the fast path.
 #pragma once
 
 #include "np_count.h"
