@@ -191,7 +191,7 @@ class _Search:
     def _forward(
         self, state: State, thread: int, i: int, source: int, registers: Values
     ) -> Iterator[tuple[str, State]]:
-        """A load takes its value from a store of its own thread that is not done, and that a branch may still cancel."""
+        """A load takes its value from an unfinished store of its own thread, which a branch may still cancel."""
         op = self.threads[thread][source]
         if self._place(op, registers) is None or not all(name in registers for name in op.uses):
             return
