@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The node's own interfaces under an agent, on a node in memory: rows before programs, and nothing of what was refused."""
+"""The node's own interfaces with an agent, on a node in memory: rows come before programs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def test_uplink_has_its_row_before_it_gets_programs(bench: Bench) -> None:
-    """The node's own interface is closed at no moment, whoever's policy is for it."""
+    """The node's own interface is never closed, whichever policy applies to it."""
     agent = bench.agent()
     bench.write("host.yaml", HOST.replace("NAME", "eth0"))
     settle(agent)
@@ -74,7 +74,7 @@ def test_uplink_has_its_row_before_it_gets_programs(bench: Bench) -> None:
 def test_gateway_within_the_node_is_not_outside(bench: Bench) -> None:
     """Packets from a bridge, or from a pair within the node, were judged before.
 
-    So were those of a device on top of them.
+    The same is true for a device on top of them.
     """
     links = {
         8: Interface(8, "cni0", "bridge"), 9: Interface(9, "gw0", "veth"), 10: Interface(10, "gw1", "veth", master=8),
@@ -82,7 +82,7 @@ def test_gateway_within_the_node_is_not_outside(bench: Bench) -> None:
         14: Interface(14, "eth0.5", "vlan", lower=2),
     }  # fmt: skip
     bench.node.wiring = replace(WIRING, links={**WIRING.links, **links})
-    bench.write("service.yaml", SERVICE)  # programs at every exit
+    bench.write("service.yaml", SERVICE)  # every exit gets the programs
     bench.agent()
     flags = {ifindex: row.flags for ifindex in (2, *links) if (row := bench.node.row(ifindex)) is not None}
     assert [ifindex for ifindex, one in flags.items() if one & abi.NP_ENDPOINT_OUTSIDE] == [2, 14]
@@ -90,7 +90,7 @@ def test_gateway_within_the_node_is_not_outside(bench: Bench) -> None:
 
 
 def test_services_are_closed_while_an_exit_has_no_program(bench: Bench) -> None:
-    """An own interface that cannot get the programs closes services, and says so."""
+    """If an own interface cannot get the programs, services are closed, and this is reported."""
     bench.node.refuses = {2}
     bench.write("service.yaml", SERVICE)
     agent = bench.agent()
@@ -100,7 +100,7 @@ def test_services_are_closed_while_an_exit_has_no_program(bench: Bench) -> None:
 
 
 def test_host_endpoint_without_its_interface_is_told(bench: Bench) -> None:
-    """An object this agent cannot act on is named as a warning, with its place."""
+    """An object without its interface is a warning with its place."""
     bench.write("host.yaml", HOST.replace("NAME", "eth9"))
     (problem,) = bench.agent().problems
     assert (problem.severity, problem.slug, problem.obj) == ("warning", "host-endpoint", "HostEndpoint/h")
@@ -108,7 +108,7 @@ def test_host_endpoint_without_its_interface_is_told(bench: Bench) -> None:
 
 
 def test_node_with_more_addresses_than_room_is_told(bench: Bench) -> None:
-    """The addresses that were there stay known; the agent lives, and takes them up when there is room."""
+    """The earlier addresses stay known. The agent continues, and adds the others when there is room."""
     agent = bench.agent()
     wiring = bench.node.wiring
     bench.node.in_force["np_local4"].max_entries = 2
@@ -128,7 +128,7 @@ def test_node_with_more_addresses_than_room_is_told(bench: Bench) -> None:
 
 @pytest.mark.parametrize("is_external", [True, False])
 def test_tunnel_that_tells_who_sent_a_packet_is_marked(bench: Bench, is_external: bool) -> None:  # noqa: FBT001
-    """Others are own interfaces like any other."""
+    """All other tunnels are ordinary own interfaces."""
     tunnel = Interface(9, "vx0", "vxlan", is_external=is_external)
     bench.node.wiring = replace(bench.node.wiring, links={**bench.node.wiring.links, 9: tunnel})
     bench.agent()
