@@ -139,7 +139,10 @@ def test_tunnel_that_tells_who_sent_a_packet_is_marked(bench: Bench, is_external
 
 
 def node_numbers(bench: Bench) -> tuple[int, dict[str, int]]:
-    """Of the node that the pod elsewhere is on, by the row of its address; and of nodes, by their addresses in the kernel."""
+    """The number of the node that another node's pod is on, from the row of the pod's address.
+
+    And the numbers of nodes, by the addresses in the kernel.
+    """
     maps = bench.node.in_force
     pod = abi.np_addr.from_buffer_copy(maps["np_addr4"].rows[ip_address("10.0.0.3").packed])
     rows = {str(ip_address(key)): abi.np_local.from_buffer_copy(value) for key, value in maps["np_local4"].rows.items()}
@@ -147,7 +150,7 @@ def node_numbers(bench: Bench) -> tuple[int, dict[str, int]]:
 
 
 def test_addresses_of_nodes_and_of_their_pods_have_one_number(bench: Bench) -> None:
-    """Also when the pod moves, the node changes its address, or loses it; and after a restart."""
+    """This holds also if the pod moves, if the node changes or loses its address, and after a restart."""
     nodes = NODE.replace("NAME", "there").replace("ADDRESS", "172.16.0.2") + NODE.replace("NAME", "yonder").replace(
         "ADDRESS", "172.16.0.3"
     )
@@ -172,7 +175,7 @@ def test_addresses_of_nodes_and_of_their_pods_have_one_number(bench: Bench) -> N
 
 
 def test_node_keeps_its_addresses_until_rows_of_its_pods_are_written(bench: Bench) -> None:
-    """So no packet of a pod is compared with a node that is just losing its number."""
+    """So no packet of a pod is compared with a node that has just lost its number."""
     nodes = NODE.replace("NAME", "there").replace("ADDRESS", "172.16.0.2")
     bench.write("nodes.yaml", nodes)
     agent = bench.agent()
@@ -188,7 +191,7 @@ def test_node_keeps_its_addresses_until_rows_of_its_pods_are_written(bench: Benc
 
 
 def test_refused_host_endpoint_leaves_the_node_s_interface_alone(bench: Bench) -> None:
-    """Its row is not in force, so neither programs nor a row that names it may come to its interface with the next news."""
+    """Its row is not in force, so its interface may get neither programs nor a row with its number at the next news."""
     agent = bench.agent()
     peers = bench.node.in_force["np_addr4"]
     peers.hard_limit = len(peers.rows)
@@ -208,7 +211,7 @@ def test_refused_host_endpoint_leaves_the_node_s_interface_alone(bench: Bench) -
 
 
 def test_host_endpoint_whose_end_was_refused_stays_in_force(bench: Bench) -> None:
-    """What was to go together with what does not fit has not gone: not at once, and not with the next news."""
+    """Removals that belong to a change without room are not applied, neither at once nor at the next news."""
     bench.write("host.yaml", HOST.replace("NAME", "eth0"))
     agent = bench.agent()
     row, rows = bench.node.row(2), dict(bench.node.in_force["np_host"].rows)
@@ -254,14 +257,14 @@ spec: {failsafeInboundHostPorts: [{protocol: TCP, port: 2222, net: 192.0.2.0/24}
 
 
 def passes(agent: Agent, source: str, protocol: int, port: int) -> bool:
-    """Whether the host endpoint's tables let a packet to the node in."""
+    """Whether the host endpoint's tables allow a packet to the node."""
     about = packet(source, "172.16.0.1", protocol, port)
     question = Question(EndpointKey("HostEndpoint", "", "h"), Direction.INGRESS, Stage.NORMAL, about)
     return Interpreter(agent.enforcement.tables).decide(question).outcome is Outcome.ALLOW
 
 
 def test_failsafe_ports_follow_the_manifests(bench: Bench) -> None:
-    """Those of this node are in force while they are written, the built-in ones before and after."""
+    """The ports of this node are in force while a manifest has them, and the built-in ones before and after."""
     bench.write("host.yaml", HOST.replace("NAME", "'*'"))
     agent = bench.agent()
     ports = [("192.0.2.1", TCP, 22), ("192.0.2.1", TCP, 2222), ("198.51.100.1", TCP, 2222)]
@@ -279,7 +282,10 @@ def test_failsafe_ports_follow_the_manifests(bench: Bench) -> None:
 
 
 def test_tunnels_of_devices_and_of_the_option_pass_between_nodes(bench: Bench) -> None:
-    """A device that comes or goes changes what policy never blocks; a start brings it into force at once."""
+    """A device that is added or removed changes the tunnels that policy never blocks.
+
+    At a start they are in force at once.
+    """
     bench.write("host.yaml", HOST.replace("NAME", "'*'"))
     bench.write("nodes.yaml", NODES)
     agent = bench.agent(AgentSettings("here", tunnels=frozenset({(UDP, 8472)})))
@@ -304,7 +310,7 @@ def test_tunnels_of_devices_and_of_the_option_pass_between_nodes(bench: Bench) -
 
 
 def test_automatic_host_endpoint_is_in_force(bench: Bench) -> None:
-    """It is the host endpoint of the node's interfaces like one that is written, and goes with its configuration."""
+    """It is the host endpoint of the node's interfaces, like a written one, and is removed with its configuration."""
     bench.write("nodes.yaml", NODES)
     agent = bench.agent()
     bench.write(
