@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the plain manifests in deploy/manifests, which are the chart in deploy/chart as Helm renders it.
 
-They are for clusters without Helm, and for reading: RBAC, the agent for each network, and the cleanup.  Definitions and admission
-policies are plain files already (`kubectl apply -k deploy/chart/crds` and `deploy/chart/admission`).
+They are for clusters without Helm, and for reading: RBAC, the agent for each network, and the cleanup. Definitions and
+admission policies are plain files in the chart (`kubectl apply -k deploy/chart/crds` and `deploy/chart/admission`).
 
-Without arguments the files are written, and those that the chart does not render are removed.  With --check, every object that the
-chart renders is also checked against the schemas of Kubernetes, with the oldest and the newest version that the schemas have.
+Without arguments the files are written, and files that the chart no longer renders are removed. With --check, every
+object that the chart renders is also validated against the schemas of Kubernetes, of the oldest and of the newest
+version for which there are schemas.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ CHECK_MODULES = ("yaml", "kubernetes_validate")
 
 
 def networks() -> list[str]:
-    """Every value of `network`."""
+    """All values of the chart's option `network`."""
     schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
     return list(schema["properties"]["network"]["enum"])
 
 
 def render_chart(network: str, templates: tuple[str, ...], version: str) -> str:
-    """Some templates of the chart, or all of it, as Helm renders it for a version of Kubernetes."""
+    """Some templates of the chart, or all of them, as Helm renders them for a version of Kubernetes."""
     command = [
         *("helm", "template", "netpol-ebpf", str(CHART), "--namespace=kube-system"),
         *(f"--set=network={network}", f"--kube-version={version}"),
@@ -53,7 +54,7 @@ def render() -> dict[Path, str]:
 
 
 def invalid() -> list[str]:
-    """What the schemas of Kubernetes say against what the chart renders, for each network and each version."""
+    """The errors of all rendered objects against the schemas of Kubernetes, for each network and each version."""
     import kubernetes_validate
     import yaml
 
@@ -72,7 +73,7 @@ def invalid() -> list[str]:
 
 
 def main() -> int:
-    """The command line."""
+    """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a file is not fresh")
     check = parser.parse_args().check
