@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real netpol-agent that watches a simulated API server: its start, policy edits, churn, and what it costs at rest.
+"""Measure a real netpol-agent that watches a simulated API server: start, policy edits, churn, and the cost at rest.
 
     sudo .venv/bin/python -m bench.api_agent [--sizes 10000x1000,100000x10000] [-o FILE]
 
-*Until in force* runs from the agent's start to its word that everything is in force.  *Policy edit* runs from the event's write to
-the server's socket to the first packet that the pinned program judges by the new policy (`BPF_PROG_TEST_RUN`, a new flow each time),
-alone and while pods of other nodes change.  Nothing of the agent runs in this process.
+*Until in force* is the time from the agent's start until it reports that everything is in force. *Policy edit* is the
+time from the write of the event to the server's socket until the pinned program judges a packet by the new policy
+(`BPF_PROG_TEST_RUN`, a new flow each time). It is measured without other changes, and while pods of other nodes change.
+No part of the agent runs in this process.
 
-Invariant: nothing is asked of the agent while it is measured; a verdict that does not come is an error.
+Invariant: this process requests nothing from the agent while it is measured. If a verdict does not change in time, that
+is an error.
 """
 
 from __future__ import annotations
@@ -54,13 +56,13 @@ PODS_OF_A_NODE = 20
 FIRST_NODE = 0xC0A80000
 CHURN_PER_S = 100
 HEARTBEATS_PER_S = 20
-"""Status updates of nodes: each of 5 000 nodes every five minutes is 17."""
+"""Status updates of nodes in a second. 5 000 nodes with one update each every five minutes make 17."""
 FIRST_PORT = 20_000
 READY_DEADLINE_S = 600.0
 VERDICT_DEADLINE_S = 20.0
 REST_S = 3.0
 SUBJECT = 0
-"""Number of the pod under the policy that is edited: the first local one."""
+"""Number of the pod that the edited policy selects: the first local one."""
 STRANGER = IPv4Address("172.16.200.9")
 FIRST_INDEX = 1000
 IN_FORCE = "in force: "
@@ -68,7 +70,7 @@ IN_FORCE = "in force: "
 
 @dataclass(slots=True)
 class Findings:
-    """Seconds, bytes, shares of a processor."""
+    """The results of one size: times in seconds, memory in bytes, and processor time as a share of one processor."""
 
     until: float = 0.0
     start_processor: float = 0.0
@@ -86,7 +88,7 @@ def nodes(count: int) -> Iterator[Object]:
 
 
 def node(number: int, *, beat: int = 0) -> Object:
-    """A Node object. ``beat``: number of its heartbeat, which changes nothing that policy reads."""
+    """A Node object. ``beat``: the number of its heartbeat, which changes no field that policy reads."""
     status = {
         "addresses": [{"type": "InternalIP", "address": str(IPv4Address(FIRST_NODE + number))}],
         "conditions": [{"type": "Ready", "status": "True", "lastHeartbeatTime": str(beat)}],
@@ -95,7 +97,7 @@ def node(number: int, *, beat: int = 0) -> Object:
 
 
 def edited(port: int) -> Object:
-    """The policy that is edited: it isolates the subject, and allows one port."""
+    """The policy that is edited: it isolates the pod SUBJECT, and allows one port."""
     subject = pod(SUBJECT)
     return {
         "apiVersion": "networking.k8s.io/v1",
@@ -110,7 +112,7 @@ def edited(port: int) -> Object:
 
 
 class Stage:
-    """The node with its pods' interfaces, and its agent."""
+    """The node with the interfaces of its pods, and its agent."""
 
     def __init__(self, lab: Lab, home: Path, pins: Path, size: Size) -> None:
         self._lab, self._home, self._pins = lab, home, pins
@@ -119,18 +121,18 @@ class Stage:
 
     @property
     def namespace(self) -> Path:
-        """Of the node."""
+        """The network namespace of the node."""
         return NETNS_DIR / self._lab.namespace_of[NODE_HOST]
 
     @property
     def pid(self) -> int:
-        """Of the agent."""
+        """The process id of the agent."""
         if self._agent is None:
             raise AssertionError("no agent was started")
         return self._agent.pid
 
     def _plug(self, size: Size) -> None:
-        """Interfaces of the local pods, whose other ends share a namespace, with the routes to them."""
+        """Create the interfaces of the local pods and the routes to them. All other ends are in one namespace."""
         pods = f"{self._lab.token}-pods"
         self._lab.record(namespaces=[pods])
         subprocess.run(["ip", "netns", "add", pods], check=True)
@@ -146,7 +148,7 @@ class Stage:
         subprocess.run(command, input="\n".join(lines) + "\n", text=True, check=True, capture_output=True)
 
     def start(self, url: str) -> float:
-        """Start the agent; seconds until everything is in force."""
+        """Start the agent. Returns the seconds until everything is in force."""
         config = {
             "apiVersion": "v1", "kind": "Config", "current-context": "c",
             "clusters": [{"name": "c", "cluster": {"server": url}}],
@@ -167,7 +169,7 @@ class Stage:
 
     @contextmanager
     def judge(self) -> Iterator[Callable[[int], bool]]:
-        """A function that runs the pinned program on the first packet of a new flow to the subject's port."""
+        """Yield a function that runs the pinned program on the first packet of a new flow to a port of SUBJECT."""
         (pin,) = self._pins.glob(f"v*/programs/{Hook.TC_EGRESS.value}")
         program = syscall.obj_get(pin)
         context = bytearray(SKB_BYTES)
@@ -210,7 +212,7 @@ def enter(namespace: Path) -> None:
 
 
 def measure(size: Size, *, edits: int, churn_s: float, rest_s: float) -> Findings:
-    """One size: the start, edits alone, edits in churn, rest."""
+    """Measure one size of cluster: the start, edits without other changes, edits during churn, and rest."""
     found = Findings()
     with tempfile.TemporaryDirectory(prefix="netpol-bench-api-") as name:
         pins = BPFFS / f"netpol-bench-api-{os.getpid()}"
@@ -235,7 +237,7 @@ def measure(size: Size, *, edits: int, churn_s: float, rest_s: float) -> Finding
 def _at_work(
     stage: Stage, api: SimulatedApi, size: Size, found: Findings, edits: int, churn_s: float, rest_s: float
 ) -> None:
-    """In a thread of its own, which moves into the node."""
+    """Measure with the started agent. Must run in a thread of its own, because it enters the node's namespace."""
     enter(stage.namespace)
     with stage.judge() as passes:
         time.sleep(REST_S)
@@ -264,7 +266,10 @@ def _at_work(
 
 
 def _edit(api: SimulatedApi, passes: Callable[[int], bool], port: int) -> float:
-    """Allow another port; seconds until a packet to it passes. What was allowed before is denied then."""
+    """Change the allowed port.
+
+    Returns the seconds until a packet to the new port passes; the old port is then denied.
+    """
     if passes(port):
         raise AssertionError(f"port {port} is open before its edit")
     began = time.monotonic()
@@ -277,7 +282,7 @@ def _edit(api: SimulatedApi, passes: Callable[[int], bool], port: int) -> float:
 
 
 def _churn(api: SimulatedApi, size: Size, done: threading.Event, sent: list[int]) -> None:
-    """Pods of other nodes that come and go, and heartbeats of nodes, at their rates."""
+    """Until ``done`` is set, add and remove pods of other nodes and send heartbeats of nodes, each at its rate."""
     began, count = time.monotonic(), 0
     total_per_s = CHURN_PER_S + HEARTBEATS_PER_S
     while not done.is_set():
@@ -298,7 +303,7 @@ def _churn(api: SimulatedApi, size: Size, done: threading.Event, sent: list[int]
 def run_suite(
     run: Run, *, sizes: Sequence[Size] = SIZES, edits: int = 100, churn_s: float = 20.0, rest_s: float = 10.0
 ) -> None:
-    """Measure, and add the cases to the run."""
+    """Measure all sizes, and add the cases to the run."""
     progress = Progress("an agent at an API server", len(sizes))
     for size in sizes:
         progress.step(f"{size.pods} pods, {size.policies} policies, {size.local} of the pods here")
@@ -325,7 +330,7 @@ def run_suite(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and write the result."""
+    """Measure, print and write the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sizes", default="", help="PODSxPOLICIES[xLOCAL] by commas")
     parser.add_argument("--edits", type=int, default=100, help="policy edits without churn")

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A simulated API server: it lists and watches made-up objects of any number, over plain HTTP, for one agent.
+"""A simulated API server: for one agent, it lists and watches generated objects of any number, over plain HTTP.
 
-It answers what `netpol_ebpf/sources/kubernetes` asks: lists by stream, WATCHes, single objects for probes, definitions.  Objects are
-as large as a cluster's: most of a pod is managedFields, which the agent skips.
+It answers the requests of `netpol_ebpf/sources/kubernetes`: streaming lists, WATCHes, single objects for probes, and
+definitions. The objects are as large as those of a real cluster: most of a pod is managedFields, which the agent skips.
 
-Invariant: a WATCH gets every change after its resourceVersion, or begins with a list.  Not meant to be a server for others: it keeps
-no history, so a WATCH continues from now.
+Invariant: a WATCH gets every change after its resourceVersion, or begins with a list. The server is not meant for other
+clients: it keeps no history, so a WATCH continues from the present state.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from netpol_ebpf.lab.probe import CLONE_NEWNET
 from netpol_ebpf.sources.kubernetes.decoding import KINDS, WatchedKind
 
 MANAGED_BYTES: Mapping[str, int] = {"Pod": 3000, "Node": 6000, "NetworkPolicy": 800, "Namespace": 400}
-"""Bytes of managedFields by kind, so that objects have the size of a cluster's; read off real ones, roughly."""
+"""Bytes of managedFields by kind, which give an object about the size that it has in a real cluster."""
 ABSENT = "crd.projectcalico.org/v1"
-"""The group that clusters without Calico lack."""
+"""The API group that clusters without Calico do not have."""
 HEAD_BYTES = 65536
 SEND_BYTES = 1 << 16
 END_OF_LIST = {"k8s.io/initial-events-end": "true"}
 
 
 class SimulatedApi:
-    """The server. A context manager; ``namespace``: path of the network namespace in which it listens."""
+    """The server. A context manager. ``namespace``: the path of the network namespace in which it listens."""
 
     def __init__(self, objects: Iterable[Object], namespace: Path) -> None:
         self._kinds = {kind.path: kind for kind in KINDS if kind.api_version != ABSENT}
@@ -51,7 +51,7 @@ class SimulatedApi:
 
     @property
     def url(self) -> str:
-        """The address, in the namespace."""
+        """The URL of the server, valid in its namespace."""
         return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
 
     def __enter__(self) -> SimulatedApi:  # noqa: PYI034 - typing.Self comes with Python 3.11
@@ -72,15 +72,15 @@ class SimulatedApi:
     # --- changes -------------------------------------------------------------------------------------------------------
 
     def put(self, one: Object) -> None:
-        """Add or replace an object; when this returns, the event is in the sockets of the WATCHes."""
+        """Add or replace an object. On return, the event is in the sockets of the WATCHes."""
         self._change(one, is_removal=False)
 
     def remove(self, one: Object) -> None:
-        """Remove an object."""
+        """Remove an object. On return, the event is in the sockets of the WATCHes."""
         self._change(one, is_removal=True)
 
     def mark(self) -> None:
-        """Send each WATCH a bookmark, as a server does each minute."""
+        """Send a bookmark to each WATCH, as a real server does each minute."""
         with self._lock:
             for path in self._watches:
                 self._send(path, _event("BOOKMARK", _bookmark(self._version, {})))
@@ -102,7 +102,7 @@ class SimulatedApi:
         for one in list(self._watches[path]):
             try:
                 one.sendall(event)
-            except OSError:  # noqa: PERF203 - the agent has closed it
+            except OSError:  # noqa: PERF203 - the agent has closed the connection
                 self._watches[path].remove(one)
                 one.close()
 
@@ -112,7 +112,10 @@ class SimulatedApi:
     # --- answers -------------------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        """In a thread that ends: it is in the namespace from here on."""
+        """Open the server's socket.
+
+        Runs in a thread that then ends, because this method moves its thread into the namespace.
+        """
         descriptor = os.open(self._namespace, os.O_RDONLY)
         try:
             if ctypes.CDLL(None, use_errno=True).setns(descriptor, CLONE_NEWNET) != 0:
@@ -122,13 +125,13 @@ class SimulatedApi:
         self._listener = socket.create_server(("127.0.0.1", 0))
 
     def _accept(self) -> None:
-        with suppress(OSError):  # closed
+        with suppress(OSError):  # the server was closed
             while True:
                 channel, _ = self._listener.accept()
                 threading.Thread(target=self._serve, args=(channel,), daemon=True).start()
 
     def _serve(self, channel: socket.socket) -> None:
-        """Answer one request; a WATCH stays open, and belongs to `put` and `remove` from then on."""
+        """Answer one request. The connection of a WATCH stays open, and `put` and `remove` write to it from then on."""
         with suppress(OSError):
             head = b""
             while b"\r\n\r\n" not in head and len(head) < HEAD_BYTES:
@@ -181,7 +184,7 @@ def _name(one: Object) -> tuple[str, str]:
 
 
 def _encode(one: Object, version: int) -> bytes:
-    """The object as a server sends it, with its version and managedFields."""
+    """The JSON of an object as a server sends it, with its resourceVersion and managedFields."""
     managed = {
         "manager": "kubelet",
         "operation": "Update",
@@ -196,7 +199,7 @@ def _bookmark(version: int, annotations: Mapping[str, str]) -> bytes:
 
 
 def _event(kind: str, encoded: bytes) -> bytes:
-    """An event as a chunk."""
+    """An event, encoded as a chunk of HTTP."""
     line = b'{"type":"%s","object":%s}\n' % (kind.encode("ascii"), encoded)
     return b"%x\r\n%s\r\n" % (len(line), line)
 

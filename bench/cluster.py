@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A made-up cluster as an API server would tell of it: namespaces, pods and policies as plain objects.
+"""A generated cluster in the form of an API server's objects: namespaces, pods and policies as plain objects.
 
-Namespaces of 50 pods, five applications of ten replicas in each; policies as teams write them: default deny, from one
-application to another on some ports, to another namespace's, DNS, an ipBlock with exceptions, a named port.
+A namespace has 50 pods: ten replicas of each of five applications. The policies are of the kinds that teams write:
+default deny; from one application to another on some ports; from another namespace; DNS; an ipBlock with exceptions; a
+named port.
 
-Invariant: an object follows from its number alone, so any of it can be made again, or made differently, at any time.
+Invariant: an object follows from its number alone, so every object can be generated again, or with changes, at any
+time.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ Object = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How large a cluster is; ``local``: pods of it on this node."""
+    """The size of a cluster. ``local``: the number of its pods that are on this node."""
 
     pods: int
     policies: int
@@ -39,17 +41,21 @@ class Size:
 
     @property
     def namespaces(self) -> int:
-        """How many there are."""
+        """The number of namespaces."""
         return max(1, self.pods // PODS_PER_NAMESPACE)
 
     def local_pods(self) -> list[int]:
-        """Numbers of the local pods: of all applications, since the step has no factor in common with a namespace's size."""
+        """The numbers of the local pods.
+
+        They are of all applications, because the step between them has no factor in common with the size of a
+        namespace.
+        """
         step = max(1, self.pods // self.local) | 1
         return sorted({number * step % self.pods for number in range(self.local)})
 
 
 def namespace(number: int, labels: Mapping[str, str] | None = None) -> Object:
-    """A namespace."""
+    """The object of a namespace."""
     own = {"env": ENVIRONMENTS[number % len(ENVIRONMENTS)], **(labels or {})}
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": f"ns-{number}", "labels": own}}
 
@@ -57,7 +63,10 @@ def namespace(number: int, labels: Mapping[str, str] | None = None) -> Object:
 def pod(
     number: int, *, node: str = ELSEWHERE, like: int | None = None, labels: Mapping[str, str] | None = None
 ) -> Object:
-    """A running pod, with both families. ``like``: in that other pod's namespace and application."""
+    """A running pod with addresses of both families.
+
+    ``like``: the number of a pod with the same namespace and application.
+    """
     model = number if like is None else like
     application = APPLICATIONS[model % PODS_PER_NAMESPACE % len(APPLICATIONS)]
     space = f"ns-{model // PODS_PER_NAMESPACE}"
@@ -83,7 +92,10 @@ def pod(
 
 
 def policy(number: int, size: Size, *, port: int = 0) -> Object:
-    """A NetworkPolicy of one of six sorts, in a namespace that its number tells. ``port``: another one than usual."""
+    """A NetworkPolicy of one of six kinds.
+
+    Its number determines kind and namespace. ``port``: replaces the usual port.
+    """
     chance = random.Random(number)
     subject = {"app": chance.choice(APPLICATIONS)}
     peer = {"podSelector": {"matchLabels": {"app": chance.choice(APPLICATIONS)}}}
@@ -116,7 +128,7 @@ def policy(number: int, size: Size, *, port: int = 0) -> Object:
 
 
 def objects(size: Size) -> Iterator[Object]:
-    """Everything, as it would come from a list call."""
+    """All objects of the cluster, as list requests return them."""
     local = set(size.local_pods())
     yield from (namespace(number) for number in range(size.namespaces))
     yield from (pod(number, node=HERE if number in local else ELSEWHERE) for number in range(size.pods))
@@ -124,7 +136,7 @@ def objects(size: Size) -> Iterator[Object]:
 
 
 def write_manifests(size: Size, directory: Path) -> None:
-    """The same as files of OBJECTS_PER_FILE objects, each as ``kubectl get -o json`` prints a list."""
+    """Write the same objects to files, each a list of OBJECTS_PER_FILE objects as ``kubectl get -o json`` prints it."""
     directory.mkdir(parents=True)
     given, number = objects(size), 0
     while items := list(islice(given, OBJECTS_PER_FILE)):

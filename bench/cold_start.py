@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long an agent takes from nothing to enforcing, and how much memory, on a node with 20 pods.
+"""Measure how long an agent takes from an empty node until policy is in force, and its memory, on a node with 20 pods.
 
     python -m bench.cold_start [--pods 20] [--starts 5] [-o json]
 
-Each start finds no pins and no state, in a laboratory of namespaces; the compiled program is there already (the first start,
-which is not counted, makes it if it is not).  The agent runs with ``--once``: it ends when everything is in force.  Seconds are
-those of the whole process, Python's own start included; memory is its peak of resident memory and that of the largest child.
-Needs root.
+Each start finds no pins and no state, in a laboratory of namespaces. The compiled program exists already: if it does
+not, the first start makes it, and that start is not counted. The agent runs with ``--once``, so it exits when
+everything is in force. The seconds are those of the whole process, including the start of Python. The memory is the
+largest resident memory of the process, and that of its largest child. Needs root.
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ BYTES_IN_KIB = 1024
 
 
 def start(lab: Lab, manifests: Path) -> tuple[float, float, int]:
-    """(seconds, seconds of processor time, bytes) of one start from nothing. Raises SystemExit when the agent fails."""
+    """One start from an empty node, as (seconds, seconds of processor time, bytes).
+
+    Raises SystemExit if the agent fails.
+    """
     state = Path(tempfile.mkdtemp(prefix="netpol-cold-"))
     pins = Path(f"/sys/fs/bpf/netpol-cold-{os.getpid()}")
     command = lab.command(
@@ -90,7 +93,7 @@ def start(lab: Lab, manifests: Path) -> tuple[float, float, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Build the node, start so often, print, remove."""
+    """Build the node, start the agent several times, print the results, and remove the node."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pods", type=int, default=20)
     parser.add_argument("--starts", type=int, default=5)

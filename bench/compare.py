@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two results against each other: same, faster or slower, case by case, and how sure that is.
+"""Compare two results, case by case: same, faster or slower, with a confidence interval.
 
     .venv/bin/python -m bench.compare OLD.json NEW.json [--threshold 0.10] [-o table|json]
 
-What is compared is a case's ratio to its base of the same run, so a machine that is slower by a half is no regression.  The
-change is the ratio of the two runs' ratios of medians, with a confidence interval by bootstrap: rounds are drawn again with
-replacement, a case and its base by the same rounds, for they were measured side by side.
+The compared figure is the ratio of a case to its base in the same run, so a machine that is slower by a half is no
+regression. The change is that ratio (of medians) in the new run, divided by that in the old run. Its confidence
+interval is computed by bootstrap: rounds are drawn again with replacement, the same rounds for a case and its base,
+because both were measured in the same rounds.
 
-*slower* or *faster* is said when the whole interval lies beyond the threshold, *same* when it lies within, *unclear* otherwise.
-Exact cases (bytes, rows) are compared as they are.  Cases without a base, marked as not to be judged, or with fewer than
-MIN_ROUNDS samples are shown and never fail.
+A case is *slower* or *faster* if the whole interval is beyond the threshold, *same* if the whole interval is within it,
+otherwise *unclear*. Exact cases (bytes, rows) are compared without an interval. Three kinds of cases are shown and
+never fail: cases without a base, cases that are marked as not judged, and cases with fewer than MIN_ROUNDS samples.
 
-Exit code: 0, or 1 when a judged case is slower; 3 for a file that is no result.
+Exit code: 0; 1 if a judged case is slower; 3 if a file is not a result.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ from bench.end_to_end import ended_by
 from bench.record import MORE, Case, Run, load
 
 THRESHOLD = 0.10
-"""A change of a tenth matters; less is not worth failing anybody's build. Arbitrary."""
+"""The smallest change that counts: a tenth. A smaller one should fail nobody's build. The value is arbitrary."""
 CONFIDENCE = 0.99
-"""Confidence of each interval. There are hundreds of cases: at 95 %, some would be slower by chance in each comparison.
-"""
+"""Confidence of each interval. There are hundreds of cases: at 95 %, some would be slower by chance in each
+comparison."""
 RESAMPLES = 2000
 MIN_ROUNDS = 5
 EXIT_SLOWER = 1
 
 
 class Change(enum.Enum):
-    """What became of a case."""
+    """The verdict on a case."""
 
     SAME = "same"
     FASTER = "faster"
@@ -50,7 +51,11 @@ class Change(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One case in both runs. ``change``: new over old, above 1 is more of the case's unit; ``low``, ``high``: its interval."""
+    """One case in both runs.
+
+    ``change``: the figure of the new run divided by that of the old run; above 1, the new run has more of the case's
+    unit. ``low``, ``high``: the confidence interval of ``change``.
+    """
 
     case: str
     change: float
@@ -61,7 +66,7 @@ class Comparison:
 
 
 def compare_runs(old: Run, new: Run, threshold: float = THRESHOLD) -> list[Comparison]:
-    """All cases that both runs have, in the order of the new one."""
+    """Compare all cases that both runs have, in the order of the new run."""
     found = []
     for case in new.cases:
         before = old.case(case.id)
@@ -71,7 +76,7 @@ def compare_runs(old: Run, new: Run, threshold: float = THRESHOLD) -> list[Compa
 
 
 def compare_case(old: Run, before: Case, new: Run, case: Case, threshold: float = THRESHOLD) -> Comparison:
-    """One case. Its verdict is from the user's point of view: more of what is better is faster."""
+    """Compare one case. If more of its unit is better (`Case.better`), more of it counts as faster."""
     if case.exact:
         change = case.median / before.median
         return Comparison(case.id, change, change, change, _verdict(case, change, change, threshold), case.judged)
@@ -79,7 +84,7 @@ def compare_case(old: Run, before: Case, new: Run, case: Case, threshold: float 
     paired = None not in bases
     rounds = min(len(before.samples), len(case.samples))
     change = _ratio(case, bases[1] if paired else None) / _ratio(before, bases[0] if paired else None)
-    chance = random.Random(case.id)  # the same files give the same answer
+    chance = random.Random(case.id)  # a fixed seed, so that the same files give the same result
     drawn = sorted(
         _draw(chance, case, bases[1] if paired else None) / _draw(chance, before, bases[0] if paired else None)
         for _ in range(RESAMPLES)
@@ -100,7 +105,7 @@ def _ratio(case: Case, base: Case | None) -> float:
 
 
 def _draw(chance: random.Random, case: Case, base: Case | None) -> float:
-    """The ratio of one resample."""
+    """The ratio of a case to its base in one resample of the rounds."""
     places = [chance.randrange(len(case.samples)) for _ in case.samples]
     top = statistics.median(case.samples[place] for place in places)
     if base is None:
@@ -110,7 +115,10 @@ def _draw(chance: random.Random, case: Case, base: Case | None) -> float:
 
 
 def _not_zero(value: float, unit: str) -> float:
-    """Least measurable difference in nanoseconds: a difference of two measurements can be zero or negative."""
+    """``value``, but at least 1 ns.
+
+    A difference of two measurements can be zero or negative, and a ratio needs a number above 0.
+    """
     return max(value, 1.0 if unit == "ns" else 1e-9)
 
 
@@ -124,7 +132,7 @@ def _verdict(case: Case, low: float, high: float, threshold: float) -> Change:
 
 
 def render(comparisons: Sequence[Comparison]) -> str:
-    """A table: what changed first, then how many did not."""
+    """A table of the cases that changed, followed by the number of cases that did not."""
     lines = []
     for verdict in (Change.SLOWER, Change.FASTER):
         for one in comparisons:
@@ -139,7 +147,7 @@ def render(comparisons: Sequence[Comparison]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare and print."""
+    """Compare two files and print the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the compiler takes: a cold start, one pod more, one policy changed. No root, no kernel.
+"""Measure how long the compiler takes: a cold start, one more pod, one changed policy. Needs no root and no kernel.
 
     python bench/compile.py [--pods 10000] [--policies 1000] [--local 100] [--repeat 50]
 
-The cluster is made up: namespaces of 50 pods, five applications of ten replicas in each, and policies as teams write them
-(default deny, from one application to another on some ports, to another namespace, DNS, an ipBlock with exceptions).
+The cluster is generated: namespaces of 50 pods, ten replicas of each of five applications, and policies of the kinds
+that teams write (default deny; from one application to another on some ports; to another namespace; DNS; an ipBlock
+with exceptions).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ NODE = "node-0"
 
 
 def pod(index: int, *, node: str, labels: dict[str, str] | None = None) -> Endpoint:
-    """The pod of that index, with both families."""
+    """The pod with this index, with addresses of both families."""
     namespace, replica = f"ns-{index // PODS_PER_NAMESPACE}", index % PODS_PER_NAMESPACE
     application = APPLICATIONS[replica % len(APPLICATIONS)]
     own = {
@@ -79,7 +80,7 @@ def _in_namespace(namespace: str, *selectors: Selector) -> Selector:
 
 
 def policy(index: int, namespaces: int, *, port: int = 0) -> Policy:
-    """A policy of one of six sorts, in a namespace that the index tells."""
+    """A policy of one of six kinds. Its index determines kind and namespace."""
     chance = random.Random(index)
     namespace = f"ns-{index % namespaces}"
     subject = _in_namespace(namespace, equals("app", chance.choice(APPLICATIONS)))
@@ -116,7 +117,7 @@ def policy(index: int, namespaces: int, *, port: int = 0) -> Policy:
 
 
 def make_world(pods: int, policies: int, local: int) -> World:
-    """A cluster with that many pods, of which ``local`` are on this node, spread over the namespaces."""
+    """A cluster with ``pods`` pods, of which ``local`` are on this node, spread over the namespaces."""
     namespaces = max(1, pods // PODS_PER_NAMESPACE)
     # The step has no factor in common with a namespace's size, so that local pods are of all applications.
     step = max(1, pods // local) | 1
@@ -140,7 +141,7 @@ def make_world(pods: int, policies: int, local: int) -> World:
 
 
 def timed(compiler: Compiler, step: Callable[[], object]) -> tuple[float, Change]:
-    """Seconds of a step and the commit after it."""
+    """The seconds of a step and of the commit after it, and the change that the commit returned."""
     start = time.perf_counter()
     step()
     change = compiler.commit()
@@ -148,7 +149,7 @@ def timed(compiler: Compiler, step: Callable[[], object]) -> tuple[float, Change
 
 
 def describe(name: str, runs: list[tuple[float, Change]]) -> None:
-    """One line: the median, the slowest, how many rows such a change writes, how often it bumps the generation."""
+    """Print one line: median, slowest run, rows that such a change writes, and how often it raises the generation."""
     seconds = [each for each, _ in runs]
     rows = [
         sum(len(delta.upserts) + len(delta.deletes) for _, batch in change.batches() for delta in batch.values())
@@ -173,7 +174,8 @@ def main() -> None:
     world = make_world(options.pods, options.policies, options.local)
     compiler = Compiler(lambda endpoint: endpoint.node == NODE)
     seconds, _ = timed(compiler, lambda: compiler.replace(world))
-    # As the agent does after its first commit: what was just made stays, and the collector need not look at it again.
+    # The agent does the same after its first commit: these objects stay, so the garbage collector need not scan them
+    # again.
     gc.collect()
     gc.freeze()
     print(f"{options.policies} policies, {options.local} local pods, {options.pods} pods in all: {seconds:.2f} s cold")

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// TCP connections opened and closed one after another: connect, one byte there,
-// one byte back, the server closes.
+// Open and close TCP connections one after another: connect, send one byte,
+// receive one byte, and the server closes.
 //
-// What netperf calls TCP_CRR. Written because no packaged tool of Debian's main
-// archive does this alone: netperf is non-free, wrk and ab measure an HTTP
-// server with it, iperf, qperf and sockperf keep their connections.
+// netperf calls this TCP_CRR. No packaged tool of Debian's main archive does
+// only this: netperf is non-free, wrk and ab also measure an HTTP server, and
+// iperf, qperf and sockperf keep their connections open.
 //
 //     connload serve ADDRESS PORT              until it is killed
 //     connload load  ADDRESS PORT SECONDS      prints one line of JSON
 //
-// The server closes first, so that TIME_WAIT stays with it and the client's
-// ports are free at once.
+// The server closes first. So the state TIME_WAIT is at the server, and the
+// client's ports are free at once.
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -26,8 +26,8 @@
 #include <time.h>
 #include <unistd.h>
 
-// Latencies beyond these many are counted but not kept: arbitrary, minutes of a
-// fast machine.
+// Most latencies that are kept; further ones are only counted. The number is
+// arbitrary: the connections of some minutes on a fast machine.
 enum { MAX_KEPT = 4 << 20, TIMEOUT_S = 5 };
 
 static void fail(const char *what) {
@@ -75,7 +75,7 @@ static void serve(const struct sockaddr_in *address) {
         continue;
       fail("accept");
     }
-    // A client that went away is none of the server's business.
+    // A client that has closed its connection is no error of the server.
     if (read(fd, &byte, 1) == 1 && write(fd, &byte, 1) < 0 && errno != EPIPE &&
         errno != ECONNRESET)
       fail("write");
@@ -143,7 +143,7 @@ int main(int argc, char **argv) {
     return 2;
   }
   address.sin_port = htons((uint16_t)atoi(argv[3]));
-  signal(SIGPIPE, SIG_IGN); // a client that went away is seen as EPIPE
+  signal(SIGPIPE, SIG_IGN); // a write to a closed connection then returns EPIPE
   if (!strcmp(argv[1], "serve") && argc == 4)
     serve(&address);
   else if (!strcmp(argv[1], "load") && argc == 5)

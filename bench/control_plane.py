@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the control plane takes: a cold start, single changes, and a thousand changes a second; and how much memory.
+"""Measure the control plane: a cold start, single changes, a thousand changes a second, and the memory for all this.
 
     sudo .venv/bin/python -m bench.control_plane [--sizes 1000x100,10000x1000,100000x10000] [-o FILE]
 
-Each size of cluster (pods x policies, `bench/cluster.py`) is a process of its own, so that memory is its own.  An event's way
-is the agent's: the object is parsed and checked, translated into the policy model, compiled, and written to the kernel's maps;
-the clock runs from the plain object to the last write, grace periods included.  A cold start is the same for all objects; beside
-it stands the one that reads them from a directory of manifests, as the agent does.  What the agent's source of objects holds
-is in the memory figures.
+Each size of cluster (pods x policies, `bench/cluster.py`) is measured in a process of its own, because memory is
+measured too. An event takes the same way as in the agent: the object is parsed and checked, translated into the policy
+model, compiled, and written to the kernel's maps. The time is measured from the plain object to the last write, grace
+periods included. A cold start does the same for all objects. It is measured twice: from plain objects, and from a
+directory of manifests, which the agent reads. The memory figures include the objects that the agent's source keeps.
 
-Beside each event a fixed piece of Python is timed, the *yardstick*; what is compared between machines and runs is the ratio.
-Without root the maps are left out, and the result says so.
+Together with each event a fixed piece of Python is timed, the *yardstick*. Comparisons between machines and runs use
+the ratio to the yardstick. Without root no maps are written, and the result notes this.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ SMOKE_SIZES = (Size(1000, 100, 50),)
 STAGES = ("parse", "derive", "compile", "write")
 CHURN_PER_S = 1000
 WINDOW_S = 0.25
-"""Churn's latencies are summed up by windows of so long."""
+"""Length in seconds of the windows over which the latencies of churn are summarised."""
 MAP_SIZES = {"np_peer_class": 1 << 22, "np_verdict": 1 << 22, "np_l4_col": 1 << 16}
 KINDS: Sequence[tuple[str, type[Any]]] = (
     ("tiers", PolicyTier), ("policies", Policy), ("profiles", ProfileRules), ("endpoints", Endpoint), ("network_sets", LabelledNets),
@@ -80,18 +80,18 @@ KINDS: Sequence[tuple[str, type[Any]]] = (
 
 @dataclass(slots=True)
 class Timing:
-    """Seconds by stage of one event."""
+    """The seconds that one event takes in each stage."""
 
     stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     @property
     def total(self) -> float:
-        """All stages."""
+        """The sum of all stages."""
         return sum(self.stages.values())
 
 
 class ControlPlane:
-    """The agent's way from objects to maps, stage by stage. ``applier`` None: no maps."""
+    """The agent's way from objects to maps, stage by stage. ``applier`` None: no maps are written."""
 
     def __init__(self, applier: Applier | None) -> None:
         self._derivation = Derivation()
@@ -102,9 +102,11 @@ class ControlPlane:
         self._interfaces = 0
 
     def start(self, given: Iterator[Object], source: ManifestDirectory) -> tuple[Timing, float]:
-        """Everything at once; and the seconds of reading it from files, which is instead of parsing.
+        """Take all objects at once.
 
-        ``given`` and ``source`` have the same objects: those of the source are kept, as in the agent.
+        Returns the times, and the seconds of reading them from files, which replaces parsing.
+
+        ``given`` and ``source`` have the same objects. Those of the source stay in memory, as in the agent.
         """
         timing, count = Timing(), 0
         for one in given:
@@ -128,7 +130,7 @@ class ControlPlane:
         return timing, read_s
 
     def _read(self, timing: Timing, source: ManifestDirectory, count: int) -> float:
-        """Take up so many objects of a directory; the seconds of reading them. Nothing of the batch is kept."""
+        """Read the directory, which must have ``count`` objects. Returns the seconds. Nothing of the batch is kept."""
         began = time.perf_counter()
         batch = source.step()
         read_s = time.perf_counter() - began
@@ -139,7 +141,7 @@ class ControlPlane:
         return read_s
 
     def change(self, upserts: Sequence[Object] = (), removals: Sequence[Resource] = ()) -> Timing:
-        """Some events, brought into force together."""
+        """Bring some events into force together."""
         timing = Timing()
         for one in upserts:
             resource = _timed(timing, "parse", lambda one=one: _parse(one))  # type: ignore[misc]
@@ -160,7 +162,7 @@ class ControlPlane:
         return changes
 
     def _bind(self, applier: Applier, changes: Changes) -> None:
-        """Say where local pods are that came, each on an interface of its own number; forget those that went."""
+        """Bind each added local pod to an interface with the pod's number, and unbind each removed one."""
         for key, new in changes.endpoints.items():
             if new is not None and new.node == HERE and key not in self._bound:
                 self._interfaces += 1
@@ -179,7 +181,7 @@ class ControlPlane:
         return self._compiler.commit()
 
     def live_policies(self) -> list[int]:
-        """Numbers of policies that apply to a local pod."""
+        """The numbers of the policies that apply to a local pod."""
         world = self._derivation.world
         labels = [endpoint.labels for endpoint in world.endpoints.values() if endpoint.node == HERE]
         return [
@@ -190,7 +192,7 @@ class ControlPlane:
 
     @property
     def rows(self) -> dict[str, int]:
-        """Rows by table."""
+        """The number of rows of each table."""
         return {table.name: len(table) for table in self._compiler.tables.all()}
 
 
@@ -207,7 +209,7 @@ def _parse(one: Object) -> Resource:
 
 
 def yardstick() -> float:
-    """Seconds of a fixed piece of work of the sort that the control plane does: dictionaries, tuples, strings."""
+    """The seconds of a fixed piece of work of the control plane's kind, with dictionaries, tuples and strings."""
     start = time.perf_counter()
     table: dict[tuple[int, str], list[int]] = {}
     for number in range(2000):
@@ -221,7 +223,7 @@ def yardstick() -> float:
 
 @dataclass(slots=True)
 class Findings:
-    """The results of a child process. Seconds, or the unit in the name."""
+    """The results of a child process. The values are in seconds, unless the name states another unit."""
 
     cold: dict[str, float] = field(default_factory=dict)
     events: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -234,10 +236,13 @@ class Findings:
 
 
 def measure_size(size: Size, manifests: Path, events: int, churn_s: float) -> Findings:
-    """A cold start, single events, churn. ``manifests``: where `write_manifests` wrote this size; copies come beside it."""
+    """Measure a cold start, single events and churn.
+
+    ``manifests``: the directory to which `write_manifests` wrote this size. Copies of it are created beside it.
+    """
     found = Findings()
     source = ManifestDirectory(manifests, LastGoodCopies(manifests.with_name("copies")))
-    footprint.give_back_large_blocks()  # this and `freeze` as the agent does
+    footprint.give_back_large_blocks()  # the agent makes this call and `freeze`, too
     with contextlib.ExitStack() as stack:
         applier = _open_maps(stack, found)
         plane = ControlPlane(applier)
@@ -297,7 +302,12 @@ def _single_events(plane: ControlPlane, size: Size, count: int, found: Findings)
 
 
 def _churn(plane: ControlPlane, size: Size, seconds: float, found: Findings) -> None:
-    """Changes that come in at CHURN_PER_S, taken together whenever the one before is done; latency from when each was due."""
+    """Make CHURN_PER_S changes a second.
+
+    All that are due are applied together as soon as the previous ones are in force.
+
+    The latency of a change begins when the change is due.
+    """
     live = plane.live_policies()
     total = int(seconds * CHURN_PER_S)
     latencies: list[tuple[float, float]] = []
@@ -328,7 +338,10 @@ def _churn(plane: ControlPlane, size: Size, seconds: float, found: Findings) -> 
 
 
 def _arrivals(numbers: range, size: Size, live: Sequence[int]) -> tuple[list[Object], list[Resource]]:
-    """A hundred changes: 48 pods come and 48 go on other nodes, one local pod comes and one goes, two policies change."""
+    """Make a hundred changes.
+
+    On other nodes, 48 pods are added and 48 removed; on this node, one is added and one removed; two policies change.
+    """
     upserts: dict[str, Object] = {}
     removals: dict[str, Resource] = {}
     for number in numbers:
@@ -344,24 +357,24 @@ def _arrivals(numbers: range, size: Size, live: Sequence[int]) -> tuple[list[Obj
         if kind % 2 == 0:
             upserts[name] = one
         elif name in upserts:
-            del upserts[name]  # came and went in one batch: nothing happened
+            del upserts[name]  # added and removed in the same batch, so there is no event
         else:
             removals[name] = _parse(one)
     return list(upserts.values()), list(removals.values())
 
 
 def resident_bytes(process: int | str = "self") -> int:
-    """Memory of a process, without mapped maps."""
+    """Resident memory of a process in bytes, without mapped maps."""
     return _status_bytes("VmRSS:", process) - mapped_bytes(process)
 
 
 def peak_bytes(process: int | str = "self") -> int:
-    """The most memory that a process had, without mapped maps."""
+    """The largest resident memory that a process had, in bytes, without mapped maps."""
     return _status_bytes("VmHWM:", process) - mapped_bytes(process)
 
 
 def mapped_bytes(process: int | str = "self") -> int:
-    """Of maps, which are the kernel's memory wherever they are mapped, and stay when the agent goes."""
+    """Bytes of mapped maps. They are the kernel's memory wherever they are mapped, and stay when the agent ends."""
     areas = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path(f"/proc/{process}/smaps").read_text(encoding="utf-8"))
     resident = (
         re.search(r"^Rss: +(\d+) kB", area, re.MULTILINE) for area in areas if "bpf-map" in area.partition("\n")[0]
@@ -380,7 +393,7 @@ def _status_bytes(name: str, process: int | str) -> int:
 
 
 def run_suite(run: Run, *, sizes: Sequence[Size], events: int, churn_s: float) -> None:
-    """Measure, and add the cases to the run. A size that fails is an error."""
+    """Measure all sizes, and add the cases to the run. A size that fails is an error."""
     progress = Progress("control plane", len(sizes))
     for size in sizes:
         progress.step(f"{size.pods} pods, {size.policies} policies, {size.local} of the pods here")
@@ -421,7 +434,7 @@ def _record(run: Run, size: Size, found: dict[str, Any]) -> None:
         base = case_id(SUITE, f"yardstick: {name}", CONTENDER, parameters)
         add(name, "ms", in_ms(samples), base=base)
         for stage, seconds in found["stages"][name].items():
-            if any(seconds):  # a removal has nothing to parse
+            if any(seconds):  # a removed object is not parsed
                 add(f"{name}: {stage}", "ms", in_ms(seconds), base=base, judged=False)
     for name, figure in found["memory"].items():
         add(f"memory {name}", "bytes", [figure])
@@ -436,7 +449,7 @@ def _record(run: Run, size: Size, found: dict[str, Any]) -> None:
 
 
 def parse_size(text: str) -> Size:
-    """PODSxPOLICIES or PODSxPOLICIESxLOCAL."""
+    """Parse PODSxPOLICIES or PODSxPOLICIESxLOCAL."""
     numbers = [int(part) for part in text.split("x")]
     return Size(numbers[0], numbers[1], numbers[2] if len(numbers) > 2 else min(250, max(10, numbers[0] // 10)))
 

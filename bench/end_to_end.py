@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a connection gets: throughput, rates, latency and processor time, side by side with other ways to enforce the same.
+"""Measure connections: throughput, rates, latency and processor time, beside other ways to enforce the same policies.
 
     sudo .venv/bin/python -m bench.end_to_end [--rounds 5] [--rules 10,100,1000,10000] [-o FILE]
 
-Traffic runs from a pod through a node to a pod (network namespaces, veth, routed).  Contenders: nothing attached, an empty
-tcx program at the same hooks as ours, ours, nftables and iptables with ipset in two forms each (`bench/netfilter.py`), all with the same
-policies (`bench/policies.py`), which are checked to give the same verdicts (`bench/verdicts.py`) before anything is timed.  Then
-rounds: in each, every contender once for every load, in an order that turns from round to round.
+The traffic goes from a pod through a node to a pod (network namespaces, veth, routed). The contenders are: nothing
+attached; an empty tcx program at the hooks of our programs; our programs; nftables and iptables with ipset, each in two
+forms (`bench/netfilter.py`). All enforce the same policies (`bench/policies.py`), and `bench/verdicts.py` checks that
+they give the same verdicts before anything is timed. In each of the following rounds, every contender runs every load
+once, in an order that rotates from round to round.
 
-Between two machines: on the other one
+With two machines, run on the other one
 
     .venv/bin/python -m bench.end_to_end --serve 192.0.2.1
 
-and here, with a card that is used for nothing else and an address that is free in that network
+and on this one, with a network card that has no other use and an address that is free in that network,
 
     sudo .venv/bin/python -m bench.end_to_end --peer 192.0.2.1 --device eth1 --address 192.0.2.77
 
-The measured pod is then here, behind its node, and reaches the other machine by its egress policy.
+The measured pod is then on this machine, behind its node. Its egress policy decides whether it reaches the other
+machine.
 """
 
 from __future__ import annotations
@@ -67,11 +69,11 @@ NEEDS: Mapping[str, Sequence[str]] = {
     IPTABLES_SET: ("iptables-restore", "ipset"),
 }
 Key = tuple[str, Contender, str, str, bool]
-"""Load and figure, contender, unit, better, judged."""
+"""(load and figure, contender, unit, `Case.better`, `Case.judged`)."""
 
 
 def contenders_for(sizes: Sequence[int]) -> list[Contender]:
-    """Everything that is compared. The folded forms at the ends of the range only: they do not walk rules."""
+    """All contenders. The folded forms walk no rules, so they are measured only with the fewest and the most rules."""
     ends = sorted({min(sizes), max(sizes)})
     found = [Contender(NOTHING), Contender(EMPTY)]
     found += [Contender(kind, size) for kind in (OURS, NFT_RULES, IPTABLES_RULES) for size in sizes]
@@ -80,10 +82,11 @@ def contenders_for(sizes: Sequence[int]) -> list[Contender]:
 
 
 def measured_by(load: Load, contender: Contender, sizes: Sequence[int], *, everything: bool) -> bool:
-    """Whether a load is worth its seconds for a contender.
+    """Whether a load is measured for a contender.
 
-    Connections opened are where rules cost, so these are measured for all; packets of open connections, which every contender
-    knows without asking its rules, for the ends of the range of rules, and not for the folded forms.
+    Rules cost time when a connection is opened, so opening is measured for all contenders. A packet of an open
+    connection passes every contender without a look at its rules. So this load is measured only for the fewest and the
+    most rules, and not for the folded forms.
     """
     if everything or load is loads.CONNECTS or not contender.rules:
         return True
@@ -94,7 +97,7 @@ def run_suite(
     run: Run, *, rounds: int, seconds: float, sizes: Sequence[int], chosen: Sequence[Load] = LOADS,
     kinds: Sequence[str] | None = None, remote: Remote | None = None, everything: bool = False,
 ) -> None:  # fmt: skip
-    """Measure, and add the cases to the run. Raises NetpolError when a contender does not enforce the policies."""
+    """Measure, and add the cases to the run. Raises NetpolError if a contender does not enforce the policies."""
     listed = [one for one in contenders_for(sizes) if kinds is None or one.kind in kinds]
     listed = _present(run, listed)
     usable = _present_loads(run, chosen)
@@ -136,7 +139,10 @@ def _measure(
     made: Mapping[Contender, Site], usable: Sequence[Load], sizes: Sequence[int], rounds: int, seconds: float,
     tools: Path, card: Card | None, *, everything: bool,
 ) -> dict[Key, list[float]]:  # fmt: skip
-    """All rounds. In each, load by load, the contenders one after another, beginning with another one each time."""
+    """Measure all rounds.
+
+    Each round begins with another contender, and runs the loads one by one for all contenders.
+    """
     traffic = {contender: Traffic(site, tools) for contender, site in made.items()}
     plan = {load: [one for one in made if measured_by(load, one, sizes, everything=everything)] for load in usable}
     samples: dict[Key, list[float]] = {}
@@ -169,7 +175,7 @@ def _record(run: Run, samples: Mapping[Key, Sequence[float]]) -> None:
 
 
 def _present(run: Run, listed: Sequence[Contender]) -> list[Contender]:
-    """Contenders whose tools are installed; the others are named in the notes."""
+    """The contenders that have all their tools. A note names the others."""
     missing = {kind: tool for kind, tools in NEEDS.items() for tool in tools if shutil.which(tool) is None}
     for kind in sorted({one.kind for one in listed} & missing.keys()):
         run.notes.append(f"not measured: {kind}: {missing[kind]} is not installed")
@@ -184,7 +190,7 @@ def _present_loads(run: Run, chosen: Sequence[Load]) -> list[Load]:
 
 
 def serve(address: IPv4Address) -> None:
-    """The other machine's part: the tools' servers, until Ctrl-C."""
+    """Run the servers of the tools on the other machine, until Ctrl-C."""
     with loads.workshop() as tools:
         commands = loads.servers(address, tools).values()
         running = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]
@@ -200,7 +206,7 @@ def serve(address: IPv4Address) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say what is measured."""
+    """Add the options that choose what is measured."""
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
     parser.add_argument("--rules", default=",".join(map(str, RULES)), help="numbers of rules, by commas")
@@ -246,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def choose(text: str, known: Mapping[str, Load]) -> list[Load]:
-    """The loads named in a text. Raises UsageError for one that is none."""
+    """Parse a list of loads. Raises UsageError for an unknown load."""
     names = [one.strip() for one in text.split(";") if one.strip()]
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -255,7 +261,10 @@ def choose(text: str, known: Mapping[str, Load]) -> list[Load]:
 
 
 def ended_by(main_function: Callable[[], int]) -> int:
-    """Run a program of this directory: an error is one line and its exit code, and SIGTERM leaves nothing behind."""
+    """Run a program of this directory.
+
+    An error becomes one line and the exit code; after SIGTERM everything is removed.
+    """
     try:
         with ended_by_signals():
             return main_function()

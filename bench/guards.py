@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the guards cost that every packet of an open connection passes: the program beside the same program without one.
+"""Measure each guard that every packet of an open connection passes: the program with and without that guard.
 
     sudo .venv/bin/python -m bench.guards [--loads 9] [--rounds 300] [-o FILE]
 
-Each guard is taken out of a copy of the sources by its text, as `python -m tests.guards` does to see its tests fail, and the
-copy is loaded beside the whole, several times each: the place at which the kernel puts a program alone moves a hot packet by
-some nanoseconds.  All run in turns on the same frames (`bench/versions.py`); the price is the difference of medians over the loads.
+A guard is removed from a copy of the sources by replacing its text, as `python -m tests.guards` does to see its tests
+fail. The copy and the whole program are each loaded several times, because a hot packet's time differs by some
+nanoseconds with the address at which the kernel places a program. All programs run in turns on the same frames
+(`bench/versions.py`). The cost of a guard is the difference of the medians over the loads.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ CHECKSUMS, SIGN = "without the check of partial checksums", "without the barrier
 COPIED = ("bpf", "loader", "netpol_ebpf", "tests/kernel", "pyproject.toml")
 
 Removal = tuple[str, str, str]
-"""File, text that occurs once in it, what takes its place."""
+"""(file, text that occurs exactly once in it, the text that replaces it)."""
 REMOVALS: Mapping[str, Sequence[Removal]] = {
     CHECKSUMS: (
         ("bpf/np_flow_cache.h", "__u32 checksum = np_checksum_at(skb);", "__u32 checksum = NP_NO_CHECKSUM;"),
@@ -43,7 +44,7 @@ REMOVALS: Mapping[str, Sequence[Removal]] = {
 
 
 def run_suite(run: Run, *, loads: int, rounds: int) -> None:
-    """Measure, and add the cases to the run: nanoseconds of a test run, one sample a load."""
+    """Measure, and add the cases to the run: nanoseconds of a test run, one sample for each load of the program."""
     with trees() as found, loaded(found, loads) as programs:
         for case in cases():
             for contender, samples in measure(programs, case, rounds).items():
@@ -52,9 +53,9 @@ def run_suite(run: Run, *, loads: int, rounds: int) -> None:
 
 @contextlib.contextmanager
 def trees() -> Iterator[dict[str, Path]]:
-    """This version, and copies of it that each lack one guard.
+    """Yield this version, and copies of it that each lack one guard.
 
-    Raises PlatformError for a guard with text that does not occur exactly once.
+    Raises PlatformError if the text of a guard does not occur exactly once.
     """
     with tempfile.TemporaryDirectory(prefix="netpol-bench-guards-") as directory:
         found = {WHOLE: ROOT}
@@ -71,7 +72,7 @@ def trees() -> Iterator[dict[str, Path]]:
 
 
 def copy(source: Path, to: Path) -> None:
-    """A file or a directory."""
+    """Copy a file or a directory."""
     if source.is_dir():
         shutil.copytree(source, to, ignore=shutil.ignore_patterns("__pycache__"))
     else:

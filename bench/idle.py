@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the agent costs while nothing happens: a real netpol-agent on a node of the laboratory, left alone.
+"""Measure a real netpol-agent on a node of the laboratory while nothing changes: its processor time and its memory.
 
-Invariant: the clock starts only when the agent is ready and has come to rest, so that its start is not counted.
+Invariant: the measurement begins only when the agent is ready and at rest, so that its start is not counted.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ SUITE = "control plane"
 SIZE = Size(1000, 100, 10)
 READY_DEADLINE_S = 120.0
 REST_S = 0.5
-"""At rest: no tick of processor time in so long a look."""
+"""The agent counts as at rest if it took no tick of processor time for this time, in seconds."""
 
 
 def run_suite(run: Run, *, windows: int, seconds: float) -> None:
-    """Watch an agent for so many windows; its processor share in each, and its memory."""
+    """Observe an agent for ``windows`` windows: the share of a processor that it takes in each, and its memory."""
     with tempfile.TemporaryDirectory(prefix="netpol-bench-idle-") as name:
         workshop = Path(name)
         manifests, state = workshop / "manifests", workshop / "state"
@@ -62,14 +62,14 @@ def run_suite(run: Run, *, windows: int, seconds: float) -> None:
 
 
 def _share(pid: int, seconds: float) -> float:
-    """Percent of one processor that a process takes, over so long."""
+    """The processor time that a process takes in ``seconds``, in percent of one processor."""
     before = processor_s(pid)
     time.sleep(seconds)
     return 100 * (processor_s(pid) - before) / seconds
 
 
 def processor_s(pid: int) -> float:
-    """Seconds of processor time that a process has taken, in ticks of the clock."""
+    """The processor time that a process has taken so far, in seconds, with the resolution of a clock tick."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

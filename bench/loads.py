@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The traffic: what is sent, by which tool, and what came of it, with the processor time it took.
+"""The loads: what traffic is sent, by which tool, and the figures of a measurement, with the processor time.
 
-Packaged tools where one serves: iperf3 for streams and datagrams, sockperf for request and response with percentiles.
-Connections opened and closed are `connload.c`, built here with gcc.
+Packaged tools are used where one exists: iperf3 for streams and datagrams, sockperf for requests and responses with
+percentiles. `connload.c`, which gcc compiles at the start, opens and closes connections.
 
-Transactions run with both ends on one processor, so that their rate is the reciprocal of the time they cost and not that of
-waking another processor up; streams and datagrams run with sender and receiver on two.
+Requests and responses run with both ends on one processor. Their rate is then the reciprocal of the time that they
+cost, without the time to wake another processor. Streams and datagrams run with sender and receiver on two processors.
 
-Invariant: a tool that fails, or a result without the figure, is an error, never a zero.
+Invariant: a tool that fails, or a result without the wanted figure, is an error, and never counts as zero.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ BUSY_FIELDS = (0, 1, 2, 5, 6, 7)
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A sort of traffic. ``tool`` is what it needs. ``cpus``: processors of client and server, () anywhere."""
+    """A kind of traffic.
+
+    ``tool``: the program that it needs. ``cpus``: the processors of client and server; (): any.
+    """
 
     name: str
     tool: str
@@ -60,7 +63,7 @@ LOADS = (TCP_1, TCP_N, UDP_64, UDP_1400, REQUESTS, CONNECTS)
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One of the figures of a measurement; "" is the load's own. ``judged``: as in `bench.record.Case`."""
+    """One figure of a measurement. ``name``: "" for the load's main figure. ``judged``: as in `bench.record.Case`."""
 
     name: str
     value: float
@@ -70,7 +73,7 @@ class Figure:
 
 
 def build_connload(directory: Path) -> Path:
-    """Compile the tool. Raises PlatformError without gcc."""
+    """Compile connload.c. Raises PlatformError without gcc."""
     if shutil.which("gcc") is None:
         raise PlatformError("gcc is not installed", hint="Install it, or leave connect and close out with --loads.")
     program = directory / "connload"
@@ -85,7 +88,7 @@ def build_connload(directory: Path) -> Path:
 
 @contextlib.contextmanager
 def workshop() -> Iterator[Path]:
-    """A directory with the compiled tool, removed at the end."""
+    """Yield a directory with the compiled tool. It is removed at the end."""
     with tempfile.TemporaryDirectory(prefix="netpol-bench-") as name:
         directory = Path(name)
         if shutil.which("gcc") is not None:
@@ -94,7 +97,7 @@ def workshop() -> Iterator[Path]:
 
 
 def servers(address: IPv4Address, tools: Path) -> dict[str, list[str]]:
-    """Command of the server, by tool."""
+    """The command of each tool's server, by tool."""
     listed = {
         "iperf3": ["iperf3", "--server", "--bind", str(address), "--port", str(IPERF_PORT)],
         "sockperf": ["sockperf", "server", "--tcp", "-i", str(address), "-p", str(SOCKPERF_PORT)],
@@ -104,12 +107,12 @@ def servers(address: IPv4Address, tools: Path) -> dict[str, list[str]]:
 
 
 def ports(tool: str) -> int:
-    """Where the server of a tool listens, TCP."""
+    """The TCP port on which the server of a tool listens."""
     return {"iperf3": IPERF_PORT, "sockperf": SOCKPERF_PORT, "gcc": CONNECT_PORT}[tool]
 
 
 class Traffic:
-    """The loads between the two ends of a site; each measurement has its own server."""
+    """Runs the loads between the two ends of a site. Each measurement starts its own server."""
 
     def __init__(self, site: Site, tools: Path) -> None:
         self._site = site
@@ -119,7 +122,7 @@ class Traffic:
         self._target = site.scenario.measured if self._remote is None else self._remote.peer
 
     def measure(self, load: Load, seconds: float) -> list[Figure]:
-        """Run a load for so long. Raises PlatformError when its tool fails."""
+        """Run a load for ``seconds``. Raises PlatformError if its tool fails."""
         client_cpu, server_cpu = load.cpus
         with self._server(load.tool, _cpu(server_cpu)) as server:
             before = self._meter(server)
@@ -144,9 +147,12 @@ class Traffic:
 
     @contextlib.contextmanager
     def _server(self, tool: str, cpu: int) -> Iterator[subprocess.Popen[bytes] | None]:
-        """The serving end, for one measurement: an idle server of another contender could take processor time."""
+        """The server of one measurement.
+
+        It ends with it, because an idle server of another contender could take processor time.
+        """
         if self._remote is not None:
-            yield None  # it runs on the other machine
+            yield None  # the server runs on the other machine
             return
         lab, port = self._site.lab, ports(tool)
         process = lab.start(MEASURED_HOST, [*_pinned(cpu), *servers(self._target, self._tools)[tool]])
@@ -226,7 +232,7 @@ class Traffic:
     # --- metering -------------------------------------------------------------------------------------------------------
 
     def _meter(self, server: subprocess.Popen[bytes] | None) -> Mapping[str, float]:
-        """Packets through the client's interface so far, and processor time in ns: of the machine and of both ends."""
+        """The packets of the client's interface so far, and the processor time (ns) of the machine and of both ends."""
         children = os.times()
         ends = (children.children_user + children.children_system) * NS_PER_S
         if server is not None:
@@ -238,7 +244,7 @@ class Traffic:
 
 
 def _cpu(wanted: int) -> int:
-    """The processor, or the last one of those this process may use."""
+    """The processor ``wanted``, or the last one that this process may use if there are fewer."""
     allowed = sorted(os.sched_getaffinity(0))
     return allowed[min(wanted, len(allowed) - 1)]
 
@@ -253,6 +259,6 @@ def _machine_ns() -> float:
 
 
 def _process_ns(pid: int) -> float:
-    """Processor time of a process and the children it waited for."""
+    """The processor time of a process and of the children that it waited for, in ns."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     return sum(int(field) for field in fields[11:15]) * NS_PER_S / os.sysconf("SC_CLK_TCK")

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one packet costs: nanoseconds per run of the loaded program, as differences to doing nothing.
+"""Measure what one packet costs: nanoseconds for each run of the loaded program, less those of an empty program.
 
-BPF_PROG_TEST_RUN on real maps.  An empty program and one that only parses are measured in the same rounds, interleaved with
-the cases, so that what the machine does meanwhile hits all of them; the figures are medians over the rounds.
+The programs run by BPF_PROG_TEST_RUN on real maps. An empty program and one that only parses are measured in the same
+rounds, interleaved with the cases, so that other load of the machine affects all of them alike. The figures are medians
+over the rounds.
 
-*Hot* cases repeat one packet: caches are warm, the figure is the program's own work.  *Spread* cases run once on each of
-many packets (another peer or port each time, from maps of the stated size): what is fetched is mostly not in the cache, and
-a new flow is really recorded.  *Random* cases are runs of a program (`bench/primitives.c`) that puts another client and port
-into the frame and calls the product: cold data, warm instructions; what the same with an empty product costs is subtracted.
-*Bare* cases are one map access with such keys, less the making of the key.  Each scale writes its own rows: so many pods
-(addresses of both families, an identity and a class each), rules (ports, L4 classes, verdicts, names) and CIDRs.
+*Hot* cases repeat one packet. The caches are warm, so the figure is the program's own work. *Spread* cases run once on
+each of many packets (another peer or port each time, with maps of the stated size). Most of the data is not in the
+cache, and each new flow is really recorded. *Random* cases run a program (`bench/primitives.c`) that writes another
+client and port into the frame and calls the product's program. The data is cold and the instructions are warm; the cost
+of the same run with an empty program in place of the product is subtracted. *Bare* cases are one access to a map with
+such keys, less the cost of making the key. Each scale fills the maps with rows of its own: a number of pods (addresses
+of both families, with an identity and a class each), of rules (ports, L4 classes, verdicts, names) and of CIDRs.
 
-Verdicts are checked: a case that measured something else is an error, not a figure.  After the table come the product's targets
-(`bench/targets.py`) and how many instructions the verifier walked through in each program.
+Verdicts are checked: if a case has another verdict than expected, it measured something else, and that is an error.
+After the table, the program prints the product's targets (`bench/targets.py`) and the number of instructions that the
+verifier processed in each program.
 
     sudo .venv/bin/python bench/micro.py [-o json] [--rounds N] [--quick]
 """
@@ -52,22 +55,23 @@ MOV_MINUS_ONE = struct.pack("<BBhi", 0xB7, 0, 0, -1)
 EXIT = struct.pack("<BBhi", 0x95, 0, 0, 0)
 
 HOT_REPEAT = 200_000
-"""So many that the call itself, some microseconds, does not count."""
-DENY_REPEAT = 4_000  # an event each: fewer than the ring holds
+"""Runs in one call. There are so many that the cost of the call itself, some microseconds, does not count."""
+DENY_REPEAT = 4_000  # each run writes an event, and the ring has room for more
 SPREAD_RUNS = 1_000
 OPEN_FLOWS = 8_192
-"""More than np_flow_cache has slots, so that most packets need the connection table."""
+"""More flows than np_flow_cache has slots, so that most packets need the connection table."""
 RANDOM_FLOWS = 65_536
 RANDOM_REPEAT = 50_000
 RANDOM_DENY_REPEAT = 20_000
 STEADY_REPEAT = 4 * RANDOM_FLOWS
 RESTED_REPEAT = RANDOM_FLOWS // 8
 REST_S = 1.1
-"""Longer than np_flow_cache remembers."""
+"""Seconds after which the entries of np_flow_cache have expired."""
 FLOW_HASH = 2_654_435_761
-"""As in primitives.c: (flow * this) modulo 2**32, scaled to the number of clients, is the client."""
+"""As in primitives.c: the client of a flow is (flow * FLOW_HASH) modulo 2**32, scaled to the number of clients."""
 CLIENT_OFFSET, PORT_OFFSET = 30, 34
-"""In an IPv4 frame: destination address (offset of the client, for what a pod sends) and source port."""
+"""Offsets in an IPv4 frame: of the destination address, which is the client of packets that a pod sends, and of the
+source port."""
 LPM_SIZES = (10, 1000, 100_000)
 SIZES = {"np_verdict": 1 << 18, "np_l4_col": 4096, "np_event": 1 << 23}
 BARE = (
@@ -89,15 +93,17 @@ FIRST4, FIRST6 = int(IPv4Address("10.0.0.1")), int(IPv6Address("fd00::1"))
 ENDPOINT, OWN_IDENTITY, FIRST_IDENTITY = 7, 16, 17
 INGRESS_SET, EGRESS_SET = 1, 2
 ALLOWED_PORT, DENIED_PORT, NEW_PORT = 80, 81, 82
-"""New flows have a port of their own: a SYN to an open connection would close it."""
+"""Destination ports. New flows have one of their own, because a SYN to an open connection would close that
+connection."""
 FIRST_CIDR = int(IPv4Address("172.16.0.0"))
 PORT_CLASSES = 50
-"""L4 classes of the large scale; rules beyond them differ in peers. Arbitrary, and large for one policy set."""
+"""Number of L4 classes at the large scale. Further rules differ only in their peers. Arbitrary; large for one policy
+set."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the tables are that are looked up."""
+    """The numbers of rows in the tables that the program looks up."""
 
     pods: int
     rules: int
@@ -108,7 +114,7 @@ SCALES = (Scale(10, 10, 10), Scale(10, 10_000, 10), Scale(100_000, 10, 10), Scal
 
 
 def eth(kind: int, packet: bytes) -> bytes:
-    """A frame."""
+    """An Ethernet frame."""
     return bytes(12) + struct.pack("!H", kind) + packet
 
 
@@ -129,12 +135,15 @@ FIN, SYN, ACK = 1, 2, 16
 
 
 def index(number: int) -> bytes:
-    """Key of an array."""
+    """The key of an array element."""
     return struct.pack("=I", number)
 
 
 def write_scale(dataplane: Dataplane, scale: Scale) -> None:
-    """Fill the maps for one scale: the first half of the ports and of the peers is allowed, the second denied."""
+    """Fill the maps for one scale.
+
+    The first half of the ports and of the peers is allowed, the second half is denied.
+    """
     maps = dataplane.maps
     for name in abi.maps_with_rows(abi.MapRole.TABLE):
         maps[name].delete_many([key for key, _ in maps[name].items()])
@@ -167,7 +176,7 @@ def write_scale(dataplane: Dataplane, scale: Scale) -> None:
     )
 
     block = bytearray(512)
-    for port in range(l4_classes - 1):  # class 0: everything else; port 80 is class 1
+    for port in range(l4_classes - 1):  # class 0 is that of all other ports; port 80 has class 1
         struct.pack_into("=H", block, (ALLOWED_PORT + port) % 256 * 2, port + 1)
     maps["np_l4_atom"].put(index(abi.NP_SLOT_TCP * 256), bytes(block))
     column = struct.pack("=64H", *(atom if atom < l4_classes else 0 for atom in range(64)))
@@ -184,16 +193,16 @@ def write_scale(dataplane: Dataplane, scale: Scale) -> None:
 
 
 def prefixes(count: int) -> list[tuple[bytes, bytes]]:
-    """Rows of a trie: so many prefixes of 28 bits side by side."""
+    """The rows of a trie: ``count`` adjacent prefixes of 28 bits."""
     value = bytes(abi.np_cidr(identity=FIRST_IDENTITY))
     return [(struct.pack("=I", 28) + struct.pack("!I", FIRST_CIDR + 16 * number), value) for number in range(count)]
 
 
 @dataclass(frozen=True)
 class Vary:
-    """The inputs of a random case.
+    """The input of a random case.
 
-    ``flows`` (a power of two), each with one of ``clients`` addresses from ``first`` on.
+    ``flows``: the number of flows, a power of two. Each has one of ``clients`` addresses, which begin at ``first``.
     """
 
     flows: int
@@ -202,19 +211,19 @@ class Vary:
     service: int = ALLOWED_PORT
 
     def row(self) -> bytes:
-        """``struct np_vary``."""
+        """The row as ``struct np_vary``."""
         own = int.from_bytes(POD4.packed, sys.byteorder)
         return struct.pack(
             "=8I", self.flows - 1, self.clients, self.first, CLIENT_OFFSET, PORT_OFFSET, own, self.service, ENDPOINT
         )
 
     def client(self, flow: int) -> int:
-        """The client's address, as the program computes it."""
+        """The client's address of a flow, as primitives.c computes it."""
         return self.first + ((flow * FLOW_HASH & 0xFFFF_FFFF) * self.clients >> 32)
 
 
 def conn_key(client: int, port: int, service: int) -> bytes:
-    """Key of a connection that the pod opens."""
+    """The key of a connection that the pod opens."""
     return struct.pack("=I4s4sHHB3x", ENDPOINT, POD4.packed, client.to_bytes(4, "big"), port, service, TCP)
 
 
@@ -253,24 +262,24 @@ class Primitives:
             Map(syscall.obj_get(dataplane.pin_dir / f"np_bench_lpm_{rows}")).put_many(prefixes(rows))
 
     def fill(self, scale: Scale) -> None:
-        """An ordinary hash with the addresses of all pods."""
+        """Fill an ordinary hash map with the addresses of all pods."""
         self._hash.delete_many([key for key, _ in self._hash.items()])
         row = bytes(abi.np_addr(identity=FIRST_IDENTITY))
         self._hash.put_many([(struct.pack("!I", FIRST4 + pod), row) for pod in range(scale.pods)])
 
     def remember(self, flows: Sequence[tuple[int, int]]) -> None:
-        """Put flows (client, own port) into an LRU table, such as the kernel has."""
+        """Put flows, as (client, own port), into an LRU map of the kernel."""
         row = bytes(abi.np_conn(generation=1))
         self._flows.put_many([(conn_key(client, port, ALLOWED_PORT), row) for client, port in flows])
 
     def choose(self, vary: Vary, program: int) -> None:
-        """Set the field that the following runs vary, and the program that `np_vary` calls."""
+        """Set the input that the following runs vary, and the program that `np_vary` calls."""
         self._vary.put(index(0), vary.row())
         self._target.put(index(0), struct.pack("=I", program))
 
 
 class Bench:
-    """Programs and the context they run in."""
+    """The programs, and the context in which they run."""
 
     def __init__(self, dataplane: Dataplane, empty_fd: int, parse_fd: int) -> None:
         self.dataplane = dataplane
@@ -283,7 +292,10 @@ class Bench:
         self.context = bytes(context)
 
     def hot(self, fd: int, frame: bytes, repeat: int = HOT_REPEAT) -> Callable[[], float]:
-        """One frame again and again; ns per run. The kernel tells whole nanoseconds; of many runs the clock tells parts."""
+        """Measure one frame that is repeated, in ns for each run.
+
+        The kernel reports whole nanoseconds; for many runs, this process's clock gives fractions.
+        """
 
         def measure() -> float:
             began = time.perf_counter_ns()
@@ -295,7 +307,7 @@ class Bench:
         return measure
 
     def spread(self, fd: int, frames: Sequence[bytes], tidy: Callable[[], None] | None = None) -> Callable[[], float]:
-        """Each frame once; median ns of the runs."""
+        """Measure the runs of frames that each run once: their median in ns."""
 
         def measure() -> float:
             runs = [syscall.prog_test_run(fd, frame, self.context, 1)[1] for frame in frames]
@@ -307,11 +319,11 @@ class Bench:
         return measure
 
     def varied(self, vary: Vary, frame: bytes, wanted: int, repeat: int = RANDOM_REPEAT) -> Callable[[], float]:
-        """The product on frames that vary, less the varying; ns per run."""
+        """Measure the product on frames that vary, less the cost of varying them, in ns for each run."""
         return self._less(vary, frame, wanted, repeat, ("np_vary", "np_bare_empty"), ("np_vary", None))
 
     def steady(self, vary: Vary, frame: bytes, wanted: int) -> Callable[[], float]:
-        """The same on flows that go on, each of which had several packets within the last second."""
+        """As `varied`, on flows that continue: each flow had several packets within the last second."""
         measure = self.varied(vary, frame, wanted, STEADY_REPEAT)
 
         def second() -> float:
@@ -321,7 +333,7 @@ class Bench:
         return second
 
     def rested(self, vary: Vary, frame: bytes, wanted: int) -> Callable[[], float]:
-        """The same on flows that were silent for a second; few enough that hardly one comes twice."""
+        """As `varied`, on flows that had no packet for a second. The runs are few, so hardly any flow comes twice."""
         measure = self.varied(vary, frame, wanted, RESTED_REPEAT)
 
         def first() -> float:
@@ -331,7 +343,7 @@ class Bench:
         return first
 
     def bare(self, vary: Vary, name: str, repeat: int = RANDOM_REPEAT) -> Callable[[], float]:
-        """One access with keys that vary, less the making of the keys; ns per run."""
+        """Measure one access with keys that vary, less the cost of making the keys, in ns for each run."""
         return self._less(
             vary, bytes(64), PASS, repeat, ("np_bare_nothing", "np_bare_empty"), (f"np_bare_{name}", "np_bare_empty")
         )
@@ -339,7 +351,10 @@ class Bench:
     def _less(
         self, vary: Vary, frame: bytes, wanted: int, repeat: int, base: tuple[str, str], case: tuple[str, str | None]
     ) -> Callable[[], float]:
-        """Each pair: the program to run, and what it calls; None is the product."""
+        """Measure the difference between two runs.
+
+        ``base``, ``case``: (program to run, program that it calls; None: the product).
+        """
         primitives, product = self.primitives, self.dataplane.program_fd(Hook.TC_INGRESS)
 
         def run(name: str, called: str | None, wanted: int) -> int:
@@ -357,7 +372,7 @@ class Bench:
         return measure
 
     def random_cases(self, scale: Scale) -> dict[str, tuple[str, Callable[[], float]]]:
-        """Cases on data that is not in the caches, and the bare accesses that limit them. Opens the flows."""
+        """Cases with data that is not in the caches, and the bare accesses that limit them. Opens the flows."""
         flows, anybody = Vary(RANDOM_FLOWS, scale.pods), Vary(1 << 32, scale.pods)
         frame = tcp4(int(POD4), FIRST4, 1, ALLOWED_PORT, ACK)
         denied = tcp4(int(POD4), FIRST4, 1, DENIED_PORT, SYN)
@@ -393,10 +408,10 @@ class Bench:
         return {name: ("", measure) for name, measure in cases.items()}
 
     def life_cases(self) -> dict[str, tuple[str, Callable[[], float]]]:
-        """What each packet of short connections costs a workload that opens them, with a full table of open connections."""
+        """Measure each packet of short connections that a workload opens, with a full table of open connections."""
         one = self.dataplane.maps["np_conn4"]
         closed = bytes(abi.np_conn(state=abi.NP_CONN_TCP_OPEN))
-        with contextlib.suppress(MapFullError):  # some buckets have no place for so many
+        with contextlib.suppress(MapFullError):  # some buckets have no room for more
             one.put_many([(conn_key(FIRST4 + n, 1, 9), closed) for n in range(3 * one.max_entries)])
         steps = {
             "SYN": SYN,
@@ -433,7 +448,7 @@ class Bench:
         return {f"spread: short connection, {step}": ("empty, once", measure(step)) for step in steps}
 
     def forget(self, *names: str) -> Callable[[], None]:
-        """Remove all connections."""
+        """A function that removes all connections from the maps ``names``."""
 
         def tidy() -> None:
             for name in names:
@@ -443,7 +458,7 @@ class Bench:
         return tidy
 
     def cases(self, scale: Scale) -> dict[str, tuple[str, Callable[[], float]]]:
-        """Name to (name of its base, measurement)."""
+        """All cases of a scale: name -> (name of its base, measurement)."""
         out = self.dataplane.program_fd(Hook.TC_INGRESS)
         peers = [(997 * number) % scale.pods for number in range(SPREAD_RUNS)]
         ports = range(20_000, 20_000 + SPREAD_RUNS)
@@ -480,7 +495,7 @@ class Bench:
         }
 
     def bases(self) -> dict[str, Callable[[], float]]:
-        """The cost that is subtracted from a case."""
+        """The measurements that are subtracted from the cases."""
         frame = tcp4(int(POD4), FIRST4, 40_000, ALLOWED_PORT, ACK)
         return {
             "empty": self.hot(self.empty_fd, frame),
@@ -488,7 +503,10 @@ class Bench:
         }
 
     def establish(self, packet: bytes, reply: bytes) -> None:
-        """Make a connection open. Raises when the program does not agree, so that no case measures something else."""
+        """Make a connection established.
+
+        Raises an error if the program does not agree, so that no case measures something else.
+        """
         for hook, frame in ((Hook.TC_INGRESS, packet), (Hook.TC_EGRESS, reply)):
             run = self.dataplane.test_run(hook, frame, ingress_ifindex=77)
             if not run.passed:
@@ -496,7 +514,7 @@ class Bench:
 
 
 def measure_scale(bench: Bench, scale: Scale, rounds: int) -> dict[str, list[float]]:
-    """For each round: the bases, and each case less its base."""
+    """Measure all rounds: the bases, and each case less its base. The lists have one figure for each round."""
     write_scale(bench.dataplane, scale)
     bench.primitives.fill(scale)
     bases, cases = bench.bases(), {**bench.cases(scale), **bench.random_cases(scale)}
@@ -511,14 +529,17 @@ def measure_scale(bench: Bench, scale: Scale, rounds: int) -> dict[str, list[flo
     for _ in range(rounds):
         for name, figure in measure_round(cases).items():
             figures[name].append(figure)
-    lives = bench.life_cases()  # it fills the table whose content the others rely on
+    lives = bench.life_cases()  # this call fills the table on which the other cases rely
     for _ in range(rounds):
         measure_round(lives)
     return figures
 
 
 def verified_instructions(program: int) -> int | None:
-    """How many instructions the verifier went through, over all paths; None where the kernel (before 5.16) does not tell."""
+    """The number of instructions that the verifier processed, over all paths.
+
+    None before Linux 5.16, which does not report it.
+    """
     for line in Path(f"/proc/self/fdinfo/{program}").read_text(encoding="ascii").splitlines():
         if line.startswith("verified_insns:"):
             return int(line.split()[1])
@@ -526,7 +547,7 @@ def verified_instructions(program: int) -> int | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure all scales and print."""
+    """Measure all scales and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("-o", "--output", choices=["table", "json"], default="table")
     parser.add_argument("--rounds", type=int, default=15)
@@ -561,12 +582,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def medians(samples: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """By case, over the rounds."""
+    """The median over the rounds, by case."""
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
 def print_tables(results: Mapping[Scale, Mapping[str, Sequence[float]]], verified: Mapping[str, int | None]) -> None:
-    """Costs by scale, the targets, the verifier's figures."""
+    """Print the costs by scale, the targets, and the verifier's numbers."""
     scales = list(results)
     heads = [f"{s.pods} pods {s.rules} rules" for s in scales]
     print(f"{'ns per packet, less an empty program':48s}" + "".join(f"{head:>26s}" for head in heads))

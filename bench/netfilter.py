@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same flat rules for nftables and for iptables with ipset, each said in two ways.
+"""The same flat rules for nftables and for iptables with ipset, each in two forms.
 
-*rules*: a verdict map (nft) or a match on the address (iptables) finds the endpoint's chain; in it stands one rule for each rule of
-the policies, peers in a set where there are several.  So do agents that translate policy into netfilter.
-*map*: everything folded into one verdict map over (peer, protocol, port) for nft, one ``hash:net,port`` set for iptables.
-The best that one can write by hand for this subset, at the price of the cause: no rule is left to count or to log.
+*rules*: a verdict map (nft) or a match on the address (iptables) finds the endpoint's chain. The chain has one rule for
+each rule of the policies; several peers of a rule are in a set. Agents that translate policy into netfilter rules do
+the same.
 
-Both accept what conntrack knows first, as every such firewall does.  Invariant: text only; it is run inside namespaces of
-the laboratory alone (`bench/site.py`).
+*map*: all rules are folded into one verdict map over (peer, protocol, port) for nft, or into one ``hash:net,port`` set
+for iptables. This is the fastest form that can be written by hand for these rules, but no rule remains that could be
+counted or logged.
+
+In both forms, packets of connections that conntrack knows are accepted first, as in every such firewall. Invariant:
+this module only makes text, which runs only inside namespaces of the laboratory (`bench/site.py`).
 """
 
 from __future__ import annotations
@@ -31,12 +34,15 @@ def _range(ports: tuple[int, int], mark: str) -> str:
 
 
 def _sides(direction: Direction) -> tuple[str, str]:
-    """Which address is the endpoint's, which the peer's."""
+    """(the field with the endpoint's address, the field with the peer's address), for packets of a direction."""
     return ("daddr", "saddr") if direction is Direction.INGRESS else ("saddr", "daddr")
 
 
 def _set_names(rules: Iterable[FlatRule]) -> dict[str, tuple[str, FlatRule]]:
-    """Label to (name of its set, a rule that has it), for rules with more than one peer; sets are shared as agents do."""
+    """Maps a label to (name of its set, a rule with it), for rules with several peers.
+
+    Rules share sets, as in agents.
+    """
     names: dict[str, tuple[str, FlatRule]] = {}
     for rule in rules:
         if len(rule.peers) != 1:
@@ -48,7 +54,7 @@ def _set_names(rules: Iterable[FlatRule]) -> dict[str, tuple[str, FlatRule]]:
 
 
 def nft_rules(rules: Sequence[FlatRule], endpoint: IPv4Address, direction: Direction) -> str:
-    """A file for ``nft -f``: one rule for each rule."""
+    """A file for ``nft -f`` in the form *rules*: one nft rule for each flat rule."""
     own, peer = _sides(direction)
     sets = _set_names(rules)
     lines = ["table ip bench {"]
@@ -66,7 +72,7 @@ def nft_rules(rules: Sequence[FlatRule], endpoint: IPv4Address, direction: Direc
 
 
 def nft_map(rules: Sequence[FlatRule], endpoint: IPv4Address, direction: Direction) -> str:
-    """A file for ``nft -f``: one verdict map."""
+    """A file for ``nft -f`` in the form *map*: one verdict map."""
     own, peer = _sides(direction)
     elements = ",\n".join(
         f"{net} . {_protocol(protocol)} . {_range(ports, '-')} : accept"
@@ -100,7 +106,7 @@ def _nft_hook(endpoint: IPv4Address, own: str) -> list[str]:
 
 
 def iptables_rules(rules: Sequence[FlatRule], endpoint: IPv4Address, direction: Direction) -> tuple[str, str]:
-    """Input for ``ipset restore`` and for ``iptables-restore``: one rule for each rule."""
+    """Input for ``ipset restore`` and for ``iptables-restore``, in the form *rules*: one rule for each flat rule."""
     sets = _set_names(rules)
     made = [line for name, rule in sets.values() for line in _ipset(name, "hash:net", (str(net) for net in rule.peers))]
     flag, side = ("-s", "src") if direction is Direction.INGRESS else ("-d", "dst")
@@ -115,7 +121,7 @@ def iptables_rules(rules: Sequence[FlatRule], endpoint: IPv4Address, direction: 
 
 
 def iptables_set(rules: Sequence[FlatRule], endpoint: IPv4Address, direction: Direction) -> tuple[str, str]:
-    """Input for ``ipset restore`` and for ``iptables-restore``: one set."""
+    """Input for ``ipset restore`` and for ``iptables-restore``, in the form *map*: one set."""
     elements = (
         f"{net},{_protocol(protocol)}:{_range(ports, '-')}"
         for (net, protocol), ranges in fold(rules).items()

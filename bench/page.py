@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recorded result's summary, written into docs/performance.md between two markers.
+"""Write the summary of the recorded result into docs/performance.md, between two markers.
 
     .venv/bin/python -m bench.page [--check]
 
-Every figure of that page comes from bench/results/reference.json by this program, so none drifts from it.  Must not measure, and must
-not leave a target out in silence: one whose cases the result lacks is *not measured*.  Exit code: 0, or 1 with ``--check`` when the page is stale.
+This program writes every figure of that page from bench/results/reference.json, so page and result agree. It must not
+measure, and must not leave out a target: a target without its cases in the result is shown as *not measured*. Exit
+code: 0, or 1 with ``--check`` if the page is stale.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ API_TARGETS = (
 
 
 def judged(run: Run) -> list[targets.Row]:
-    """All targets of a run: packets, end to end, control plane."""
+    """All targets of a run: for packets, guards, connections and the control plane."""
     packets = targets.rows(targets.by_size(run.cases, MICRO), targets.by_size(run.cases, SCALE))
     return [*packets, *_guards(run), *_end_to_end(run), *_control_plane(run)]
 
 
 def _guards(run: Run) -> list[targets.Row]:
-    """What each guard adds to a packet of an open connection, hot: the difference of two medians."""
+    """The nanoseconds that each guard adds to a hot packet of an open connection: the difference of two medians."""
 
     def median(contender: str, packet: str) -> float | None:
         case = run.case(case_id(GUARDS, packet, contender))
@@ -119,14 +120,14 @@ def _control_plane(run: Run) -> list[targets.Row]:
 
 
 def earlier_results(directory: Path = RESULT.parent) -> list[Run]:
-    """The kept results of earlier commits, oldest first: the files MACHINE-COMMIT.json."""
+    """The kept results of earlier commits, the oldest first: the files MACHINE-COMMIT.json."""
     return sorted((load(path) for path in directory.glob("*-*.json")), key=lambda one: one.started)
 
 
 def render(run: Run, earlier: Sequence[Run] = ()) -> str:
-    """The section: where the figures are from, targets beside measured, contenders.
+    """The section of the page: the origin of the figures, targets beside results, contenders.
 
-    ``earlier``: results whose figures stand beside those of ``run`` in the table of targets.
+    ``earlier``: earlier results, with their figures beside those of ``run`` in the table of targets.
     """
     machine = run.machine
     dirty = " with uncommitted changes" if run.source.get("dirty") else ""
@@ -160,12 +161,12 @@ def _figure(row: targets.Row | None) -> str:
 
 
 def _origin(run: Run) -> str:
-    """Machine and commit of a result, as the head of a column."""
+    """The machine and the commit of a result, as the head of a column."""
     return f"{run.machine['cpu']}, `{run.source['commit'][:7]}`"
 
 
 def with_section(page: str, section: str) -> str:
-    """The page with another section between its markers. Raises InvalidInputError where it has none."""
+    """The page with a new section between its markers. Raises InvalidInputError if the page has no markers."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
@@ -174,7 +175,7 @@ def with_section(page: str, section: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the section, or say whether it is fresh."""
+    """Write the section. With ``--check``, only report whether the page is fresh."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when the page is stale")
     parser.add_argument("--result", type=Path, default=RESULT, help="another result")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of a run that are processes of their own, so that memory and maps are theirs alone.
+"""Runs parts of a benchmark as processes of their own, so that each has its own memory and maps.
 
-Invariant: a run that ends early ends its part first, and waits until that has removed what it made.
+Invariant: if a run ends early, it first ends its part, and waits until the part has removed everything that it made.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from netpol_ebpf.errors import PlatformError
 
 
 def run_part(command: Sequence[str], name: str) -> str:
-    """The output of a part. Raises PlatformError when the part fails."""
+    """Run a part and return its output. Raises PlatformError if the part fails."""
     part = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         said, _ = part.communicate()

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A node with some hundred pods under a real netpol-agent: how long its first start takes, and what each new pod costs.
+"""Measure a node with some hundred pods under a real netpol-agent: its first start, and the cost of each new pod.
 
     sudo .venv/bin/python -m bench.pods [--pods 300] [--new 50]
 
-A pod is a namespace with a veth pair, and host routes of both families that lead to it, as container networks lay them.  A
-new pod's object is there before its interface; the clock runs from the command that makes the interface to the row that puts it
-under its policy, read from the pinned map.  Processor time is that of the whole agent, of the object and the interface, without
-what it takes at rest.
+A pod is a namespace with a veth pair, and host routes of both families that lead to the pair, as container networks
+create them. The object of a new pod exists before its interface. The time is measured from the command that creates the
+interface to the row that applies the pod's policy to it, which is read from the pinned map. The processor time is that
+of the whole agent for the object and the interface, less the time that the agent takes at rest.
 
-Invariant: nothing is asked of the agent while it is measured.
+Invariant: this process requests nothing from the agent while it is measured.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ START, UNTIL, COST, GOES = (
 PODS, NEW = 300, 50
 READY_DEADLINE_S = 300.0
 APART_S = 0.3
-"""Between a pod's object and its interface, and between pods: the agent reads manifests five times a second; arbitrary."""
+"""Seconds between a pod's object and its interface, and between two pods. The agent reads manifests five times a
+second. The value is arbitrary."""
 REST_LOOK_S = 15.0
 
 NAMESPACE = "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop}\n"
@@ -66,12 +67,12 @@ status: {podIPs: [{ip: %(address4)s}, {ip: "%(address6)s"}]}
 """
 GROUPS = 10
 FIRST_INDEX = 1000
-"""First index of the pods' interfaces; arbitrary, above all others."""
+"""The lowest index of the pods' interfaces. The value is arbitrary, but above all other indices."""
 
 
 @dataclass(slots=True)
 class Findings:
-    """Seconds. ``cost`` and ``going``: for one pod, of many."""
+    """The results, in seconds. ``cost``, ``going``: processor time for each added and each removed pod."""
 
     start: float = 0.0
     rest_share: float = 0.0
@@ -100,23 +101,23 @@ class Stage:
         self._agent: subprocess.Popen[bytes] | None = None
 
     def write(self, name: str, text: str) -> None:
-        """A manifest, whole."""
+        """Write a manifest atomically."""
         draft = self._manifests.parent / "draft"
         draft.write_text(text, encoding="utf-8")
         draft.rename(self._manifests / name)
 
     def remove(self, name: str) -> None:
-        """Take a manifest away."""
+        """Remove a manifest."""
         (self._manifests / name).unlink()
 
     def make_namespaces(self, numbers: Sequence[int]) -> None:
-        """Those of pods, without interfaces."""
+        """Create the namespaces of pods, without interfaces."""
         names = [self._space(number) for number in numbers]
         self._lab.record(namespaces=names)
         _batch(["ip"], [f"netns add {name}" for name in names])
 
     def plug(self, numbers: Sequence[int]) -> None:
-        """Interfaces of pods, with the routes to them."""
+        """Create the interfaces of pods on the node, with the routes to them."""
         lines = []
         for number in numbers:
             lines += [
@@ -127,19 +128,19 @@ class Stage:
         _batch(self._lab.command(NODE_HOST, ["ip"]), lines)
 
     def raise_pods(self, numbers: Sequence[int]) -> None:
-        """The pods' own ends."""
+        """Set up the ends of the interfaces that are in the pods."""
         for number in numbers:
             _batch(["ip", "-n", self._space(number)], ["link set lo up", "link set eth0 up"])
 
     def unplug(self, number: int) -> None:
-        """Take an interface away."""
+        """Remove a pod's interface."""
         _batch(self._lab.command(NODE_HOST, ["ip"]), [f"link del pod{number}"])
 
     def _space(self, number: int) -> str:
         return f"{self._lab.token}-pod{number}"
 
     def start(self) -> float:
-        """Start the agent; seconds until policy is in force."""
+        """Start the agent. Returns the seconds until policy is in force."""
         command = [
             sys.executable,
             "-m",
@@ -159,14 +160,14 @@ class Stage:
         return time.monotonic() - began
 
     def processor_s(self) -> float:
-        """Resources that the agent has used so far."""
+        """The processor time that the agent has used so far, in seconds."""
         if self._agent is None:
             raise AssertionError("no agent was started")
         return processor_s(self._agent.pid)
 
     @contextlib.contextmanager
     def endpoints(self) -> Iterator[Map]:
-        """The map of what is enforced."""
+        """Open the map np_endpoint, whose rows show which interfaces are under policy."""
         (pin,) = self._pins.glob("v*/np_endpoint")
         rows = Map(syscall.obj_get(pin))
         try:
@@ -183,7 +184,7 @@ def _batch(command: Sequence[str], lines: Sequence[str]) -> None:
 
 
 def measure(pods: int, new: int) -> Findings:
-    """Start an agent on a node with so many pods, add so many one after the other, and take them away again."""
+    """Start an agent on a node with ``pods`` pods, add ``new`` pods one by one, and remove them again."""
     found = Findings()
     old, coming = range(1, pods + 1), range(pods + 1, pods + new + 1)
     with tempfile.TemporaryDirectory(prefix="netpol-bench-pods-") as name:
@@ -206,7 +207,7 @@ def measure(pods: int, new: int) -> Findings:
 
 
 def _rest(stage: Stage) -> float:
-    """Share of a processor that the agent takes at rest: once it has come to it, over some seconds."""
+    """The share of a processor that the agent takes at rest, over some seconds."""
     last = 1.0
 
     def is_steady() -> bool:
@@ -225,7 +226,7 @@ def _share(stage: Stage, seconds: float) -> float:
 
 
 def _spent(stage: Stage, rest_share: float, numbers: Sequence[int], step: Callable[[int], None]) -> float:
-    """Processor seconds for each of the steps, beyond what the agent takes at rest."""
+    """Processor seconds that the agent takes for each of the steps, less those that it takes at rest."""
     began, before = time.monotonic(), stage.processor_s()
     for number in numbers:
         step(number)
@@ -235,7 +236,7 @@ def _spent(stage: Stage, rest_share: float, numbers: Sequence[int], step: Callab
 
 
 def _add(stage: Stage, rows: Map, number: int) -> float:
-    """Bring a pod; seconds from its interface's command to its row."""
+    """Add a pod. Returns the seconds from the command that creates its interface to its row."""
     stage.write(f"pod{number}.yaml", _object(number))
     time.sleep(APART_S)
     began = time.monotonic()

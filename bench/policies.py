@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policies that all contenders enforce: made up once, as the internal policy model, and read back from it as flat rules.
+"""The policies that all contenders enforce.
+
+They are generated as the internal policy model, and derived from it as flat rules.
 
 A world has one measured endpoint, pods elsewhere in the cluster as peers, and N policies that all apply to the measured
-endpoint: each allows some peers (pods by label, or nets) on some ports; the rest is denied.  One policy in the middle of
-the order allows the traffic that is measured, so that a contender that walks the rules one by one walks half of
-them: the mean over all rules, neither its best case nor its worst.
+endpoint. Each policy allows some peers (pods by label, or nets) on some ports; all other packets are denied. The policy
+in the middle of the order allows the measured traffic. So a contender that walks the rules one by one walks half of
+them, which is the mean over all rules, and neither its best case nor its worst.
 
-Invariant: `flat_rules` takes nothing from the generator, only from the world, so what nftables and iptables get is what
-the compiler gets; a world that says more than the subset (allow, one direction, IPv4, peers and numeric ports) is refused.
+Invariant: `flat_rules` reads only the world, and nothing of the generator, so nftables and iptables get the same
+policies as the compiler. A world outside the supported subset (allow, one direction, IPv4, peers and numeric ports) is
+rejected.
 """
 
 from __future__ import annotations
@@ -46,24 +49,26 @@ NODE = "here"
 
 PODS = 1000
 APPLICATIONS = 100
-"""Peers by label: each application has PODS / APPLICATIONS pods. Arbitrary, of the size of a usual namespace or two."""
+"""Number of applications, which are peers by label. Each has PODS / APPLICATIONS pods. Arbitrary, about the size of a
+usual namespace or two."""
 
 FIRST_POD = int(IPv4Address("10.1.0.1"))
 FIRST_NET = int(IPv4Address("100.64.0.0"))
-"""Nets of peers are /24 to /28 inside one /24 each, so none overlaps another: the contenders with one big set need that."""
+"""The first net of peers. Each net is a /24 to /28 inside a /24 of its own, so no two overlap, which contenders with
+one large set require."""
 
 LOAD_PORTS = (5201, 5210)
-"""Ports of the measured traffic, TCP and UDP."""
+"""Ports of the measured traffic, for TCP and for UDP."""
 OTHER_PORTS = (80, 4000)
 SERVICES = 48
-"""How many different ports (or ranges) the rules of a world name. Arbitrary: rules name many peers, but few services."""
+"""Number of different ports (or ranges) in the rules of a world. Arbitrary: rules name many peers, but few services."""
 PORT_SPAN = 8
-"""Widest range: an ipset with ports holds an element for each."""
+"""Size of the largest range of ports. An ipset with ports has an element for each port."""
 
 
 @dataclass(frozen=True, slots=True)
 class FlatRule:
-    """Allow these peers on these ports. ``peers``: disjoint, sorted; ``label``: what they were selected by, "" for nets."""
+    """A rule that allows peers on ports. ``peers``: disjoint and sorted. ``label``: selects the peers; "" for nets."""
 
     policy: str
     label: str
@@ -73,7 +78,7 @@ class FlatRule:
 
 
 def application(index: int) -> str:
-    """Value of the label ``app``."""
+    """The value of the label ``app`` of an application."""
     return f"app-{index % APPLICATIONS}"
 
 
@@ -94,7 +99,7 @@ def _services(chance: random.Random, count: int) -> list[Ports]:
 
 
 def _rule(index: int, direction: Direction, peer: Entity, protocol: int, ports: Ports) -> Rule:
-    """A rule with its peer and ports on the sides that the direction requires."""
+    """A rule with its peer and its ports on the sides that the direction requires."""
     if direction is Direction.INGRESS:
         return Rule(Action.ALLOW, index, protocol=protocol, source=peer, destination=Entity(ports=ports))
     destination = Entity(nets=peer.nets, selector=peer.selector, ports=ports)
@@ -111,7 +116,10 @@ def _policy(number: int, direction: Direction, rules: Sequence[Rule]) -> Policy:
 def make_policies(
     count: int, direction: Direction, peer: IPv4Address, pods: int = PODS, services: int = SERVICES
 ) -> Iterator[Policy]:
-    """That many policies with a rule each; the one in the middle allows ``peer`` on LOAD_PORTS, TCP and UDP."""
+    """Generate ``count`` policies with one rule each.
+
+    The one in the middle allows ``peer`` on LOAD_PORTS, TCP and UDP.
+    """
     chance = random.Random(1)
     offered = _services(chance, services)
     load = Entity(nets=(ip_network(peer),))
@@ -133,7 +141,7 @@ def make_world(
     count: int, measured: Sequence[IPv4Address], peer: Sequence[IPv4Address], *, direction: Direction, pods: int = PODS,
     services: int = SERVICES, is_peer_here: bool = True,
 ) -> World:  # fmt: skip
-    """The world of ``count`` policies. The first addresses of ``measured`` and ``peer`` are those of the measured traffic."""
+    """The world with ``count`` policies. The measured traffic uses the first addresses of ``measured`` and ``peer``."""
     labels = {"role": "measured"}
     endpoints = [Endpoint(MEASURED, EndpointKind.WORKLOAD, labels, tuple(measured), profiles=("open",), node=NODE)]
     if is_peer_here:
@@ -152,7 +160,10 @@ def make_world(
 
 
 def flat_rules(world: World, key: EndpointKey, direction: Direction) -> list[FlatRule]:
-    """What applies to an endpoint in one direction, in the order of evaluation. Raises UsageError outside the subset."""
+    """The rules that apply to an endpoint in one direction, in evaluation order.
+
+    Raises UsageError outside the subset.
+    """
     endpoint = world.endpoints[key]
     applying = [
         policy
@@ -171,7 +182,7 @@ def flat_rules(world: World, key: EndpointKey, direction: Direction) -> list[Fla
 
 
 class _Chosen:
-    """The IPv4 addresses that a selector chooses, each selector looked at once."""
+    """The IPv4 addresses that a selector selects. Each selector is evaluated once."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -214,7 +225,10 @@ def _outside(policy: Policy, what: str) -> UsageError:
 
 
 def fold(rules: Iterable[FlatRule]) -> dict[tuple[IPv4Network, int], list[tuple[int, int]]]:
-    """All rules as one relation: (peer net, protocol) to merged port ranges. Raises UsageError when nets overlap."""
+    """All rules as one mapping from (peer net, protocol) to merged ranges of ports.
+
+    Raises UsageError if nets overlap.
+    """
     folded: dict[tuple[IPv4Network, int], list[tuple[int, int]]] = {}
     for rule in rules:
         for net in rule.peers:
@@ -242,7 +256,8 @@ def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 def peer_addresses(rules: Sequence[FlatRule], own: IPv4Address, count: int = 12) -> list[IPv4Address]:
     """Source addresses for the questions.
 
-    Some that rules name, spread over the order, their neighbours, and one that no rule names.
+    They are addresses that rules name, at several places of the order, the neighbours of these, and one that no rule
+    names.
     """
     step = max(1, len(rules) // count)
     asked = [own]
@@ -259,7 +274,7 @@ def questions(
     direction: Direction,
     count: int = 64,
 ) -> list[Packet]:
-    """Packets that sample the rules: each peer on ports at, inside and just beyond the ranges of rules that name it."""
+    """Packets that sample the rules: for each peer, ports at, in and beyond the ranges of rules that name the peer."""
     chance = random.Random(2)
     found: dict[Packet, None] = {}
 

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// For bench/micro.py.  np_vary gives the frame another client and port and
-// tail-calls the program to be measured, so that many runs of one call meet
-// cold data with warm instructions, as on a busy link.  The others are one
-// access each, to a map of the product or of the same kind, with such a key:
-// the limit that stands beside a figure.  Each passes the packet
-// (-1) only if the access found what it should, so a figure of misses shows as
-// a wrong verdict.
+// The programs of bench/micro.py. np_vary writes another client and port into
+// the frame and tail-calls the program that is measured. So many runs of one
+// call have cold data and warm instructions, as on a busy link. Each other
+// program makes one access with such a key, to a map of the product or to one
+// of the same kind. Its cost is the lower limit of a figure. A program passes
+// the packet (-1) only if the access found the expected row, so a measurement
+// of misses has a wrong verdict.
 
 #include "np_abi.h"
 #include "np_count.h"
@@ -20,16 +20,16 @@
 #define NP_BARE_FLOWS 262144
 #define NP_BARE_NEW_FLOWS 65536
 
-// How frames vary; written by the benchmark.
+// The input by which frames vary. The benchmark writes it.
 struct np_vary {
-  __u32 mask;          // of the random number that is the flow
+  __u32 mask;          // mask of the random number that is the flow
   __u32 clients;       // a hash of the flow, scaled to this, is the client
   __u32 client_base;   // host order; the last word of the client's address
-  __u32 client_offset; // in the frame, of that word
-  __u32 port_offset;   // in the frame, of the endpoint's own port
+  __u32 client_offset; // offset of that word in the frame
+  __u32 port_offset;   // offset of the endpoint's own port in the frame
   __u32 own;           // for keys: the endpoint's address, as it is in memory
   __u32 service;       // for keys: the client's port
-  __u32 endpoint;      // for keys: its number
+  __u32 endpoint;      // for keys: the endpoint's number
 };
 
 NP_MAP("prog_array", np_bench_target, int, int, 1, 0);
@@ -105,10 +105,10 @@ NP_INLINE int np_bare_key(struct np_conn4_key *key) {
     return 2;                                                                  \
   np_keep_in_memory(&key)
 
-// Nothing at all: the target of np_vary whose cost is subtracted.
+// Does nothing. It is the target of np_vary in the runs whose cost is subtracted.
 int np_bare_empty(struct __sk_buff *skb) { return -1; }
 
-// The key alone: what is subtracted from the other bare cases.
+// Only makes the key. Its cost is subtracted from the other bare cases.
 int np_bare_nothing(struct __sk_buff *skb) {
   NP_BARE_BEGIN;
   return -1;
@@ -126,7 +126,7 @@ int np_bare_lru_insert(struct __sk_buff *skb) {
   return np_update(NP_MAP_OF(np_bench_lru_new), &key, &conn, BPF_ANY) ? 2 : -1;
 }
 
-// The product's own table, with nothing around it.
+// The product's own table, without the rest of the program.
 int np_bare_table_insert(struct __sk_buff *skb) {
   NP_BARE_BEGIN;
   struct np_endpoint_ctx ep = {};

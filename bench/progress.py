@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A progress bar on standard error, for runs that take minutes; silent where nobody watches."""
+"""A progress bar on standard error for runs that take minutes. It prints little if standard error is not a terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ WIDTH = 30
 
 
 class Progress:
-    """Counts steps of a known total. On a terminal one line that is rewritten; elsewhere a line a tenth of the way."""
+    """Counts the steps of a known total.
+
+    A terminal gets one line that is rewritten, anything else a line at each tenth.
+    """
 
     def __init__(self, title: str, total: int) -> None:
         self._title, self._total, self._done = title, max(total, 1), 0
@@ -18,7 +21,7 @@ class Progress:
         self._shown = -1
 
     def step(self, what: str) -> None:
-        """One step more is begun; ``what`` says which."""
+        """Count one more step. ``what``: the name of the step that begins."""
         spent = time.monotonic() - self._began
         left = spent / self._done * (self._total - self._done) if self._done else 0.0
         share = self._done / self._total
@@ -32,7 +35,7 @@ class Progress:
         self._done += 1
 
     def end(self) -> None:
-        """All is done, or given up."""
+        """End the display, whether or not all steps were done."""
         spent = time.monotonic() - self._began
         start = "\r" if sys.stderr.isatty() else ""
         print(f"{start}{self._title}: {self._done} steps in {spent:.0f} s".ljust(118), file=sys.stderr, flush=True)

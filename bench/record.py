@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one format of a benchmark's results: which machine, which source, which cases, and every sample.
+"""The format of a benchmark's result: the machine, the source, the cases, and every sample.
 
-Invariant: samples are kept as they were measured, in the order of the rounds, so that whoever doubts a median can look
-at what it stands for; a case names the case it must be divided by (its base), measured in the same rounds of the same
-run.  Must not judge: `bench/compare.py` does, and `bench/report.py` draws.
+Invariant: samples are kept as they were measured, in the order of the rounds, so that a reader who doubts a median can
+see its samples. A case names the case by which it must be divided (its base), which was measured in the same rounds of
+the same run. This module must not judge: `bench/compare.py` does, and `bench/report.py` draws.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 Parameter = Union[int, str]
 
 MORE, LESS = "more", "less"
-"""The two values that say which direction is better for a case's unit."""
+"""The two directions: which values of a case's unit are better."""
 
 TOOLS: Mapping[str, Sequence[str]] = {
     "iperf3": ("iperf3", "--version"),
@@ -45,10 +45,11 @@ TOOLS: Mapping[str, Sequence[str]] = {
 class Case:
     """One thing measured under one condition.
 
-    ``samples``: one figure a round, in ``unit``.  ``better``: MORE or LESS.  ``base``: `id` of the case of the same run that
-    it is divided by, round by round; "" where nothing comparable was measured beside it.  ``exact``: a count that does not
-    depend on the weather, such as bytes: compared without a base.  ``judged``: whether a regression of its ratio is one; not so for
-    figures that are kept for the reader and swing too much, such as the highest percentiles.
+    ``samples``: one figure for each round, in ``unit``. ``better``: MORE or LESS. ``base``: the `id` of the case of the
+    same run by which this case is divided, round by round; "" if nothing comparable was measured with it. ``exact``:
+    the figure is a count that other load cannot change, such as bytes; it is compared without a base. ``judged``:
+    whether a worse ratio counts as a regression. It is False for figures that vary too much, such as the highest
+    percentiles, and are kept only for the reader.
     """
 
     suite: str
@@ -64,24 +65,24 @@ class Case:
 
     @property
     def id(self) -> str:
-        """The name of the case, within a run and across runs."""
+        """The name of the case, the same in all runs."""
         return case_id(self.suite, self.name, self.contender, self.parameters)
 
     @property
     def median(self) -> float:
-        """Median of the samples."""
+        """The median of the samples."""
         return statistics.median(self.samples)
 
 
 def case_id(suite: str, name: str, contender: str, parameters: Mapping[str, Parameter] | None = None) -> str:
-    """``suite/name/contender`` and the parameters in the order of their names."""
+    """``suite/name/contender``, followed by the parameters in the order of their names."""
     written = ",".join(f"{key}={value}" for key, value in sorted((parameters or {}).items()))
     return "/".join(part for part in (suite, name, contender, written) if part)
 
 
 @dataclass(slots=True)
 class Run:
-    """A whole run. ``notes``: what was left out and why, or anything a reader must know to believe the figures."""
+    """The result of a whole run. ``notes``: what was left out and why, and other facts that a reader must know."""
 
     command: str
     machine: Mapping[str, Any]
@@ -93,7 +94,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
     def case(self, wanted: str) -> Case | None:
-        """The case of that id."""
+        """The case with this id; None if the run has none."""
         return next((case for case in self.cases if case.id == wanted), None)
 
 
@@ -104,14 +105,14 @@ def begin(command: Sequence[str]) -> Run:
 
 
 def this_command() -> list[str]:
-    """The command line of this process, relative to the source's root."""
+    """The command line of this process, relative to the root of the source."""
     program = Path(sys.argv[0]).resolve()
     shown = program.relative_to(ROOT) if program.is_relative_to(ROOT) else Path(program.name)
     return [str(shown), *sys.argv[1:]]
 
 
 def save(run: Run, path: Path) -> None:
-    """Write a run as JSON, whole or not at all."""
+    """Write a run as JSON, atomically."""
     draft = path.with_name(path.name + ".draft")
     path.parent.mkdir(parents=True, exist_ok=True)
     draft.write_text(json.dumps(to_plain(run), indent=1) + "\n", encoding="utf-8")
@@ -119,7 +120,7 @@ def save(run: Run, path: Path) -> None:
 
 
 def to_plain(run: Run) -> dict[str, Any]:
-    """A run as what JSON can say. Samples are rounded to six significant digits."""
+    """A run as values that JSON can represent. Samples are rounded to six significant digits."""
     plain: dict[str, Any] = {"format": FORMAT, **dataclasses.asdict(run)}
     for case in plain["cases"]:
         case["samples"] = [float(f"{sample:.6g}") for sample in case["samples"]]
@@ -127,7 +128,7 @@ def to_plain(run: Run) -> dict[str, Any]:
 
 
 def load(path: Path) -> Run:
-    """Read a run. Raises InvalidInputError for a file that is none."""
+    """Read a run. Raises InvalidInputError if the file is not a run."""
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -141,7 +142,7 @@ def load(path: Path) -> Run:
 
 
 def merge(into: Run, parts: Iterable[Run]) -> None:
-    """Take over the cases and notes of runs on the same machine from the same source."""
+    """Add the cases and notes of runs on the same machine from the same source."""
     for part in parts:
         into.cases += part.cases
         into.notes += part.notes
@@ -151,7 +152,7 @@ def merge(into: Run, parts: Iterable[Run]) -> None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, memory, kernel, and how busy it was when the run began."""
+    """The processor, the memory, the kernel, and the machine's load when the run began."""
     return {
         "cpu": _cpu_model(),
         "cpus": os.cpu_count(),
@@ -182,7 +183,7 @@ def _read(path: Path) -> str:
 
 
 def describe_source() -> dict[str, Any]:
-    """Commit, and whether files differ from it. Outside a checkout: unknown."""
+    """The commit, and whether files differ from it. Outside a checkout: unknown."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         return {"commit": "unknown", "dirty": None}
 
@@ -194,7 +195,7 @@ def describe_source() -> dict[str, Any]:
 
 
 def describe_tools() -> dict[str, str]:
-    """First line of what each tool says of its version; tools that are missing are left out."""
+    """The first line of each tool's version output. Tools that are not installed are left out."""
     found = {}
     for name, command in TOOLS.items():
         if shutil.which(command[0]) is not None:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A result as Markdown that a person can read at a glance, with plots when matplotlib is there.
+"""Render a result as Markdown for a reader, with plots if matplotlib is installed.
 
     .venv/bin/python -m bench.report RESULT.json [-o DIRECTORY]
 
-Writes DIRECTORY/README.md and the plots as SVG beside it.  Every figure is a median over the rounds; the range in brackets is from
-the smallest to the largest round.  Must not leave a case out in silence: what no table of its own shows is in the last one.
+The report is DIRECTORY/README.md, with the plots as SVG files beside it. Every figure is a median over the rounds; the
+brackets have the smallest and the largest round. The report must have every case: the last table has the cases that no
+other table has.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ UNIT_OF_AXIS = {
 
 
 def human(value: float, unit: str) -> str:
-    """A figure with three digits and a unit that fits it."""
+    """A figure with three digits and a fitting unit."""
     for factor, name in UNITS.get(unit, ()):
         if abs(value) >= factor:
             return f"{_digits(value / factor)} {name}"
@@ -55,13 +56,13 @@ def _digits(value: float) -> str:
 
 
 def percentile(samples: Sequence[float], share: float) -> float:
-    """The sample below which so large a share lies."""
+    """A percentile: the sample at the position ``share`` (from 0 to 1) in the order of the samples."""
     ordered = sorted(samples)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def ratio(run: Run, case: Case) -> str:
-    """A case over its base: of the medians, and the range of the rounds."""
+    """The ratio of a case to its base: that of the medians, and the range over the rounds."""
     base = run.case(case.base) if case.base else None
     if base is None or base.median <= 0:
         return "1" if not case.base else "-"
@@ -71,7 +72,7 @@ def ratio(run: Run, case: Case) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table, and an empty one."""
+    """The lines of a Markdown table, followed by an empty line."""
     return [
         "| " + " | ".join(heads) + " |",
         "|" + "---|" * len(heads),
@@ -81,7 +82,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 class Report:
-    """Builds the text; knows which cases it has shown."""
+    """Builds the text, and records which cases it has shown."""
 
     def __init__(self, run: Run, directory: Path) -> None:
         self.run = run
@@ -91,7 +92,7 @@ class Report:
         self.plots = importlib.util.find_spec("matplotlib") is not None
 
     def build(self) -> str:
-        """The whole document."""
+        """Build the whole document."""
         self._head()
         self._micro()
         self._end_to_end()
@@ -314,7 +315,7 @@ class Report:
         mpl.use("Agg")
         from matplotlib import pyplot as plt
 
-        # Text stays text and names inside the file are the same each time, so that a new result makes a small difference.
+        # Text stays text, and ids inside the file are the same each time, so that a new result changes few lines.
         with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "netpol", "font.size": 9}):
             figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
             draw(axes)
@@ -352,7 +353,7 @@ def _distribution(case: Case) -> str:
 
 
 def write(run: Run, directory: Path) -> Path:
-    """Write the report; returns the path of its text."""
+    """Write the report. Returns the path of its text."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "README.md"
     path.write_text(Report(run, directory).build(), encoding="utf-8")

@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How cost and memory grow: one thing made larger at a time, everything else as it was.
+"""Measure how time and memory grow when one number of the cluster grows at a time and all others stay as they are.
 
     sudo .venv/bin/python -m bench.scale [--rounds 7] [-o FILE]
 
-Each point is a world that the compiler compiled and the applier wrote, as on a node; then the loaded program is run on packets
-(BPF_PROG_TEST_RUN).  In each round every point has its turn once, another one first each time.  Nanoseconds are over an empty program in the
-same turn; each point is divided by the smallest of its axis.
+Each point is a world that was compiled and written to maps as on a node. The loaded program is then run on packets
+(BPF_PROG_TEST_RUN). In each round every point has one turn, and each round begins with another point. The nanoseconds
+are those over an empty program in the same turn; each point is divided by the smallest point of its axis.
 
-*Spread*: each packet another client or flow, run once; the median.  All points exist side by side, each with a program and maps of its own.
+*Spread*: each packet has another client or flow and runs once; the figure is the median. All points exist at the same
+time, each with its own program and maps.
 
-*Hot*: one packet again and again.  All points are measured with one program on one set of maps, which hold one point after the other: writing the
-largest takes half a second.  With programs of their own the smallest figures say nothing of the maps: the kernel puts each program that is loaded at
-another place within a cache line, by chance, and by that alone a packet of an open connection costs 5 to 9 ns (on the processor on which this was
-looked into).  Rules and pods are also made larger together here: the sizes that `bench/targets.py` compares.
+*Hot*: one packet is repeated. All points are measured with one program on one set of maps, which gets the rows of one
+point after the other; the rows of the largest point take half a second to write. With a program for each point, the
+smallest figures would say nothing about the maps: the kernel places each loaded program at another address within a
+cache line, by chance, and that alone changes a packet of an open connection by 5 to 9 ns (on the processor on which
+this was examined). Here rules and pods also grow together, to the sizes that `bench/targets.py` compares.
 
-Bytes are what the kernel accounts to each map (``memlock`` in fdinfo), and what the rows themselves hold.
+Memory is given in bytes: those that the kernel accounts to each map (``memlock`` in fdinfo), and those of the rows.
 """
 
 from __future__ import annotations
@@ -67,17 +69,20 @@ from netpol_loader.pins.dataplane import SKB_BYTES, SKB_IFINDEX, SKB_INGRESS_IFI
 SUITE = "scale"
 CONTENDER = "netpol-ebpf"
 HOT_CALLS, HOT_RUNS = 25, 10_000
-"""Calls, of which the median is taken, and runs of each. Many short ones: one in which the processor was given to something else is no figure.
-What a call costs by itself, some microseconds, is in the empty program's call too."""
+"""HOT_CALLS: number of calls, of which the median is taken. HOT_RUNS: runs of each call. Many short calls are used,
+because a call during which the processor ran something else gives no figure. The cost of the call itself, some
+microseconds, is also in the call of the empty program."""
 JUDGED_RUNS = 1_000
-"""The same for packets that policy is asked about, which cost more. Denied ones are an event each: all calls make fewer than the ring holds."""
+"""As HOT_RUNS, for packets that policy judges, which cost more. Each denied packet writes an event; the events of all
+calls fit into the ring."""
 SIZE_ROUNDS = 3
-"""So many times the rounds for what targets compare: on a busy machine a packet of an open connection costs one of two values, and now and then the other."""
+"""Factor of the number of rounds for the cases of targets. On a busy machine a packet of an open connection costs one
+of two values, and sometimes the other."""
 SPREAD_RUNS = 1_000
 IFINDEX, ELSEWHERE = 1, 77
 SYN, ACK = 2, 16
 PASSED = (abi.NP_PASS, abi.NP_PASS_ALONE)
-"""Verdicts."""
+"""The verdicts with which a packet passes."""
 DENIED_PORT = 9
 FIRST_CIDR = int(IPv4Address("172.16.0.0"))
 MAP_SIZES = {"np_event": 1 << 22, "np_addr4": 1 << 18, "np_cidr4": 1 << 18, "np_verdict": 1 << 20, "np_l4_col": 1 << 16}
@@ -87,12 +92,12 @@ STATE_MAPS = frozenset(
         *abi.UNREPLIED_VIEWS.values(),
     }
 )
-"""Maps that hold what happened, not policy: their size is chosen once and does not grow with the cluster."""
+"""Maps with state instead of policy. Their size is chosen once and does not grow with the cluster."""
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """How much there is of each thing. ``services``: different ports that the rules name."""
+    """The numbers of things in a cluster. ``services``: the number of different ports in the rules."""
 
     rules: int = 100
     pods: int = 1000
@@ -114,23 +119,26 @@ SMOKE_AXES: Mapping[str, Sequence[int]] = {"rules": (10, 1000)}
 SMOKE_SIZES: Sequence[targets.Size] = ((10, 10), (10, 1000))
 
 Condition = tuple[tuple[str, int], ...]
-"""A case's parameters: what is as large as it says, everything else being as in `Point`."""
+"""A case's parameters: these numbers are as given, all others as in `Point`."""
 Packets = tuple[Sequence[bytes], int, bool]
-"""Packets, runs of each, whether they pass."""
+"""(packets, runs of each packet, whether they pass)."""
 Samples = dict[tuple[Point, str], list[float]]
-"""By point and case: one figure a round."""
+"""(point, name of the case) -> one figure for each round."""
 T = TypeVar("T")
 
 
 def points(axes: Mapping[str, Sequence[int]], sizes: Sequence[targets.Size] = ()) -> dict[Condition, Point]:
-    """Those on the axes, then those of so many pods and rules."""
+    """The points on the axes, followed by those with the given numbers of pods and rules."""
     found: list[Condition] = [((axis, value),) for axis, values in axes.items() for value in values]
     found += [(("pods", pods), ("rules", rules)) for pods, rules in sizes]
     return {condition: replace(Point(), **dict(condition)) for condition in found}
 
 
 def world_of(point: Point) -> World:
-    """The cluster of a point. Local endpoints beyond the measured one have a policy, and so a policy set, each."""
+    """The cluster of a point.
+
+    Each local endpoint besides the measured one has a policy, and so a policy set, of its own.
+    """
     world = make_world(
         point.rules, [MEASURED_ADDRESS], [PEER_ADDRESS], direction=Direction.INGRESS, pods=point.pods,
         services=point.services,
@@ -166,7 +174,7 @@ def frame(source: int, destination: int, source_port: int, port: int, flags: int
 
 
 def compile_point(point: Point) -> CompiledTables:
-    """The rows that the agent of the measured endpoint's node would write."""
+    """The rows that the agent on the measured endpoint's node would write."""
     compiler = Compiler(lambda endpoint: endpoint.node == NODE)
     compiler.replace(world_of(point))
     compiler.commit()
@@ -174,7 +182,7 @@ def compile_point(point: Point) -> CompiledTables:
 
 
 class Node:
-    """A loaded program and its maps, which hold one point at a time. A context manager."""
+    """A loaded program and its maps, which have the rows of one point at a time. A context manager."""
 
     def __init__(self, number: int) -> None:
         self.point = Point()
@@ -193,7 +201,7 @@ class Node:
         self._stack.close()
 
     def hold(self, point: Point, tables: CompiledTables) -> None:
-        """Be a node of that point, whatever was held before."""
+        """Replace all rows by those of a point."""
         self.point = point
         empty_maps(self.dataplane.maps)
         applier = Applier(self.dataplane.maps)
@@ -204,7 +212,7 @@ class Node:
             self._open(flow)
 
     def _open(self, flow: int) -> None:
-        """Make a connection open. Raises PlatformError when the program does not agree."""
+        """Make a connection established. Raises PlatformError if the program does not agree."""
         peer, port, service = _client(flow)
         syn = frame(peer, int(MEASURED_ADDRESS), port, service, SYN)
         answer = frame(int(MEASURED_ADDRESS), peer, service, port, SYN | ACK)
@@ -213,7 +221,10 @@ class Node:
                 raise PlatformError(f"the program dropped a packet of the benchmark's own connection at {self.point}")
 
     def cost(self, empty: int, packets: Packets) -> float:
-        """Nanoseconds per run over an empty program, the median of the calls. Raises NetpolError when a verdict is wrong."""
+        """Nanoseconds for each run over an empty program: the median of the calls.
+
+        Raises NetpolError if a verdict is wrong.
+        """
         frames, runs, passes = packets
         program = self.dataplane.program_fd(Hook.TC_EGRESS)
         costs = []
@@ -222,11 +233,11 @@ class Node:
             if (verdict in PASSED) is not passes:
                 raise NetpolError(f"{self.point}: a packet that should {'pass' if passes else 'be denied'} did not")
             costs.append(ns - timed_run(empty, one, runs)[1])
-        self._events.consume()  # a ring that is full takes no event, which is cheaper
+        self._events.consume()  # a full ring takes no event, and that would cost less
         return statistics.median(costs)
 
     def memory(self, tables: CompiledTables) -> dict[str, int]:
-        """Bytes: what the kernel accounts to the maps that hold policy, what their rows hold, the connection tables filled or not."""
+        """Memory in bytes: of the maps with policy (by the kernel's account), their rows, and the connection tables."""
         accounted = {name: memlock(one.fd) for name, one in self.dataplane.maps.items()}
         return {
             "kernel memory": sum(size for name, size in accounted.items() if name not in STATE_MAPS),
@@ -236,12 +247,12 @@ class Node:
 
 
 def _client(flow: int) -> tuple[int, int, int]:
-    """A flow's peer, its port, and the port that it asks for."""
+    """A flow's (peer, source port, destination port)."""
     return int(PEER_ADDRESS), 1024 + flow % 64_000, LOAD_PORTS[0] + flow // 64_000
 
 
 def hot_cases() -> dict[str, Packets]:
-    """One packet again and again."""
+    """The cases with one packet that is repeated."""
     target, peer = int(MEASURED_ADDRESS), int(PEER_ADDRESS)
     source, port, service = _client(0)
     established = frame(source, target, port, service, ACK)
@@ -254,7 +265,7 @@ def hot_cases() -> dict[str, Packets]:
 
 
 def spread_cases(point: Point) -> dict[str, Packets]:
-    """Another packet each time."""
+    """The cases in which each packet differs."""
     target = int(MEASURED_ADDRESS)
     pods = [FIRST_POD + 7919 * number % point.pods for number in range(SPREAD_RUNS)]
     flows = [_client(7919 * number % point.flows) for number in range(SPREAD_RUNS)]
@@ -265,8 +276,8 @@ def spread_cases(point: Point) -> dict[str, Packets]:
 
 
 def empty_maps(maps: Mapping[str, Map]) -> None:
-    """Leave no row in any table whose rows can go, be they policy or connections. No packet may be on its way."""
-    beside = set(abi.OVERFLOW_MAPS.values())  # emptied with the tables that they belong to
+    """Remove all rows that can be removed, of policy and of connections. No packet may be in the program meanwhile."""
+    beside = set(abi.OVERFLOW_MAPS.values())  # emptied together with their tables
     for name, one in maps.items():
         if name not in beside and one.type != "ringbuf" and not one.type.endswith("array"):
             one.delete_many([key for key, _ in one.items()])
@@ -274,7 +285,7 @@ def empty_maps(maps: Mapping[str, Map]) -> None:
 
 
 def memlock(fd: int) -> int:
-    """Bytes of kernel memory of a map. Raises PlatformError where fdinfo does not tell."""
+    """Bytes of kernel memory of a map. Raises PlatformError if fdinfo does not report them."""
     for line in Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii").splitlines():
         if line.startswith("memlock:"):
             return int(line.split()[1])
@@ -282,7 +293,7 @@ def memlock(fd: int) -> int:
 
 
 def _rows_bytes(tables: CompiledTables, maps: Mapping[str, Map]) -> int:
-    """Keys and values of all rows that were written."""
+    """The bytes of the keys and values of all rows that were written."""
     kernel = {
         "verdicts": "np_verdict", "l4_columns": "np_l4_col", "l4_atoms": "np_l4_atom", "peer_classes": "np_peer_class",
         "addresses": "np_addr4", "cidrs": "np_cidr4", "rules": "np_rule",
@@ -296,7 +307,10 @@ def _rows_bytes(tables: CompiledTables, maps: Mapping[str, Map]) -> int:
 
 
 def timed_run(program: int, packet: bytes, runs: int) -> tuple[int, float]:
-    """Verdict, and nanoseconds per run. The kernel tells whole ones; of many runs the clock tells parts."""
+    """(verdict, nanoseconds for each run).
+
+    The kernel reports whole ones; for many runs, this process's clock gives fractions.
+    """
     context = bytearray(SKB_BYTES)
     struct.pack_into("=I", context, SKB_INGRESS_IFINDEX, ELSEWHERE)
     struct.pack_into("=I", context, SKB_IFINDEX, IFINDEX)
@@ -308,7 +322,7 @@ def timed_run(program: int, packet: bytes, runs: int) -> tuple[int, float]:
 
 
 def turns(things: Sequence[T], rounds: int) -> Iterator[T]:
-    """Each once a round, beginning with another one each round."""
+    """Each thing once in each round. Each round begins with another thing."""
     step = max(1, len(things) // rounds)
     for turn in range(rounds):
         shift = turn * step % len(things)
@@ -336,7 +350,7 @@ def run_suite(
 
 
 def _one_after_the_other(tables: Mapping[Point, CompiledTables], empty: int, rounds: int, samples: Samples) -> None:
-    """Hot cases: all points on one node, so that the program and where its maps are in memory are the same for all."""
+    """Measure the hot cases: all points on one node, so that program and maps have the same addresses for all."""
     with Node(0) as node:
         progress = Progress("measuring, hot", rounds * len(tables))
         for point in turns(list(tables), rounds):
@@ -349,7 +363,7 @@ def _one_after_the_other(tables: Mapping[Point, CompiledTables], empty: int, rou
 def _side_by_side(
     tables: Mapping[Point, CompiledTables], empty: int, rounds: int, samples: Samples
 ) -> dict[Point, dict[str, int]]:
-    """Spread cases, and memory by point: each point on a node of its own."""
+    """Measure the spread cases, and the memory of each point: each point on a node of its own."""
     with contextlib.ExitStack() as stack:
         progress = Progress("loading", len(tables))
         nodes = []

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where contenders stand: for each a laboratory of its own, a node with the measured pod and, on one machine, its peer.
+"""The sites of the contenders: each has its own laboratory, a node with the measured pod and, on one machine, its peer.
 
-All laboratories exist side by side with the same addresses, each with its contender set up once, so that switching from one to
-the next between two measurements costs nothing and each is measured in every round.
+All laboratories exist at the same time with the same addresses, and each contender is set up once. So a change of the
+contender between two measurements costs nothing, and every contender is measured in every round.
 
-With two machines the peer is the other machine: the network card given for it is moved into the node of whichever contender is being
-measured, and back to where it was at the end (the kernel does that too when this process is killed).
+With two machines the peer is the other machine. The given network card is moved into the node of the contender that is
+being measured, and at the end back to its namespace (the kernel does that, too, if this process is killed).
 
-Invariant: rules of nftables and iptables, sets and programs exist inside namespaces of a laboratory only.
+Invariant: rules of nftables and iptables, sets and programs exist only inside namespaces of a laboratory.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ MEASURED_ADDRESS, PEER_ADDRESS = IPv4Address("10.0.0.2"), IPv4Address("10.0.0.1"
 
 NOTHING, EMPTY, OURS = "nothing attached", "empty tcx program", "netpol-ebpf"
 OURS_CLSACT = "netpol-ebpf, clsact"
-"""As on kernels before 6.6, on whatever kernel this runs."""
+"""Our programs attached as on kernels before 6.6, whatever the kernel is."""
 OURS_BARRIER = "netpol-ebpf, second barrier"
-"""With the tables that drop what did not pass the programs."""
+"""Our programs, and the tables that drop packets which did not pass the programs."""
 NFT_RULES, NFT_MAP = "nftables, rules", "nftables, one map"
 IPTABLES_RULES, IPTABLES_SET = "iptables, rules", "iptables, one ipset"
 
@@ -65,19 +65,19 @@ EXIT = struct.pack("<BBhi", 0x95, 0, 0, 0)
 ANY_SOURCE = (ip_network("0.0.0.0/0"),)
 BPFFS = Path("/sys/fs/bpf")
 CARD_DEADLINE_S = 20.0
-"""For a card's link to come up again after it was moved; arbitrary, real ones take some seconds."""
+"""Seconds in which a card's link must be up again after the card was moved. Arbitrary; real cards take some seconds."""
 REACH_PORT = 5210
-"""A port that the policies allow and on which no process listens: a server would take the probe for a client."""
+"""A port that the policies allow, and on which no process listens: a server would take the probe for a client."""
 SIZES = {"np_event": 1 << 20}
-"""Size of the ring buffer.
+"""Size of the ring buffer in bytes.
 
-Nobody reads the events here; events without room are counted and dropped, as without an agent.
+Nobody reads the events here. Events without room are counted and dropped, as without an agent.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """What enforces, and how many rules; 0 rules where nothing is enforced."""
+    """The way in which policy is enforced, and the number of rules; 0 rules if nothing is enforced."""
 
     kind: str
     rules: int = 0
@@ -88,7 +88,10 @@ class Contender:
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """The other machine. ``device``: the card towards it, of this machine; ``address``: the measured pod's address there."""
+    """The other machine.
+
+    ``device``: the card of this machine towards it. ``address``: the measured pod's address there.
+    """
 
     peer: IPv4Address
     device: str
@@ -97,7 +100,7 @@ class Remote:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """What all contenders are given: where the traffic runs and from which addresses questions are asked."""
+    """The same for all contenders: the direction of the traffic, and the addresses of the questions."""
 
     direction: Direction
     measured: IPv4Address
@@ -105,14 +108,14 @@ class Scenario:
     remote: Remote | None = None
 
     def world(self, rules: int) -> World:
-        """The policies and who is there."""
+        """The policies and the endpoints, for a number of rules."""
         here = self.remote is None
-        # The peer's other addresses are not its own: each question is asked as somebody else.
+        # The peer object does not have the peer's other addresses, because each question has another host as its peer.
         return make_world(rules, [self.measured], self.peers[:1], direction=self.direction, is_peer_here=here)
 
 
 class Site:
-    """One contender at work. A context manager; raises PlatformError when a tool refuses its rules."""
+    """One contender that is set up. A context manager. Raises PlatformError if a tool rejects the contender's rules."""
 
     def __init__(self, contender: Contender, scenario: Scenario, world: World | None) -> None:
         self.contender = contender
@@ -162,15 +165,15 @@ class Site:
 
     @property
     def interfaces(self) -> list[str]:
-        """The pods' interfaces on the node, where programs go."""
+        """The pods' interfaces on the node, to which programs are attached."""
         return [MEASURED_LINK] if self.scenario.remote else [MEASURED_LINK, PEER_LINK]
 
     def in_node(self, work: Callable[[], T]) -> T:
-        """Run something inside the node's network namespace, on a thread that ends with it."""
+        """Run a function inside the node's network namespace, on a thread that then ends."""
         return call_inside(NETNS_DIR / self.lab.namespace_of[NODE_HOST], work)
 
     def ifindex(self, name: str) -> int:
-        """Number of an interface of the node."""
+        """The index of an interface of the node."""
         done = self.lab.run(NODE_HOST, ["ip", "-j", "link", "show", "dev", name])
         return int(json.loads(done.stdout)[0]["ifindex"])
 
@@ -203,13 +206,13 @@ class Site:
         stack.callback(tables.close)
         marks = BarrierSettings().marks
         if self._applier is not None:
-            self._applier.set_marks(marks)  # who drops by the sign comes behind those who write it
+            self._applier.set_marks(marks)  # the table that requires the sign comes after the programs that set it
         self.in_node(lambda: tables.write(BarrierSpec(marks, workloads=frozenset(self.interfaces))))
 
     def borrow_addresses(self, *, allowed: bool) -> None:
-        """Whether the peer may send with other source addresses.
+        """Set whether the peer may send from other source addresses.
 
-        Needed to compare verdicts, and off to measure the usual case.
+        The comparison of verdicts needs them. During measurements they are not allowed, as in the usual case.
         """
         if self._applier is not None:
             sources = ANY_SOURCE if allowed else ()
@@ -238,7 +241,7 @@ class Site:
     # --- two machines -------------------------------------------------------------------------------------------------
 
     def take_device(self, device: str, remote: Remote) -> None:
-        """Set the card up that was just moved here: it answers for the measured pod's address."""
+        """Set up the card that was just moved here, with the measured pod's address."""
         for command in (
             ["ip", "link", "set", "dev", device, "up"],
             ["ip", "route", "replace", f"{remote.peer}/32", "dev", device, "src", str(NODE_ADDRESS)],
@@ -250,7 +253,10 @@ class Site:
         )
 
     def _reaches(self, address: IPv4Address) -> bool:
-        """Whether a connection is accepted or refused: the link is up and both ends know each other's hardware address."""
+        """Whether a connection is accepted or refused.
+
+        Then the link is up, and both ends know each other's hardware address.
+        """
         with self.lab.prober.open_socket(MEASURED_HOST, socket.AF_INET, socket.SOCK_STREAM) as sock:
             sock.settimeout(0.3)
             try:
@@ -260,9 +266,11 @@ class Site:
 
 
 class Card:
-    """The network card towards the other machine, moved from namespace to namespace. Back where it was at the end.
+    """The network card towards the other machine.
 
-    Raises UsageError for a card that this machine needs: one with addresses, or the one of a default route.
+    It is moved from namespace to namespace, and at the end back to its own.
+
+    Raises UsageError for a card that this machine needs: a card with addresses, or the card of a default route.
     """
 
     def __init__(self, remote: Remote) -> None:
@@ -290,7 +298,7 @@ class Card:
             self._at = None
 
     def move_to(self, site: Site) -> None:
-        """Have it in a contender's node."""
+        """Move the card into a contender's node."""
         if self._at is site:
             return
         move = ["ip", "link", "set", "dev", self._remote.device, "netns", site.lab.namespace_of[NODE_HOST]]
@@ -303,7 +311,7 @@ class Card:
 
 
 def call_inside(namespace: Path, work: Callable[[], T]) -> T:
-    """Run something in a network namespace. A thread's namespace is its own, so this process stays where it is."""
+    """Run a function in a network namespace, on a thread that enters it, so that this process stays in its own."""
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -311,7 +319,7 @@ def call_inside(namespace: Path, work: Callable[[], T]) -> T:
         try:
             enter_namespace(namespace)
             results.append(work())
-        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
             errors.append(error)
 
     thread = threading.Thread(target=inside)
@@ -323,7 +331,7 @@ def call_inside(namespace: Path, work: Callable[[], T]) -> T:
 
 
 def enter_namespace(namespace: Path) -> None:
-    """Move the calling thread into a network namespace; os.setns comes with Python 3.12."""
+    """Move the calling thread into a network namespace, as os.setns of Python 3.12 does."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -336,7 +344,7 @@ def enter_namespace(namespace: Path) -> None:
 
 
 def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = 5.0, *, every_s: float = 0.02) -> None:
-    """Poll until something is true. Raises PlatformError naming what did not come."""
+    """Poll until a condition is true. Raises PlatformError, with ``what``, if it is not true in time."""
     deadline = time.monotonic() + deadline_s
     while not condition():
         if time.monotonic() > deadline:
@@ -348,7 +356,10 @@ def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = 5.0,
 def sites(
     contenders: Sequence[Contender], scenario: Scenario, each: Callable[[Contender], None]
 ) -> Iterator[dict[Contender, Site]]:
-    """All contenders, set up. ``each`` is called before one is begun. Worlds are made once per number of rules."""
+    """Set up all contenders.
+
+    ``each`` is called before each of them. Worlds with the same number of rules are made once.
+    """
     worlds = {number: scenario.world(number) for number in {one.rules for one in contenders} if number}
     with contextlib.ExitStack() as stack:
         made = {}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything in one run and one file; what `netpolctl bench` runs.
+"""All benchmarks in one run with one result file, which `netpolctl bench` starts.
 
-The whole takes about a quarter of an hour on two quiet cores and makes the recorded result; *smoke* takes two or three minutes, for continuous
-integration: it shows that every part works, its figures are few and rough.
+The whole run takes about a quarter of an hour on two idle cores and makes the recorded result. *Smoke* takes two or
+three minutes, for continuous integration: it shows that every part works, but its figures are few and rough.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from netpol_ebpf.errors import PrivilegeError, UsageError
 MICRO = "micro"
 CONTENDER = "netpol-ebpf"
 MICRO_BASE = "parse only, v4"
-"""What micro cases are divided by when runs are compared: work of the same sort, in the same rounds."""
+"""The base of micro cases when runs are compared: work of the same kind, in the same rounds."""
 SMOKE_LOADS = (loads.UDP_64, loads.CONNECTS)
 SMOKE_RULES = (10, 1000)
 SMOKE_PODS, SMOKE_NEW = 20, 3
 
 
 def micro(run: Run, *, smoke: bool) -> None:
-    """The figures of `bench/micro.py`, as cases."""
+    """Add the figures of `bench/micro.py` as cases."""
     command = [sys.executable, str(ROOT / "bench" / "micro.py"), "-o", "json"]
     command += ["--quick", "--rounds", "3"] if smoke else []
     found = json.loads(run_part(command, "bench/micro.py"))
@@ -44,7 +44,7 @@ def micro(run: Run, *, smoke: bool) -> None:
 
 
 def add_micro(run: Run, found: Mapping[str, Any]) -> None:
-    """One scale of `bench/micro.py`: ``samples`` by case where it gives them, else the medians in ``ns``."""
+    """Add one scale of `bench/micro.py`. Its ``samples`` are used by case; if it has none, the medians in ``ns``."""
     parameters = {name: value for name, value in found.items() if isinstance(value, int)}
     figures = found.get("samples") or {name: [value] for name, value in found["ns"].items()}
     for name, samples in figures.items():
@@ -54,7 +54,7 @@ def add_micro(run: Run, found: Mapping[str, Any]) -> None:
 
 
 def control(run: Run, *, smoke: bool) -> None:
-    """Changes at work, pods that come and go, and the agent at rest."""
+    """Measure single changes and churn, pods that come and go, and the agent at rest."""
     sizes = control_plane.SMOKE_SIZES if smoke else control_plane.SIZES
     control_plane.run_suite(run, sizes=sizes, events=10 if smoke else 100, churn_s=1.0 if smoke else 5.0)
     pods.run_suite(run, pods=SMOKE_PODS if smoke else pods.PODS, new=SMOKE_NEW if smoke else pods.NEW)
@@ -73,7 +73,7 @@ def control(run: Run, *, smoke: bool) -> None:
 
 
 def suites(*, smoke: bool, remote: Remote | None) -> dict[str, Callable[[Run], None]]:
-    """Name to what runs it."""
+    """The suites: name -> function that runs the suite."""
     kinds = (NOTHING, EMPTY, OURS) if smoke else None
     return {
         "micro": lambda run: micro(run, smoke=smoke),
@@ -117,5 +117,5 @@ def run_all(
             print(f"== {name}", file=sys.stderr, flush=True)
             work(run)
             run.seconds = round(time.monotonic() - began, 1)
-            save(run, output)  # what was measured is kept if a later part fails
+            save(run, output)  # saved after each suite, so that a later failure loses nothing
     return run

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a packet may cost, and whether it does: the product's targets beside what was measured.
+"""The product's targets for the cost of a packet, beside the measured figures.
 
-A target is a ratio to a case of the same rounds: nanoseconds do not travel between machines.  Limits that were set in nanoseconds (15,
-100 and 350) are those, divided by what the primitive cost on the machine that they were set for.  Must not measure, and must not leave a row out in
-silence: a row whose cases were not measured says so.
+A target is a ratio to a case of the same rounds, because nanoseconds of different machines cannot be compared. Limits
+that were set in nanoseconds (15, 100 and 350) are divided by the cost of the primitive on the machine for which they
+were set. This module must not measure, and must not leave out a row: a row without measured cases says so.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ BARE_LOOKUP = "bare: LRU lookup, 64k flows"
 BARE_INSERT = "bare: LRU insert"
 
 GROWN_ESTABLISHED, GROWN_DENIED = "established, hot", "new flow denied, hot"
-"""Of `bench/scale.py`."""
+"""Names of the cases of `bench/scale.py` that show growth."""
 
 FEW, MANY_RULES, MANY_PODS = 10, 10_000, 100_000
 
 MISSED = "missed"
 
 Size = tuple[int, int]
-"""Pods and rules."""
+"""(pods, rules)."""
 SMALL, BIG = (FEW, FEW), (MANY_PODS, MANY_RULES)
 GROWN: Mapping[str, Size] = {
     "10 000 rules / 10 rules": (FEW, MANY_RULES),
     "100 000 pods / 10 pods": (MANY_PODS, FEW),
     "10 000 rules and 100 000 pods / 10 and 10": BIG,
 }
-"""By name: the sizes with measurements that are divided by the same measurement at SMALL."""
+"""By name of the target: the size with the measurement that is divided by the same measurement at SMALL."""
 SIZES: Sequence[Size] = (SMALL, *GROWN.values())
 Samples = Mapping[Size, Mapping[str, Sequence[float]]]
-"""By size and case: nanoseconds, one figure a round."""
+"""By size and case: nanoseconds, one figure for each round."""
 
 
 def by_size(cases: Iterable[Case], suite: str) -> Samples:
-    """A suite's samples in nanoseconds, of the cases that say how many pods and rules there were."""
+    """The samples in nanoseconds of a suite's cases that state the numbers of pods and rules."""
     found: dict[Size, dict[str, Sequence[float]]] = {}
     for case in cases:
         pods, rules = case.parameters.get("pods"), case.parameters.get("rules")
@@ -56,7 +56,7 @@ def by_size(cases: Iterable[Case], suite: str) -> Samples:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One target. ``figure``: None where its cases were not measured. ``unit``: "ns", or "x" for a ratio."""
+    """One target. ``figure``: None if its cases were not measured. ``unit``: "ns", or "x" for a ratio."""
 
     name: str
     figure: float | None
@@ -74,8 +74,9 @@ class Row:
 def rows(samples: Samples, grown: Samples | None = None) -> list[Row]:
     """All targets, judged by medians.
 
-    ``samples``: of `bench/micro.py`, whose sizes are measured one after the other, minutes apart.  ``grown``: of `bench/scale.py`, whose sizes take
-    turns; without it, as in results that are older than those cases, growth too is judged by ``samples``.
+    ``samples``: of `bench/micro.py`, which measures its sizes one after the other, minutes apart. ``grown``: of
+    `bench/scale.py`, which measures all sizes in each round. Without ``grown``, as in results that are older than these
+    cases, growth is judged by ``samples``, too.
     """
 
     def cost(name: str, size: Size = BIG, source: Samples = samples) -> float | None:

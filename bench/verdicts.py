@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether all contenders give the same verdicts, asked with real packets before anything is timed.
+"""Checks with real packets that all contenders give the same verdicts, before anything is timed.
 
-A question is a first packet: TCP to a port where nobody listens, which is refused when it passes, or UDP to one that echoes; what is
-denied is silent.  The expected answer is the reference model's, for the very policies the contenders were given.
+A question is a first packet: TCP to a port without a listener, which is refused if the packet passes; or UDP to a port
+that echoes it. A denied packet gets no answer. The expected answer is the reference model's, for the policies that the
+contenders enforce.
 
-Invariant: a difference is an error that names contender, packet and both answers; nothing is timed after it.
+Invariant: a difference is an error with the contender, the packet and both answers, and nothing is timed after it.
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ from netpol_ebpf.policy.types import TCP, Direction, Outcome, Packet, Question, 
 
 DEADLINE_S = 0.4
 ROUNDS = 3
-"""What stays silent is asked again: a packet may be lost on a busy machine."""
+"""How often an unanswered question is asked in all, because a busy machine may lose a packet."""
 QUESTIONS = {10_000: 24}
-"""By number of rules; the model takes a tenth of a second a question there."""
+"""By number of rules: the number of questions. With so many rules the model takes a tenth of a second for each
+question."""
 QUESTIONS_ELSE = 64
 SPARE = 8
-"""Addresses for the peer from the largest world, so that questions about any of the smaller ones can be asked from them."""
+"""Number of addresses for the peer from each world, from which questions about any size can be asked."""
 
 
 def choose_peers(scenario: Scenario, sizes: Sequence[int], own: IPv4Address) -> tuple[IPv4Address, ...]:
-    """Addresses the peer needs, for questions about worlds of these sizes."""
+    """The addresses that the peer needs for questions about worlds of these sizes."""
     found: dict[IPv4Address, None] = {own: None}
     for size in sizes:
         rules = flat_rules(scenario.world(size), MEASURED, scenario.direction)
@@ -43,7 +45,7 @@ def choose_peers(scenario: Scenario, sizes: Sequence[int], own: IPv4Address) -> 
 
 
 class Examination:
-    """Questions and the model's answers, by number of rules."""
+    """The questions and the model's answers, by number of rules."""
 
     def __init__(self, scenario: Scenario, sizes: Sequence[int]) -> None:
         self._scenario = scenario
@@ -63,7 +65,10 @@ class Examination:
         return answers
 
     def examine(self, site: Site) -> tuple[int, int]:
-        """Ask a contender. Returns how many questions were allowed and denied; raises NetpolError for a wrong answer."""
+        """Ask a contender.
+
+        Returns the numbers of allowed and denied questions. Raises NetpolError for a wrong answer.
+        """
         if not site.contender.rules:
             return 0, 0
         expected = self._answers[site.contender.rules]
@@ -81,7 +86,7 @@ class Examination:
 
 
 def ask(site: Site, packets: Sequence[Packet], direction: Direction) -> Mapping[Packet, Outcome]:
-    """Send the packets for real, all at once; what came of each."""
+    """Send all packets at the same time. Returns the outcome of each."""
     asking, answering = (PEER_HOST, MEASURED_HOST) if direction is Direction.INGRESS else (MEASURED_HOST, PEER_HOST)
     seen = dict.fromkeys(packets, Outcome.DENY)
     for _ in range(ROUNDS):
@@ -93,7 +98,7 @@ def ask(site: Site, packets: Sequence[Packet], direction: Direction) -> Mapping[
 
 
 class _Round:
-    """Every question once. Datagrams are echoed; a connection that is refused was let through."""
+    """One round with every question. Datagrams are echoed. A refused connection counts as allowed."""
 
     def __init__(
         self, stack: contextlib.ExitStack, site: Site, asking: str, answering: str, packets: Sequence[Packet]
@@ -123,7 +128,7 @@ class _Round:
         return sock
 
     def answered(self) -> list[Packet]:
-        """Those that were answered before the deadline."""
+        """The questions that were answered before the deadline."""
         found = []
         deadline = time.monotonic() + DEADLINE_S
         while self._waiting and (left := deadline - time.monotonic()) > 0:
@@ -142,7 +147,7 @@ class _Round:
 
 
 def describe(counts: Mapping[Contender, tuple[int, int]]) -> str:
-    """A note for the record."""
+    """A note for the record with the numbers of questions."""
     asked = [pair for pair in counts.values() if sum(pair)]
     allowed, denied = sum(pair[0] for pair in asked), sum(pair[1] for pair in asked)
     return (

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""This version's programs beside another version's, in one run: what one packet costs, hot.
+"""Measure the cost of one hot packet for the programs of this version and of another version, in one run.
 
     python -m bench.versions TREE [--loads 3] [--rounds 300] [-o json]
 
-``TREE``: a checkout of the other version.  Each version makes its own maps and programs, with its own code, several times,
-because the place at which the kernel puts a program alone moves a hot packet by some nanoseconds.  All of them run in turns
-on the same frames; a figure is the tenth percentile of a load's rounds, and the median over the loads.  Use a quiet
-processor: `chrt -f 50 taskset -c 1`.  Needs root; nothing is attached.
+``TREE``: a checkout of the other version. Each version makes its own maps and programs, with its own code. It does so
+several times, because a hot packet's time differs by some nanoseconds with the address at which the kernel places a
+program. All programs run in turns on the same frames. A figure is the tenth percentile of the rounds of one load, and
+the median of these over all loads. Use an otherwise idle processor: `chrt -f 50 taskset -c 1`. Needs root. Nothing is
+attached.
 """
 
 from __future__ import annotations
@@ -55,12 +56,16 @@ with Dataplane.open(Path(root), sizes=SIZES) as dataplane:
         rig.out(p.frame(pod, peer, p.UDP, p.udp(1, 2)))
         rig.into(p.frame(peer, pod, p.UDP, p.udp(2, 1)))
 """
-"""What each version does with its own rig: a pod that may open connections and takes none, one connection open."""
+"""The script that each version runs with its own test rig: a pod that may open connections and accepts none, with one
+open connection of each family."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One packet. ``ingress``: where it entered the node; 0: the node itself sent it, or it leaves a pod."""
+    """One packet.
+
+    ``ingress``: the interface by which it entered the node; 0: the node itself sends it, or it leaves a pod.
+    """
 
     name: str
     hook: str
@@ -68,7 +73,7 @@ class Case:
     ingress: int
 
     def context(self) -> bytearray:
-        """A fresh ``struct __sk_buff``."""
+        """A new ``struct __sk_buff``."""
         context = bytearray(SKB_BYTES)
         struct.pack_into("=I", context, SKB_INGRESS_IFINDEX, self.ingress)
         struct.pack_into("=I", context, SKB_IFINDEX, 1)
@@ -90,14 +95,14 @@ def cases() -> list[Case]:
 
 
 def open_programs(root: Path) -> dict[str, int]:
-    """Descriptors by hook, wherever that version pins its programs."""
+    """The descriptors of the programs by hook, wherever the version pins its programs."""
     (pins,) = root.glob("v*")
     directory = pins / "programs" if (pins / "programs").is_dir() else pins
     return {hook: syscall.obj_get(directory / f"np_tc_{hook}") for hook in HOOKS}
 
 
 def measure(loads: Mapping[str, list[dict[str, int]]], case: Case, rounds: int) -> dict[str, list[float]]:
-    """Nanoseconds of one packet by version, one figure a load. Raises PlatformError when the versions' verdicts differ."""
+    """Nanoseconds of one packet by version, one figure for each load. Raises PlatformError if the verdicts differ."""
     every = [(name, at, programs[case.hook]) for name, found in loads.items() for at, programs in enumerate(found)]
     verdicts = {syscall.prog_test_run(fd, case.frame, case.context(), 1)[0] for _, _, fd in every}
     if len(verdicts) != 1:
@@ -112,7 +117,7 @@ def measure(loads: Mapping[str, list[dict[str, int]]], case: Case, rounds: int) 
 
 @contextlib.contextmanager
 def loaded(trees: Mapping[str, Path], loads: int) -> Iterator[dict[str, list[dict[str, int]]]]:
-    """Programs of each version, so many times each, on maps of their own; all are gone at the end."""
+    """Load the programs of each version ``loads`` times, each with its own maps. All are removed at the end."""
     roots = {
         (name, at): Path(f"/sys/fs/bpf/netpol-versions-{os.getpid()}-{number}-{at}")
         for number, name in enumerate(trees)
@@ -129,7 +134,7 @@ def loaded(trees: Mapping[str, Path], loads: int) -> Iterator[dict[str, list[dic
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Make both, measure in turns, print, remove."""
+    """Load both versions, measure in turns, print, and remove everything."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("tree", type=Path, help="a checkout of the other version")
     parser.add_argument("--loads", type=int, default=3, help="how often each version is loaded")

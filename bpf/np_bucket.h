@@ -4,8 +4,8 @@
 // look-up therefore fetches one bucket and compares at most five keys, whatever the size of the table. The agent writes
 // the buckets with netpol_loader/tables/buckets.py, which must compute the same hashes.
 //
-// A look-up stores its result in the endpoint context, which is in a map. The verifier does not track values in a map,
-// so it checks the code after a look-up once, and not once for each row of the bucket.
+// A look-up stores its result in the endpoint context, which is in a map. The verifier does not know values that were
+// stored in a map. So it checks the code after a look-up once, and not once for each row of the bucket.
 #pragma once
 
 #include "np_ctx.h"

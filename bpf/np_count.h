@@ -28,7 +28,7 @@ NP_INLINE void np_count_rule(__u32 rule, __u32 bytes)
         np_count_reason(NP_REASON_RULE_RANGE, bytes);
 }
 
-// Count a packet that policy judged under the rule that would decide if staged policies were enforced.
+// Count a packet that policy judged, for the rule that would decide if staged policies were enforced.
 NP_INLINE void np_count_staged(__u32 rule, __u32 bytes)
 {
     struct np_count *count = np_staged_count_lookup(rule);

@@ -28,8 +28,8 @@ NP_INLINE __u32 np_halves(__u16 low, __u16 high)
     return (__u32)high << 16 | low;
 }
 
-// The check word of a policy set. `place`: the ifindex, or the index of a host endpoint's set. The loader's
-// seal_endpoint() must compute the same.
+// The check word of a policy set. `place`: the ifindex; for a host endpoint, the index of the set and the bits of all
+// sets that the endpoint has. The loader's seal_endpoint() must compute the same.
 NP_INLINE __u32 np_set_check(const struct np_set *set, __u32 number, __u32 place, __u32 flags, __u32 link)
 {
     __u32 value = NP_CHECK_SEED;

@@ -2,8 +2,8 @@
 //
 // Fragments. Only the first fragment of a packet has ports. For each first fragment that passes, the fragment table
 // records the ports under the packet's identification. A later fragment takes its ports from there; then it is judged
-// like any other packet. A later fragment that arrives before the first one is dropped. An attacker could fill a table
-// that keeps such fragments.
+// like any other packet. A later fragment that arrives before the first one is dropped. Rejected: a table that keeps
+// such fragments, because an attacker could fill it.
 #pragma once
 
 #include "np_ctx.h"

@@ -8,9 +8,9 @@
 // dropped   a message in the name of another host, a router or a DHCP server
 // policy    every other packet of these types
 //
-// A message that a workload sends is checked in full at the workload's own interface (TC ingress). Of any other message
-// only the hop limit is checked. If a workload of this node sent it, the workload's own hook has checked it. If it
-// comes from outside the node, this program cannot check the sender.
+// A message that a workload sends is checked in full at the workload's own interface (TC ingress). For any other
+// message, the program checks only the hop limit. If a workload of this node sent it, the workload's own hook has
+// checked it. If it comes from outside the node, this program cannot check the sender.
 #pragma once
 
 #include "np_endpoint.h"
@@ -112,8 +112,8 @@ NP_INLINE int np_is_nobodys(struct np_ctx *ctx, const __u32 *address, const int 
 }
 
 // Whether the workload may say, by ARP or neighbour discovery, that it has the address: one that it owns or may borrow,
-// or a link-local address that nobody else has. While the interface has no endpoint, that is only such
-// a link-local address.
+// or a link-local address that nobody else has. While the interface has no endpoint, the workload may claim only such a
+// link-local address.
 NP_INLINE int np_may_claim(struct np_ctx *ctx, const __u32 *address, const int version)
 {
     if (!ctx->ep->missing && (np_is_own(ctx, address, version) || np_may_borrow(ctx, address, version)))
@@ -187,7 +187,7 @@ NP_INLINE int np_link_options_fit(struct __sk_buff *skb, const struct np_ctx *ct
     return offset == end;
 }
 
-// Check a neighbour discovery message that a workload sends with the required hop limit. Receivers accept an
+// Check a neighbour discovery message that a workload sends; its hop limit was checked before. Receivers accept an
 // advertisement even if the rest of the packet is irregular, so the advertised target is checked first. Returns the
 // same as np_link_message.
 NP_INLINE int np_link_spoken(struct __sk_buff *skb, struct np_ctx *ctx)

@@ -6,7 +6,7 @@
 //
 // Invariant: each read is bounds-checked against the end of the linear part (skb->data_end). np_parse_frame makes the
 // first NP_PULL_BYTES of the frame linear. 2 VLAN tags, the IPv6 header and 8 short extension headers fit into
-// NP_PULL_BYTES. A packet with a header behind them is dropped as NP_REASON_SHORT.
+// NP_PULL_BYTES. A packet with a header beyond these bytes is dropped as NP_REASON_SHORT.
 #pragma once
 
 #include "np_abi.h"
@@ -142,7 +142,7 @@ struct np_packet {
     __u16 l4_offset; // offset of the transport header; until the network header is parsed, of the network header
     __u32 end; // offset of the packet's end, by the length in the IP header; padding may follow
     __u16 fragment_start; // offset behind the IPv6 fragment header, or behind a fragment's IPv4 header; 0: neither
-    __u16 fragment_units; // units of 8 bytes. Later fragment: its offset; first: end of its headers, rounded up
+    __u16 fragment_units; // units of 8 bytes: a later fragment's offset, or the end of the first one's headers
     __u8 fragment; // enum np_fragment
     __u8 protocol;
     __u8 tcp_flags;

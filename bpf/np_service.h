@@ -82,7 +82,7 @@ NP_INLINE __u8 np_sender_tag_set(struct __sk_buff *skb, const struct np_config *
     return number != 0;
 }
 
-// Choose the policy steps that judge for the sender, at the hook where the packet leaves.
+// Choose the policy steps of the sender, for the hook where the packet leaves the node or enters a workload.
 NP_INLINE void np_sender_plan(struct np_ctx *ctx, struct np_scratch *scratch, const int version)
 {
     const __u32 *source = scratch->tuples[NP_TUPLE_TRANSLATED].source;
@@ -141,7 +141,7 @@ NP_INLINE int np_sender(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scr
     if (ep->related && !conn)
         return NP_REASON_ICMP_UNRELATED;
     // If nothing has translated the service's address, this is the same connection that the ingress hook recorded. Its
-    // deferred entry is not a verdict.
+    // entry says only that the verdict is deferred.
     scratch->is_first_leg = conn && found->flags & NP_CONN_DEFERRED;
     if (scratch->is_first_leg) {
         found->is_known = 0;
@@ -195,7 +195,8 @@ NP_INLINE int np_sender_verdict(struct np_ctx *ctx, struct np_scratch *scratch, 
     }
     if (denied)
         return scratch->reason;
-    // A source that the sender chose records no connection. A source that the node chose by translation records one.
+    // No connection is recorded if the sender chose a source address that it does not own. If the node chose the source
+    // address by translation, the connection is recorded.
     if (np_conn_opens(ctx) && !scratch->is_first_leg &&
         (!scratch->is_source_hidden || np_is_local(ctx, tuple->source, version)) &&
         np_conn_open(ctx, key, packet->protocol == NP_PROTOCOL_TCP ? NP_CONN_TCP_OPEN : 0, 0, version))

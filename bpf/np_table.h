@@ -16,8 +16,9 @@
 // 2. The program reads an entry only if the tag of its slot has the hash of the key.
 // 3. The time and rank of a tag serve only eviction. The entry decides whether the connection is alive.
 //
-// np_ct_probe stores its results in the endpoint context, which is in a map. The verifier does not track values in a
-// map, so it checks the code after the look-up only once.
+// np_ct_probe stores its results in the endpoint context, which is in a map. The verifier does not know values that
+// were stored in a map. So it checks the code after the look-up once, and not once for each slot in which the
+// connection may be.
 #pragma once
 
 #include "np_count.h"
@@ -80,7 +81,7 @@ NP_INLINE __u64 np_tag_worth(__u64 tag, __u32 now)
     __u64 is_past = left >> (NP_TAG_TIME_BITS - 1);
     __u64 is_owned = (rank - 1) >> 63 & ~is_past;
     __u64 is_used = (tag | -tag) >> 63;
-    np_forget(is_past); // keeps the compiler from making branches (also the next two)
+    np_forget(is_past); // like the next two lines, keeps the compiler from making branches
     np_forget(is_owned);
     np_forget(is_used);
     __u64 worth = rank << NP_TAG_TIME_BITS | left | (-is_owned & NP_WORTH_OWNED);
@@ -112,7 +113,7 @@ NP_INLINE void np_ct_probe(const struct np_ctx *ctx, const union np_conn_key *ke
 #pragma unroll
     for (int way = 0; way < NP_CONN_WAYS; way++) {
         __u64 other = (tags->tag[way] >> 31 ^ (__u64)hash << 1) << 3 |
-                      way; // below 8: an established connection with this hash; 8 to 15: an unreplied one
+                      way; // with this hash, below 8: an established connection; 8 to 15: an unreplied one
         open = np_lesser(open, other);
         unreplied = np_lesser(unreplied, other ^ NP_CONN_WAYS);
         np_barrier(); // otherwise the compiler loads all tags at once, which needs more registers than there are
@@ -244,8 +245,8 @@ NP_INLINE struct np_ct_slot np_ct_reserve(const struct np_ctx *ctx, const int ve
     return slot;
 }
 
-// Make the entry in the reserved slot valid: store its tag. On a strongly ordered CPU this is a plain store, which does
-// not wait for the cache line of the entry.
+// Make the entry in the reserved slot valid by storing the slot's tag. On a strongly ordered CPU this is a plain store,
+// which does not wait for the cache line of the entry.
 NP_INLINE void np_ct_commit(const struct np_ct_slot *slot, const struct np_ctx *ctx)
 {
     __u64 expires = np_tag_expiry(ctx, slot->conn->state);

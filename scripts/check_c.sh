@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
-# Check the packet path and the CNI plugin as plain C: clang alone with every warning an error, then the format.
-# check_c/bcc.h declares what BCC brings along.
+# Check the packet path and the CNI plugin as plain C: compile them with clang, where every warning is an error, then
+# check the format. check_c/bcc.h declares the helpers that BCC provides.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

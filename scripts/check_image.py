@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check deploy/Dockerfile without a container runtime: read it with the parser of the image builders, or run what it says.
+"""Check deploy/Dockerfile without a container runtime: by the image builders' parser, or by running its commands.
 
-Without arguments: every instruction is one that is known here, every file that is copied exists, every shell line parses, and no base
-is anything but a plain image name.  With --build: each stage is a root made by mmdebstrap, RUN lines run in it by chroot, COPY lines
-copy; then the programs of the last stage are tried there.  That needs root and the Debian and Python package mirrors of this machine.
+Without arguments: every instruction is known to this program, every copied file exists, every shell line parses, and
+every base is a plain image name. With --build: mmdebstrap makes a root directory for each stage, RUN lines run in it by
+chroot, and COPY lines copy; then the programs of the last stage are run. That needs root, and the Debian and Python
+package mirrors of this machine.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "deploy" / "Dockerfile"
 KNOWN = frozenset({"FROM", "RUN", "COPY", "WORKDIR", "ENV", "CMD"})
 PLAIN_NAME = re.compile(r"[a-z0-9]+:[a-z0-9.-]+")
-"""An image that is named without a registry."""
+"""Matches the name of an image without a registry."""
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
-"""Of this machine, for pip: a mirror may have a certificate of its own."""
+"""The certificates of this machine, for pip, because a mirror may have a certificate of its own."""
 EXIT_WRONG, EXIT_PLATFORM = 1, 5
 TRIALS = (
     ("netpol-agent", "--version"),
     ("netpolctl", "--version"),
     ("python3", "-c", "import netpol_ebpf.sources.kubernetes.source, netpol_ebpf.agent.metrics"),
-    # The compiled file is used although there is no compiler, and the plugin runs.
+    # The compiled file must be used, because the image has no compiler; and the plugin must run.
     ("/opt/netpol-ebpf/bin/python", "-c", "from netpol_loader.pins import build; build.compiled_program(keep=False)"),
     ("/opt/netpol-ebpf/bin/python", "-c", "from netpol_ebpf.cni import installation; installation._load_program()"),
     ("sleep", "0"),
@@ -43,7 +44,7 @@ TRIALS = (
 
 @dataclass
 class Stage:
-    """A stage: its base, its name ("" for none) and its instructions after FROM."""
+    """A stage: its base, its name ("" if it has none), and its instructions after FROM."""
 
     base: str
     name: str
@@ -51,7 +52,7 @@ class Stage:
 
 
 def load_stages() -> list[Stage]:
-    """The stages of the file."""
+    """Parse the stages of the file."""
     stages: list[Stage] = []
     for line in dockerfile.parse_file(str(FILE)):
         if line.cmd.upper() == "FROM":
@@ -63,7 +64,7 @@ def load_stages() -> list[Stage]:
 
 
 def faults(stages: list[Stage]) -> Iterator[str]:
-    """What is wrong with the file."""
+    """The faults of the file, one text for each."""
     names: set[str] = set()
     for stage in stages:
         if not PLAIN_NAME.fullmatch(stage.base):
@@ -88,7 +89,7 @@ def faults(stages: list[Stage]) -> Iterator[str]:
 
 
 class Built:
-    """A stage as a root directory."""
+    """A stage, built as a root directory."""
 
     def __init__(self, place: Path, stage: Stage) -> None:
         self.place = place
@@ -101,7 +102,7 @@ class Built:
         shutil.copyfile(CERTIFICATES, place / "etc/certificates-of-the-machine.pem")
 
     def apply(self, line: dockerfile.Command, stages: dict[str, Built]) -> None:
-        """Do what an instruction says."""
+        """Execute an instruction."""
         command = line.cmd.upper()
         if command == "RUN":
             print(f"==> RUN {line.value[0]}", flush=True)
@@ -129,7 +130,7 @@ class Built:
             shutil.copy(source, target)
 
     def run(self, *command: str) -> None:
-        """Run a command inside, with a /proc of its own."""
+        """Run a command inside the root directory, with a /proc of its own."""
         variables = [f"{name}={value}" for name, value in self._variables.items()]
         inside = ["env", "--ignore-environment", f"--chdir={self._directory}", *variables, *command]
         mounts = 'mount -t proc proc "$0/proc" && mount --rbind /dev "$0/dev" && exec chroot "$0" "$@"'
@@ -139,7 +140,7 @@ class Built:
 
 
 def build(stages: list[Stage]) -> None:
-    """Run the file, and try the programs of the last stage."""
+    """Build all stages, and run the programs of the last one."""
     with tempfile.TemporaryDirectory(prefix="netpol-image-") as work:
         built: dict[str, Built] = {}
         for number, stage in enumerate(stages):
@@ -158,7 +159,7 @@ def build(stages: list[Stage]) -> None:
 
 
 def main() -> int:
-    """The command line."""
+    """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", action="store_true", help="run the file, without a container runtime")
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Prove that the wheel is whole: it carries the C sources, the demonstration's manifests and the CNI plugin, which it installs
-# executable, it installs into a clean environment, and there `netpolctl --version` runs without root and without BCC. Needs no
-# network after setup.sh --dev.
+# Check that the wheel is complete: it has the C sources, the manifests of the demonstration, and the CNI plugin, which
+# it installs as an executable file. It installs into a clean environment, where `netpolctl --version` runs without root
+# and without BCC. Needs no network after setup.sh --dev.
 set -euo pipefail
 
 readonly ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

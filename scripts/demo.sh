@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# See it work, on a fresh machine: set up what is missing, then run the demonstration. Arguments go to `netpolctl demo`.
+# Set up what is missing on this machine, then run the demonstration. The arguments are passed to `netpolctl demo`.
 set -euo pipefail
 
 readonly ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

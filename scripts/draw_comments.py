@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw comments and docstrings at random, for a reader who has not seen the code: to see which are clear at once.
+"""Draw comments and docstrings at random. A reader who has not seen the code then judges which are clear at once.
 
     draw_comments.py [--seed TEXT] [--count 100]
 
-The seed is the hash of the last commit unless another is given, so nobody chooses what is judged.  A docstring is one; lines
-of `//` that follow each other are one comment.  Generated files are left out.
+The seed is the hash of the last commit unless another one is given, so nobody chooses what is judged. A docstring
+counts as one comment, and so do successive lines of `//`. Generated files are left out.
 """
 
 from __future__ import annotations

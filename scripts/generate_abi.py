@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Derive loader/netpol_loader/abi.py and two tables of pages from bpf/np_abi.h and bpf/np_maps.h.
+"""Generate loader/netpol_loader/abi.py and two tables of pages from bpf/np_abi.h and bpf/np_maps.h.
 
 The tables are that of the maps in bpf/README.md, and that of the reasons in docs/reasons.md.
 
-The C headers are the one place where the shared layout is declared.  They use a small part of C on purpose: numeric
-`#define`s, enums with explicit values, structs of fixed-width members, a `//` comment per line and per declaration.
-Anything else in np_abi.h is an error here, never skipped.
+The C headers are the only declaration of the shared layout. They use a small subset of C: numeric `#define`s, enums
+with explicit values, structs of fixed-width members, and a `//` comment for each line and each declaration. Anything
+else in np_abi.h is an error, and is never skipped.
 
     generate_abi.py            write the files
-    generate_abi.py --check    exit 1 when a file is not what would be written
+    generate_abi.py --check    exit 1 if a file is not up to date
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ TABLE = re.compile(r"(?<=np_maps\.h -->\n).*(?=<!-- end of maps -->)", re.DOTALL
 REASONS_PAGE = ROOT / "docs" / "reasons.md"
 REASONS_TABLE = re.compile(r"(?<=np_abi\.h -->\n).*(?=<!-- end of reasons -->)", re.DOTALL)
 BLOCK = re.compile(r"^((?://[^\n]*\n)+)((?:NP_MAP[^\n]*\n)+)", re.MULTILINE)
-"""A comment and the maps that it is about."""
+"""Matches a comment and the maps that it describes."""
 ROLE = re.compile(r"^// Role: ([\w ,]+)\.\n", re.MULTILINE)
-"""The last line of such a comment: the maps' role, traits and relations, which the head of np_maps.h explains."""
+"""Matches the last line of such a comment: the maps' role, traits and relations, which the head of np_maps.h
+explains."""
 RELATIONS = ("overflow of", "tags of", "views")
 
 SCALARS = {
@@ -129,12 +130,12 @@ def maps_with(trait: MapTrait) -> tuple[str, ...]:
 
 
 class HeaderError(Exception):
-    """A line of the header that the generator does not understand."""
+    """The generator does not understand a line of the header."""
 
 
 @dataclass
 class Member:
-    """One member of a struct; ``count`` 0: no array."""
+    """One member of a struct. ``count``: the length of an array; 0: it is not an array."""
 
     type: str
     name: str
@@ -153,7 +154,7 @@ class Struct:
 
 @dataclass
 class Constant:
-    """One number; ``comment`` may be empty."""
+    """One constant. ``comment`` may be empty."""
 
     name: str
     text: str
@@ -161,7 +162,7 @@ class Constant:
 
     @property
     def value(self) -> int:
-        """The number that the header's text stands for."""
+        """The number that the text in the header stands for."""
         return int(self.text, 0)
 
 
@@ -176,7 +177,7 @@ class Enum:
 
 @dataclass
 class Header:
-    """All declarations of np_abi.h in their order."""
+    """All declarations of np_abi.h, in their order."""
 
     defines: list[Constant] = field(default_factory=list)
     enums: list[Enum] = field(default_factory=list)
@@ -189,11 +190,11 @@ MEMBER = re.compile(r"(?:struct )?(\w+) (\w+)(?:\[(\w+)\])?;(?:\s+// (.*))?$")
 MAP = re.compile(r'^NP_MAP\("(\w+)", (\w+), ([\w ]+), ([\w ]+), (\w+), ([\w |]+)\);', re.MULTILINE)
 RINGBUF = re.compile(r"^NP_MAP_RINGBUF\((\w+), (\w+)\);", re.MULTILINE)
 CALL_MAP_KIND = "prog_array"
-"""Of the one map that belongs to a program set: it is none of MAP_SPECS."""
+"""The kind of the one map that belongs to a program set, and so is not in MAP_SPECS."""
 
 
 def parse_header(text: str) -> Header:
-    """Read np_abi.h. Raises HeaderError with the line number for anything outside the agreed part of C."""
+    """Parse np_abi.h. Raises HeaderError, with the line number, for anything outside the supported subset of C."""
     header = Header()
     comment: list[str] = []
     current: Struct | Enum | None = None
@@ -227,7 +228,7 @@ def parse_header(text: str) -> Header:
 
 
 def is_known(ctype: str, header: Header) -> bool:
-    """Whether a member's type is one of the fixed-width ones, or a struct declared above."""
+    """Whether a member's type is one of the fixed-width types, or a struct that was declared before."""
     return ctype in SCALARS or any(struct.name == ctype for struct in header.structs)
 
 
@@ -251,7 +252,7 @@ def render_struct(struct: Struct, numbers: dict[str, int]) -> str:
 
 
 def wrap_docstring(comment: str) -> str:
-    """The comment as an indented docstring whose first sentence stands alone."""
+    """The comment as an indented docstring, with its first sentence as the summary."""
     head, _, rest = comment.partition(". ")
     head = head if head.endswith(".") else head + "."
     if not rest:
@@ -287,7 +288,7 @@ def render(header: Header, maps_text: str) -> str:
 
 
 def render_reasons(header: Header) -> str:
-    """The reason registry with its texts."""
+    """The registry of reasons with their texts."""
     lines = ["REASONS: Mapping[int, Reason] = MappingProxyType(", "    {"]
     for constant, slug in listed_reasons(header):
         lines.append(f"        {constant.name}: Reason(")
@@ -303,7 +304,7 @@ def listed_reasons(header: Header) -> list[tuple[Constant, str]]:
 
 
 def render_reasons_table(header: Header) -> str:
-    """The reasons as a Markdown table, in the words of the registry."""
+    """The reasons as a Markdown table, with the texts of the registry."""
     numbers = {one.name: one.value for enum in header.enums for one in enum.constants}
     first_drop, first_event = numbers["NP_REASON_POLICY_DENY"], numbers["NP_REASON_EVENT_LOST"]
     lines = ["| number | reason | the packet | what it means |", "| --- | --- | --- | --- |"]
@@ -315,7 +316,7 @@ def render_reasons_table(header: Header) -> str:
 
 
 def render_calls(header: Header) -> str:
-    """CALLS: what each slot of np_call has."""
+    """The mapping CALLS: the program in each slot of np_call."""
     calls = next(enum for enum in header.enums if enum.name == "np_call")
     lines = ["CALLS: Mapping[int, str] = MappingProxyType(", "    {"]
     for constant in calls.constants:
@@ -335,7 +336,7 @@ def parse_words(text: str, heading: str) -> dict[str, str]:
 
 
 def render_words(name: str, summary: str, words: dict[str, str]) -> str:
-    """An enumeration of such words."""
+    """An enumeration class for such words."""
     lines = [f"class {name}(enum.Enum):", f'    """{summary}"""', ""]
     for word, meaning in words.items():
         lines.append(f'    {enum_name(word)} = "{word}"  # {meaning}')
@@ -343,17 +344,20 @@ def render_words(name: str, summary: str, words: dict[str, str]) -> str:
 
 
 def enum_name(word: str) -> str:
-    """The name of a word as a member of an enumeration."""
+    """The name that a word has as a member of an enumeration."""
     return word.upper().replace(" ", "_")
 
 
 def declared_names(declarations: str) -> list[str]:
-    """Names of the maps of a block, in order."""
+    """The names of the maps of a block, in order."""
     return re.findall(r'^NP_MAP(?:_RINGBUF\(|\("\w+", )(\w+)', declarations, re.MULTILINE)
 
 
 def parse_roles(text: str) -> dict[str, list[str]]:
-    """Role, traits and relations of each map, as arguments of MapSpec. Raises HeaderError for what np_maps.h does not list."""
+    """The role, traits and relations of each map, as arguments of MapSpec.
+
+    Raises HeaderError for words that np_maps.h does not list.
+    """
     roles, traits = parse_words(text, "Role"), parse_words(text, "Trait")
     result: dict[str, list[str]] = {}
     for comment, declarations in BLOCK.findall(text):
@@ -376,7 +380,10 @@ def parse_roles(text: str) -> dict[str, list[str]]:
 
 
 def parse_relation(relation: str, names: list[str], arguments: list[list[str]]) -> None:
-    """Add what "overflow of", "tags of" or "views" says, a name for each map of the block. Raises HeaderError."""
+    """Add a relation ("overflow of", "tags of" or "views") to the arguments; it has a name for each map of the block.
+
+    Raises HeaderError.
+    """
     if not relation:
         return
     kind = next((one for one in RELATIONS if relation.startswith(one + " ")), None)
@@ -388,7 +395,7 @@ def parse_relation(relation: str, names: list[str], arguments: list[list[str]]) 
 
 
 def render_maps(header: Header, text: str, numbers: dict[str, int]) -> str:
-    """MAP_SPECS from the declarations of np_maps.h."""
+    """MAP_SPECS, generated from the declarations of np_maps.h."""
     roles = parse_roles(text)
     structs = {struct.name for struct in header.structs}
     lines = ["MAP_SPECS: Mapping[str, MapSpec] = MappingProxyType(", "    {"]
@@ -444,11 +451,11 @@ RELATED = (
     ("TAG_MAPS", "tags_of", "The connection tables, each with the map of its tags."),
     ("UNREPLIED_VIEWS", "view", "The connection tables, each with the name of the view of its unreplied connections."),
 )
-"""(name, attribute of MapSpec, docstring) of what abi.py derives from relations of maps."""
+"""(name, attribute of MapSpec, docstring) of each mapping that abi.py derives from relations of maps."""
 
 
 def render_relation(name: str, attribute: str, summary: str) -> str:
-    """One mapping from a table to what belongs to it."""
+    """One mapping from a table to the map that has this relation to it."""
     pair = "spec.name: spec.view" if attribute == "view" else f"spec.{attribute}: spec.name"
     return (
         f"{name}: Mapping[str, str] = MappingProxyType(\n"
@@ -458,7 +465,7 @@ def render_relation(name: str, attribute: str, summary: str) -> str:
 
 
 def render_table(maps_text: str) -> str:
-    """The maps as a Markdown table, in the words of their comments, which state facts in a fixed order."""
+    """The maps as a Markdown table, made from their comments, which state facts in a fixed order."""
     lines = [
         "| maps | role | type | rows | what it maps | looked up | when full |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the table of options in docs/configuration.md, from the agent's parser (netpol_ebpf/agent/main.py).
+"""Generate the table of options in docs/configuration.md from the agent's parser (netpol_ebpf/agent/main.py).
 
-With --check nothing is written, and the exit code is 1 if the page is not what would be written.
+With --check nothing is written, and the exit code is 1 if the page is not up to date.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def row(setting: Setting) -> str:
 
 
 def value_of(setting: Setting) -> str:
-    """The type of the value in the file."""
+    """The type that the option's value has in the configuration file."""
     if setting.is_switch:
         return "true or false"
     if setting.action.choices is not None:
@@ -42,7 +42,7 @@ def value_of(setting: Setting) -> str:
 
 
 def rendered(page: str) -> str:
-    """The page with a fresh table."""
+    """The page with a new table."""
     head, _, rest = page.partition(BEGIN)
     _, _, tail = rest.partition(END)
     table = "| key | value | option | variable | meaning |\n|---|---|---|---|---|\n"
@@ -50,7 +50,7 @@ def rendered(page: str) -> str:
 
 
 def main() -> int:
-    """The command line."""
+    """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the page is not fresh")
     before = PAGE.read_text(encoding="utf-8")

@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Do the tests notice when the semantics slip? Each slip below is put into a copy of the package, and must be caught.
+"""Check that the tests detect mistakes in the semantics. Each mistake below is made in a copy, and a test must fail.
 
-A slip is a plausible mistake: one piece of text replaced by another in one module.  For each, a fast part of the tests is
-run on the copy (unit tests of what is policy, then the case files with the model, then properties with a fixed seed)
-until something fails.  A slip that nothing catches survives; it means that a test is missing.
+A *slip* is a plausible mistake: in one module, one piece of text is replaced by another. For each slip, a fast part of
+the tests runs on the copy (unit tests of the policy packages, then the case files with the model, then properties with
+a fixed seed) until a test fails. If no test fails, the slip *survives*, and a test is missing.
 
-Invariants: the working tree is never touched; the unchanged copy must pass first; a slip whose text is no longer in the
-module, or is there more than once, is an error and not a pass.
+Invariants: the working tree is never changed. The tests must first pass on the unchanged copy. If the text of a slip is
+not in the module, or is there more than once, that is an error and never a success.
 
 Usage: mutation_check.py [--jobs N] [--list] [NAME...]
-Exit code: 0 all caught, 1 a slip survived or no longer applies, 2 the tests fail without any slip.
+
+Exit code: 0 all slips were detected, 1 a slip survived or no longer applies, 2 the tests fail without any slip.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ from queue import SimpleQueue
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("netpol_ebpf", "tests/unit", "tests/property", "tests/data", "tests/cases", "pyproject.toml")
 TIMEOUT_S = 600
-"""A stage takes a few seconds; a slip that makes it hang is caught by this. Generous, for machines under load."""
+"""Time limit of a stage in seconds. A stage takes a few seconds, but a slip may make it hang. The limit suits machines
+under load."""
 
 
 PYTEST_UNUSABLE = (3, 4, 5)
-"""Exit codes of pytest that say nothing of the tests: internal error, wrong usage, no tests."""
+"""Exit codes of pytest without a test result: internal error, wrong usage, no tests."""
 
 
 PROPERTIES = (
@@ -46,7 +48,7 @@ PROPERTIES = (
 
 @dataclass(frozen=True)
 class Slip:
-    """``old`` becomes ``new`` in ``module`` (a path below netpol_ebpf)."""
+    """A mistake: ``old`` is replaced by ``new`` in ``module`` (a path below netpol_ebpf)."""
 
     name: str
     module: str
@@ -56,7 +58,7 @@ class Slip:
 
 @dataclass(frozen=True)
 class Stage:
-    """A command that must succeed on the unchanged copy; ``{python}`` is the interpreter."""
+    """A command that must succeed on the unchanged copy. ``{python}``: the interpreter."""
 
     name: str
     command: tuple[str, ...]
@@ -67,7 +69,10 @@ def _pytest(*arguments: str) -> tuple[str, ...]:
 
 
 def stages(directory: Path) -> tuple[Stage, ...]:
-    """The cheapest first. Unit tests are those of selectors, resources, policy, model and compiler in that copy."""
+    """All stages, the cheapest first.
+
+    Unit tests are those of selectors, resources, policy, model and compiler in the copy.
+    """
     wanted = ("selector", "resources", "policy", "translate", "derivation", "model", "journey", "compiler")
     unit = sorted(
         str(path.relative_to(directory))
@@ -262,7 +267,7 @@ SLIPS = (
 
 
 class Copy:
-    """A copy of the package and its tests in which one slip at a time is made."""
+    """A copy of the package and its tests, in which one slip at a time is made."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -275,16 +280,16 @@ class Copy:
         self._environment = {
             **os.environ,
             "PYTHONPATH": str(directory),
-            "PYTHONDONTWRITEBYTECODE": "1",  # a slip of equal length within one second would meet stale bytecode
+            "PYTHONDONTWRITEBYTECODE": "1",  # a slip of equal length within a second would run stale bytecode
             "NETPOL_HYPOTHESIS": "fixed",
         }
 
     def stages(self) -> tuple[Stage, ...]:
-        """What is run on this copy."""
+        """The stages that run on this copy."""
         return stages(self._directory)
 
     def failure(self, stage: Stage) -> str:
-        """The last word of a stage that fails, with its name; "" when it passes."""
+        """The name of a stage that fails, with the most useful line of its output; "" if it succeeds."""
         command = [part.format(python=sys.executable) for part in stage.command]
         try:
             done = subprocess.run(
@@ -300,7 +305,7 @@ class Copy:
         return ""
 
     def caught_by(self, slip: Slip) -> str:
-        """What notices the slip; "" when nothing does. Raises ValueError when the slip does not apply."""
+        """The failure that detects the slip; "" if there is none. Raises ValueError if the slip does not apply."""
         path = self._directory / "netpol_ebpf" / slip.module
         text = path.read_text(encoding="utf-8")
         if text.count(slip.old) != 1:
@@ -317,7 +322,7 @@ class Copy:
 
 
 def _last_word(output: str) -> str:
-    """The line that says most of a failure: pytest's FAILED or ERROR line, else the first of a report."""
+    """The most useful line of a failure: pytest's FAILED or ERROR line, otherwise the first line of the output."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     for line in lines:
         if line.startswith(("FAILED ", "ERROR ")):
@@ -326,7 +331,7 @@ def _last_word(output: str) -> str:
 
 
 def _results(slips: list[Slip], copies: list[Copy]) -> Iterator[tuple[Slip, bool, str]]:
-    """Each slip, whether it is as it should be, and what caught it or is wrong."""
+    """Each slip, whether it was detected, and by which failure; or why it was not."""
     free: SimpleQueue[Copy] = SimpleQueue()
     for copy in copies:
         free.put(copy)
@@ -346,7 +351,7 @@ def _results(slips: list[Slip], copies: list[Copy]) -> Iterator[tuple[Slip, bool
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the check; see the module."""
+    """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(
         description="Put deliberate slips into a copy of the package; each must be caught."
     )

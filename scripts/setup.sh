@@ -29,17 +29,17 @@ done
 say() { printf '==> %s\n' "$*"; }
 fail() { printf 'setup.sh: %s\n' "$@" >&2; exit "$EXIT_PLATFORM"; }
 
-# Sets distribution, release and name; both empty when the file does not say.
+# Sets distribution, release and name; each is empty if the file does not have it.
 read_os_release() {
     distribution="" release="" name="an unknown distribution"
     [[ -r "$OS_RELEASE" ]] || return 0
-    # In subshells: the file is shell code and must not set anything here.
+    # In subshells, because the file is shell code and must not set variables of this script.
     distribution="$(. "$OS_RELEASE" && echo "${ID:-}")"
     release="$(. "$OS_RELEASE" && echo "${VERSION_ID:-}")"
     name="$(. "$OS_RELEASE" && echo "${PRETTY_NAME:-${ID:-$name}}")"
 }
 
-# at_least VERSION MINIMUM, both dotted numbers.
+# at_least VERSION MINIMUM: succeeds if VERSION is not lower than MINIMUM. Both are dotted numbers.
 at_least() { [[ "$(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1)" == "$2" ]]; }
 
 supported() {
@@ -77,7 +77,7 @@ EOF
 installed() { [[ "$(dpkg-query --show --showformat='${db:Status-Status}' "$1" 2>/dev/null)" == installed ]]; }
 known() { apt-cache show "$1" >/dev/null 2>&1; }
 
-# The first of several names under which a distribution may have a package: one that is installed, else one it knows.
+# Of several names that a package may have in a distribution: the first that is installed, or else that exists.
 choose() {
     local package
     for package in "$@"; do installed "$package" && { echo "$package"; return; }; done
@@ -89,7 +89,7 @@ has_bpftool() { command -v bpftool >/dev/null && bpftool version >/dev/null 2>&1
 
 missing_packages() {
     local wanted=(python3 python3-venv python3-bpfcc "$(choose libbpf1 libbpf1t64 libbpf0)" iproute2 util-linux iperf3)
-    # On Ubuntu bpftool is a wrapper that wants the tools of the very kernel that runs.
+    # On Ubuntu bpftool is a wrapper that needs the tools of exactly the running kernel.
     if ! has_bpftool; then
         if [[ "$distribution" == ubuntu ]]; then
             wanted+=("$(choose "linux-tools-$(uname -r)" bpftool linux-tools-generic)" linux-tools-common)
@@ -142,13 +142,13 @@ make_environment() {
     fi
 }
 
-# What was installed for which declaration; changes when pyproject.toml, Python or the kind of set-up does.
+# A text that states what was installed. It changes if pyproject.toml, Python or the kind of set-up changes.
 fingerprint() { { cat "$ROOT/pyproject.toml"; echo "$ROOT $("$VENV/bin/python" -V)"; } | sha256sum | cut -d ' ' -f 1; }
 
 install_project() {
     local stamp="$VENV/.netpol-setup" wanted extra=""
     wanted="$(fingerprint)"
-    # A development set-up serves for the demonstration too.
+    # A development set-up is also sufficient for the demonstration.
     if grep -qsx "$wanted dev" "$stamp" || { [[ "$dev" == no ]] && grep -qsx "$wanted run" "$stamp"; }; then
         say "project: installed"
         return
@@ -161,7 +161,7 @@ install_project() {
         echo "$wanted run" >"$stamp"
         return
     fi
-    # What scripts/check_wheel.sh builds with and installs, so that it can do so without a network.
+    # The packages with which scripts/check_wheel.sh builds, and those that it installs, so that it needs no network.
     "$VENV/bin/python" -m pip download --quiet \
         --dest "$VENV/wheelhouse" 'hatchling>=1.21' 'pyyaml>=5.4' 'pyroute2>=0.7' ||
         fail "pip could not download what the wheel check needs: is there a network?"

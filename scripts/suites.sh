@@ -39,16 +39,16 @@ done
 ((${#suites[@]})) || suites=("${SUITES[@]}")
 [[ "$(id -u)" == 0 ]] || fail "this needs root: run it with sudo"
 
-# The first archive of Debian that apt's lists here come from: the machine's mirror, whatever it is.
+# The address of the Debian archive that is first in apt's lists: this machine's mirror.
 find_mirror() {
     apt-get indextargets --format '$(ORIGIN)|$(LABEL)|$(REPO_URI)' 'Created-By: Packages' |
         sed -n 's/^Debian|Debian|//p' | head -n 1
 }
 
-# How apt here downloads (proxies, certificates, age of lists), for the apt of a suite's root.
+# This machine's settings for downloads by apt (proxies, certificates, age of lists), for the apt of a suite's root.
 download_options() { apt-config dump --format '%F "%v";%n' Acquire | grep -E '^[^"]+ ".+";$'; }
 
-# A root of a suite, whole or not at all; one that is too old, or has other packages, is replaced.
+# Make a root directory of a suite, atomically. One that is too old, or has other packages, is replaced.
 make_root() { # SUITE
     local root="$CACHE/$1" mirror
     if [[ -n "$(find "$root/packages" -mtime "-$AGE_DAYS" 2>/dev/null)" && "$(<"$root/packages")" == "$PACKAGES" ]]; then

@@ -16,9 +16,9 @@ set -uo pipefail
 
 readonly ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 readonly VENV="${NETPOL_VENV:-$ROOT/.venv}"
-# Files of tests run side by side in so many processes, whatever the number of processors: most of them wait most of the
-# time, the unit tests do not.  A file stays whole, so its laboratory and its agent are made once; names of pins and
-# namespaces differ by process.
+# Number of processes that run test files in parallel, whatever the number of processors: most tests wait most of the
+# time, only the unit tests do not. One process runs all tests of a file, so the file's laboratory and agent are made
+# once. Names of pins and namespaces differ by process.
 readonly PROCESSES=3 UNIT_PROCESSES=2
 
 mode=steps
@@ -47,8 +47,8 @@ step() { # NAME COMMAND...
     summary+=("$(printf '%-7s %4ds  %s' "$outcome" $((SECONDS - began)) "$name")")
 }
 
-# A step that downloads a kernel or a distribution: where the machine cannot (exit code 5, the step says why) it was not run,
-# which the summary shows and which is no failure.
+# Run a step that downloads a kernel or a distribution. If the machine cannot download (exit code 5; the step prints the
+# reason), the step counts as not run. The summary shows this, and it is no failure.
 step_where_possible() { # NAME COMMAND...
     local name="$1" began=$SECONDS code=0 outcome=passed
     shift
@@ -62,14 +62,14 @@ step_where_possible() { # NAME COMMAND...
     summary+=("$(printf '%-7s %4ds  %s' "$outcome" $((SECONDS - began)) "$name")")
 }
 
-# In the order of the directories: the files that take long come first, so that none of them is left alone at the end.
+# The order of the directories: files that take long come first, so that none of them runs alone at the end.
 run_pytest() {
     python -m pytest --numprocesses="$PROCESSES" --dist=loadfile --no-loadscope-reorder \
         --durations=15 --junit-xml="$reports/pytest.xml" "$@"
 }
 
-# Counting lines and branches doubles what the tests cost, so only nightly does.  Coverage needs the tests' own exit code
-# first and the report whatever it was.
+# Coverage of lines and branches doubles the time of the tests, so only nightly measures it. The report is made whatever
+# the exit code of the tests is, and that exit code counts first.
 run_pytest_with_coverage() {
     local code=0
     run_pytest --cov --cov-report= || code=$?
@@ -77,7 +77,7 @@ run_pytest_with_coverage() {
     return "$code"
 }
 
-# Each skipped test is a line of the summary too: a log may be cut where this step printed it.
+# The summary has a line for each skipped test, too, because a log may be cut where the step printed the test.
 forbid_skips() {
     python - "$reports/pytest.xml" <<'EOF' | tee "$reports/skipped"
 import sys
@@ -110,7 +110,7 @@ step "documented kernels are the recorded ones" python -m tests.vm.page --check
 step "documented networks are the recorded ones" python -m tests.netns.networks --check
 step "C sources" scripts/check_c.sh
 step "wheel" scripts/check_wheel.sh
-# Kept for everything below: without it each process of the tests compiles for itself.
+# The compiled file is kept for all steps below. Without it, each test process would compile for itself.
 step "the packet path compiles" python -c 'from netpol_loader.pins.build import compiled_program; compiled_program()'
 if [[ "$mode" == nightly ]]; then
     step "tests" run_pytest_with_coverage
@@ -130,7 +130,7 @@ if [[ "${CI:-}" == true && "$mode" == steps ]]; then
     step_where_possible "Debian's newest suite" scripts/suites.sh sid
 fi
 step "benchmarks, smoke" netpolctl bench --smoke --output "$reports/bench.json"
-# The cases of the repository are run by tests/kernel; here, that the command can be told to.
+# tests/kernel runs the repository's cases. This step checks that the command runs them, too.
 step "case files, all engines" netpolctl test examples/cases --engine all
 
 printf '\n%s\n' "==> summary"

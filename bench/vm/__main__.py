@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two virtual machines, each a node with pods, joined by a virtual link: what enforcement costs across it, as ratios.
+"""Measure the cost of enforcement across a link between two virtual machines, each a node with pods, as ratios.
 
     python -m bench.vm [--kernel KERNEL] [--rounds N] [--seconds S] [--output FILE]
 
-The link is a socket between the two QEMU processes; no network of this machine is touched.  Everything is emulated (no KVM), so
-the figures say nothing of real machines, and even their ratios are not judged: they show that nodes talk across a network under
-enforcement, as continuous integration in virtual machines has it, and what changes from one version to the next.
+The link is a socket between the two QEMU processes; no network of this machine is touched. Everything is emulated (no
+KVM), so the figures say nothing about real machines, and even their ratios are not judged. They show that nodes
+communicate across a network under enforcement, as in continuous integration in virtual machines, and what changes from
+one version to the next.
 
-Exit codes: 0 measured, 1 a guest failed, 2 usage, 5 the machine lacks something.
+Exit codes: 0 measured, 1 a guest failed, 2 wrong usage, 5 the machine lacks something.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ EXIT_FAILED = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Boot both, measure, print; returns the exit code."""
+    """Boot both machines, measure and print. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.vm", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kernel", default="6.12", help="as for python -m tests.vm (default %(default)s)")
     parser.add_argument(
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace) -> Any:
-    """The output of the measuring guest; None, with the reason printed, when a guest failed."""
+    """The output of the measuring guest; None if a guest failed, and then the reason is printed."""
     kernel = kernels.find(options.kernel)
     with tempfile.TemporaryDirectory(prefix="netpol-vm-") as text:
         scratch = Path(text)
@@ -94,13 +95,13 @@ def _measure(options: argparse.Namespace) -> Any:
                     _await_link(link, ended[0])
                 served, measured = (one.result() for one in ended)
             except BaseException:
-                stop.set()  # neither outlives this process's wish for it
+                stop.set()  # no guest runs longer than this process
                 raise
             return measured if served else None
 
 
 def _await_link(link: Path, listening: Future[Any]) -> None:
-    """The second machine connects when the first one listens."""
+    """Wait until the first machine listens, because the second one connects to it."""
     deadline = time.monotonic() + emulator.SOCKET_DEADLINE_S * 6
     while not link.exists() and not listening.done():
         if time.monotonic() > deadline:
@@ -111,7 +112,7 @@ def _await_link(link: Path, listening: Future[Any]) -> None:
 def _run_node(
     kernel: kernels.Kernel, prepared: Prepared, scratch: Path, step: Step, link: tuple[str, str], stop: threading.Event
 ) -> Any:
-    """Boot one node and run its step; its document, None when it or the other one failed."""
+    """Boot one node and run its step. Returns the step's document; None if this node or the other one failed."""
     scratch.mkdir()
     task = scratch / "task.json"
     task.write_text(render_task([step], prepared, "bench.vm.node"))
@@ -159,7 +160,7 @@ def _fill(run: Run, document: Any) -> None:
 
 
 def render(run: Run) -> str:
-    """A table; the ratio is the median of the rounds' ratios."""
+    """A table. The ratio is the median of the ratios of the rounds."""
     lines = [f"{run.machine['kernel']}, {NOTE}", ""]
     for case in run.cases:
         base = run.case(case.base) if case.base else None

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A node of two that are joined by a link: its pods, its agent, and what is measured between them. Runs inside a guest.
+"""One of two nodes that a link joins: its pods, its agent, and the measurements between the nodes. Runs inside a guest.
 
-Each node has two pods.  One is in the manifests, so the agent enforces policy at its interface; the other is not, so no program
-is attached there.  Both pairs of pods talk over the same link at the same time of the same run, in turns: what the link and the
-emulation cost meets both alike, and their ratio is what enforcement costs.
+Each node has two pods. One is in the manifests, so the agent enforces policy at its interface. The other one is not, so
+no program is attached to its interface. Both pairs of pods communicate over the same link in the same run, in turns.
+The cost of the link and of the emulation affects both alike, so their ratio is the cost of enforcement.
 
-Invariant: nothing is measured before policy is seen at work: what it denies is silent for the one pair and answered for the other.
+Invariant: measurements begin only after policy was seen at work: what policy denies gets no answer for the one pair,
+and an answer for the other.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ UNITS = {STREAM: "bit/s", TCP_REQUESTS: "µs", UDP_REQUESTS: "µs"}
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One of the two nodes. ``pods``: by side, in the order of the sides."""
+    """One of the two nodes. ``pods``: one pod for each side, in the order of the sides."""
 
     name: str
     address: IPv4Address
@@ -112,7 +113,10 @@ spec:
 
 
 def serve() -> int:
-    """The node of the servers: everything is up when the control port answers; ends with the measuring node's connection."""
+    """Run the node of the servers.
+
+    Everything is up when the control port answers. It ends with the other node's connection.
+    """
     with _node(SERVERS, CLIENTS), contextlib.ExitStack() as running:
         for side, address in SERVERS.pods.items():
             for command in _servers(address):
@@ -121,14 +125,14 @@ def serve() -> int:
             listener.settimeout(scaled(DEADLINE_S))
             connection, _ = listener.accept()
             with connection:
-                connection.settimeout(None)  # the guest's step has a time limit
+                connection.settimeout(None)  # no time limit here, because the guest's step has one
                 connection.recv(1)
     print(json.dumps({"served": True}))
     return 0
 
 
 def measure(rounds: str, seconds: str) -> int:
-    """The node of the clients: prove that policy is at work, measure in turns, print every sample."""
+    """Run the node of the clients: prove that policy is at work, measure in turns, print every sample."""
     with _node(CLIENTS, SERVERS), _control():
         _prove()
         samples: dict[str, dict[str, list[float]]] = {name: {ENFORCED: [], FREE: []} for name in UNITS}
@@ -145,8 +149,11 @@ def measure(rounds: str, seconds: str) -> int:
 
 @contextlib.contextmanager
 def _node(here: Place, there: Place) -> Iterator[None]:
-    """The node's link and pods, with an agent that enforces. The guest ends with the run, so nothing is taken down but the agent."""
-    subprocess.run(["modprobe", "--quiet", "virtio_net"], check=False)  # built in elsewhere; its card is waited for
+    """Create the node's link and pods, and run an agent that enforces.
+
+    The guest ends with the run, so only the agent is stopped.
+    """
+    subprocess.run(["modprobe", "--quiet", "virtio_net"], check=False)  # may fail: some kernels have it built in
     _wait(lambda: Path(f"/sys/class/net/{UPLINK}").exists(), f"{UPLINK} is there")
     for name, value in (("ip_forward", 1), ("conf/all/rp_filter", 0), ("conf/default/rp_filter", 0)):
         Path(f"/proc/sys/net/ipv4/{name}").write_text(str(value))
@@ -170,7 +177,7 @@ def _node(here: Place, there: Place) -> Iterator[None]:
 
 
 def _device(here: Place, side: str) -> str:
-    """The node's end of the pod's veth. The agent closes every interface of WORKLOADS without a known pod."""
+    """The name of the node's end of a pod's veth. The agent closes every interface of WORKLOADS without a known pod."""
     pod = "bench/client" if here is CLIENTS else "bench/server"
     return Host(pod, here.name, ()).parent_interface if side == ENFORCED else "free0"
 
@@ -222,7 +229,7 @@ def _process(command: Sequence[str], output: int | None = subprocess.DEVNULL) ->
 
 
 def _servers(address: IPv4Address) -> list[list[str]]:
-    """Commands of the serving pod; policy denies the last one."""
+    """The commands of the serving pod. Policy denies connections to the last one."""
     ends = ["-i", str(address), "-p", str(SOCKPERF_PORT)]
     return [
         ["iperf3", "--server", "--bind", str(address), "--port", str(IPERF_PORT)],
@@ -242,7 +249,7 @@ def _wait(condition: Callable[[], bool], what: str) -> None:
 
 @contextlib.contextmanager
 def _control() -> Iterator[None]:
-    """A connection to the other node, which says that it is ready and, by its end, that it is no longer needed."""
+    """A connection to the other node. It opens when that node is ready, and its end tells that node to stop."""
     opened: list[socket.socket] = []
 
     def connect() -> bool:
@@ -259,7 +266,7 @@ def _control() -> Iterator[None]:
 
 
 def _prove() -> None:
-    """Raise PlatformError unless the one pair is subject to policy and the other is not."""
+    """Raise PlatformError unless the one pair is subject to policy and the other one is not."""
     for side, port, expected in (
         (FREE, DENIED_PORT, True),
         (ENFORCED, IPERF_PORT, True),

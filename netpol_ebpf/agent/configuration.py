@@ -217,8 +217,9 @@ def _read_environment(settings: Mapping[str, Setting], environment: Mapping[str,
         if variable not in by_variable:
             if SERVICE_VARIABLE.fullmatch(variable[len(PREFIX) :]):
                 continue
+            near = suggestion(variable[len(PREFIX) :], [one[len(PREFIX) :] for one in by_variable], PREFIX)
             raise UsageError(
-                f"the environment variable {variable} is no option{suggestion(variable, list(by_variable))}",
+                f"the environment variable {variable} is no option{near}",
                 hint="docs/configuration.md lists all variables.",
             )
         if not text:

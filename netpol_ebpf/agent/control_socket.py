@@ -85,9 +85,9 @@ class _Client:
     """The connection of one client.
 
     ``user``: the client's user id. ``since_s``: until the request is complete, the time at which the client connected;
-    afterwards, the time at which the request was complete. ``unsent``: queued lines; clients share the line of a flow.
-    ``request``: a request for which no child could be started yet. ``wait``: the check of the state for which the
-    client waits.
+    afterwards, the time at which the request was complete. ``unsent``: queued lines; the line of a flow is one object,
+    which is in the queues of all clients that follow flows. ``request``: a request for which no child could be started
+    yet. ``wait``: a function that checks whether the state for which the client waits is reached.
     """
 
     channel: socket.socket

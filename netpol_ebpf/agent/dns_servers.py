@@ -18,7 +18,7 @@ from netpol_ebpf.policy.types import UDP, IPAddress, IPNetwork, ResourceKey, Wor
 from netpol_ebpf.resources.types import Resource, Service
 
 SLUG = "dns-servers"
-DNS_PORT = 53
+DOMAIN_PORT = 53
 SERVICE_PREFIX = "k8s-service:"
 DEFAULT_NAMESPACE = "kube-system"
 DEFAULT_SERVERS = ("k8s-service:kube-dns",)
@@ -27,12 +27,12 @@ OTHER_PORTS = 4
 NEVER_LEARNED: tuple[IPNetwork, ...] = tuple(
     ip_network(text)
     for text in (
-        "0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "240.0.0.0/4",
+        "0.0.0.0/32", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4",
         "::/128", "::1/128", "fe80::/10", "ff00::/8",
     )
 )  # fmt: skip
-"""This network, loopback, link-local, multicast and reserved addresses (RFC 6890). The program itself refuses IPv4-mapped
-IPv6 addresses."""
+"""Unspecified, loopback, link-local and multicast addresses, as `policy.domain_names.is_never_learned`. The program itself
+refuses IPv4-mapped IPv6 addresses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def parse_dns_server(text: str) -> DnsServer:
             host, port = (host, port.removeprefix(":")) if port[:1] in ("", ":") else ("", "")
         elif text.count(":") == 1:
             host, _, port = text.partition(":")
-        return DnsServer(ip_address(host), port=_port(port) if port else DNS_PORT)
+        return DnsServer(ip_address(host), port=_port(port) if port else DOMAIN_PORT)
     except ValueError:
         raise UsageError(
             f"--dns-server {text}: must be ADDRESS, ADDRESS:PORT, [ADDRESS]:PORT or {SERVICE_PREFIX}[NAMESPACE/]NAME[:PORT]"
@@ -109,7 +109,7 @@ class DnsInputs:
     @property
     def other_ports(self) -> tuple[int, ...]:
         """The servers' ports besides 53, in ascending order."""
-        return tuple(sorted({port for _, port in self.resolvers} - {DNS_PORT}))
+        return tuple(sorted({port for _, port in self.resolvers} - {DOMAIN_PORT}))
 
 
 NO_DNS = DnsInputs()
@@ -149,14 +149,14 @@ class DnsServers:
 
     def _addresses(self, server: DnsServer, world: World) -> set[tuple[IPAddress, int]]:
         if server.address is not None:
-            return {(server.address, server.port or DNS_PORT)}
+            return {(server.address, server.port or DOMAIN_PORT)}
         if server.service is None:
             raise AssertionError("a server is an address or a service")
         found: set[tuple[IPAddress, int]] = set()
         service = self._get(ResourceKey("Service", *server.service))
         if isinstance(service, Service):
             ports = [one.port for one in service.ports if one.protocol == UDP]
-            chosen = server.port or (DNS_PORT if DNS_PORT in ports else ports[0] if ports else DNS_PORT)
+            chosen = server.port or (DOMAIN_PORT if DOMAIN_PORT in ports else ports[0] if ports else DOMAIN_PORT)
             found |= {(address, chosen) for address in service.cluster_ips}
         backends = world.services.get(server.service)
         if backends is not None:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from netpol_ebpf.agent.enforcement import Enforcement
-from netpol_ebpf.agent.learned_names import LearnedName, Lifetime, NameStore, classes_in_use, teach
+from netpol_ebpf.agent.learned_names import LearnedName, Lifetime, NameStore, classes_in_use, names_in_kernel, teach
 from netpol_ebpf.agent.node_access import NodeAccess
 from netpol_ebpf.apply.events import LearnedAddress, decode_learned
 from netpol_ebpf.errors import Problem
+from netpol_ebpf.policy.learned_names import LearnedNames
 from netpol_ebpf.policy.types import EndpointKey, IPAddress
 from netpol_loader import abi
 from netpol_loader.kernel.clock import read_jiffies
@@ -121,6 +122,20 @@ class DomainNames:
     def problems(self) -> list[Problem]:
         """What is wrong with the kept names."""
         return self.learned.problems
+
+    def known(self) -> LearnedNames:
+        """What this node's endpoints learned, as questions of policy need it.
+
+        These are the names that the program reported, and for names of which the agent knows nothing, such as those of a
+        CNAME chain, the patterns that match them.
+        """
+        found = LearnedNames()
+        for key, _ in self.learned:
+            found.learn(key.endpoint, [key.name], key.address)
+        rows = names_in_kernel(self._node.maps, self._enforcement.tables, now_jiffies=read_jiffies())
+        for endpoint, address, names in rows:
+            found.learn(endpoint, names, address)
+        return found
 
     def report(self) -> list[dict[str, Any]]:
         """The learned names as plain values, those of an endpoint together, with the patterns of rules that match."""

@@ -13,6 +13,7 @@ endpoint learned counts for that endpoint alone.  The number of kept names is bo
 from __future__ import annotations
 
 import json
+import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.apply.encode import learned_element, learned_key
 from netpol_ebpf.apply.events import LearnedAddress
 from netpol_ebpf.apply.records import EntryFile, checked, checked_list
-from netpol_ebpf.compiler.domains import most_specific
+from netpol_ebpf.compiler.domains import is_inner, most_specific
 from netpol_ebpf.compiler.tables import CompiledTables
 from netpol_ebpf.errors import Location, Problem
 from netpol_ebpf.policy.types import EndpointKey, IPAddress
@@ -261,3 +262,27 @@ def classes_in_use(maps: Mapping[str, KernelMap]) -> frozenset[int]:
         for _, value in maps[name].items():  # noqa: PERF102 - a map is no dict
             found.update(abi.np_learned.from_buffer_copy(value).name_class)
     return frozenset(found - {0})
+
+
+def names_in_kernel(
+    maps: Mapping[str, KernelMap], tables: CompiledTables, *, now_jiffies: int
+) -> Iterator[tuple[EndpointKey, IPAddress, frozenset[str]]]:
+    """What endpoints of this node learned, by the classes in the kernel: (endpoint, address, names).
+
+    The kernel has no names. A pattern of a class stands for the names that it matches: as a name it is matched by itself
+    and by each wider pattern, like those names. Expired classes are left out. Cost: linear in the rows.
+    """
+    keys = {row.number: key for key, row in tables.endpoints.items()}
+    for name, size in (("np_learned4", 4), ("np_learned6", 16)):
+        for raw, value in maps[name].items():
+            endpoint = keys.get(int.from_bytes(raw[:4], sys.byteorder))
+            classes = _classes(value, now_jiffies // abi.NP_LEARNED_JIFFIES)
+            contents = (tables.name_classes.get(number) or frozenset() for number in classes)
+            patterns = frozenset(_as_name(pattern) for content in contents for one in content for pattern in one)
+            if endpoint is not None and patterns:
+                yield endpoint, ip_address(raw[4 : 4 + size]), patterns
+
+
+def _as_name(pattern: str) -> str:
+    """A name that a pattern stands for. The star inside a pattern becomes a label."""
+    return pattern.replace(".*.", ".any.") if is_inner(pattern) else pattern

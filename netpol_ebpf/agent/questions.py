@@ -52,9 +52,10 @@ def answer_question(agent: Agent, request: Mapping[str, Any]) -> dict[str, Any]:
     topology = NodeTopology(world, agent)
     resources = agent.objects.derivation.resources()
     cast = Cast(resources, world, borrow_sources=agent.settings.borrow_sources, topology=topology)
+    learned = agent.domain_names.known()
     with open_engine(name) as engine:
-        engine.load(world, names_of(probe))
-        ways = explain(cast, world, probe, engine, lambda journey: _require_enforced(agent, journey))
+        engine.load(world, {*names_of(probe), *learned.all_names()})
+        ways = explain(cast, world, probe, engine, lambda journey: _require_enforced(agent, journey), learned)
     return {"node": agent.settings.node, "ways": ways}
 
 

@@ -22,7 +22,7 @@ from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.apply.events import FlowEvent
 from netpol_ebpf.errors import Problem
 from netpol_ebpf.policy.provenance import trace
-from netpol_ebpf.policy.types import Cause, CauseKind, Direction, EndpointKey
+from netpol_ebpf.policy.types import Cause, CauseKind, Direction, EndpointKey, Question, Stage
 from netpol_loader import abi
 
 WAITING = 100
@@ -118,14 +118,16 @@ def sources(agent: Agent) -> list[dict[str, Any]]:
 def flow(agent: Agent, event: FlowEvent) -> dict[str, Any]:
     """A flow event as plain values, with the owners of both addresses, and file and line of the rule that decided."""
     plain = event.as_dict()
+    question = None
     if event.packet is not None:
         plain["source_name"] = agent.objects.owner_of(event.packet.source)
         plain["destination_name"] = agent.objects.owner_of(event.packet.destination)
         if event.endpoint is not None and event.direction is Direction.EGRESS:
             names = agent.domain_names.learned.names_of(event.endpoint, event.packet.destination)
             plain["destination_domains"] = sorted(names)
+            question = Question(event.endpoint, event.direction, Stage.NORMAL, event.packet, names)
     world = agent.objects.world_in_force
-    plain["decided_by"] = None if event.cause is None else trace(world, event.cause).as_dict()
+    plain["decided_by"] = None if event.cause is None else trace(world, event.cause, question).as_dict()
     return plain
 
 

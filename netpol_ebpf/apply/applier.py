@@ -259,7 +259,9 @@ class Applier:
         """Apply a change, batch by batch. On return the change is complete, grace periods included.
 
         If anything was revoked, a new generation begins after the flip.  A grace period precedes the shrink batch.
-        Another one follows the prepare batch if that batch moves ranges to which endpoint rows refer.
+        Another grace period follows the prepare batch if that batch writes endpoint rows.  Such a row refers to ranges
+        of elements in other maps, and a packet with the old row must not see what the grow batch writes for the new
+        one.
 
         Raises MapFullError if the change does not fit.  Then no verdict has changed, and the compiled tables already
         have the change that the kernel's maps lack.

@@ -397,9 +397,9 @@ def endpoint_element(ifindex: int, number: int, sets: EndpointSets, flags: Endpo
 
 
 NO_SETS = EndpointSets(None, None)
-"""No policy sets, for the row of one of the node's own interfaces.
+"""No policy sets. This is the value for an own interface of the node in np_endpoint.
 
-The policy of such an interface, if any, is in the row of its host endpoint.
+If the interface has a host endpoint, the policy sets of that endpoint are in its row of another map, np_host.
 """
 
 

@@ -37,6 +37,7 @@ from netpol_ebpf.apply.records import (
     set_aside,
     told,
 )
+from netpol_ebpf.compiler.domains import NameClass
 from netpol_ebpf.compiler.tables import FIRST_NODE
 from netpol_ebpf.errors import Location, PlatformError, Problem
 from netpol_ebpf.policy.types import Action, Cause, CauseKind, Direction, EndpointKey, PolicyKey
@@ -52,9 +53,6 @@ It is more than the numbers of all rows need if maps have default sizes and name
 """
 SMALL_BYTES = 1 << 20
 """A file below this size is not rewritten to drop released numbers; arbitrary."""
-
-NameClass = frozenset[frozenset[str]]
-"""The content of a name class."""
 
 E = TypeVar("E", bound=enum.Enum)
 

@@ -46,7 +46,8 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="list what would be removed, and remove nothing")
     add_agent_options(parser, "--pin-root", "--state-dir", "--saved-state")
-    # The agent with the default state directory has the default saved state; `_clean` decides by None.
+    # None: the option is not given. The agent's default saved state is then removed only with the default state
+    # directory, because an agent with another state directory has another saved state.
     parser.set_defaults(agent_options={**parser.get_default("agent_options"), "saved_state": None})
     add_directory_options(parser, "cni-")
     add_output_option(parser)
@@ -62,10 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     state_dir: Path = arguments.state_dir
     pin_root: Path = arguments.pin_root or DEFAULT_PIN_ROOT
-    with contextlib.ExitStack() as stack:  # a running agent would restore everything
+    with contextlib.ExitStack() as stack:  # the locks prove that no agent runs, which would restore everything
         if state_dir.is_dir():
             stack.enter_context(exclusive(state_dir, hint=IN_USE_HINT))
-        if pin_root.is_dir():  # also for an agent with another state directory
+        if pin_root.is_dir():  # finds a running agent with any other state directory
             stack.enter_context(held(pin_root, hint=IN_USE_HINT))
         return _clean(arguments)
 

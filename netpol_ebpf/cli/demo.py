@@ -43,7 +43,7 @@ from netpol_ebpf.terminal import escaped
 
 READY_DEADLINE_S = 120.0  # a busy machine may compile for half a minute
 CHANGE_DEADLINE_S = 10.0
-CHANGE_ATTEMPT_S = 0.1  # how long one attempt waits for an answer while a change is due
+CHANGE_ATTEMPT_S = 0.1  # how long one attempt waits for an answer, until a policy change has taken effect
 POLL_S = 0.02
 MAP_SHOWN = "np_rule"
 MAP_LINES = 14

@@ -20,7 +20,7 @@ from netpol_ebpf.lab.topology import IPAddress
 
 LISTEN_DEADLINE_S = 5.0
 POLL_S = 0.02
-SLACK_S = 15.0  # time for iperf3 to connect and to report on a busy machine
+SLACK_S = 15.0  # added to the time limit of a measurement: iperf3 also connects and reports, on a busy machine slowly
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,10 @@ class LearnedNames:
         """The names that ``endpoint`` knows for ``address``."""
         return frozenset(self._names.get((endpoint, address), ())) | frozenset(self._names.get((None, address), ()))
 
+    def all_names(self) -> frozenset[str]:
+        """All names that some endpoint knows."""
+        return frozenset().union(*self._names.values())
+
     def addresses(self, endpoint: EndpointKey | None, name: str) -> tuple[IPAddress, ...]:
         """The addresses for which ``endpoint`` knows ``name``, sorted. None: what every endpoint knows."""
         found = {

@@ -28,7 +28,7 @@ from netpol_ebpf.policy.types import (
     World,
 )
 
-DNS_PORT = 53
+DOMAIN_PORT = 53
 MAX_PATTERNS = 65536
 """The size of the packet path's table of patterns, np_name (docs/domain-names.md)."""
 
@@ -139,7 +139,7 @@ class NameLinter:
             may = "may" if len(mute) == len(workloads) else "may not"
             yield NameWarning(
                 "no-dns",
-                f"{which} {may} ask a DNS server (no rule allows UDP or TCP port {DNS_PORT}), so no name is ever learned and the rules "
+                f"{which} {may} ask a DNS server (no rule allows UDP or TCP port {DOMAIN_PORT}), so no name is ever learned and the rules "
                 "with names match nothing there; add a rule that allows DNS",
             )
 
@@ -167,7 +167,7 @@ def _allows_dns(rule: Rule) -> bool:
     if rule.protocol not in (None, UDP, TCP):
         return False
     ports = rule.destination.ports
-    return ports is None or bool(ports.names) or any(first <= DNS_PORT <= last for first, last in ports.ranges)
+    return ports is None or bool(ports.names) or any(first <= DOMAIN_PORT <= last for first, last in ports.ranges)
 
 
 def of_pattern(pattern: str) -> Iterator[tuple[str, str]]:

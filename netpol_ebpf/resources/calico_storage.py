@@ -2,11 +2,12 @@
 """crd.projectcalico.org/v1: the form in which Calico stores its objects in a Kubernetes cluster.
 
 A stored object has the spec of the same object as projectcalico.org/v3 (the *v3 object*), and different metadata.  The
-name of a stored policy begins with its tier's name, also with ``default.``, which the name of the v3 object may lack.
-Other metadata of the v3 object is JSON in the annotation ``projectcalico.org/metadata``.  If the annotation has a name,
-it is the v3 object's name.  If not, the v3 object's name is the stored name, for policies without ``default.``.  These
-rules are those of libcalico-go (`ConvertK8sResourceToCalicoResource`) and of Calico's API server since 3.29.4.  Older
-API servers kept ``default.`` in the name of the v3 object, and wrote no name into the annotation.
+name of a stored policy begins with its tier's name and a dot, even in the tier ``default``.  The name of the v3 object
+may lack this prefix ``default.``.  Other metadata of the v3 object is JSON in the annotation
+``projectcalico.org/metadata``.  If the annotation has a name, it is the v3 object's name.  If not, the v3 object's name
+is the stored name, for policies without ``default.``.  These rules are those of libcalico-go
+(`ConvertK8sResourceToCalicoResource`) and of Calico's API server since 3.29.4.  Older API servers kept ``default.`` in
+the name of the v3 object, and wrote no name into the annotation.
 
 Invariant: an object that this module reads has the name, labels and spec of the v3 object.
 """
@@ -95,5 +96,5 @@ def without_stored_copies(resources: Iterable[Resource]) -> list[Resource]:
 
 
 def unprefixed(name: str) -> str:
-    """``name`` without ``default.``, as stored policies without annotation are named here; "" if it lacks the prefix."""
+    """The v3 name of a policy stored as ``name`` without an annotation: without ``default.``; "" without this prefix."""
     return name.removeprefix(_DEFAULT_PREFIX) if name.startswith(_DEFAULT_PREFIX) else ""

@@ -335,7 +335,8 @@ def _metadata(kind: Kind, obj: Reader) -> Meta:
 def _revision(metadata: Reader) -> str:
     """The revision of a policy (`Meta.revision`).
 
-    An API server sets both of its fields. In a manifest they may have any value, which is not an error.
+    It consists of uid and generation, which an API server sets. In a manifest, any value of these two is allowed; if
+    the values do not make a revision, the result is "".
     """
     uid, generation = metadata.raw("uid"), metadata.raw("generation")
     is_given = isinstance(uid, str) and uid and isinstance(generation, int) and not isinstance(generation, bool)

@@ -121,12 +121,16 @@ def describe(value: Any) -> str:
     return str(value)
 
 
-def suggestion(word: str, known: Sequence[str]) -> str:
-    """The text `` (did you mean `x`?)`` for the most similar word in ``known``; "" if no word is similar."""
+def suggestion(word: str, known: Sequence[str], prefix: str = "") -> str:
+    """The text `` (did you mean `x`?)`` for the most similar word in ``known``; "" if no word is similar.
+
+    ``prefix`` stands before the word and before all known words. It is printed and not compared: a long common prefix would
+    make any two words similar.
+    """
     near = next((one for one in known if one.lower() == word.lower()), None)
     if near is None:
         near = next(iter(get_close_matches(word, known, n=1, cutoff=0.7)), None)
-    return f" (did you mean `{near}`?)" if near is not None else ""
+    return f" (did you mean `{prefix}{near}`?)" if near is not None else ""
 
 
 class Reader:

@@ -31,8 +31,8 @@ class Meta:
     ``namespace``: "" for cluster-scoped kinds; "default" if a manifest of a namespaced kind does not state it.
     ``is_stored``: whether the object was read in the form in which Calico stores it.  If the same object is also given
     as projectcalico.org/v3, the v3 object is used.
-    ``stored_name``: the stored name of a stored policy, if the policy may have that name as projectcalico.org/v3 too;
-    "": it has the name ``name`` there.
+    ``stored_name``: the v3 object of some stored policies has one of two names, and it is not known which: ``name``, or
+    the name under which the policy is stored.  Then this field has the stored name; otherwise it is "".
 
     ``revision``: UID/GENERATION of an API server's policy, which names one state of its spec.  It is "" for other kinds,
     and for a policy without UID or generation.

@@ -62,9 +62,9 @@ KINDS = tuple(
 def as_cluster(resources: Iterable[Resource], *, addressed: bool = False) -> list[Resource]:
     """The resources as a cluster would have them, with the namespaces of workloads.
 
-    An added Namespace has only the label of its name.  A missing namespace is not added if it has a pod with an
-    address, or a network set.  The agent does not have that Namespace either, and the Namespace would change the
-    verdicts on the pod.
+    An added Namespace has only the label of its name.  A missing namespace is not added if the input has a pod with an
+    address, or a network set, of that namespace: an agent with the same input lacks the Namespace, too, and an added
+    one would change verdicts.
     ``addressed``: whether each pod of a workload also gets an address of each family from `STAND_INS`.  Then its name
     becomes the name of the workload, unless a pod or another workload of the namespace has that name.
     """

@@ -90,7 +90,7 @@ class Selector:
         return Selector(_rewritten(self._root, lambda leaf: root if isinstance(leaf, All) else leaf))
 
     def required(self) -> Cover | None:
-        """Of the covers that are known for the selector, the one with the fewest values.
+        """The known cover of the selector with the fewest values.
 
         A cover is a list of restrictions of which matching labels satisfy at least one
         (`netpol_ebpf.selector.requirements`).  Returns () if the selector matches nothing, and None if no cover is

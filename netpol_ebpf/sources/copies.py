@@ -55,7 +55,7 @@ class LastGoodCopies:
         if not self.directory.is_dir():
             return []
         found = [(_content(path) or b"").decode(errors="surrogateescape") for path in self.directory.glob("*.name")]
-        return [name for name in found if self._path(name).exists()]  # a partly written name has no copy
+        return [name for name in found if self._path(name).exists()]  # a damaged .name file names no copy
 
     def forget(self, name: str) -> None:
         """Remove the copy of the manifest ``name``, if there is one."""

@@ -93,8 +93,8 @@ class _File:
     """The state of one file.
 
     ``digest``, ``problems``: of the text that was read last, valid or not. ``resources``: of the last good text.
-    ``version``: the digest of that text, in hexadecimal digits. ``skipped``: the number of objects in that text of
-    kinds that are not read, by apiVersion and kind.
+    ``version``: the digest of that text, in hexadecimal digits. ``skipped``: for each kind that is not read (apiVersion
+    and kind), the number of its objects in that text.
     """
 
     signature: Signature
@@ -151,8 +151,8 @@ class _MergedFiles:
     """The objects of all files. The cost of a change depends only on the changed files.
 
     Invariant: for each key, ``homes`` has the least `ObjectPosition` at which an object of this key is, and ``others``
-    has all further positions, in order. A key with only one position is not in ``others``. ``given``: the version and the applied objects of each
-    file.
+    has all further positions, in order. A key with only one position is not in ``others``. ``given``: for each file,
+    the version and the applied objects.
     """
 
     given: dict[str, tuple[str, tuple[Resource, ...]]] = field(default_factory=dict)
@@ -256,7 +256,7 @@ class ManifestDirectory:
     _unmerged: set[str] = field(default_factory=set)
     _merged: _MergedFiles = field(default_factory=_MergedFiles)
     _uncopied: dict[str, str | None] = field(default_factory=dict)  # by file: the text to copy; None: remove the copy
-    _is_swept: bool = False  # whether copies of files removed while no agent ran were deleted
+    _is_swept: bool = False  # whether the copies of files that were removed while no agent ran are deleted by now
     _copy_problems: tuple[Problem, ...] = ()
     _directory_problems: tuple[Problem, ...] = ()
     _process_problems: tuple[Problem, ...] = ()
@@ -457,7 +457,7 @@ class ManifestDirectory:
     def _places(self, scan: _Scan) -> set[Path]:
         """The paths to watch: the directories of a scan, and the directories to which symbolic links of its files lead.
 
-        Before a directory was found, these are the root and its parent.
+        As long as no directory was found, the result is the root and its parent.
         """
         if not scan.directories:
             return {self.root, self.root.parent}
@@ -478,7 +478,7 @@ class ManifestDirectory:
                 scan.files[name] = UNREAD
 
     def _known(self) -> list[str]:
-        """Names of the applied files. Before any were applied, of the files that an earlier agent applied.
+        """The names of the applied files. Before the first state is applied, those that an earlier agent applied.
 
         Raises OSError.
         """
@@ -599,9 +599,10 @@ class ManifestDirectory:
         if outcome.state == "good":
             self._uncopied[outcome.name] = outcome.text
         if outcome.state == UNREADABLE:
-            entry.signature = UNREAD  # so the next scan reads it again
+            entry.signature = UNREAD  # differs from the file's signature, so that the next scan reads the file again
         if outcome.state == "kept":
-            entry.read_at_s = self.clock()  # a failure alone is no reason to read again soon
+            # The file was not read. With this time it is not young; each scan would read a young file again.
+            entry.read_at_s = self.clock()
         if outcome.state != "kept" or outcome.problems:
             entry.digest, entry.problems = outcome.digest, outcome.problems
         self._retries.pop(outcome.name, None)
@@ -684,7 +685,7 @@ class _DirectoryHistory:
         found = {name.rpartition("/")[0] for name, signature in self.scan.files.items() if signature != UNREAD}
         holders = {directories[above] for one in found & directories.keys() for above in _with_parents(one)}
         for name in directories:
-            if directories[name] in holders:  # even if its files have other names now
+            if directories[name] in holders:  # it is the same directory, even if its files have other names now
                 self._with_manifests.update(_with_parents(name))
 
     def displaced(self, name: str) -> dict[str, str]:

@@ -138,7 +138,7 @@ class ConditionWriter:
         due = [*self._faulty(view, refused), *self._valid(view, reports, is_sweep=is_sweep)]
         for one in sorted(due, key=lambda one: one.standing.is_programmed):
             if left <= 0:
-                break  # the next round goes on; a sweep begins anew
+                break  # the next round writes the rest; a sweep starts again from the beginning
             if one.kind in refused:
                 continue
             try:
@@ -244,10 +244,11 @@ class ConditionWriter:
         return 1
 
     def _takes_status(self, kind: PolicyKind) -> bool:
-        """Whether the server has a status for a kind. Before the first write, the present conditions are read."""
+        """Whether objects of a kind have a status at the server. The first call also reads the present conditions."""
         if kind not in self._has_status:
             offered = request(self.sender, "GET", kind.group_path)
-            if not offered.is_done and offered.status != HTTPStatus.NOT_FOUND:  # Calico's may be there as stored alone
+            # NOT_FOUND is no error: the cluster may have Calico's objects only in their stored form.
+            if not offered.is_done and offered.status != HTTPStatus.NOT_FOUND:
                 raise WriteRefusedError(f"{kind.group_path} cannot be read ({offered.message})", hint="")
             names = {one.get("name") for one in offered.body.get("resources", ())}
             if f"{kind.plural}/status" in names:
@@ -278,7 +279,7 @@ class ConditionWriter:
                 self._conditions[path] = Condition(
                     one.get("status", ""), revision, reason, message, one.get("lastTransitionTime", "")
                 )
-                self._told.add((revision, reason))  # the leader before has made the Event
+                self._told.add((revision, reason))  # the previous leader has created the Event
 
     def _tell(self, due: _Due) -> int:
         """Create the Event of a rejected policy if there is none yet. Returns the number of writes."""
@@ -291,7 +292,7 @@ class ConditionWriter:
         )
         self._events_s = now_s
         if self._events_left < 1:
-            return 0  # it is made in a later round
+            return 0  # the Event is created in a later round
         namespace, name = _names(due.path)
         digest = sha256("/".join(mark).encode()).hexdigest()[:16]  # the same for each leader, so the Event is made once
         regarding = {

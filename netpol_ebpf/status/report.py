@@ -26,7 +26,7 @@ from netpol_ebpf.resources import schema_status as schema
 FINGERPRINT_BYTES = 6
 """Size of a fingerprint in bytes. A wrong match among 10 000 fingerprints has a probability of 4e-11."""
 STALE_PERIODS = 3
-"""Number of periods after which a report that was not renewed no longer says anything about the present."""
+"""Number of periods without a renewal after which a report is stale: it no longer proves what is in force."""
 COLLECTION = f"/apis/{schema.VERSION}/{schema.PLURAL}"
 
 

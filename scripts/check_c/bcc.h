@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// What BCC gives the program, as declarations that plain clang understands:
-// the helpers the program calls.  Only for scripts/check_c.sh; never loaded.
+// Declarations, for plain clang, of the helpers that BCC provides and the
+// program calls. Only scripts/check_c.sh uses this file; it is never loaded.
 #pragma once
 
 #include <linux/bpf.h>

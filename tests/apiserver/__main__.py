@@ -22,7 +22,7 @@ HEAD = "| Kubernetes | etcd | passed | not run | date | commit |\n|---|---|---|-
 
 
 def row(report: Path, date: str, commit: str) -> str:
-    """The row of a run, from pytest's report of it; not run are tests of what the server does not have."""
+    """The row of a run, made from pytest's report. Tests of features that the server lacks count as not run."""
     suite = ET.parse(report).getroot().find("testsuite")  # noqa: S314 - written by pytest here
     if suite is None:
         raise ValueError(f"{report}: no test suite in it")
@@ -34,7 +34,7 @@ def row(report: Path, date: str, commit: str) -> str:
 
 
 def with_row(text: str, new: str) -> str:
-    """The page with a run in place of the one of the same version."""
+    """The page with the row of a run in place of the row of the same version."""
     before, _, rest = text.partition(BEGIN)
     table, _, after = rest.partition(END)
     rows = {line.split("|")[1]: line for line in table.removeprefix(HEAD).splitlines(keepends=True)}
@@ -43,7 +43,7 @@ def with_row(text: str, new: str) -> str:
 
 
 def main() -> int:
-    """Run and write; the exit code is pytest's."""
+    """Run the tests and write the page. Returns pytest's exit code."""
     missing = [name for name in ("KUBE_APISERVER", "ETCD") if not os.environ.get(name)]
     if missing:
         print(f"error: name the program with {' and '.join(missing)}", file=sys.stderr)

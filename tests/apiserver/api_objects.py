@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objects that the API server is asked about: those of examples and case files, and wrong ones, each with one fault."""
+"""Objects for an API server: those of examples and case files, and invalid ones with one fault each."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ ALPHA2 = "policy.networking.k8s.io/v1alpha2"
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of ours."""
+    """The objects in a file of this repository."""
     return [one for one in yaml.safe_load_all(path.read_text()) if one is not None]
 
 
 def written() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every object of our kinds in examples and case files, and where it stands."""
+    """Every object of our kinds in examples and case files, each with its place."""
     for folder in ("examples", "tests/cases"):
         for path in sorted((ROOT / folder).rglob("*.yaml")):
             for number, document in enumerate(read_documents(path.read_text(), str(path), [])):
@@ -40,10 +40,10 @@ def written() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def validation_cases() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every object of our kinds in tests/data/validation.yaml, valid and invalid, and what it is about."""
+    """Every object of our kinds in tests/data/validation.yaml, valid and invalid, each with its subject."""
     for case in yaml.safe_load((ROOT / "tests" / "data" / "validation.yaml").read_text()):
         obj = case["object"]
-        if isinstance(codes := obj["metadata"].get("name"), list):  # of characters: names of a given length
+        if isinstance(codes := obj["metadata"].get("name"), list):  # of characters: a name of a given length
             obj["metadata"]["name"] = "".join(map(chr, codes))
         if (obj.get("apiVersion"), obj.get("kind")) in RESOURCES:
             yield case["desc"], obj
@@ -51,7 +51,10 @@ def validation_cases() -> Iterator[tuple[str, dict[str, Any]]]:
 
 @dataclass(frozen=True)
 class Wrong:
-    """A spec with one fault; ``says``: a part of the API server's message; "" where it cannot know, and `check` alone refuses it."""
+    """A spec with one fault.
+
+    ``says``: a part of the API server's message; "" if only `netpolctl check` rejects the object.
+    """
 
     about: str
     kind: str
@@ -61,7 +64,7 @@ class Wrong:
 
     @property
     def object(self) -> dict[str, Any]:
-        """The object."""
+        """The object with this spec."""
         version = next(version for version, kind in RESOURCES if kind == self.kind)
         metadata = {"name": self.name}
         if RESOURCES[version, self.kind].namespaced:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One real API server for all tests here, named by KUBE_APISERVER and ETCD; without the two they are not collected to run."""
+"""One real API server for all tests of this directory, started from the programs that KUBE_APISERVER and ETCD name.
+
+Without these two variables the tests are not run.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ PROGRAMS = ("KUBE_APISERVER", "ETCD")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what needs the programs where nobody says which they are: no project's package ships them."""
+    """Deselect the tests that need the two programs if the variables do not name them. No package has the programs."""
     here = Path(__file__).parent
     ours = [one for one in items if here in one.path.parents]
     for one in ours:
@@ -34,7 +37,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def bare_server(
     tmp_path_factory: pytest.TempPathFactory, record_testsuite_property: Callable[[str, object], None]
 ) -> Iterator[Server]:
-    """A server with its own kinds alone; the report says which it was."""
+    """A server with only its own kinds. The test report has its version."""
     apiserver, etcd = (Path(os.environ[name]).resolve() for name in PROGRAMS)
     server = Server(apiserver, etcd, tmp_path_factory.mktemp("apiserver"))
     record_testsuite_property("kubernetes", server.version())
@@ -45,7 +48,7 @@ def bare_server(
 
 @pytest.fixture(scope="session")
 def server(bare_server: Server) -> Server:
-    """With every definition of ours, served."""
+    """The server, which serves all our definitions."""
     for path in sorted((CHART / "crds").glob("*.*.yaml")):
         (definition,) = documents(path)
         answer = bare_server.apply(definition, fieldValidation="Strict")
@@ -60,7 +63,7 @@ def server(bare_server: Server) -> Server:
 
 @pytest.fixture
 def takes_an_empty_tier(server: Server) -> Iterator[None]:
-    """While it lasts, staged policies have a definition that takes an empty tier, as another than ours may."""
+    """Install, for the duration of the test, definitions of staged policies that accept an empty tier, unlike ours."""
     (ours,) = documents(CHART / "crds" / "stagednetworkpolicies.projectcalico.org.yaml")
     theirs = copy.deepcopy(ours)
     spec = theirs["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kube-apiserver and its etcd on loopback, with all their state in one directory, and the requests that tests make.
+"""A kube-apiserver and its etcd on loopback, with all their state in one directory, and the requests of tests.
 
-There is no controller manager, scheduler or kubelet.  The administrator's requests may bear the name of any user.
+There is no controller manager, scheduler or kubelet. The administrator can make requests in the name of any user.
 
-Invariant: `Server.close` ends both programs, also when the start failed half-way.
+Invariant: `Server.close` ends both programs, even if the start failed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE_S = 120.0
-"""For a start on a machine that is busy; arbitrary."""
+"""Time limit of a start in seconds, on a busy machine; arbitrary."""
 TOKEN = "administrator"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a request got: the HTTP status, the JSON body, the warnings of its head."""
+    """The answer to a request: HTTP status, JSON body, and the warnings in its headers."""
 
     status: int
     body: Any
@@ -37,12 +37,12 @@ class Answer:
 
     @property
     def message(self) -> str:
-        """What a Status says; "" of another body."""
+        """The message of a Status; "" if the body is something else."""
         return self.body.get("message", "") if isinstance(self.body, dict) else str(self.body)
 
 
 class Server:
-    """Both programs, started by the constructor."""
+    """Both programs. The constructor starts them."""
 
     def __init__(self, apiserver: Path, etcd: Path, directory: Path, *, flags: Sequence[str] = ()) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -118,14 +118,14 @@ class Server:
         return "\n".join(path.read_text(errors="replace")[-2000:] for path in sorted(self._directory.glob("*.log")))
 
     def version(self) -> str:
-        """What the API server says of itself, and which version it behaves as where that is another."""
+        """The version that the API server reports, and the version that it emulates if that is another."""
         said = self.get("/version").body
         emulated = f"{said.get('emulationMajor', said['major'])}.{said.get('emulationMinor', said['minor'])}"
         behaves = "" if emulated == f"{said['major']}.{said['minor']}" else f" as {emulated}"
         return f"{said['gitVersion']}{behaves}"
 
     def etcd_version(self) -> str:
-        """What etcd says of itself."""
+        """The version that etcd reports."""
         connection = http.client.HTTPConnection("127.0.0.1", self._etcd_port, timeout=60)
         connection.request("GET", "/version")
         version = json.loads(connection.getresponse().read())["etcdserver"]
@@ -146,7 +146,7 @@ class Server:
 
     @contextmanager
     def for_thread(self) -> Iterator[Server]:
-        """The same server over a connection of its own, for another thread."""
+        """Yield the same server with a connection of its own, for another thread."""
         other = copy.copy(self)
         other._connection = None
         try:
@@ -169,7 +169,7 @@ class Server:
         accept: str = "application/json",
         **query: str,
     ) -> Answer:
-        """One request, as the administrator or in a user's name. Raises OSError when the server is away."""
+        """Make a request, as the administrator or in a user's name. Raises OSError if the server does not answer."""
         headers = [("Authorization", f"Bearer {TOKEN}"), ("Content-Type", content_type), ("Accept", accept)]
         if user is not None:
             headers.append(("Impersonate-User", user))
@@ -191,7 +191,7 @@ class Server:
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
             self._connection = None
-            if is_old and isinstance(error, http.client.RemoteDisconnected):  # closed by the server while it was idle
+            if is_old and isinstance(error, http.client.RemoteDisconnected):  # closed by the server as idle
                 return self.request(
                     method, path, body, user=user, groups=groups, content_type=content_type, accept=accept, **query
                 )
@@ -201,21 +201,21 @@ class Server:
         return Answer(response.status, json.loads(text) if kind == "application/json" else text.decode(), warnings)
 
     def get(self, path: str, **options: Any) -> Answer:
-        """Read."""
+        """Make a GET request."""
         return self.request("GET", path, **options)
 
     def apply(self, obj: Mapping[str, Any], **options: Any) -> Answer:
-        """Server-side apply, which makes the object or changes it."""
+        """Create or change an object by server-side apply."""
         path = f"{collection(obj)}/{obj['metadata']['name']}"
         options.setdefault("content_type", "application/apply-patch+yaml")
         return self.request("PATCH", path, obj, fieldManager="tests", force="true", **options)
 
     def create(self, obj: Mapping[str, Any], **options: Any) -> Answer:
-        """Create."""
+        """Create an object."""
         return self.request("POST", collection(obj), obj, **options)
 
     def wait_for(self, is_true: Callable[[], bool], what: str) -> None:
-        """Ask until it is true. Raises TimeoutError after `PATIENCE_S`."""
+        """Poll until a condition is true. Raises TimeoutError after `PATIENCE_S`."""
         deadline = time.monotonic() + PATIENCE_S
         while not is_true():
             if time.monotonic() > deadline:
@@ -235,7 +235,7 @@ PLURALS = {
     "ValidatingAdmissionPolicy": "validatingadmissionpolicies",
     "MutatingAdmissionPolicy": "mutatingadmissionpolicies",
 }
-"""Others take an s."""
+"""The plural names that are not the name with an s."""
 CLUSTER_WIDE = (
     *("Namespace", "Node", "CustomResourceDefinition", "ClusterRole", "ClusterRoleBinding"),
     *("ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"),
@@ -247,7 +247,7 @@ CLUSTER_WIDE = (
 
 
 def collection(obj: Mapping[str, Any]) -> str:
-    """The path of the collection that an object belongs to."""
+    """The path of the collection of an object's kind and namespace."""
     version, kind = obj["apiVersion"], obj["kind"]
     root = f"/apis/{version}" if "/" in version else f"/api/{version}"
     if kind not in CLUSTER_WIDE:
@@ -256,7 +256,7 @@ def collection(obj: Mapping[str, Any]) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody has."""
+    """Unused ports of loopback."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [one.getsockname()[1] for one in sockets]
     for one in sockets:

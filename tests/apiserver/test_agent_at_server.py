@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An agent on a node of network namespaces, with the rights of deploy/manifests/rbac.yaml at a real API server: real connections say what is in force."""
+"""An agent on a node of network namespaces, with the rights of deploy/manifests/rbac.yaml at a real API server.
+
+Real connections show which policy is in force.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ CLONE_NEWNET = 0x40000000  # linux/sched.h
 
 
 class Relay:
-    """Carries connections to a port of loopback in another network namespace to the same port here."""
+    """Forwards connections from a port of loopback in another network namespace to the same port here."""
 
     def __init__(self, namespace: Path, port: int) -> None:
         self._port = port
@@ -51,7 +54,7 @@ class Relay:
         self._threads.append(accepting)
 
     def _listen(self, namespace: Path) -> None:
-        """In a thread that ends: it is in the other namespace from here on."""
+        """Listen in the other namespace. Runs in a thread that then ends, because it has entered that namespace."""
         descriptor = os.open(namespace, os.O_RDONLY)
         try:
             assert ctypes.CDLL(None, use_errno=True).setns(descriptor, CLONE_NEWNET) == 0
@@ -60,7 +63,7 @@ class Relay:
         self._listener = socket.create_server(("127.0.0.1", self._port))
 
     def _accept(self) -> None:
-        with suppress(OSError):  # closed
+        with suppress(OSError):  # the listener was closed
             while True:
                 near, _ = self._listener.accept()
                 thread = threading.Thread(target=self._carry, args=(near,), daemon=True)
@@ -83,7 +86,7 @@ class Relay:
 
 
 def put(server: Server, obj: dict[str, Any]) -> None:
-    """Apply an object, and its status, which a subresource takes."""
+    """Apply an object and its status, which is a subresource."""
     answer = server.apply(obj)
     assert answer.status in (200, 201), answer.message
     if "status" in obj:
@@ -100,7 +103,7 @@ def give_rights(server: Server) -> None:
 
 
 def kubeconfig(server: Server, token: str = "") -> str:
-    """Of a token's user; without one, of the agent's account, with a token of an hour."""
+    """A kubeconfig with a token. Without ``token``, it has a token of the agent's account that is valid for an hour."""
     request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": 3600}}
     answer = server.request("POST", f"{ACCOUNT}/token", request)
     assert answer.status == 201, answer.message
@@ -115,7 +118,7 @@ def kubeconfig(server: Server, token: str = "") -> str:
 
 @pytest.fixture
 def own_server(tmp_path: Path) -> Iterator[OwnServer]:
-    """With the objects of the scene."""
+    """A server with the objects of the scene."""
     made = OwnServer(Path(os.environ["KUBE_APISERVER"]), Path(os.environ["ETCD"]), tmp_path / "server")
     try:
         give_rights(made)
@@ -124,7 +127,7 @@ def own_server(tmp_path: Path) -> Iterator[OwnServer]:
         made.wait_for(lambda: made.get(REPORTS).status == 200, "reports are served")
         for one in yaml.safe_load_all(CLUSTER + "---\n" + DB_POLICY):
             put(made, one)
-            if one["kind"] == "Namespace":  # there is no controller that makes it
+            if one["kind"] == "Namespace":  # no controller creates it
                 account = {
                     "apiVersion": "v1",
                     "kind": "ServiceAccount",
@@ -138,7 +141,7 @@ def own_server(tmp_path: Path) -> Iterator[OwnServer]:
 
 @pytest.fixture
 def scene(own_server: OwnServer, tmp_path: Path) -> Iterator[ClusterScene]:
-    """The nodes and pods, an agent to be, and the API server where the node reaches it."""
+    """The nodes and pods, an agent that is not started yet, and the API server, which the node can reach."""
     with lab_for() as lab, scene_in(lab, tmp_path / "home", {}, kind=ClusterScene) as one:
         assert isinstance(one, ClusterScene)
         relay = Relay(guard.NETNS_DIR / lab.namespace_of[NODE], own_server.port)
@@ -152,7 +155,7 @@ def in_force(scene: Scene) -> dict[str, Any]:
 
 
 def allow_other(server: Server, *, allowed: bool) -> None:
-    """Change whom the policy allows."""
+    """Change which pod the policy allows."""
     apps = ["web", "other"] if allowed else ["web"]
     peers = [{"podSelector": {"matchLabels": {"app": app}}} for app in apps]
     body = {"spec": {"ingress": [{"from": peers, "ports": [{"port": 5432}]}]}}
@@ -161,7 +164,11 @@ def allow_other(server: Server, *, allowed: bool) -> None:
 
 
 def test_cluster_is_enforced_through_edits_a_crash_and_a_restart(scene: ClusterScene, own_server: OwnServer) -> None:
-    """An edit is enforced; a killed server lifts nothing and is told; what was deleted while no agent ran is gone after its start."""
+    """An edit is enforced.
+
+    A killed server changes no policy and is reported. Objects that were deleted while no agent ran are gone after its
+    start.
+    """
     web, other = to_db("shop/web"), to_db("shop/other")
     assert scene.reached(web, other) == [True, True]
     began = time.monotonic()
@@ -184,7 +191,7 @@ def test_cluster_is_enforced_through_edits_a_crash_and_a_restart(scene: ClusterS
     scene.await_status(lambda now: "unreachable" in {one["slug"] for one in now["problems"]}, "the crash is told")
     assert scene.ctl("status", "--state-dir", str(scene.state_dir)).returncode == 1
     assert scene.reached(web, other) == [True, False]
-    scene.stop()  # nor does an agent that starts without its server lift anything
+    scene.stop()  # an agent that starts without its server keeps policy in force, too
     scene.launch()
     waiting = scene.await_status(lambda now: "waiting" in now, "the agent waits")
     assert "what an earlier agent put in force stays" in waiting["waiting"]
@@ -202,7 +209,7 @@ def test_cluster_is_enforced_through_edits_a_crash_and_a_restart(scene: ClusterS
 
 
 def test_agent_tells_where_policies_are_in_force(scene: ClusterScene, own_server: OwnServer) -> None:
-    """By its report, which `wait` reads with a user's kubeconfig; an edit is in force a moment later; one agent leads."""
+    """`wait` reads the agent's report with a user's kubeconfig; an edit is soon in force; one agent leads."""
     scene.start()
     in_force(scene)
     user = scene.home / "user"
@@ -230,7 +237,10 @@ def test_agent_tells_where_policies_are_in_force(scene: ClusterScene, own_server
 
 
 def test_node_that_starts_without_its_server_is_closed_or_as_it_was(scene: ClusterScene, own_server: OwnServer) -> None:
-    """Pins are gone as after a reboot: workloads are closed while the node works; with the saved state, it is in force."""
+    """Without pins, as after a reboot, workloads are closed and the node works.
+
+    The saved state puts policy in force.
+    """
     web, other = to_db("shop/web"), to_db("shop/other")
     own_server.kill()
     scene.launch()
@@ -266,7 +276,7 @@ CLOSED = {
 
 
 def test_policy_of_a_deleted_definition_ends_by_release(scene: ClusterScene, own_server: OwnServer) -> None:
-    """It stays in force and is told; a dry run ends nothing; the release is in force when the command returns."""
+    """The policy stays in force and is reported. A dry run ends nothing. After the release it is no longer in force."""
     (definition,) = yaml.safe_load_all((ROOT / "deploy" / "crds" / f"{GLOBAL_POLICIES}.yaml").read_text())
     put(own_server, definition)
     own_server.wait_for(lambda: own_server.create(CLOSED).status in (201, 409), "the definition is served")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rights of deploy/manifests/rbac.yaml at a real API server: they are enough, and none of them can be missing without a word."""
+"""The rights of deploy/manifests/rbac.yaml at a real API server suffice, and each missing one is reported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from netpol_ebpf.sources.kubernetes.source import KubernetesSource
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 60.0
 FIRST = KINDS[0]
-"""A kind that each source has, so that a custom one is not alone: the probe asks for a kind of Kubernetes' own."""
+"""A built-in kind that each source in these tests has besides a custom one, because a probe reads a built-in kind."""
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnServer]:
-    """With the definition of tiers."""
+    """A server with the definition of tiers."""
     made = OwnServer(Path(os.environ["KUBE_APISERVER"]), Path(os.environ["ETCD"]), tmp_path_factory.mktemp("own"))
     try:
         made.define_tiers()
@@ -44,7 +44,7 @@ def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnServer]:
 
 
 def role() -> dict[str, Any]:
-    """The ClusterRole of the file."""
+    """The ClusterRole in the file."""
     documents = yaml.safe_load_all((ROOT / "deploy" / "manifests" / "rbac.yaml").read_text(encoding="utf-8"))
     (found,) = (one for one in documents if one["kind"] == "ClusterRole")
     return dict(found)
@@ -65,7 +65,7 @@ def without(group: str, resource: str, verb: str) -> dict[str, Any]:
 
 
 def rights_of(rules: list[dict[str, Any]]) -> set[tuple[str, str, str]]:
-    """Group, resource and verb of each right."""
+    """The (group, resource, verb) of each right."""
     return {
         (group, resource, verb)
         for rule in rules
@@ -76,7 +76,7 @@ def rights_of(rules: list[dict[str, Any]]) -> set[tuple[str, str, str]]:
 
 
 def give(server: Server, user: str, rights: dict[str, Any]) -> None:
-    """Give a user a role of its own, and wait until it is in force."""
+    """Bind a user to a new role with these rights, and wait until the rights are in force."""
     named = copy.deepcopy(rights)
     named["metadata"] = {"name": user}
     binding = {
@@ -104,14 +104,14 @@ RIGHTS = [(kind, verb) for kind in KINDS for verb in ("list", "watch")]
 
 @pytest.mark.parametrize(("kind", "verb"), RIGHTS, ids=[f"{verb}-{kind}" for kind, verb in RIGHTS])
 def test_each_right_that_is_missing_is_named(own_server: OwnServer, kind: WatchedKind, verb: str) -> None:
-    """The kind, and the verb that the role lacks."""
+    """The problem names the kind, and the verb that the role lacks."""
     readable = "namespaces" if kind != FIRST else "nodes"
     user = f"without-{verb}-{kind}"
     give(own_server, user, without(kind.api_version.rpartition("/")[0], kind.plural, verb))
     own_server.wait_for(lambda: own_server.get(f"/api/v1/{readable}", user=user).status == 200, "the role")
     followed = KubernetesSource(cluster(own_server, user), kinds=tuple(dict.fromkeys((FIRST, kind))))
     try:
-        for watcher in followed.watchers.values():  # where lists come by stream, they are a matter of `watch`
+        for watcher in followed.watchers.values():  # a streaming list is a WATCH, and needs only the right to watch
             watcher._streams = verb == "watch"
         followed.begin()
         until(followed, lambda: any(one.slug == "forbidden" for one in followed.problems))
@@ -123,7 +123,7 @@ def test_each_right_that_is_missing_is_named(own_server: OwnServer, kind: Watche
 
 
 def test_definitions_that_cannot_be_read_are_named(own_server: OwnServer) -> None:
-    """A custom kind does not sync, since no deletion of its objects could be told from that of the kind."""
+    """A custom kind does not sync: a deletion of its objects could not be distinguished from that of the kind."""
     user = "without-definitions"
     give(own_server, user, without("apiextensions.k8s.io", "customresourcedefinitions", "get"))
     own_server.wait_for(lambda: own_server.get("/api/v1/namespaces", user=user).status == 200, "the role")
@@ -140,7 +140,7 @@ def test_definitions_that_cannot_be_read_are_named(own_server: OwnServer) -> Non
 
 
 def test_all_rights_of_the_file_are_enough(own_server: OwnServer) -> None:
-    """Every kind is followed or not installed, and nothing is a problem."""
+    """Every kind is watched or not installed, and there is no problem."""
     give(own_server, "with-all", role())
     own_server.wait_for(lambda: own_server.get("/api/v1/namespaces", user="with-all").status == 200, "the role")
     followed = KubernetesSource(cluster(own_server, "with-all"))

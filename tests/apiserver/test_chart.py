@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """deploy/chart with the real Helm, and the plain manifests with the real kubectl, at a real API server.
 
-There is no controller and no kubelet: `Controllers` does what they would do of an uninstallation, and runs what its Jobs would.
+There is no controller and no kubelet. `Controllers` does their part of an uninstallation, and runs the commands of its
+Jobs.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ JOBS = "/apis/batch/v1/namespaces/kube-system/jobs"
 CONFIG = "/api/v1/namespaces/kube-system/configmaps/netpol-agent"
 DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 TOOLS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-"""Where scripts/setup.sh --dev puts helm and kubectl, then the machine's own."""
+"""The search path: the directory into which scripts/setup.sh --dev installs helm and kubectl, then the machine's
+own."""
 NODES = 3
 INSTALL = ("install", "netpol-ebpf", str(CHART), "--namespace=kube-system")
 FOREIGN = "tiers.projectcalico.org"
-"""A definition that the cluster has before the chart, as Calico's."""
+"""A definition that the cluster has before the chart, as with Calico."""
 
 
 def config(server: Server, token: str) -> str:
@@ -46,7 +48,7 @@ def config(server: Server, token: str) -> str:
 
 
 class Tools:
-    """Helm and kubectl as the administrator."""
+    """Runs Helm and kubectl as the administrator."""
 
     def __init__(self, server: Server, home: Path) -> None:
         self._home = home
@@ -54,7 +56,7 @@ class Tools:
         self.kubeconfig.write_text(config(server, TOKEN))
 
     def run(self, *command: str, is_ok: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run a command, which must succeed or must fail."""
+        """Run a command, which must succeed (``is_ok``) or must fail."""
         environment = {"PATH": TOOLS, "HOME": str(self._home), "KUBECONFIG": str(self.kubeconfig)}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
         assert (done.returncode == 0) == is_ok, done.stdout + done.stderr
@@ -67,7 +69,7 @@ class Tools:
 
 @pytest.fixture
 def own_server(tmp_path: Path) -> Iterator[Server]:
-    """With nothing of ours."""
+    """A server without any object of ours."""
     made = Server(Path(os.environ["KUBE_APISERVER"]), Path(os.environ["ETCD"]), tmp_path / "server")
     try:
         yield made
@@ -77,21 +79,21 @@ def own_server(tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def tools(own_server: Server, tmp_path: Path) -> Tools:
-    """For the own server."""
+    """The tools for `own_server`."""
     return Tools(own_server, tmp_path)
 
 
 def names(server: Server, path: str) -> set[str]:
-    """Of a collection."""
+    """The names of the objects in a collection."""
     answer = server.get(path)
     assert answer.status == 200, answer.message
     return {one["metadata"]["name"] for one in answer.body["items"]}
 
 
 class Controllers(threading.Thread):
-    """The DaemonSet and Job controllers, the garbage collector and the kubelets, as far as an uninstallation needs them.
+    """The controllers of DaemonSets and Jobs, the garbage collector and the kubelets, as an uninstallation needs them.
 
-    ``seen``: what happened, in order; ``faults``: what the API server or a Job's command complained of.
+    ``seen``: the events, in order. ``faults``: the errors of the API server and of the Jobs' commands.
     """
 
     def __init__(self, server: Server, home: Path) -> None:
@@ -114,7 +116,7 @@ class Controllers(threading.Thread):
             thread.join()
 
     def run(self) -> None:
-        """Look, until the test is done."""
+        """Look at the objects again and again until the test is done."""
         with self._server.for_thread() as server:
             while not self._done.wait(0.1):
                 for one in server.get(DAEMONSETS).body["items"]:
@@ -141,7 +143,7 @@ class Controllers(threading.Thread):
             self._run_command(server, job)
 
     def _run_command(self, server: Server, job: dict[str, Any]) -> None:
-        """Run what the Job's container would, with the account of its pod."""
+        """Run the command of the Job's container, with the account of its pod."""
         name, spec = job["metadata"]["name"], job["spec"]["template"]["spec"]
         (container,) = spec["containers"]
         request = {
@@ -176,7 +178,7 @@ class Controllers(threading.Thread):
 
 @pytest.mark.parametrize("network", ["flannel", "aws-vpc"])
 def test_life_of_a_release(own_server: Server, tools: Tools, tmp_path: Path, network: str) -> None:
-    """Installed, upgraded, removed by the hooks; what was there before and what users made stays."""
+    """The release is installed, upgraded, and removed by the hooks; earlier objects and those of users stay."""
     (foreign,) = documents(CHART / "crds" / f"{FOREIGN}.yaml")
     foreign["metadata"]["labels"] = {"whose": "another"}
     assert own_server.apply(foreign).status == 201
@@ -244,14 +246,14 @@ def test_life_of_a_release(own_server: Server, tools: Tools, tmp_path: Path, net
     ],
 )
 def test_wrong_values_are_refused(own_server: Server, tools: Tools, values: tuple[str, ...], words: str) -> None:
-    """By name, before anything is created."""
+    """The message names the values, and nothing is created."""
     done = tools.helm(*INSTALL, *values, is_ok=False)
     assert words in done.stderr
     assert "netpol-agent" not in names(own_server, DAEMONSETS)
 
 
 def test_plain_manifests_are_taken(own_server: Server, tools: Tools) -> None:
-    """Each file is what the API server stores: kubectl's strict validation rejects unknown and doubled fields."""
+    """The API server stores exactly each file: kubectl's strict validation rejects unknown and repeated fields."""
     tools.run("kubectl", "apply", "--server-side", "-k", str(CHART / "crds"))
     tools.run("kubectl", "apply", "-k", str(CHART / "admission"))
     for path in sorted((DEPLOY / "manifests").glob("*.yaml")):
@@ -259,6 +261,6 @@ def test_plain_manifests_are_taken(own_server: Server, tools: Tools) -> None:
         for obj in documents(path):
             assert obj["kind"] != "DaemonSet" or obj["metadata"]["name"] in names(own_server, DAEMONSETS), path
     own_server.wait_for(lambda: own_server.get("/apis/projectcalico.org/v3/tiers").status == 200, "tiers are served")
-    for name in ("shop", "blue"):  # those of the examples
+    for name in ("shop", "blue"):  # the namespaces of the examples
         assert own_server.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}).status == 201
     tools.run("kubectl", "apply", "--validate=strict", "-f", str(DEPLOY / "tiers.yaml"), "-f", str(DEPLOY / "roles"))

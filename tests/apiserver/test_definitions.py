@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real API server takes the definitions, accepts what the parsers accept, and refuses what CEL and schemas can refuse."""
+"""A real API server accepts our definitions and all valid objects, and rejects what CEL and schemas can reject."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CREATE = {"dryRun": "All", "fieldValidation": "Strict"}
 
 
 def settled(server: Server, name: str) -> dict[str, Any]:
-    """A definition's conditions, once the server has looked at it."""
+    """The conditions of a definition, after the server has set them."""
     path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{name}"
     server.wait_for(lambda: "conditions" in server.get(path).body.get("status", {}), name)
     conditions = server.get(path).body["status"]["conditions"]
@@ -25,7 +25,7 @@ def settled(server: Server, name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", sorted((CHART / "crds").glob("*.*.yaml")), ids=lambda path: path.stem)
 def test_a_definition_is_structural_and_its_names_are_free(server: Server, path: Any) -> None:
-    """Established, without a word against its schema or its names."""
+    """The definition is established, and no condition complains of its schema or its names."""
     (definition,) = documents(path)
     conditions = settled(server, definition["metadata"]["name"])
     assert conditions["Established"]["status"] == "True"
@@ -34,7 +34,7 @@ def test_a_definition_is_structural_and_its_names_are_free(server: Server, path:
 
 
 def test_what_the_parsers_accept_is_accepted(server: Server) -> None:
-    """Every object of examples and case files that has no error, and nothing of it is lost."""
+    """The server accepts every object of examples and case files without an error, and drops none of its fields."""
     sent = 0
     for where, obj in written():
         namespace = obj["metadata"].get("namespace", "default")
@@ -53,7 +53,7 @@ def test_what_the_parsers_accept_is_accepted(server: Server) -> None:
     ("about", "obj"), [pytest.param(*case, id=case[0].replace(" ", "_")) for case in validation_cases()]
 )
 def test_the_server_refuses_nothing_that_the_parsers_accept(server: Server, about: str, obj: dict[str, Any]) -> None:
-    """Objects that upstream's own tests judge: what the server refuses has an error in the parser."""
+    """For objects of upstream's own tests: if the server rejects an object, the parser reports an error, too."""
     ensure_namespace(server, obj["metadata"].get("namespace", "default"))
     answer = server.create(obj, dryRun="All")
     assert answer.status in (201, 422), answer.message
@@ -66,7 +66,7 @@ def ensure_namespace(server: Server, name: str) -> None:
 
 
 def covers(stored: Any, written_value: Any) -> bool:
-    """Whether everything that was written is there; null counts as absent, and defaults may be added."""
+    """Whether all written values are stored. Null counts as absent, and defaults may be added."""
     if isinstance(written_value, dict):
         return isinstance(stored, dict) and all(
             value is None or covers(stored.get(key), value) for key, value in written_value.items()
@@ -80,7 +80,7 @@ def covers(stored: Any, written_value: Any) -> bool:
     "wrong", [one for one in WRONG if one.says], ids=lambda one: f"{one.kind}-{one.about}".replace(" ", "_")
 )
 def test_a_wrong_object_is_refused(server: Server, wrong: Wrong) -> None:
-    """With a message that names the fault."""
+    """The object is rejected with a message that names the fault."""
     answer = server.create(wrong.object, dryRun="All")
     assert answer.status == 422, answer.body
     assert wrong.says in answer.message
@@ -88,13 +88,16 @@ def test_a_wrong_object_is_refused(server: Server, wrong: Wrong) -> None:
 
 @pytest.mark.parametrize("wrong", [one for one in WRONG if not one.says], ids=lambda one: one.about.replace(" ", "_"))
 def test_what_only_check_can_refuse(server: Server, wrong: Wrong) -> None:
-    """The server takes it, as the documentation says; once it does not, it moves to the others."""
+    """The server accepts the object, as the documentation says.
+
+    If it ever rejects the object, the case must move to the others.
+    """
     answer = server.create(wrong.object, dryRun="All")
     assert answer.status == 201, answer.message
 
 
 def test_defaults(server: Server) -> None:
-    """An object without spec is in tier default, a null tier too; an empty one is refused."""
+    """An object without spec, or with a null tier, is in the tier default; one with an empty tier is rejected."""
     obj: dict[str, Any] = {
         "apiVersion": CALICO,
         "kind": "NetworkPolicy",
@@ -110,7 +113,7 @@ def test_defaults(server: Server) -> None:
 
 
 def test_defaults_change_nothing_for_the_parser(server: Server) -> None:
-    """What the server made of an object means what the object meant."""
+    """The stored object with its defaults has the same meaning as the written object."""
     for where, obj in written():
         before = parse_objects([(obj, Positions(where))])
         if before.errors:
@@ -121,14 +124,17 @@ def test_defaults_change_nothing_for_the_parser(server: Server) -> None:
 
 
 def unplaced(value: Any) -> Any:
-    """A resource without the lines it stood in."""
+    """A resource without the positions in its source."""
     if hasattr(value, "__dataclass_fields__"):
         return {name: unplaced(getattr(value, name)) for name in value.__dataclass_fields__ if name != "location"}
     return [unplaced(one) for one in value] if isinstance(value, tuple) else value
 
 
 def test_an_unknown_field_of_a_calico_kind(server: Server) -> None:
-    """Refused where the writer asks for it, as kubectl does; else dropped, with a warning."""
+    """If the writer requests strict validation, as kubectl does, the field is rejected.
+
+    Otherwise it is dropped with a warning.
+    """
     obj = {
         "apiVersion": CALICO,
         "kind": "NetworkPolicy",
@@ -142,7 +148,7 @@ def test_an_unknown_field_of_a_calico_kind(server: Server) -> None:
 
 
 def test_columns(server: Server) -> None:
-    """What kubectl shows of a policy."""
+    """The columns of a policy, as kubectl shows them."""
     path = f"/apis/{CALICO}/globalnetworkpolicies"
     made = server.create(
         {"apiVersion": CALICO, "kind": "GlobalNetworkPolicy", "metadata": {"name": "columns"}, "spec": {"order": 7}}
@@ -155,7 +161,7 @@ def test_columns(server: Server) -> None:
 
 
 def test_field_selectors(server: Server) -> None:
-    """Policies by tier, host endpoints by node, and network-group policies by tier."""
+    """Field selectors find policies by tier, host endpoints by node, and SIG-network policies by tier."""
     objects = [
         {"apiVersion": CALICO, "kind": "GlobalNetworkPolicy", "metadata": {"name": name}, "spec": {"tier": name}}
         for name in ("one", "two")
@@ -172,12 +178,12 @@ def test_field_selectors(server: Server) -> None:
 
 
 def test_status_is_a_subresource_with_an_entry_a_writer(server: Server) -> None:
-    """The main resource ignores it, and two writers keep an entry each."""
+    """A write of the object ignores the status, and two writers of the status keep one entry each."""
     obj = {"apiVersion": CALICO, "kind": "Tier", "metadata": {"name": "status"}, "spec": {"order": 3}}
     condition = {"status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z", "reason": "Done", "message": ""}
     one = {**condition, "type": "example.org/one"}
     assert "status" not in server.create({**obj, "status": {"conditions": [one]}}).body
-    path = f"{collection(obj)}/status"  # the object is called so
+    path = f"{collection(obj)}/status"  # the object is named "status"
     for writer in ("one", "two"):
         body = {key: obj[key] for key in ("apiVersion", "kind", "metadata")}
         body["status"] = {"conditions": [{**condition, "type": f"example.org/{writer}"}]}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The label that says a policy's tier: set by the API server where it can, and never false where it cannot."""
+"""The label with a policy's tier: the API server sets it if it can, and otherwise never accepts a wrong one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def policy(kind: str, tier: str | None = None, labels: dict[str, str] | None = N
 
 
 def in_force(server: Server, name: str, label: str | None) -> Iterator[Server]:
-    """Put an admission policy in force; ``label``: of a policy that names a false tier, None where it is refused."""
+    """Put an admission policy in force.
+
+    ``label``: of a policy with a wrong tier label; None: the policy is rejected.
+    """
 
     def seen() -> str | None:
         body = server.create(policy("NetworkPolicy", "a", {LABEL: "false"}), dryRun="All").body
@@ -42,7 +45,7 @@ def in_force(server: Server, name: str, label: str | None) -> Iterator[Server]:
 
 @pytest.fixture
 def labelling(server: Server) -> Iterator[Server]:
-    """The API server sets the label."""
+    """A server that sets the label."""
     served = server.get("/apis/admissionregistration.k8s.io/v1").body["resources"]
     if all(one["name"] != "mutatingadmissionpolicies" for one in served):
         pytest.skip("this API server has no MutatingAdmissionPolicy")
@@ -51,12 +54,15 @@ def labelling(server: Server) -> Iterator[Server]:
 
 @pytest.fixture
 def checking(server: Server) -> Iterator[Server]:
-    """The API server refuses a false one."""
+    """A server that rejects a wrong label."""
     yield from in_force(server, "tier-label-check", None)
 
 
 def test_the_label_is_set_corrected_and_kept(labelling: Server) -> None:
-    """On every tiered kind; other labels stay, a wrong type of a field gets the schema's own message."""
+    """The label is set on every tiered kind.
+
+    Other labels stay. A field of a wrong type gets the schema's own message.
+    """
     for kind in KINDS:
         for given, tier in ((None, "a"), ({LABEL: "b", "other": "c"}, "a"), ({}, None)):
             answer = labelling.create(policy(kind, tier, given), dryRun="All")
@@ -69,7 +75,7 @@ def test_the_label_is_set_corrected_and_kept(labelling: Server) -> None:
 
 
 def test_applying_again_writes_nothing(labelling: Server) -> None:
-    """The label belongs to no writer, so server-side apply finds no conflict and no change."""
+    """The label has no owner, so server-side apply finds neither a conflict nor a change."""
     obj = policy("GlobalNetworkPolicy", "a")
     first = labelling.apply(obj)
     again = labelling.apply(obj)
@@ -81,7 +87,7 @@ def test_applying_again_writes_nothing(labelling: Server) -> None:
 
 
 def test_a_false_label_is_refused(checking: Server) -> None:
-    """A true one, and none, are accepted."""
+    """A correct label is accepted, and so is a policy without the label."""
     for kind in KINDS:
         assert checking.create(policy(kind, "a", {LABEL: "b"}), dryRun="All").status == 422
         for labels in (None, {}, {"other": "b"}, {LABEL: "a"}):
@@ -92,13 +98,13 @@ def test_a_false_label_is_refused(checking: Server) -> None:
 
 @pytest.mark.usefixtures("takes_an_empty_tier")
 def test_an_empty_tier_gets_the_label_of_the_default_one(labelling: Server) -> None:
-    """Whatever definition is installed."""
+    """The label is that of the tier default, whichever definition is installed."""
     answer = labelling.create(policy("StagedNetworkPolicy", ""), dryRun="All")
     assert answer.body["metadata"]["labels"] == {LABEL: "default"}
 
 
 @pytest.mark.usefixtures("takes_an_empty_tier")
 def test_the_label_of_an_empty_tier_is_the_default_one(checking: Server) -> None:
-    """Any other is refused."""
+    """Any other label is rejected."""
     for label, status in (("default", 201), ("a", 422)):
         assert checking.create(policy("StagedNetworkPolicy", "", {LABEL: label}), dryRun="All").status == status

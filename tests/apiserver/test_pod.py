@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pods of deploy/manifests as a kubelet would run them, on a node of network namespaces, at a real API server.
+"""The pods of deploy/manifests, run as a kubelet runs them, on a node of network namespaces, at a real API server.
 
-A container here has a mount namespace with a root that cannot be written, the mounts, environment, capabilities and command of its
-manifest, and the token of the manifest's account.  It has this machine's programs in place of the image's.
+A container has a mount namespace with a read-only root, the mounts, environment, capabilities and command of its
+manifest, and the token of the manifest's account. It runs this machine's programs in place of the image's.
 """
 
 from __future__ import annotations
@@ -57,14 +57,15 @@ shift
 mount -o remount,ro "$root"
 exec chroot "$root" "$@"
 """
-"""Arguments: the root's content, an empty directory, pairs of a directory and its place inside, -- and the command."""
+"""A shell script. Arguments: the directory with the root's content, an empty directory, pairs of (directory, its path
+in the container), ``--``, and the command."""
 
 
 @dataclass
 class PodScene(Scene):
-    """A node whose directories are below the scene's own, and the pods' containers on it.
+    """A node whose directories are below the scene's own, and the containers of its pods.
 
-    ``port``: of the API server; ``bpf``: the node's BPF file system.
+    ``port``: that of the API server. ``bpf``: the node's BPF file system.
     """
 
     port: int = 0
@@ -75,7 +76,7 @@ class PodScene(Scene):
         return self.of_node(Path("/run/netpol-ebpf"))
 
     def of_node(self, path: Path) -> Path:
-        """A directory of the node."""
+        """The path of a directory of the node."""
         return self.bpf if path == Path("/sys/fs/bpf") else self.home / "node" / path.relative_to("/")
 
     def command(self, *_options: str) -> list[str]:
@@ -89,7 +90,7 @@ class PodScene(Scene):
         volumes = {one["name"]: self._volume(one, objects) for one in pod["volumes"]}
         mounts: list[str] = []
         for mount in every[name]["volumeMounts"]:
-            place = mount["mountPath"].replace("/var/run/", "/run/")  # which is a link
+            place = mount["mountPath"].replace("/var/run/", "/run/")  # /var/run is a link
             mounts += [str(volumes[mount["name"]]), place]
         security = every[name]["securityContext"]
         assert security["readOnlyRootFilesystem"]
@@ -106,7 +107,7 @@ class PodScene(Scene):
         ]  # fmt: skip
 
     def _volume(self, volume: dict[str, Any], objects: dict[str, Any]) -> Path:
-        """The directory of a volume, made if its type permits."""
+        """The directory of a volume. It is created if the type of the volume permits this."""
         if "hostPath" in volume:
             path = self.of_node(Path(volume["hostPath"]["path"]))
             if volume["hostPath"]["type"] == "DirectoryOrCreate":
@@ -124,7 +125,7 @@ class PodScene(Scene):
 
 @pytest.fixture
 def scene(own_server: OwnServer, bpffs: Path, tmp_path: Path) -> Iterator[PodScene]:
-    """The node, the API server where the node reaches it, and the account's token where kubelet puts it."""
+    """The node, the API server where the node can reach it, and the account's token where kubelet puts it."""
     with (
         lab_for() as lab,
         scene_in(
@@ -144,7 +145,7 @@ def scene(own_server: OwnServer, bpffs: Path, tmp_path: Path) -> Iterator[PodSce
 
 
 def is_ready(scene: PodScene) -> bool:
-    """What kubelet learns from the readiness probe of the agent's container."""
+    """Whether the readiness probe of the agent's container succeeds."""
     *_, daemonset = documents(DEPLOY / "manifests" / "agent-flannel.yaml")
     probe = daemonset["spec"]["template"]["spec"]["containers"][0]["readinessProbe"]["httpGet"]
     url = f"http://{probe['host']}:{probe['port']}{probe['path']}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The example roles give each part of an organisation what deploy/roles/README.md says, and no more."""
+"""The example roles give each part of an organisation exactly the rights that deploy/roles/README.md states."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def obj(kind: str, namespace: str = "", *, api: str = CALICO, **spec: Any) -> di
 HOST = {"node": "n", "interfaceName": "*"}
 KUBERNETES = {"podSelector": {}}
 ROWS = (
-    # the object, and who may create it
+    # (the object, the groups that may create it)
     (obj("NetworkPolicy", "shop", tier="security"), {"security"}),
     (obj("GlobalNetworkPolicy", tier="security"), {"security"}),
     (obj("StagedGlobalNetworkPolicy", tier="security"), {"security"}),
@@ -55,7 +55,7 @@ ROWS = (
 
 @pytest.fixture(scope="module")
 def guarded(server: Server) -> Iterator[Server]:
-    """With the namespaces, the roles and the admission policies."""
+    """A server with the namespaces, the roles and the admission policies."""
     for name in ("shop", "blue"):
         server.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
     admission = documents(CHART / "admission" / "tier-rights.yaml")
@@ -73,7 +73,7 @@ def guarded(server: Server) -> Iterator[Server]:
 
 
 def may(server: Server, wanted: dict[str, Any], who: str) -> bool:
-    """Whether a member of a group may create it."""
+    """Whether a member of a group may create an object."""
     answer = server.create(wanted, user=f"{who}-member", groups=GROUPS[who], dryRun="All")
     assert answer.status in (201, 403), answer.message
     return answer.status == 201
@@ -89,12 +89,12 @@ def may(server: Server, wanted: dict[str, Any], who: str) -> bool:
     ),
 )
 def test_who_may_create(guarded: Server, wanted: dict[str, Any], allowed: set[str]) -> None:
-    """Exactly those."""
+    """Exactly the stated groups may create the object."""
     assert {who for who in GROUPS if may(guarded, wanted, who)} == allowed
 
 
 @pytest.mark.parametrize("resource", ["tiers", "globalnetworkpolicies", "stagednetworkpolicies", "globalnetworksets"])
 def test_an_auditor_reads(guarded: Server, resource: str) -> None:
-    """Every kind, in every namespace."""
+    """An auditor may read every kind in every namespace."""
     answer = guarded.get(f"/apis/{CALICO}/{resource}", user="auditor-member", groups=GROUPS["auditor"])
     assert answer.status == 200, answer.message

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The source that follows an API server, against a real one: rights, events, deleted and changed definitions, crashes, a lost etcd."""
+"""The source of a cluster at a real API server: rights, events, changed definitions, crashes, a lost etcd."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ DEFINITION = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{TIERS}"
 
 
 class OwnServer(Server):
-    """A server that tests may kill, stop and set back."""
+    """A server that tests may kill, stop, and restore to an earlier state."""
 
     @property
     def etcd(self) -> Any:
         return self._processes[0]
 
     def kill(self) -> None:
-        """The API server alone, as in a crash."""
+        """Kill only the API server, as in a crash."""
         self._processes[1].kill()
         self._processes[1].wait()
 
     def revive(self) -> None:
-        """Start it again, at the same port."""
+        """Start the API server again at the same port."""
         command = self._processes.pop(1).args
         self._spawn("apiserver", command)  # type: ignore[arg-type]
         self.wait_for(self._is_ready, "the server is back")
 
     def set_back(self, change: Callable[[Path], None]) -> None:
-        """Stop both, change etcd's data, start both."""
+        """Stop both programs, change etcd's data, and start both."""
         commands = [process.args for process in self._processes]
         self.kill()
         self.etcd.terminate()
@@ -62,7 +62,7 @@ class OwnServer(Server):
         self.wait_for(self._is_ready, "the server is back")
 
     def define_tiers(self) -> None:
-        """Apply the definition, and wait until it is served."""
+        """Apply the definition of tiers, and wait until it is served."""
         (definition,) = yaml.safe_load_all((ROOT / "deploy" / "chart" / "crds" / f"{TIERS}.yaml").read_text())
         assert self.apply(definition).status in (200, 201)
         self.wait_for(lambda: self.get("/apis/projectcalico.org/v3/tiers").status == 200, "tiers are served")
@@ -70,7 +70,7 @@ class OwnServer(Server):
 
 @pytest.fixture(scope="module")
 def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnServer]:
-    """With the role of deploy/manifests/rbac.yaml, bound to the user agent, and the definition of tiers."""
+    """A server with the role of deploy/manifests/rbac.yaml, bound to the user `agent`, and the definition of tiers."""
     made = OwnServer(Path(os.environ["KUBE_APISERVER"]), Path(os.environ["ETCD"]), tmp_path_factory.mktemp("own"))
     try:
         documents = yaml.safe_load_all((ROOT / "deploy" / "manifests" / "rbac.yaml").read_text(encoding="utf-8"))
@@ -98,7 +98,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cluster(server: Server, user: str = "agent") -> Cluster:
-    """The server, as this user sees it."""
+    """The server with the credentials of a user."""
     headers = {
         "Authorization": f"Bearer {TOKEN}",
         "Impersonate-User": user,
@@ -123,7 +123,7 @@ def followed(own_server: OwnServer) -> Iterator[KubernetesSource]:
 
 
 def take(followed: KubernetesSource, is_there: Callable[[list[str]], bool]) -> list[str]:
-    """The events as text, until that is there."""
+    """Collect the events as texts until a condition on them is true."""
     found: list[str] = []
     until_s = time.monotonic() + DEADLINE_S
     while not is_there(found):
@@ -140,13 +140,13 @@ def tier(name: str, order: int = 10) -> dict[str, Any]:
 
 
 def test_role_of_the_file_is_enough(own_server: OwnServer, followed: KubernetesSource) -> None:
-    """And every kind is listed by stream where the server offers that, or is not installed."""
+    """Every kind is either not installed, or listed; by a streaming list, if the server offers one."""
     states = {one.kind: one for one in followed.states()}
     assert all(one.is_synced for one in states.values())
     assert states["namespaces"].objects >= 4
     assert states[TIERS].state == "watching"
     assert states["globalnetworksets.projectcalico.org"].state == "not installed"
-    # Version 1.33 has the feature off, those before and after have it on.
+    # In version 1.33 the feature is off, in the versions before and after it is on.
     found = re.search(r'kubernetes_feature_enabled{name="WatchList",[^}]*} (\d)', own_server.get("/metrics").body)
     assert found is not None
     listed = [one for one in followed.watchers.values() if one.state is watching.State.WATCHING]
@@ -167,7 +167,7 @@ def test_user_without_rights_gets_nothing(own_server: OwnServer, monkeypatch: py
 
 
 def test_events_of_objects(own_server: OwnServer, followed: KubernetesSource) -> None:
-    """A namespace, a policy and a tier come and go."""
+    """A namespace, a policy and a tier are created and deleted."""
     policy = {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
@@ -189,7 +189,7 @@ def test_events_of_objects(own_server: OwnServer, followed: KubernetesSource) ->
 
 
 def test_new_default_of_a_definition_arrives(own_server: OwnServer, followed: KubernetesSource) -> None:
-    """No event names the object, whose resourceVersion is the same."""
+    """The object changes without an event and with the same resourceVersion."""
     own_server.create({**tier("one"), "spec": {}})
     assert take(followed, bool) == ["+Tier/one"]
     definition = own_server.get(DEFINITION).body
@@ -211,7 +211,7 @@ def _tiers(followed: KubernetesSource) -> Any:
 
 
 def test_deleted_definition_lifts_nothing(own_server: OwnServer, followed: KubernetesSource) -> None:
-    """DELETED for each object, then 404: all stay, until they are applied again or released."""
+    """The server sends DELETED for each object, then 404. All objects stay until they are applied again or released."""
     for name in ("one", "two", "three"):
         own_server.create(tier(name))
     take(followed, lambda found: len(found) == 3)
@@ -231,7 +231,10 @@ def test_deleted_definition_lifts_nothing(own_server: OwnServer, followed: Kuber
 
 
 def test_crash_of_the_server_changes_nothing(own_server: OwnServer, followed: KubernetesSource) -> None:
-    """Problems while it is away, none after; what changed meanwhile is the difference."""
+    """There are problems while the server does not answer, and none afterwards.
+
+    Changes in the meantime become events.
+    """
     own_server.create(tier("kept"))
     assert take(followed, bool) == ["+Tier/kept"]
     own_server.kill()
@@ -247,7 +250,7 @@ def test_crash_of_the_server_changes_nothing(own_server: OwnServer, followed: Ku
 def test_etcd_that_hangs_is_told(
     own_server: OwnServer, followed: KubernetesSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server goes on as if nothing were wrong; the probe does not."""
+    """The server continues as if nothing were wrong, but the probe fails."""
     followed.probe.step()
     assert followed.problems == ()
     monkeypatch.setattr(probing, "ANSWER_S", 2.0)
@@ -264,7 +267,10 @@ def test_etcd_that_hangs_is_told(
 
 
 def test_restored_backup_is_noticed(own_server: OwnServer, followed: KubernetesSource, tmp_path: Path) -> None:
-    """ResourceVersions go back, and watches from a lost one are silent: a probe has everything listed again."""
+    """ResourceVersions go back, and a WATCH from a lost one is silent.
+
+    A probe makes the source list everything again.
+    """
     own_server.set_back(lambda data: shutil.copytree(data, tmp_path / "backup"))
     for number in range(40):
         own_server.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": f"lost-{number}"}})
@@ -284,7 +290,7 @@ def test_restored_backup_is_noticed(own_server: OwnServer, followed: KubernetesS
 
 
 def test_server_without_lists_by_stream(tmp_path: Path) -> None:
-    """It refuses them, and the kinds are listed in pages."""
+    """The server rejects streaming lists, and the kinds are listed in pages."""
     programs = Path(os.environ["KUBE_APISERVER"]), Path(os.environ["ETCD"])
     other = Server(*programs, tmp_path, flags=["--feature-gates=WatchList=false"])
     made = KubernetesSource(Cluster(cluster(other).server, other._authority.read_bytes, lambda _refused: ADMINISTRATOR))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports, conditions, Events and questions about rights at a real API server, with the rights of deploy/manifests/rbac.yaml and deploy/roles."""
+"""Reports, conditions, Events and rights at a real API server, with the rights of deploy/manifests and deploy/roles."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ POLICIES: dict[str, dict[str, Any]] = {
         "subject": {"namespaces": {"matchLabels": {"kubernetes.io/metadata.name": SHOP}}},
     },
 }
-"""A spec of each kind; all select the pod db."""
+"""A spec of each kind. All select the pod db."""
 
 
 def obj(kind: str, spec: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def shop(server: Server) -> Iterator[Server]:
-    """With a namespace, pods on two nodes, a policy of each kind, and the agent's rights."""
+    """A server with a namespace, pods on two nodes, a policy of each kind, and the agent's rights."""
     server.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SHOP}})
     account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default", "namespace": SHOP}}
     assert server.apply(account).status in (200, 201)
@@ -112,7 +112,7 @@ def shop(server: Server) -> Iterator[Server]:
 
 
 def give_lease(server: Server, user: str, verb: str = "") -> None:
-    """The rights to the Lease, but for one verb."""
+    """Give a user the rights to the Lease, except one verb."""
     documents = list(yaml.safe_load_all((ROOT / "deploy" / "manifests" / "rbac.yaml").read_text(encoding="utf-8")))
     (own,) = (one for one in documents if one["kind"] == "Role")
     rules = [{**rule, "verbs": [one for one in rule["verbs"] if one != verb]} for rule in own["rules"]]
@@ -136,7 +136,7 @@ def revision(server: Server, kind: str) -> str:
 
 
 def write(server: Server, node: str, in_force: dict[str, str], *short: Shortfall, user: str = AGENT) -> ReportWriter:
-    """A report, as the agent of a node writes it."""
+    """Write a report as the agent of a node does."""
     writer = ReportWriter(Client(cluster(server, user)), node, chance=lambda: 0.0)
     writer.offer(NodeStatus(in_force, short))
     writer.step()
@@ -144,7 +144,7 @@ def write(server: Server, node: str, in_force: dict[str, str], *short: Shortfall
 
 
 def read_reports(server: Server, user: str = AGENT) -> tuple[dict[str, NodeReport], str]:
-    """The reports as the leader lists them, or why it cannot."""
+    """The reports as the leader lists them, or the reason why it cannot."""
     store = ReportStore()
     watcher = KindWatcher(REPORTS, Client(cluster(server, user)), store, lambda: 1.0)
     until_s = time.monotonic() + DEADLINE_S
@@ -156,7 +156,7 @@ def read_reports(server: Server, user: str = AGENT) -> tuple[dict[str, NodeRepor
 
 
 def view(server: Server, faults: dict[str, str] | None = None) -> View:
-    """The cluster, as an agent knows it."""
+    """The cluster as an agent knows it."""
     derivation = Derivation()
     of = [("v1", "Namespace", "/api/v1/namespaces"), ("v1", "Pod", f"/api/v1/namespaces/{SHOP}/pods")]
     items = [
@@ -183,7 +183,10 @@ def condition(server: Server, kind: str) -> dict[str, Any]:
 
 
 def test_report_is_made_changed_and_read(shop: Server) -> None:
-    """By server-side apply with create and patch alone; the columns are there, and the schema takes every field."""
+    """The report is written by server-side apply with only the rights create and patch.
+
+    The schema keeps every field.
+    """
     short = Shortfall("MapFull", "np_verdict has no room", ("NetworkPolicy/shop/x",))
     shop.request("DELETE", f"{COLLECTION}/n1")
     assert shop.apply({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}}).status in (200, 201)
@@ -203,7 +206,7 @@ def test_report_is_made_changed_and_read(shop: Server) -> None:
 
 @pytest.mark.parametrize("kind", POLICIES)
 def test_policy_is_programmed_when_its_nodes_say_so(shop: Server, kind: str) -> None:
-    """In `status --policy` and, where the kind has a status, in its condition; writing the condition makes no generation."""
+    """`status --policy` and the condition (if the kind has one) say so. The condition changes no generation."""
     agent = Client(cluster(shop, AGENT))
     name, now = str(key_of(kind)), revision(shop, kind)
     shop.request("DELETE", f"{COLLECTION}/n2")
@@ -240,7 +243,7 @@ def _admin(server: Server) -> Client:
 
 
 def test_new_generation_is_awaited(shop: Server) -> None:
-    """`wait` ends when the node reports the generation of the edit, not before."""
+    """`wait` ends when the node reports the generation of the edit, and not before."""
     key = key_of("KubernetesNetworkPolicy")
     write(shop, "n1", {str(key): revision(shop, key.kind)})
     admin = _admin(shop)
@@ -257,7 +260,7 @@ def test_new_generation_is_awaited(shop: Server) -> None:
 
 
 def test_refused_and_invalid_policies_get_conditions_and_events(shop: Server) -> None:
-    """An Event of the object, which `kubectl describe` shows."""
+    """The Events belong to the object, so `kubectl describe` shows them."""
     kind = "NetworkPolicy"
     name = str(key_of(kind))
     write(shop, "n1", {}, Shortfall("MapFull", "np_verdict has no room", (name,)))
@@ -276,7 +279,7 @@ def test_refused_and_invalid_policies_get_conditions_and_events(shop: Server) ->
 
 
 def test_one_agent_holds_the_lease(shop: Server) -> None:
-    """By the server's clock and the Lease's version."""
+    """The election uses the server's clock and the Lease's version."""
     shop.request("DELETE", f"{LEASES}/{LEASE}")
     one, two = (Election(Client(cluster(shop, AGENT)), node) for node in ("n1", "n2"))
     for each in (one, two, one, two):
@@ -303,7 +306,7 @@ STATUS_RIGHTS = [
 
 @pytest.mark.parametrize("right", STATUS_RIGHTS, ids=lambda one: f"{one[2]}-{one[1].replace('/', '-')}-{one[0]}")
 def test_each_right_that_is_missing_is_named(shop: Server, right: tuple[str, str, str]) -> None:
-    """The verb and the resource, in the problem that `netpolctl status` shows."""
+    """The problem in `netpolctl status` names the verb and the resource."""
     group, resource, verb = right
     user = f"without-{verb}-{resource.replace('/', '-')}-{group}"
     give(shop, user, without(group, resource, verb))
@@ -314,7 +317,7 @@ def test_each_right_that_is_missing_is_named(shop: Server, right: tuple[str, str
 
 
 def problem_of(server: Server, user: str, right: tuple[str, str, str]) -> str:
-    """What an agent with these rights says when it needs the one that is missing."""
+    """The problem of an agent without one right, when it needs that right."""
     group, resource, verb = right
     if resource == "nodereports" and verb in ("create", "patch"):
         server.request("DELETE", f"{COLLECTION}/n9")
@@ -338,7 +341,7 @@ def problem_of(server: Server, user: str, right: tuple[str, str, str]) -> str:
     )
     path = path_of(kind)
     whole = view(server)
-    newer = f"{revision(server, kind).partition('/')[0]}/999"  # of which the server has no condition
+    newer = f"{revision(server, kind).partition('/')[0]}/999"  # the server has no condition for this generation
     only = View({key_of(kind): whole.policies[key_of(kind)]}, whole.endpoints, {key_of(kind): newer})
     with pytest.raises(UnreachableError) as found:
         writer.round(replace(only, faults={} if resource.endswith("/status") else {path: "a fault of its own"}), {})
@@ -347,7 +350,7 @@ def problem_of(server: Server, user: str, right: tuple[str, str, str]) -> str:
 
 @pytest.mark.parametrize("verb", ["get", "create", "update"])
 def test_each_right_to_the_lease_that_is_missing_is_named(shop: Server, verb: str) -> None:
-    """The Lease is made, then renewed."""
+    """The right is needed when the Lease is created or when it is renewed."""
     user = f"without-{verb}-lease"
     give(shop, user, role())
     give_lease(shop, user, verb)
@@ -363,7 +366,7 @@ def test_each_right_to_the_lease_that_is_missing_is_named(shop: Server, verb: st
 
 
 def test_status_needs_rights_of_the_user(shop: Server) -> None:
-    """Without the right to reports nothing is said of the policy."""
+    """Without the right to read reports, the answer says nothing about the policy."""
     with pytest.raises(PrivilegeError):
         look_up(Client(cluster(shop, "nobody")), key_of("KubernetesNetworkPolicy"))
 
@@ -375,7 +378,7 @@ MEMBERS = {"security": "security", "application": "shop-developers", "tenant": "
 
 @pytest.fixture(scope="module")
 def guarded(server: Server) -> Iterator[Server]:
-    """With the roles and the admission policy."""
+    """A server with the roles and the admission policy."""
     for name in ("shop", "blue"):
         server.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
     admission = documents(DEPLOY / "chart" / "admission" / "tier-rights.yaml")
@@ -424,14 +427,17 @@ ROWS = [
 def test_can_i_says_what_the_roles_grant(
     guarded: Server, verb: str, kind: str, tier: str, namespace: str, allowed: set[str]
 ) -> None:
-    """The same as tests/apiserver/test_roles.py finds by writing; reads are plain rights, and the answer says so."""
+    """The answer agrees with the writes in tests/apiserver/test_roles.py.
+
+    Reads are plain rights, and the answer says so.
+    """
     answers = {who: ask(guarded, who, verb, kind, tier, namespace) for who in MEMBERS}
     assert {who for who, one in answers.items() if one["allowed"]} == allowed
     assert all(can_i.NO_READS in one["notes"] for one in answers.values())
 
 
 def test_can_i_names_what_grants_and_what_is_missing(guarded: Server) -> None:
-    """RBAC's own reason, and the right to the virtual resource."""
+    """The answer has RBAC's own reason, and the right to the virtual resource."""
     answer = ask(guarded, "application", "create", "networkpolicies", "application", "shop")
     assert any("netpol-application-team" in one["why"] for one in answer["checks"])
     answer = ask(guarded, "tenant", "create", "networkpolicies", "security", "blue")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""deploy/chart/admission decides who may write policies of which tier as SEMANTICS 8.1 says, for enforced and staged kinds alike."""
+"""deploy/chart/admission decides as SEMANTICS 8.1 says who may write enforced and staged policies of a tier."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALL = ("get", "list", "watch", "create", "update", "patch", "delete", "deletecol
 
 @dataclass(frozen=True)
 class Right:
-    """One rule of a role; ``namespace``: bound there, "" for the whole cluster."""
+    """One rule of a role. ``namespace``: the rule is bound in this namespace; "": in the whole cluster."""
 
     resources: tuple[str, ...]
     names: tuple[str, ...] = ()
@@ -61,11 +61,11 @@ USERS: Mapping[str, tuple[Right, ...]] = {
     "enforced-only": (tier_get("guard"), Right(TIERED[:2], ("guard.*",))),
     "staged-only": (tier_get("guard"), Right(TIERED[2:], ("guard.*",))),
 }
-"""Each has the plain rights on all policies besides."""
+"""The users. Each also has the plain rights on all policies."""
 
 
 def policy(kind: str, name: str, tier: object = None, namespace: str = "dev") -> dict[str, Any]:
-    """A policy; without a tier it has no spec at all."""
+    """A policy. Without a tier it has no spec at all."""
     metadata = {"name": name} | ({} if "Global" in kind else {"namespace": namespace})
     return {"apiVersion": VERSION, "kind": kind, "metadata": metadata} | (
         {} if tier is None else {"spec": {"tier": tier}}
@@ -74,7 +74,7 @@ def policy(kind: str, name: str, tier: object = None, namespace: str = "dev") ->
 
 @dataclass(frozen=True)
 class Case:
-    """One request, and what it gets for each user; ``is_global``: on the cluster-wide kind."""
+    """One request, and its result for each user. ``is_global``: the request is for the kind without namespaces."""
 
     about: str
     verb: str
@@ -87,7 +87,7 @@ class Case:
     query: Mapping[str, str] = field(default_factory=dict)
 
     def send(self, server: Server, kind: str, user: str | None) -> Answer:
-        """Send it, without keeping anything."""
+        """Send the request as a dry run."""
         obj = policy(kind, self.name, self.tier, self.namespace)
         path = collection(obj)
         query = {"dryRun": "All", **self.query}
@@ -232,7 +232,7 @@ CASES = (
 
 
 def rows() -> Iterator[Any]:
-    """Each case, kind and user."""
+    """Each combination of case, kind and user."""
     for staged in ("", "Staged"):
         for case in CASES:
             kind = f"{staged}{'Global' if case.is_global else ''}NetworkPolicy"
@@ -268,7 +268,7 @@ def applied(server: Server, *objects: Mapping[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def guarded(server: Server) -> Iterator[Server]:
-    """With tiers, users, policies of each tier, and the admission policies in force."""
+    """A server with tiers, users, policies of each tier, and the admission policies in force."""
     applied(
         server, *({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}} for name in ("dev", "prod"))
     )
@@ -286,7 +286,7 @@ def guarded(server: Server) -> Iterator[Server]:
         obj for name in ("tier-rights", "built-in-tiers") for obj in documents(CHART / "admission" / f"{name}.yaml")
     ]
     applied(server, *admission)
-    # Roles and admission policies act a moment after they are there
+    # Roles and admission policies are in force a moment after their creation.
     for staged, only in (("", "enforced-only"), ("Staged", "staged-only")):
         for is_global in (False, True):
             kind = f"{staged}{'Global' if is_global else ''}NetworkPolicy"
@@ -308,7 +308,7 @@ def guarded(server: Server) -> Iterator[Server]:
 
 @pytest.mark.parametrize(("case", "kind", "user", "allowed"), list(rows()))
 def test_a_row_of_the_table(guarded: Server, case: Case, kind: str, user: str, allowed: bool) -> None:  # noqa: FBT001
-    """SEMANTICS 8.1, row by row."""
+    """The server's answer is that of the table in SEMANTICS 8.1."""
     answer = case.send(guarded, kind, user)
     assert answer.status in ((200, 201) if allowed else (403,)), answer.message
     if not allowed:
@@ -316,7 +316,7 @@ def test_a_row_of_the_table(guarded: Server, case: Case, kind: str, user: str, a
 
 
 def test_an_administrator_writes_every_tier(guarded: Server) -> None:
-    """system:masters has every right."""
+    """The group system:masters has every right."""
     for kind in ("NetworkPolicy", "StagedGlobalNetworkPolicy"):
         answer = Case("", "create", "x", {}, tier="guard", is_global="Global" in kind).send(guarded, kind, None)
         assert answer.status == 201, answer.message
@@ -324,7 +324,7 @@ def test_an_administrator_writes_every_tier(guarded: Server) -> None:
 
 @pytest.mark.parametrize("staged", [False, True])
 def test_a_staged_kind_has_rights_of_its_own(guarded: Server, staged: bool) -> None:  # noqa: FBT001
-    """A right on tier.networkpolicies says nothing of tier.stagednetworkpolicies, and the other way round."""
+    """Rights on tier.networkpolicies and on tier.stagednetworkpolicies are independent."""
     user = "staged-only" if staged else "enforced-only"
     case = Case("", "create", "x", {}, tier="guard")
     assert (case.send(guarded, "StagedNetworkPolicy", user).status == 201) is staged
@@ -332,14 +332,14 @@ def test_a_staged_kind_has_rights_of_its_own(guarded: Server, staged: bool) -> N
 
 
 def test_a_staged_kubernetes_policy_is_plain_rights(guarded: Server) -> None:
-    """It has no tier."""
+    """The kind has no tier, so plain rights suffice."""
     answer = Case("", "create", "x", {}).send(guarded, "StagedKubernetesNetworkPolicy", "none")
     assert answer.status == 201, answer.message
 
 
 @pytest.mark.usefixtures("takes_an_empty_tier")
 def test_an_empty_tier_is_the_default_one(guarded: Server) -> None:
-    """It is no way round the rights, whatever definition is installed."""
+    """An empty tier does not evade the rights, whichever definition is installed."""
     case = Case("", "create", "x", {}, tier="")
     assert {
         user: case.send(guarded, "StagedNetworkPolicy", user).status for user in ("none", "owner", "alltiers", "dev")
@@ -352,7 +352,7 @@ def test_an_empty_tier_is_the_default_one(guarded: Server) -> None:
 
 
 def test_a_built_in_tier_cannot_be_deleted(guarded: Server) -> None:
-    """Not even by an administrator; another tier can."""
+    """Even an administrator cannot delete it. Another tier can be deleted."""
     tiers = f"/apis/{VERSION}/tiers"
     guarded.wait_for(
         lambda: guarded.request("DELETE", f"{tiers}/default", dryRun="All").status == 403, "the guard of tiers acts"

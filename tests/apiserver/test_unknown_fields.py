@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A field of a network-group kind that nobody here knows closes: at the API server, and where it is not asked, in the parser."""
+"""An unknown field of a SIG-network kind fails closed: the API server rejects it, and otherwise the parser denies."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SAMPLES = {
 
 
 def sample(schema: Schema, name: str = "") -> Any:
-    """A valid value that leads through as many mappings as it can."""
+    """A valid value with as many nested mappings as possible."""
     if name in SAMPLES:
         return SAMPLES[name]
     if "enum" in schema:
@@ -46,7 +46,7 @@ Way = tuple[Any, ...]
 
 
 def variants(resource: CustomResource) -> Iterator[tuple[Way, dict[str, Any]]]:
-    """Each way to a mapping of the spec, and a valid spec that has a mapping there."""
+    """Each path to a mapping of the spec, and a valid spec that has a mapping at this path."""
     yield from _variants(resource.spec, (), base(resource))
 
 
@@ -73,12 +73,12 @@ def _variants(schema: Schema, way: Way, spec: dict[str, Any]) -> Iterator[tuple[
 
 
 def exclusive(schema: Schema) -> bool:
-    """Whether a mapping has one field only, by its size or by a rule."""
+    """Whether a mapping may have only one field, by a size limit or by a rule."""
     return schema.get("maxProperties") == 1 or set(schema["properties"]) == {"namespaces", "pods"}
 
 
 def minimal(schema: Schema) -> Any:
-    """The least valid mapping."""
+    """The smallest valid mapping."""
     fields = schema["properties"]
     if "matchLabels" in fields:
         return copy.deepcopy(FULL_SELECTOR)
@@ -101,13 +101,13 @@ def _least(schema: Schema, name: str) -> Any:
 
 
 def put(spec: dict[str, Any], way: Way, value: Any, *, only: bool) -> None:
-    """Set a value at a place; ``only``: in place of the others there."""
+    """Set the value at a path. ``only``: also remove all other fields there."""
     holder: Any = spec
     for step in way[:-1]:
         holder = holder[step]
     if only:
         holder.clear()
-    if way[-1] == "namespaces" and "podSelector" in holder:  # the older form has one of the two
+    if way[-1] == "namespaces" and "podSelector" in holder:  # the older form has only one of the two fields
         holder.pop("namespaceSelector", None)
     holder[way[-1]] = value
 
@@ -116,7 +116,7 @@ CASES = [
     pytest.param(resource, way, spec, id=f"{resource.kind}-{'.'.join(map(str, way)) or 'spec'}")
     for resource in schema_signetwork.RESOURCES
     for way, spec in variants(resource)
-    if "namespaceSelector" not in way[:-1] or "namespaces" not in way  # a label selector as elsewhere
+    if "namespaceSelector" not in way[:-1] or "namespaces" not in way  # this is an ordinary label selector
 ]
 
 
@@ -138,7 +138,10 @@ def with_unknown(spec: dict[str, Any], way: Way) -> dict[str, Any]:
 def test_without_the_admission_policy_the_parser_fails_closed(
     server: Server, resource: CustomResource, way: Way, spec: dict[str, Any]
 ) -> None:
-    """The stored object has the field, so the object is an error, or its rule allows nothing and denies everything."""
+    """The stored object keeps the field.
+
+    So the object is an error, or its rule allows nothing and denies everything.
+    """
     answer = server.create(object_of(resource, with_unknown(spec, way)), dryRun="All")
     if answer.status == 422:
         assert "at most 1" in answer.message
@@ -150,7 +153,7 @@ def test_without_the_admission_policy_the_parser_fails_closed(
 
 @pytest.fixture(scope="module")
 def guarded(server: Server) -> Iterator[Server]:
-    """With the admission policy in force."""
+    """A server with the admission policy in force."""
     objects = documents(CHART / "admission" / "unknown-fields.yaml")
     for obj in objects:
         answer = server.apply(obj, fieldValidation="Strict")
@@ -170,7 +173,7 @@ def guarded(server: Server) -> Iterator[Server]:
 def test_the_admission_policy_refuses_it(
     guarded: Server, resource: CustomResource, way: Way, spec: dict[str, Any]
 ) -> None:
-    """And takes the object without it."""
+    """The object without the field is accepted."""
     answer = guarded.create(object_of(resource, spec), dryRun="All")
     assert answer.status == 201, answer.message
     answer = guarded.create(object_of(resource, with_unknown(spec, way)), dryRun="All")
@@ -180,7 +183,7 @@ def test_the_admission_policy_refuses_it(
 
 @pytest.mark.parametrize("resource", schema_signetwork.RESOURCES, ids=lambda one: one.kind)
 def test_the_largest_object_is_within_the_limit_of_cost(guarded: Server, resource: CustomResource) -> None:
-    """As many rules and peers as the schema allows, and no more than the API server spends on an expression."""
+    """The object has as many rules and peers as the schema allows, and its CEL cost is below the API server's limit."""
     rules = resource.spec["properties"]["ingress"]
     one = minimal(rules["items"])
     peers = rules["items"]["properties"]["from"]["maxItems"]

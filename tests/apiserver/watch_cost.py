@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a WATCH costs a real API server: memory for each, and processor time for each event that it is sent.
+"""Measure the cost of a WATCH for a real API server: memory for each WATCH, and processor time for each event.
 
     KUBE_APISERVER=FILE ETCD=FILE python -m tests.apiserver.watch_cost [--watches 250,1000] [--events 100]
 
-Each WATCH has a TLS connection of its own, as the agent's have.  The object has the size of a pod.  Figures are differences to the same
-server without a WATCH, in processor time, so that they hold on a busy machine too.
+Each WATCH has its own TLS connection, as with agents. The object has the size of a pod. The figures are differences to
+the same server without a WATCH, in processor time, so they are also valid on a busy machine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SETTLE_S = 3.0
 
 
 class Watchers:
-    """Open WATCHes that are read and forgotten."""
+    """Open WATCHes. All data is read and discarded."""
 
     def __init__(self, server: Server) -> None:
         self._port = server.port
@@ -42,7 +42,7 @@ class Watchers:
         threading.Thread(target=self._drain, daemon=True).start()
 
     def open(self, count: int) -> None:
-        """Open WATCHes until there are so many."""
+        """Open WATCHes until there are ``count``."""
         query = "watch=1&allowWatchBookmarks=true&timeoutSeconds=3600"
         head = f"GET /api/v1/configmaps?{query} HTTP/1.1\r\nHost: server\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"
         while len(self._sockets) < count:
@@ -65,18 +65,18 @@ class Watchers:
 
 
 def processor_s(pid: int) -> float:
-    """Seconds of processor time that a process has taken."""
+    """The processor time that a process has taken, in seconds."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def resident_kb(pid: int) -> float:
-    """Kilobytes of memory."""
+    """The resident memory of a process, in kilobytes."""
     return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1000
 
 
 def event_ms(server: Server, pid: int, events: int) -> float:
-    """Milliseconds of the server's processor time for a write and its events, without what it takes at rest."""
+    """The server's processor time for a write and its events, in milliseconds, less the time that it takes at rest."""
     time.sleep(SETTLE_S)
     before, began = processor_s(pid), time.monotonic()
     for number in range(events):

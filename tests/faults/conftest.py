@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A laboratory with an agent, for everything that may happen to it; short by default, long with NETPOL_FAULTS=long."""
+"""A laboratory with an agent for tests of faults. The tests are short by default, and long with NETPOL_FAULTS=long."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["lab", "lasting_scene", "own_scene", "scene"]
 
 @pytest.fixture(scope="session")
 def is_long() -> bool:
-    """Whether the long version was asked for."""
+    """Whether the long version of the tests is requested."""
     return os.environ.get("NETPOL_FAULTS") == "long"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled tables as the kernel's maps and the ledger of numbers have them: what a packet is judged by, read back."""
+"""Reads the compiled tables back from the kernel's maps and the ledger, as packets are judged by them."""
 
 from __future__ import annotations
 
@@ -33,13 +33,16 @@ def opened(path: Path) -> Iterator[Map]:
 
 
 def rows(pins: Path, name: str) -> dict[bytes, bytes]:
-    """All rows of a map; of an array those that are not zero."""
+    """All rows of a map. For an array, all rows that are not zero."""
     with opened(pins / name) as one:
         return {key: value for key, value in one.items() if any(value) or not one.type.endswith("array")}
 
 
 def read_tables(pins: Path, ledger: Path, scratch: Path, nodes: Mapping[str, ClusterNode]) -> CompiledTables:
-    """The tables in force. ``scratch``: where a copy of the ledger may be written. ``nodes``: whose numbers are in no map."""
+    """The tables in force.
+
+    ``scratch``: a directory for a copy of the ledger. ``nodes``: the nodes, with the numbers that no map has.
+    """
     scratch.write_bytes(ledger.read_bytes())
     book = Ledger(scratch)
     numbers = book.open()
@@ -83,7 +86,7 @@ def read_tables(pins: Path, ledger: Path, scratch: Path, nodes: Mapping[str, Clu
     for value in rows(pins, "np_endpoint").values():
         endpoint = decode_endpoint(value)
         if endpoint.flags & abi.NP_ENDPOINT_HOST:
-            continue  # an interface of the node's own
+            continue  # an own interface of the node
         sets = {
             (direction, Stage.NORMAL): SetRow(**{name: getattr(one, name) for name in SET_FIELDS})
             for direction, one in ((Direction.INGRESS, endpoint.ingress), (Direction.EGRESS, endpoint.egress))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interfaces, pods and labels that come, go, change and are confused with each other; and nothing is left of any of it."""
+"""Interfaces, pods and labels that are added, removed, changed and confused with each other leave nothing behind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GATEWAY = "ee:ee:ee:ee:ee:ee"
 
 @dataclass(frozen=True)
 class Footprint:
-    """The agent's state, without the parts that grow and shrink by themselves."""
+    """The size of the agent's state, without the parts that grow and shrink by themselves."""
 
     descriptors: int
     pins: frozenset[str]
@@ -35,7 +35,7 @@ class Footprint:
 
 
 def footprint(scene: Scene) -> Footprint:
-    """As it is when nobody asks: the descriptor of the question is closed by then."""
+    """The footprint between two requests: the descriptor of the request is closed by then."""
     state = scene.state()
     descriptors = list(Path(f"/proc/{state['pid']}/fd").iterdir())
     (pins,) = scene.pin_root.glob("v*")
@@ -48,7 +48,7 @@ def footprint(scene: Scene) -> Footprint:
 
 
 def settled(scene: Scene, wanted: Footprint) -> None:
-    """Fails with what differs when it stays different."""
+    """Wait until the footprint is as wanted. If it is not in time, fail with the difference."""
     last = footprint(scene)
 
     def look() -> bool:
@@ -68,7 +68,7 @@ def resident_bytes(scene: Scene) -> int:
 
 
 class Plug:
-    """Interfaces of pods that are not in the plan, all in one namespace of their own."""
+    """Interfaces of pods that are not in the plan. Their other ends are in one namespace."""
 
     def __init__(self, scene: Scene, name: str) -> None:
         self.scene = scene
@@ -90,7 +90,7 @@ class Plug:
         self.node("ip", "-batch", str(script))
 
     def add(self, *numbers: int) -> None:
-        """Interface churnN, with a host route to 10.1.1.N."""
+        """Add the interfaces churnN, each with a host route to 10.1.1.N."""
         self.batch(*(f"link add churn{n} type veth peer name eth{n} netns {self.namespace}" for n in numbers))
         self.batch(*(f"link set churn{n} up" for n in numbers))
         self.batch(*(f"route add 10.1.1.{n}/32 dev churn{n}" for n in numbers))
@@ -111,7 +111,7 @@ def states(scene: Scene) -> dict[str, tuple[str, str | None]]:
 
 
 def test_interfaces_and_pods_by_the_hundred_leave_nothing(scene: Scene, is_long: bool) -> None:  # noqa: FBT001
-    """Ten pods at a time come with their interfaces and go, in either order; afterwards all is as before."""
+    """Ten pods at a time are added with their interfaces and removed, in either order. Then everything is as before."""
     plug, numbers = Plug(scene, "plug"), range(1, 11)
     held = scene.lab.prober.hold(to_db("shop/web"))
     assert held is not None
@@ -145,13 +145,17 @@ def test_interfaces_and_pods_by_the_hundred_leave_nothing(scene: Scene, is_long:
     )
     print(f"resident KiB at first {sizes[0] >> 10}, ", end="")
     print(f"after half of them {sizes[len(sizes) // 2] >> 10}, after all {sizes[-1] >> 10}")
-    # Some things are remembered up to a bound (flows, names of former numbers), which takes the first half of the turns.
+    # Some values are kept up to a bound (flows, names of former numbers), which is reached in the first half of the
+    # turns.
     assert sizes[-1] - sizes[len(sizes) // 2] < 2 << 20, sizes
     assert scene.state()["drift"]["put_back"] == {}
 
 
 def test_address_that_another_pod_has_at_once(scene: Scene) -> None:
-    """The address of an allowed pod goes to a stranger and back: at no time does the stranger get what the pod had."""
+    """The address of an allowed pod moves to a stranger and back.
+
+    At no time does the stranger have the rights of the pod.
+    """
     own = Attempt("shop/late", ip_address("10.1.0.2"), TCP, 5432)
     address = "10.1.0.9"
     for _ in range(5):
@@ -169,7 +173,7 @@ def test_address_that_another_pod_has_at_once(scene: Scene) -> None:
 
 
 def test_two_pods_that_claim_one_address(scene: Scene) -> None:
-    """A pod that claims an address of another is named with it in a problem, and gains nothing by it, nor the other."""
+    """A problem names both pods that have the address. Neither of them gains a right by it."""
     scene.write("late.yaml", pod("twin", "10.1.0.3", "web"))
     state = scene.await_status(lambda state: bool(state["problems"]), "a problem")
     (problem,) = state["problems"]
@@ -186,7 +190,7 @@ def test_two_pods_that_claim_one_address(scene: Scene) -> None:
 
 
 def test_labels_of_a_pod_and_of_its_namespace(scene: Scene) -> None:
-    """A pod's rights follow its labels and its namespace's, also for open connections."""
+    """A pod's rights follow its labels and those of its namespace, also for open connections."""
     cluster = (scene.manifests / "cluster.yaml").read_text()
     relabelled = cluster.replace(
         "name: web, namespace: shop, labels: {app: web}", "name: web, namespace: shop, labels: {app: x}"
@@ -213,7 +217,10 @@ def test_labels_of_a_pod_and_of_its_namespace(scene: Scene) -> None:
 
 
 def test_interface_renamed_and_moved_away(scene: Scene) -> None:
-    """A new name changes nothing but the name; an interface that leaves the node is forgotten, and closed when it returns."""
+    """A renamed interface only changes its name.
+
+    An interface that leaves the node is forgotten, and closed on its return.
+    """
     plug = Plug(scene, "moved")
     wanted = footprint(scene)
     scene.write("late.yaml", pod("churn1", "10.1.1.1"))
@@ -247,14 +254,14 @@ def return_interface(plug: Plug) -> None:
 
 
 def enter(namespace: str) -> None:
-    """Move the calling thread."""
+    """Move the calling thread into the namespace."""
     with Path(f"/run/netns/{namespace}").open() as file:
         if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0) != 0:
             raise OSError(ctypes.get_errno(), "setns")
 
 
 def open_ms(follower: Follower, name: str, pins: Path) -> float:
-    """From the kernel's first news of an interface to the pin of the second program on it."""
+    """The milliseconds from the kernel's first notification of an interface to the pin of the second program on it."""
     deadline_s = time.monotonic() + DEADLINE_S
     news: list[int] = []
     while not news and time.monotonic() < deadline_s:
@@ -269,7 +276,7 @@ def open_ms(follower: Follower, name: str, pins: Path) -> float:
 
 
 def test_how_long_a_new_interface_is_open(scene: Scene, record_property: pytest.FixtureRequest) -> None:
-    """Measures the time from the birth of an interface to the programs on it; nothing is asserted about it but that it ends."""
+    """Measure the time from the creation of an interface to its programs. The test only asserts that it ends."""
     plug = Plug(scene, "born")
     (pins,) = scene.pin_root.glob("v*")
     taken = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When another program removes or changes our objects, they are restored, counted and reported, and policy holds again."""
+"""If another program removes or changes our objects, they are restored and counted, and policy holds again."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def opened(path: Path) -> Map:
 
 
 def remove_directory(scene: Scene, path: Path) -> None:
-    """The directory goes from its place at once: during a removal file by file, the agent puts back what it misses."""
+    """Move the directory away in one step, because during a file-by-file removal the agent restores missing files."""
     gone = scene.pin_root.with_name(f"{scene.pin_root.name}-gone")
     path.rename(gone)
     shutil.rmtree(gone)
 
 
 def detach(scene: Scene) -> None:
-    """Every link of every interface is detached; the pins stay."""
+    """Detach every link of every interface; the pins stay."""
     for pin in (pins(scene) / "links").iterdir():
         fd = syscall.obj_get(pin)
         syscall.link_detach(fd)
@@ -49,12 +49,12 @@ def detach(scene: Scene) -> None:
 
 
 def unpin_links(scene: Scene) -> None:
-    """The links go with their pins, and their directory too."""
+    """Remove the pins of the links, and their directory."""
     remove_directory(scene, pins(scene) / "links")
 
 
 def exchange_program(scene: Scene) -> None:
-    """The links run another program, which lets everything pass."""
+    """Make the links run another program, which lets every packet pass."""
     mov_r0_minus_1, leave = b"\xb7\0\0\0\xff\xff\xff\xff", b"\x95\0\0\0\0\0\0\0"
     program = syscall.prog_load(mov_r0_minus_1 + leave)
     for pin in (pins(scene) / "links").iterdir():
@@ -65,7 +65,7 @@ def exchange_program(scene: Scene) -> None:
 
 
 def unpin_maps(scene: Scene) -> None:
-    """Half of the maps and of the program set lose their pins; another map's pin is put in the place of one."""
+    """Unpin half of the maps and of the program set; replace one pin by that of another map."""
     for name in ("np_addr4", "np_verdict", "np_conn4", "np_event"):
         (pins(scene) / name).unlink()
     for name in ("np_tc_ingress", "np_tc_judge", CALL_MAP):
@@ -74,12 +74,12 @@ def unpin_maps(scene: Scene) -> None:
 
 
 def unpin_everything(scene: Scene) -> None:
-    """The whole directory goes."""
+    """Remove the whole directory."""
     remove_directory(scene, pins(scene))
 
 
 def empty_calls(scene: Scene) -> None:
-    """The called programs leave the program array, so every new flow is dropped."""
+    """Remove the called programs from the program array, so that every new flow is dropped."""
     calls = opened(pins(scene) / CURRENT / CALL_MAP)
     for slot in abi.CALLS:
         calls.delete(struct.pack("=I", slot))
@@ -87,14 +87,14 @@ def empty_calls(scene: Scene) -> None:
 
 
 def forget_addresses(scene: Scene) -> None:
-    """No pod is known by its address any more."""
+    """Remove the addresses of all pods."""
     addresses = opened(pins(scene) / "np_addr4")
     addresses.clear()
     addresses.close()
 
 
 def clear_buckets(scene: Scene) -> None:
-    """The buckets of addresses and classes become zero, as raw memory."""
+    """Set the buckets of addresses and classes to zero, as raw memory."""
     for name in ("np_addr4", "np_peer_class"):
         buckets = Map(syscall.obj_get(pins(scene) / name))
         buckets.put_many([(key, bytes(buckets.value_size)) for key, value in buckets.items() if any(value)])
@@ -102,14 +102,14 @@ def clear_buckets(scene: Scene) -> None:
 
 
 def forget_vip_filter(scene: Scene) -> None:
-    """The bits of the node's addresses go."""
+    """Clear the bits of the node's addresses."""
     special = opened(pins(scene) / "np_vip_filter")
     special.put_many([(key, bytes(8)) for key, value in special.items() if any(value)])
     special.close()
 
 
 def give_away_address(scene: Scene) -> None:
-    """The pod that is denied gets the identity of the one that is allowed."""
+    """Give the denied pod the identity of the allowed pod."""
     addresses = opened(pins(scene) / "np_addr4")
     other = ip_address("10.1.0.3").packed
     value = addresses.get(ip_address("10.1.0.1").packed)
@@ -119,21 +119,21 @@ def give_away_address(scene: Scene) -> None:
 
 
 def unknown_interfaces(scene: Scene) -> None:
-    """The rows of all interfaces go."""
+    """Remove the rows of all interfaces."""
     endpoints = opened(pins(scene) / "np_endpoint")
     endpoints.clear()
     endpoints.close()
 
 
 def clear_verdicts(scene: Scene) -> None:
-    """All verdicts become zero."""
+    """Set all verdicts to zero."""
     verdicts = opened(pins(scene) / "np_verdict")
     verdicts.put_many([(key, bytes(verdicts.value_size)) for key, value in verdicts.items() if any(value)])
     verdicts.close()
 
 
 def reset_configuration(scene: Scene) -> None:
-    """Generation, flags and time-outs become zero."""
+    """Set generation, flags and time-outs to zero."""
     config = opened(pins(scene) / "np_config")
     config.put(bytes(4), bytes(abi.np_config()))
     config.close()
@@ -146,7 +146,7 @@ FAULTS = (
 
 
 def pinned(scene: Scene) -> dict[str, int]:
-    """Every map and program pinned, with the kernel's number of it; 0 for the layouts, which are made anew."""
+    """Every pinned map and program with its id in the kernel; 0 for the layouts, which are made anew."""
     found = {}
     for path in [*pins(scene).iterdir(), *(pins(scene) / CURRENT).iterdir()]:
         if not path.is_dir():
@@ -160,7 +160,7 @@ def pinned(scene: Scene) -> dict[str, int]:
 
 @pytest.fixture
 def whole(scene: Scene) -> Iterator[Scene]:
-    """The pins and links are the same objects afterwards."""
+    """Check after the test that pins and links are the same objects as before."""
     before, attached = pinned(scene), scene.attached()
     yield scene
     assert pinned(scene) == before
@@ -169,7 +169,7 @@ def whole(scene: Scene) -> Iterator[Scene]:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_what_others_change_is_put_back(whole: Scene, fault: Callable[[Scene], None]) -> None:
-    """After each interference the status counts what was put back, and policy and an open connection are as before."""
+    """After each fault the status counts what was restored, and policy and an open connection are as before."""
     scene = whole
     held = scene.lab.prober.hold(to_db("shop/web"))
     assert held is not None
@@ -187,7 +187,7 @@ def test_what_others_change_is_put_back(whole: Scene, fault: Callable[[Scene], N
 
 
 def test_mended_node_is_left_alone(scene: Scene) -> None:
-    """When everything is as it should be, rounds go by and nothing is put back."""
+    """If there is no difference, the rounds of the audit restore nothing."""
     before = scene.state()["drift"]["put_back"]
     rounds = scene.state()["drift"]["rounds"]
     state = scene.await_status(lambda state: state["drift"]["rounds"] >= rounds + 2, "two rounds")
@@ -195,7 +195,10 @@ def test_mended_node_is_left_alone(scene: Scene) -> None:
 
 
 def test_what_was_put_back_outlives_the_agent(scene: Scene) -> None:
-    """After all pins were removed and put back, a killed agent's successor takes over as if nothing had been."""
+    """All pins are removed and restored.
+
+    Then the agent is killed, and its successor takes over without a difference.
+    """
     held = scene.lab.prober.hold(to_db("shop/web"))
     assert held is not None
     before = sum(scene.state()["drift"]["put_back"].values())

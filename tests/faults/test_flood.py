@@ -58,12 +58,12 @@ def rig(loaded_rig: Rig) -> Rig:
 
 @pytest.fixture
 def flows(is_long: bool) -> int:  # noqa: FBT001
-    """How many make a flood."""
+    """The number of flows in a flood."""
     return FLOWS_LONG if is_long else FLOWS_SHORT
 
 
 def open_connections(rig: Rig, version: int, count: int = OPEN) -> list[bytes]:
-    """Connections of the pod that were answered; a later packet of each."""
+    """Open connections of the pod that were answered. Returns a later packet of each."""
     packets = []
     for port in range(20_000, 20_000 + count):
         begin = frame(POD[version], PEER[version], TCP, tcp(port, 443, SYN))
@@ -75,7 +75,7 @@ def open_connections(rig: Rig, version: int, count: int = OPEN) -> list[bytes]:
 
 
 def flood(dataplane: Dataplane, version: int, count: int) -> int:
-    """SYNs of the pod, no two of one flow; how many passed."""
+    """Send SYNs of the pod, each of another flow. Returns the number that passed."""
     packet = bytearray(frame(POD[version], "198.18.0.0" if version == 4 else "2001:db8:1::", TCP, tcp(1, 80, SYN)))
     at = packet.index(ip_address(POD[version]).packed)
     host_at, port_at = at + (4 if version == 4 else 16) + (2 if version == 4 else 14), at + (8 if version == 4 else 32)
@@ -88,7 +88,7 @@ def flood(dataplane: Dataplane, version: int, count: int) -> int:
 
 
 def memory_bytes(one: Map) -> int:
-    """The memory of a map, as the kernel reports it."""
+    """The memory of a map as the kernel reports it."""
     lines = Path(f"/proc/self/fdinfo/{one.fd}").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("memlock:"))
 
@@ -102,14 +102,17 @@ def reason(rig: Rig, number: int) -> int:
 
 
 def still_open(rig: Rig, packets: list[bytes]) -> int:
-    """How many are passed for what they are: by policy no new flow would be."""
-    rig.pod(everything(1, DENY, 11), everything(2, DENY, 12))  # the generation stays: open connections are not asked
+    """The number of connections whose packets pass because they are open.
+
+    Policy would deny each of them as a new flow.
+    """
+    rig.pod(everything(1, DENY, 11), everything(2, DENY, 12))  # same generation: open connections are not judged
     return sum(rig.dataplane.test_run(Hook.TC_INGRESS, packet).passed for packet in packets)
 
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_allowed_flood(rig: Rig, flows: int, version: int) -> None:
-    """New flows that policy allows evict each other, no open connection; memory is what it was."""
+    """New flows that policy allows evict each other, but no open connection. The memory does not grow."""
     rig.pod(everything(1, ALLOW, 11), everything(2, ALLOW, 12))
     packets, before = open_connections(rig, version), footprint(rig)
     assert flood(rig.dataplane, version, flows) == flows
@@ -120,7 +123,7 @@ def test_allowed_flood(rig: Rig, flows: int, version: int) -> None:
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_denied_flood(rig: Rig, flows: int, version: int) -> None:
-    """New flows that policy denies leave no entry; each is counted, and each event was told or counted as lost."""
+    """New flows that policy denies leave no entry. Each is counted, and each event is reported or counted as lost."""
     rig.pod(everything(1, ALLOW, 11), everything(2, ALLOW, 12))
     packets, before = open_connections(rig, version), footprint(rig)
     rig.pod(everything(1, DENY, 11), everything(2, DENY, 12))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every map of policy full: the change is rejected and named, what was in force stays, and room that returns is used.
+"""If a map of policy is full, the change is rejected and named, the previous policy stays, and freed room is used.
 
-Tables that the packets fill: nothing is passed that policy denies, and nothing is lost that it allows but later fragments.
+If a table that packets fill is full, no packet passes that policy denies, and none is lost that policy allows, except
+later fragments.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def blocks(*nets: str) -> str:
 
 
 def borrowing(*nets: str) -> str:
-    """One of the pods may send from other addresses."""
+    """A policy by which one of the pods may send from other addresses."""
     text = POD.format(name="late", node=NODE, last=9)
     quoted = ",".join(f'"{net}"' for net in nets)
     return text.replace(
@@ -77,7 +78,7 @@ def borrowing(*nets: str) -> str:
 
 
 def peers(own: str, number: int, ingress: str, egress: str) -> str:
-    """Different peers each way: sets that tell the same ones apart share their classes."""
+    """Peers that differ in each direction, because sets that distinguish the same peers would share their classes."""
     ways = (
         f"{way}: [{{{side}: [{{podSelector: {{matchExpressions: [{{key: app, operator: In, values: [{names}]}}]}}}}]}}]"
         for way, side, names in (("ingress", "from", ingress), ("egress", "to", egress))
@@ -121,7 +122,10 @@ EXCESS = {
 
 @pytest.mark.parametrize("name", EXCESS)
 def test_change_that_does_not_fit(scene: Scene, name: str) -> None:
-    """It is refused together with what came with it; status names map and object; what fits is taken, without a restart."""
+    """The change is rejected as a whole.
+
+    Status names map and object. A change that fits is applied without a restart.
+    """
     held = scene.lab.prober.hold(to_db("shop/web"))
     assert held is not None
     before = scene.state()["refused"]["changes"]
@@ -142,7 +146,7 @@ def test_change_that_does_not_fit(scene: Scene, name: str) -> None:
 
 
 def test_refusal_outlives_the_agent(scene: Scene) -> None:
-    """An agent that starts with manifests that do not fit leaves what is in force, and says why it ends."""
+    """An agent that starts with manifests that do not fit keeps the policy in force, and its error says why it ends."""
     scene.write("excess.yaml", EXCESS["np_cidr4"] + "---\n" + OTHER_ALLOWED)
     scene.await_status(lambda state: not state["in_force"], "the change is refused")
     scene.kill()
@@ -154,7 +158,10 @@ def test_refusal_outlives_the_agent(scene: Scene) -> None:
 
 @pytest.mark.parametrize(("name", "nets"), [("np_source4", "198.51.{}.0/24"), ("np_source6", "2001:db8:{}::/48")])
 def test_sources_of_one_pod_do_not_fit(scene: Scene, name: str, nets: str) -> None:
-    """The pod whose prefixes have no room stays closed and is named; the others are not touched; room is used at once."""
+    """The pod whose prefixes do not fit stays closed and is named.
+
+    The other pods do not change. Freed room is used at once.
+    """
     scene.write("db.yaml", DB_POLICY)
     scene.write("late.yaml", borrowing(*(nets.format(n) for n in range(3))))
     state = scene.await_status(lambda state: not state["in_force"], "the pod is refused")
@@ -167,7 +174,7 @@ def test_sources_of_one_pod_do_not_fit(scene: Scene, name: str, nets: str) -> No
 
 
 def test_one_endpoint_too_many(scene: Scene) -> None:
-    """The endpoint without room stays closed and is named; when another goes it is opened."""
+    """The endpoint that does not fit stays closed and is named. It opens when another endpoint is removed."""
     scene.write("late.yaml", POD.format(name="late", node=NODE, last=9))
     state = scene.await_status(lambda state: not state["in_force"], "the endpoint is refused")
     (problem,) = state["problems"]
@@ -181,20 +188,21 @@ def test_one_endpoint_too_many(scene: Scene) -> None:
 
 
 HELD = 60
-"""Connections, each of which is two rows: one for each pod."""
+"""Number of connections. Each has two rows, one for each pod."""
 DB_BOTH = DB_POLICY.replace("policyTypes: [Ingress]", "policyTypes: [Ingress, Egress]")
-"""For a connection that is not remembered is judged anew, in the direction in which its next packet goes."""
+"""A policy for both directions, because a connection without a row is judged again in the direction of its next
+packet."""
 
 
 def entries(scene: Scene, name: str) -> int:
-    """Rows of a pinned map."""
+    """The number of rows of a pinned map."""
     (pins,) = scene.pin_root.glob("v*")
     return len(rows(pins, name))
 
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_more_open_connections_than_their_table_holds(scene: Scene, version: int) -> None:
-    """None breaks while policy allows it, what is denied stays denied, and a change of policy cuts every one of them."""
+    """None breaks while policy allows it, denied ones stay denied, and a change of policy cuts every one."""
     scene.write("db.yaml", DB_BOTH)
     wait_for(
         lambda: scene.reached(to_db("shop/web"), Attempt("shop/db", pod_address("web", 4), TCP, 5432)) == [True, False],
@@ -239,7 +247,7 @@ def receiver(lab: Lab, name: str, version: int) -> socket.socket:
 
 
 def fragmented(lab: Lab, version: int, receiver_name: str, first_id: int, count: int) -> None:
-    """From a pod: the first fragments of many datagrams, then the rest of each."""
+    """Send from a pod the first fragments of many datagrams, then the rest of each."""
     ends = pod_address("web", version), pod_address(receiver_name, version)
     parts = [frames.fragments(*ends, (4000, 5353), bytes(24), first_id + number) for number in range(count)]
     with lab.prober.open_socket("shop/web", socket.AF_PACKET, socket.SOCK_RAW) as wire:
@@ -250,7 +258,7 @@ def fragmented(lab: Lab, version: int, receiver_name: str, first_id: int, count:
 
 
 def count_received(sock: socket.socket) -> int:
-    """Datagrams that arrive until none comes for a while."""
+    """The number of datagrams that arrive until none arrives for a while."""
     found = 0
     try:
         while sock.recv(2048):
@@ -262,7 +270,7 @@ def count_received(sock: socket.socket) -> int:
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_more_fragments_than_their_table_holds(scene: Scene, version: int) -> None:
-    """The rest of each datagram whose beginning was forgotten is dropped and counted; none is passed that policy denies."""
+    """The rest of a datagram whose first fragment was evicted is dropped and counted. No denied datagram passes."""
     lab = scene.lab
 
     def packets(reason: str) -> int:
@@ -270,7 +278,7 @@ def test_more_fragments_than_their_table_holds(scene: Scene, version: int) -> No
 
     with receiver(lab, "other", version) as allowed, receiver(lab, "db", version) as denied:
         assert all(scene.reached(Attempt(NODE, pod_address(name, version), TCP, 5432)) for name in ("other", "db"))
-        # Which datagrams are remembered depends on the processors that saw them: the pod must not forget the early ones itself.
+        # Which datagrams the table keeps depends on the processors. The pod's own table must also keep the early ones.
         if version == 4:
             lab.prober.write_settings("shop/other", [("ipv4/ipfrag_max_dist", "0")])
         before = packets("fragment")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`kill -9` at any moment of a busy life: no verdict is wrong, no connection breaks, and the tables are as if nothing had been."""
+"""`kill -9` of a busy agent at any moment: no verdict is wrong, no connection breaks, and the tables are correct."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ pytestmark = pytest.mark.netns
 
 KILLS_SHORT, KILLS_LONG = 8, 200
 LONGEST_LIFE_S = 6.0
-"""An agent is at work after two to four seconds here; the deaths are spread over all of it."""
+"""Longest time in seconds until an agent is killed. It is busy after two to four seconds here; kills fall into all
+phases."""
 SEED = 20
 
 
 @dataclass
 class Probes:
-    """Connections tried without a pause, of which it is known what becomes of them."""
+    """Connection attempts without a pause, each with a known expected result."""
 
     scene: Scene
     wrong: list[str] = field(default_factory=list)
@@ -38,7 +39,7 @@ class Probes:
     done: threading.Event = field(default_factory=threading.Event)
 
     def keep_trying(self, attempts: list[Attempt], *, expected: bool) -> None:
-        """Until `done`. What must be reached may take long on a busy machine; what is not has to stay so."""
+        """Repeat attempts until `done`. Allowed ones may take long on a busy machine; denied ones must always fail."""
         deadline_s, rounds = (5.0, 2) if expected else (0.1, 1)
         while not self.done.is_set():
             for result in self.scene.lab.attempt(attempts, deadline_s=deadline_s, rounds=rounds):
@@ -49,7 +50,7 @@ class Probes:
 
 @contextmanager
 def running(*works: Callable[[], None], done: threading.Event) -> Iterator[None]:
-    """Threads, until the end of the block; what one of them raises is raised here."""
+    """Run functions in threads until the end of the block. An error in a thread is raised here."""
     failures: list[BaseException] = []
 
     def guarded(work: Callable[[], None]) -> None:
@@ -72,7 +73,7 @@ def running(*works: Callable[[], None], done: threading.Event) -> Iterator[None]
 
 
 class Churn:
-    """Policies, pods and interfaces that come and go; none of it concerns what the probes ask about."""
+    """Changes of policies, pods and interfaces that do not concern the probes."""
 
     def __init__(self, scene: Scene, seed: int) -> None:
         self.scene, self.random = scene, random.Random(seed)
@@ -82,12 +83,12 @@ class Churn:
         self.plugged: set[int] = set()
 
     def keep_changing(self, done: threading.Event) -> None:
-        """A change every few milliseconds, until `done`."""
+        """Make a change every few milliseconds until ``done`` is set."""
         while not done.wait(self.random.uniform(0.02, 0.2)):
             self.random.choice((self.change_policy, self.change_pods, self.change_interfaces))()
 
     def change_policy(self) -> None:
-        """Another policy for the database that allows no more, or one for pods that nobody asks about."""
+        """Change the database's policy without allowing more, or add a policy for pods that no probe uses."""
         place = self.random.randrange(6)
         peers = self.random.sample(["web", "nobody", "none", "far"], 2)
         ports = self.random.sample(range(6000, 6030), 5)
@@ -107,7 +108,7 @@ spec:
         self.put(f"policy{place}.yaml", text)
 
     def change_pods(self) -> None:
-        """Pods of both nodes, with changing labels; some share what a rule selects."""
+        """Add and change pods of both nodes. Some have labels that a rule selects."""
         place = self.random.randrange(4)
         text = ""
         for number in range(place * 10, place * 10 + 10):
@@ -122,7 +123,7 @@ spec:
             self.scene.write(name, text)
 
     def change_interfaces(self) -> None:
-        """A pod's interface comes or goes."""
+        """Add or remove the interface of a pod."""
         number = self.random.randrange(100, 140)
         name = f"kill{number}"
         if number in self.plugged:
@@ -144,12 +145,12 @@ spec:
 
 
 def resources(manifests: Path) -> list[Resource]:
-    """All objects, as a fresh reader of the directory sees them."""
+    """All objects, as a new reader of the directory parses them."""
     return [one for path in sorted(manifests.iterdir()) for one in parse_documents(path.read_text(), path.name).check()]
 
 
 def check_tables(scene: Scene, scratch: Path) -> None:
-    """The kernel's rows equal those that a fresh compiler makes of the manifests, except for the numbers."""
+    """Check that the kernel's rows equal those that a new compiler makes of the manifests, except for the numbers."""
     (pins,) = scene.pin_root.glob("v*")
     world = derive(resources(scene.manifests))
     fresh = Compiler(lambda endpoint: endpoint.node == NODE)
@@ -165,12 +166,12 @@ def check_tables(scene: Scene, scratch: Path) -> None:
 
 
 def numbers(scene: Scene) -> dict[str, int]:
-    """Endpoint numbers of the pods that were there from the beginning."""
+    """The endpoint numbers of the pods that exist from the beginning."""
     return {one["endpoint"]: one["number"] for one in scene.state()["endpoints"] if "churn" not in one["endpoint"]}
 
 
 def test_killed_again_and_again(scene: Scene, is_long: bool, tmp_path: Path) -> None:  # noqa: FBT001
-    """Zero wrong verdicts, zero broken connections, the same numbers each time, the same tables in the end."""
+    """No wrong verdict, no broken connection, the same numbers after each kill, and correct tables at the end."""
     kills = KILLS_LONG if is_long else KILLS_SHORT
     moment = random.Random(SEED)
     churn, probes = Churn(scene, SEED), Probes(scene)
@@ -189,7 +190,7 @@ def test_killed_again_and_again(scene: Scene, is_long: bool, tmp_path: Path) -> 
         )
         with running(*works, done=probes.done):
             for turn in range(kills):
-                probes.done.wait(moment.uniform(0.0, LONGEST_LIFE_S))  # when it dies, not how long anything takes
+                probes.done.wait(moment.uniform(0.0, LONGEST_LIFE_S))  # when it dies, not a measured time
                 scene.kill()
                 assert all(one.exchange(10.0) for one in held if one is not None), f"broken at kill {turn + 1}"
                 if turn % 4 == 3:
@@ -211,7 +212,7 @@ def test_killed_again_and_again(scene: Scene, is_long: bool, tmp_path: Path) -> 
 
 
 def settle(scene: Scene, churn: Churn) -> None:
-    """Give all pods of the node their interfaces, and wait until that and the last change of manifests is taken up."""
+    """Give all pods of the node their interfaces, and wait until these and all manifests are in force."""
     world = derive(resources(scene.manifests))
     local = {str(key) for key, one in world.endpoints.items() if one.node == NODE}
     for key in sorted(local):

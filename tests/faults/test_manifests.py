@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Manifests that no agent should choke on: it lives, keeps what it had, says so, and goes on closing new interfaces."""
+"""Manifests that must not end an agent: it keeps its policy, reports the problem, and still closes new interfaces."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def replace_root_by_empty_directory(manifests: Path) -> None:
 
 
 def restore(manifests: Path) -> None:
-    """As before, whatever was done."""
+    """Restore the manifests, whatever was changed."""
     away = manifests.with_name("away")
     if away.exists():
         if manifests.is_dir():
@@ -86,7 +86,10 @@ def is_closed_at_once(scene: Scene) -> bool:
     ],
 )  # fmt: skip
 def test_nothing_in_the_manifests_ends_the_agent_or_what_it_enforces(scene: Scene, put: Callable[[Path], None]) -> None:
-    """It is told as an error; policy stays; a new interface is closed; SIGTERM ends the agent; the next one starts, or says why not."""
+    """The problem is reported and policy stays.
+
+    A new interface is closed. SIGTERM ends the agent, and a new one starts or reports why it cannot.
+    """
     put(scene.manifests)
     try:
         state = scene.await_status(lambda now: not now["in_force"], "it is told")
@@ -106,7 +109,10 @@ def test_nothing_in_the_manifests_ends_the_agent_or_what_it_enforces(scene: Scen
 
 
 def test_large_manifests_are_taken_up_while_new_interfaces_are_closed(scene: Scene) -> None:
-    """Seconds of reading, in which a new interface gets its programs, and questions their answers; then it is in force."""
+    """While the files are read, for some seconds, a new interface gets its programs and requests get answers.
+
+    Then the policy is in force.
+    """
     scene.write("db.yaml", "# a\n" * 4_000_000 + DB_POLICY)
     scene.write("other.yaml", OTHER_ALLOWED.replace("name: other,", "name: zz,"))
     assert is_closed_at_once(scene)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent's own surroundings fail it: its state directory, its locks, its pins' file system. Enforcement goes on, or nothing begins."""
+"""The agent's state directory, its locks or its BPF file system fail: enforcement continues, or nothing is started."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ class SmallScene(Scene):
         return self.small / "state"
 
     def fill(self) -> None:
-        """Leave no room; of the last page of a file a part may be left, which lines of hundreds of bytes soon use up."""
+        """Fill the file system.
+
+        A part of the last page of a file may be free, which lines of hundreds of bytes soon fill.
+        """
         with (self.small / "others").open("ab", buffering=0) as file:
             try:
                 while True:
@@ -70,7 +73,10 @@ def slugs(state: dict[str, list[dict[str, str]]]) -> set[str]:
 
 
 def test_full_state_directory_ends_nothing(small_scene: SmallScene) -> None:
-    """Policy goes on being followed, the lack is told, and made up for when there is room; the next agent knows its numbers."""
+    """Changes are still applied and the problem is reported.
+
+    With room again, the ledger is written; the next agent uses its numbers.
+    """
     scene = small_scene
     assert slugs(scene.start()) == set()
     scene.fill()
@@ -87,7 +93,10 @@ def test_full_state_directory_ends_nothing(small_scene: SmallScene) -> None:
 
 
 def test_start_without_room_and_with_a_damaged_ledger(small_scene: SmallScene) -> None:
-    """An agent that finds both enforces all the same, and says so; cleanup takes what was kept aside along."""
+    """The agent finds both faults, enforces nevertheless, and reports them.
+
+    Cleanup also removes the damaged ledger's copy.
+    """
     scene = small_scene
     numbers = scene.start()["endpoints"]
     scene.kill()
@@ -107,7 +116,7 @@ def test_start_without_room_and_with_a_damaged_ledger(small_scene: SmallScene) -
 
 
 def test_nobody_works_beside_an_agent_by_another_state_directory(scene: Scene, tmp_path: Path) -> None:
-    """Neither a cleanup nor a second agent: both end with one line, and policy holds."""
+    """A cleanup and a second agent each end with one line, and policy stays in force."""
     other = ("--pin-root", str(scene.pin_root), "--state-dir", str(tmp_path / "other"))
     refused = scene.ctl("cleanup", *other)
     second = scene.lab.run(NODE, [*scene.command("--once"), *other], check=False)
@@ -119,7 +128,7 @@ def test_nobody_works_beside_an_agent_by_another_state_directory(scene: Scene, t
 
 
 def test_agent_makes_no_pins_that_would_go_with_it(own_scene: Scene) -> None:
-    """Without a BPF file system in a mount namespace of its own it says so and ends; the node has nothing of it."""
+    """The mount namespace has no BPF file system of the node. The agent reports this and ends, and pins nothing."""
     command = shlex.join(own_scene.command("--once"))
     done = own_scene.lab.run(
         NODE, ["unshare", "--mount", "sh", "-c", f"umount /sys/fs/bpf && exec {command}"], check=False

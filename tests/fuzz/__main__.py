@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Send mutated packets through the loaded program and the reference; print the smallest episode that differs.
+"""Send mutated packets through the loaded program and the reference, and print the smallest episode that differs.
 
     python -m tests.fuzz [--seconds 600 | --packets N] [--seed N] [--first EPISODE] [--pin-root DIRECTORY]
 
-Needs root (CAP_BPF, CAP_NET_ADMIN; CAP_SYS_ADMIN for a network namespace of its own) and bpffs, but no interface.
-Exit code 1: a difference.
+Needs root (CAP_BPF, CAP_NET_ADMIN; CAP_SYS_ADMIN for a network namespace of its own) and bpffs, but no interface. Exit
+code 1: there is a difference.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "kernel"), str(HERE.parents[1]), str(HERE.parents[1] / "loader")]
 
-from episodes import episode  # noqa: E402  # the path comes first
-from harness import SIZES, Harness  # noqa: E402  # the same
+from episodes import episode  # noqa: E402 # after the change of sys.path
+from harness import SIZES, Harness  # noqa: E402 # as above
 
-from netpol_loader.pins.dataplane import Dataplane  # noqa: E402  # the same
+from netpol_loader.pins.dataplane import Dataplane  # noqa: E402 # as above
 
 
 def main() -> int:
-    """Run episodes until the time is over or two answers differ."""
+    """Run episodes until the time is over or program and reference differ."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=(__doc__ or "").splitlines()[0])
     limit = parser.add_mutually_exclusive_group()
     limit.add_argument("--seconds", type=float, default=60.0, help="how long (default: 60)")
@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first episode: repeats a failure")
     parser.add_argument("--pin-root", type=Path, default=Path(f"/sys/fs/bpf/netpol-fuzz-{os.getpid()}"))
     arguments = parser.parse_args()
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # what the program remembers per CPU is part of it
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one CPU: its caches are compared, too
     dataplane = Dataplane.open(arguments.pin_root, sizes=SIZES)
     try:
         harness = Harness(dataplane)

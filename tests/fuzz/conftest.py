@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts this directory, and that of the kernel tests' packet builder and rig, on the path."""
+"""Adds this directory, and that of the kernel tests' packet builder and rig, to sys.path."""
 
 from __future__ import annotations
 

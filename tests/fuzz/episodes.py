@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Episodes: frames at one interface, and what changes around it in between; and the policy that is in force there.
+"""Episodes: frames at one interface, changes of its surroundings between them, and the policy in force.
 
-Invariant: the same seed and number give the same episode.  This module must not know the program.
+Invariant: the same seed and number give the same episode. This module must not know the program.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from machine import Machine, State, Stimulus
 
 EPISODE = 3000
 PEERS, L4S, SOURCES = 4, 7, 2
-"""Classes of the world's policy: the rest, friend, foe, near; the rest and six below; source port 7777 or not."""
+"""Numbers of classes in the world's policy: peers (rest, friend, foe, near), L4 (rest and six others), source ports
+(7777 or not)."""
 L4_CLASSES: dict[tuple[int, int], int] = {
     (w.TCP, 80): 1, (w.TCP, 443): 1, (w.UDP, 53): 2, (w.UDP, 5000): 2, (w.SCTP, 9): 4,
 }  # fmt: skip
@@ -28,7 +29,10 @@ SOURCE_PORT = 7777
 
 
 def allows(variant: int, way: Way, peer: int, l4: int, source: int) -> bool:
-    """The policy of a variant; 2 denies everything. An arbitrary pattern with much of both."""
+    """Whether a variant of the policy allows a combination.
+
+    An arbitrary pattern with many of both; variant 2 denies everything.
+    """
     if variant == 2 or source:
         return False
     if peer == 1:
@@ -37,12 +41,12 @@ def allows(variant: int, way: Way, peer: int, l4: int, source: int) -> bool:
 
 
 def set_number(variant: int, way: Way) -> int:
-    """The number of the policy set of a variant and direction."""
+    """The number of the policy set for a variant and direction."""
     return 1 + variant * 2 + way.value
 
 
 def policy(variant: int) -> Policy:
-    """The variant as the reference asks it."""
+    """The variant as a policy for the reference."""
 
     def decide(question: Question) -> tuple[bool, int]:
         version = 4 if len(question.peer) == 4 else 6
@@ -69,42 +73,42 @@ def policy(variant: int) -> Policy:
 
 @dataclass(frozen=True)
 class Policies:
-    """A step: this variant is in force from here on."""
+    """Step: this variant comes into force."""
 
     variant: int
 
 
 @dataclass(frozen=True)
 class TimedOut:
-    """A step: connections in these states are dead from here on, all others alive."""
+    """Step: connections in these states have expired, and all others have not."""
 
     states: frozenset[State]
 
 
 @dataclass(frozen=True)
 class Keep:
-    """A step: whether connections that policy no longer allows live on."""
+    """Step: whether connections that policy no longer allows stay open."""
 
     on: bool
 
 
 @dataclass(frozen=True)
 class Moves:
-    """A step: from here on the workload under test owns the addresses that move (``here``), or its sibling does."""
+    """Step: the workload under test owns the moving addresses (``here``), or its sibling owns them."""
 
     here: bool
 
 
 @dataclass(frozen=True)
 class Routes:
-    """A step: whether the workload is a router."""
+    """Step: whether the workload is a router."""
 
     on: bool
 
 
 @dataclass(frozen=True)
 class Hairpin:
-    """A step: whether packets from outside may have the source of a workload of this node."""
+    """Step: whether packets from outside may have the source of a workload of this node."""
 
     on: bool
 
@@ -114,11 +118,11 @@ Step = Union[Stimulus, Policies, TimedOut, Keep, Moves, Routes, Hairpin]
 
 @dataclass(frozen=True)
 class Episode:
-    """Steps from an empty table under the first variant.
+    """Steps that begin with an empty connection table and the first variant.
 
-    ``takes_fast_path``: its second never ends, else it is over. ``is_outside``: no workload is behind the host interface.
-    ``is_external``: that is a tunnel which tells who sent a packet.
-    ``has_link``: packets begin with an Ethernet header. ``is_bridged``: the interface is at a bridge.
+    ``takes_fast_path``: entries of the flow cache never expire; otherwise they expire at once. ``is_outside``: the host
+    interface leads to no workload. ``is_external``: it is a tunnel that gives the outer sender. ``has_link``: packets
+    begin with an Ethernet header. ``is_bridged``: the interface is at a bridge.
     """
 
     steps: tuple[Step, ...]
@@ -131,7 +135,7 @@ class Episode:
 
     @property
     def scene(self) -> str:
-        """The interface in words."""
+        """The kind of interface, as text."""
         words = ["host" if self.is_host else "workload", "interface"]
         words += ["to outside"] if self.is_outside else []
         words += ["by a tunnel"] if self.is_external else []
@@ -141,10 +145,11 @@ class Episode:
 
 
 def episode(seed: int, number: int, size: int = EPISODE) -> Episode:
-    """The episode of that number.
+    """The episode with this number.
 
-    Of 8 episodes one meets nothing but denial, one has no link headers, two take the fast path, and one is at a host
-    interface, of which every second one leads outside, and half of these out of a tunnel.  Half of all other interfaces are at a bridge.
+    Of 8 episodes, policy denies everything in one, one has no link headers, two use the fast path, and one is at a host
+    interface. Half of the host interfaces lead outside, and half of these are tunnels. Half of all other interfaces are
+    at a bridge.
     """
     chance = random.Random(f"{seed}/{number}/steps").random
     turn, flavour = divmod(number, 8)
@@ -173,7 +178,7 @@ def episode(seed: int, number: int, size: int = EPISODE) -> Episode:
 
 
 def reference_endpoint(episode: Episode) -> Endpoint:
-    """The endpoint under test, as the reference knows it."""
+    """The endpoint under test, for the reference."""
     return Endpoint(
         world.OWN, policy(2), episode.is_host, world.may_borrow, world.around(is_bridged=episode.is_bridged),
         has_link=episode.has_link, is_outside=episode.is_outside, is_external=episode.is_external,
@@ -181,7 +186,7 @@ def reference_endpoint(episode: Episode) -> Endpoint:
 
 
 def change(machine: Machine, step: Step) -> None:
-    """A step that is no frame, for the reference."""
+    """Apply a step that is no frame to the reference."""
     if isinstance(step, Policies):
         machine.endpoint.policy = policy(step.variant)
         machine.renew()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packets of a few flows that are almost right: fields lie, headers repeat, bytes flip or are missing.
+"""Generates packets that are almost right: with wrong fields, repeated headers, flipped or missing bytes.
 
-Invariant: the same seed gives the same frames.  Must not know what is expected of a frame.
+Invariant: the same seed gives the same frames. This module must not know the expected result of a frame.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from machine import Stimulus
 T = TypeVar("T")
 
 MAC, OTHER_MAC, TO_MAC = b"\2\0\0\0\0\2", b"\2\0\0\0\0\x99", b"\2\0\0\0\0\1"
-"""The source address of all frames, another sender's address, the destination address of all frames."""
+"""The source address of all frames, the address of another sender, and the destination address of all frames."""
 
 
 def packed(*texts: str) -> list[bytes]:
-    """Addresses in network order."""
+    """Addresses in network order, from text."""
     return [ip_address(text).packed for text in texts]
 
 
@@ -53,20 +53,20 @@ SPEAKERS = [
     world.SIBLING[6], world.SIBLING_LINK, world.GONE_LINK, world.NODE[6], world.NODE_LINK, world.FRIEND[6],
     world.OTHER[6],
 ]  # fmt: skip
-"""Sources and targets of neighbour discovery."""
+"""Sources and targets of neighbour discovery messages."""
 HEARERS = [
     *packed("ff02::1", "ff02::2", "ff02::16", "ff02::1:ff00:7", "ff02::1:ff00:7", "ff12::1", "ff05::2", "ff01::1"),
     world.NODE[6], world.NODE_LINK, world.NODE_PORT[6], world.NODE_PORT_LINK, world.FREE_LINK, world.POD_LINK,
     world.POD[6], world.SECOND[6], world.SIBLING[6], world.OTHER[6], world.WORLD[6],
 ]  # fmt: skip
-"""Destinations of neighbour discovery."""
+"""Destinations of neighbour discovery messages."""
 CLAIMED4 = [
     *(world.POD[4], UNSPECIFIED4) * 5, *(world.SECOND[4], world.BORROWED[4]) * 2,
     world.SIBLING[4], world.FRIEND[4], world.NODE[4], world.BROADCAST,
 ]  # fmt: skip
-"""Senders and targets of ARP."""
+"""Senders and targets of ARP packets."""
 LISTENERS = (world.POD_LINK, world.POD_LINK, world.FREE_LINK, world.SECOND_LINK, UNSPECIFIED6, world.SIBLING_LINK)
-"""Sources of listener discovery."""
+"""Sources of listener discovery messages."""
 DISCOVERY_KINDS = (133, 135, 135, 135, 136, 136, 136, 134, 137)
 LISTENER_KINDS = (130, 131, 132, 143, 143)
 
@@ -80,16 +80,16 @@ FLAGS = (w.SYN, w.SYN, w.SYN | w.ACK, w.ACK, w.ACK, w.ACK | 8, w.ACK | 8, w.FIN 
 DHCP = {4: (68, 67), 6: (546, 547)}
 EXTENSION_KINDS = (0, 43, 44, 51, 60, 60)
 FLOWS = 16
-"""In an episode; few, so that packets meet each other's connections."""
+"""Number of flows in an episode. There are few, so that packets belong to each other's connections."""
 SMALLEST = {w.IP4: 34, w.IP6: 54}
-"""The kernel runs no program on an untagged frame of these types that is shorter."""
+"""Length of the shortest untagged frame of each type on which the kernel runs a program."""
 
 Flow = tuple[int, bytes, bytes, int, int, int]
-"""IP version, local and remote address, protocol (ICMP stands for both), local and remote port."""
+"""(IP version, local address, remote address, protocol, local port, remote port). ICMP also stands for ICMPv6."""
 
 
 class Generator:
-    """A stream of stimuli around a few flows. ``has_link``: frames begin with Ethernet headers."""
+    """A stream of frames of a few flows. ``has_link``: the frames begin with Ethernet headers."""
 
     def __init__(self, seed: int | str, *, has_link: bool = True) -> None:
         self._random = random.Random(seed)
@@ -124,7 +124,7 @@ class Generator:
         return version, local, remote, self._pick(PROTOCOLS), self._pick(PORTS), self._pick(PORTS)
 
     def stimulus(self) -> Stimulus:
-        """The next frame and where it comes along."""
+        """The next frame, and its hook."""
         from_pod = self._chance() < 0.5
         flow = self._pick(self._flows) if self._chance() < 0.93 else self._flow()
         entered = "elsewhere"
@@ -139,14 +139,14 @@ class Generator:
             frame = self._around(w.IP4 if flow[0] == 4 else w.IP6, self._packet(flow, from_pod=from_pod))
         if self._chance() < 0.2:
             frame = self._mangled(frame)
-        if self._chance() < 0.02:  # at the hook where it does not belong
+        if self._chance() < 0.02:  # at the wrong hook
             from_pod = not from_pod
         return Stimulus(not from_pod, entered, runnable(frame, has_link=self._has_link))
 
     # --- layers, from the outside in
 
     def _around(self, ethertype: int, packet: bytes) -> bytes:
-        """The packet with what is before and behind it."""
+        """The packet with its Ethernet header and tags, and sometimes padding."""
         kind = struct.pack("!H", ethertype)
         chance = self._chance()
         if chance < 0.08:
@@ -173,7 +173,7 @@ class Generator:
             if version == 6:
                 protocol = w.ICMPV6
             if self._chance() < 0.02:
-                protocol = w.ICMP + w.ICMPV6 - protocol  # the other family's
+                protocol = w.ICMP + w.ICMPV6 - protocol  # the protocol of the other family
         else:
             body = self._body(protocol, *ports)
         if self._chance() < 0.03:
@@ -219,7 +219,10 @@ class Generator:
         return struct.pack("!IHBB", version << 28, length & 0xFFFF, protocol, hops) + source + destination + body
 
     def _chain(self, protocol: int, body: bytes) -> tuple[int, bytes, list[bytes]]:
-        """Extension headers before ``body``: the first one's protocol, the rest of the body, the headers."""
+        """Put extension headers before ``body``.
+
+        Returns the protocol of the first header, the rest of the body, and the headers.
+        """
         fragments = self._chance() < 0.4
         kinds = [self._pick(EXTENSION_KINDS) for _ in range(self._below(4 if self._chance() < 0.9 else 11))]
         if fragments:
@@ -243,7 +246,7 @@ class Generator:
         return following, body, chain
 
     def _piece(self, body: bytes) -> tuple[bytes, int, int, int]:
-        """A fragment of ``body``: payload, offset, whether more follow, identification."""
+        """A fragment of ``body``: (payload, offset, whether more follow, identification)."""
         number = 1 + self._below(3)
         chance = self._chance()
         if chance < 0.5:
@@ -296,7 +299,7 @@ class Generator:
         return body if self._chance() < 0.96 else body[: self._below(len(body) + 1)]
 
     def _error(self, version: int, *, from_pod: bool) -> bytes:
-        """About a packet of some flow that went the other way, as a rule."""
+        """An ICMP error, usually about a packet of a flow in the other direction."""
         kind = self._pick((3, 3, 4, 5, 11, 12)) if version == 4 else self._pick((1, 2, 3, 4))
         candidates = [flow for flow in self._flows if flow[0] == version] or self._flows
         inner = self._packet(candidates[self._below(len(candidates))], from_pod=from_pod is (self._chance() < 0.05))
@@ -307,7 +310,7 @@ class Generator:
     # --- messages of the link
 
     def _discovery(self) -> bytes:
-        """Neighbour or listener discovery."""
+        """A neighbour or listener discovery message."""
         is_listener = self._chance() < 0.25
         kind = self._pick(LISTENER_KINDS if is_listener else DISCOVERY_KINDS)
         code = 0 if self._chance() < 0.93 else self._below(256)
@@ -332,20 +335,20 @@ class Generator:
         return self._ip6(source, destination, protocol, body, hops)
 
     def _groups(self, kind: int) -> bytes:
-        """Listener discovery behind its checksum."""
+        """The part of a listener discovery message after its checksum."""
         if kind != 143:
             return bytes(24 if self._chance() < (0.5 if kind == 130 else 0.1) else 20)
         records = self._below(3)
         return struct.pack("!HH", 0, records if self._chance() < 0.9 else self._below(4)) + bytes(20 * records)
 
     def _about(self, kind: int) -> bytes:
-        """Neighbour discovery behind its checksum."""
+        """The part of a neighbour discovery message after its checksum."""
         target = b"" if kind == 133 else self._pick(SPEAKERS if self._chance() < 0.7 else HEARERS)
         options = [self._option() for _ in range(self._pick((0, 0, 1, 1, 1, 2, 3, 3, 4)))]
         return bytes(4) + target + b"".join(options)
 
     def _option(self) -> bytes:
-        """Of neighbour discovery."""
+        """An option of neighbour discovery."""
         chance = self._chance()
         if chance < 0.6:
             return bytes((self._pick((1, 2)), 1)) + MAC
@@ -358,7 +361,7 @@ class Generator:
         return bytes((self._pick((1, 14)), self._pick((0, 2)))) + MAC
 
     def _arp(self) -> bytes:
-        """A question or an answer."""
+        """An ARP request or reply."""
         hardware, protocol, sizes = 1, w.IP4, (6, 4)
         if self._chance() < 0.08:
             hardware, protocol, sizes = self._pick(((6, w.IP4, (6, 4)), (1, w.IP6, (6, 4)), (1, w.IP4, (4, 6))))
@@ -367,7 +370,7 @@ class Generator:
         packet += self._pick(CLAIMED4) + TO_MAC + self._pick(CLAIMED4)
         chance = self._chance()
         if chance < 0.3:
-            packet += bytes(18)  # up to the shortest frame of Ethernet
+            packet += bytes(18)  # padding up to the shortest Ethernet frame
         elif chance < 0.4:
             packet += bytes(self._below(60)) + bytes((self._below(2),))
         return packet if self._chance() < 0.95 else packet[: self._below(len(packet))]
@@ -392,7 +395,7 @@ class Generator:
 
 
 def runnable(frame: bytes, *, has_link: bool = True) -> bytes:
-    """The frame, or if it is short what the kernel runs a program on: with a VLAN tag; without a link, with padding."""
+    """The frame; if the kernel runs no program on such a short one, with a VLAN tag, or without a link with padding."""
     frame = frame.ljust(14, b"\0")
     if not has_link:
         return frame.ljust(SMALLEST.get(w.u16(frame, 12), 0), b"\0")

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loaded program beside the reference: one fixed small world, episodes of frames through both, differences found.
+"""Compares the loaded program with the reference, by episodes of frames in one fixed small world.
 
-An episode is a list of steps from an empty connection table.  It is first run in bulk; every verdict, every event,
-every reason's and every rule's count, and every connection that is left in the end must be what the reference says.  If
-something differs it is run again frame by frame, to find the first one that differs, and the episode is made as short
-as it can be.  Invariant: time plays no part: time-outs are either endless or over at once, and the fast path's second
-is either endless or over at once.
+An episode is a list of steps from an empty connection table. It first runs in bulk. Every verdict, every event, the
+counts of every reason and rule, and every remaining connection must be as in the reference. If one differs, the episode
+runs again frame by frame to find the first difference, and is then made as short as possible. Invariant: no result
+depends on time. Time-outs are either endless or over at once, and so is the second for which the flow cache keeps an
+entry.
 
-What a test run (BPF_PROG_TEST_RUN) can set limits what is tried here.
+A test run (BPF_PROG_TEST_RUN) cannot set everything, so some packets are not tested here.
 
 - The kernel reads a packet's protocol where an Ethernet header has its type, even if the interface has no link headers.
   So a packet that begins with its network header needs a source address that contains the EtherType: see world.py.
-- No packet can have a checksum that a device has yet to write (CHECKSUM_PARTIAL).  tests/netns tries those with real
+- No packet can have a checksum that a device must still write (CHECKSUM_PARTIAL). tests/netns tests those with real
   packets.
-- The program asks the kernel for routes and sockets, and those of the machine are not known.  So frames run in an empty
+- The program asks the kernel for routes and sockets, and those of the machine are not known. So frames run in an empty
   network namespace: no route leads to any address, and one socket listens.
 """
 
@@ -49,16 +49,16 @@ SIZES = {
     "np_frag4": 65536, "np_frag6": 65536, "np_log_limit": 16,
     "np_event": 1 << 20,
 }  # fmt: skip
-"""Tables with room for far more than an episode, so that nothing is evicted and no event lost."""
+"""Sizes of the tables, larger than any episode needs, so that nothing is evicted and no event is lost."""
 
 ENDLESS, OVER = 1 << 62, (1 << 64) - 1
-"""Jiffies; the second is a negative time-out to the program."""
+"""Time-outs in jiffies. The program reads the second one as negative."""
 IDENTITIES = {"friend": 101, "foe": 102, "near": 103}
 WORKLOAD_IDENTITY = 104
-"""All workloads but the one under test have this identity, which no policy set has a class for."""
+"""The identity of all workloads except the one under test. No policy set has a class for it."""
 SIBLING_ENDPOINT, OTHER_ENDPOINT, GONE_ENDPOINT = 8, 9, 10
 SIBLING_INTERFACE, OTHER_INTERFACE, BRIDGE = 9998, 9999, 9000
-"""None of them needs to exist."""
+"""Interface indices. None of these interfaces needs to exist."""
 
 TARGETS = {False: Hook.TC_INGRESS, True: Hook.TC_EGRESS}
 ENTERED = {"elsewhere": ELSEWHERE, "host": 0, "self": LO}
@@ -68,7 +68,7 @@ ENTERED = {"elsewhere": ELSEWHERE, "host": 0, "self": LO}
 
 
 Connections = dict[object, tuple[object, ...]]
-"""By whether it is unreplied, and its key."""
+"""(whether it is unreplied, its key) -> the fields of a connection."""
 
 
 @dataclass
@@ -84,7 +84,10 @@ class Seen:
 
 
 def expected(outcomes: Sequence[Outcome], machine: Machine | None = None) -> Seen:
-    """The reference's behaviour. Established packets are counted by rule alone. ``machine``: with its connections."""
+    """The behaviour of the reference.
+
+    Packets of established connections are counted only by rule. ``machine``: also include its connections.
+    """
     return Seen(
         [outcome.passed for outcome in outcomes],
         [outcome.event for outcome in outcomes if outcome.event is not None],
@@ -108,7 +111,7 @@ def standing(machine: Machine) -> Connections:
 def told_connection(
     key: bytes, row: abi.np_conn, *, is_unreplied: bool, generation: int
 ) -> tuple[object, tuple[object, ...]]:
-    """A row of the program's table as the reference has it."""
+    """A row of the program's connection table in the form of the reference."""
     version: Any = abi.np_conn4_key if len(key) == ctypes.sizeof(abi.np_conn4_key) else abi.np_conn6_key
     names = version.from_buffer_copy(key)
     tuple_: Key = bytes(names.local), bytes(names.remote), names.protocol, names.local_port, names.remote_port
@@ -123,7 +126,7 @@ def told_connection(
 
 @dataclass
 class Difference:
-    """The first frame of an episode that the two see differently."""
+    """The first frame of an episode at which program and reference differ."""
 
     episode: Episode
     reference: Seen
@@ -152,7 +155,7 @@ class Difference:
 
 
 class Harness:
-    """A dataplane of its own with the world written into it."""
+    """A dataplane with the world in its maps."""
 
     def __init__(self, dataplane: Dataplane) -> None:
         self.rig = Rig(dataplane)
@@ -177,7 +180,7 @@ class Harness:
         self._counts_before = self._counts()
 
     def close(self) -> None:
-        """Stop reading events; the node goes."""
+        """Stop reading events, and release the namespace."""
         self.rig.reader.close()
         self._server.close()
         self._node.close()
@@ -223,7 +226,7 @@ class Harness:
         ]
         places += [(abi.NP_OTHER_BLOCK, protocol, l4) for protocol, l4 in episodes.OTHER_CLASSES.items()]
         for block, index, l4 in places:
-            rig.atom(block, index, l4)  # atoms are numbered as the classes
+            rig.atom(block, index, l4)  # atoms have the numbers of their classes
         rig.atom(abi.NP_SLOT_SOURCE * 256 + (episodes.SOURCE_PORT >> 8), episodes.SOURCE_PORT & 255, 1)
         for variant in range(3):
             for way in Way:
@@ -236,7 +239,7 @@ class Harness:
                 rig.l4_class(number, 1, 1, source=True)
 
     def _place(self, number: int, interface: int, *, link: int) -> None:
-        """Write the row of another workload. The program reads only its number and link."""
+        """Write the row of another workload. The program reads only the row's number and link."""
         key = struct.pack("=I", interface)
         row = seal_endpoint(abi.np_endpoint(number=number, ifindex=interface, link=link))
         self.rig.map("np_endpoint").put(key, bytes(row))
@@ -313,7 +316,7 @@ class Harness:
     # --- running
 
     def check(self, episode: Episode) -> Difference | None:
-        """Run an episode in bulk; when something differs, find the first frame that does."""
+        """Run an episode in bulk. If there is a difference, find the first frame with one."""
         outcomes: list[Outcome] = []
         reference, program = self._in_bulk(self._start(episode), episode.steps, outcomes, with_connections=True)
         self.packets += len(outcomes)
@@ -328,7 +331,7 @@ class Harness:
     def _in_bulk(
         self, machine: Machine, steps: Sequence[Step], outcomes: list[Outcome], *, with_connections: bool
     ) -> tuple[Seen, Seen]:
-        """What both see. ``outcomes`` gets the reference's, frame by frame."""
+        """The behaviour of both. ``outcomes`` gets the outcomes of the reference, one for each frame."""
         verdicts: list[bool] = []
         before = len(outcomes)
         with self._node:
@@ -349,9 +352,9 @@ class Harness:
     def first_difference(
         self, episode: Episode, outcomes: list[Outcome] | None = None, *, with_connections: bool = False
     ) -> Difference | None:
-        """Run an episode frame by frame up to the first difference; ``outcomes`` gets the reference's.
+        """Run an episode frame by frame up to the first difference. ``outcomes`` gets the outcomes of the reference.
 
-        ``with_connections``: those are looked at after every frame, which takes milliseconds.
+        ``with_connections``: compare connections after every frame, which takes milliseconds each.
         """
         machine = self._start(episode)
         all_outcomes = [] if outcomes is None else outcomes
@@ -393,7 +396,7 @@ class Harness:
         return self._count("np_reason_count"), self._count("np_rule_count")
 
     def _count(self, name: str) -> Counter[int]:
-        """Packets by row, of all CPUs; only rows that have any."""
+        """The packets by row, over all CPUs, for rows that have any."""
         words = struct.unpack(f"={self._words[name]}Q", b"".join(value for _, value in self.rig.map(name).items()))
         cells = len(words) // self.rig.map(name).max_entries
         sums = [sum(words[at : at + cells : 2]) for at in range(0, len(words), cells)]
@@ -402,7 +405,7 @@ class Harness:
     # --- making it small
 
     def smallest(self, found: Difference, tries: int = 1500) -> Difference:
-        """Leave out steps, then bytes, as long as the last frame is still seen differently, in at most so many runs."""
+        """Remove steps, then bytes, as long as the last frame still differs. At most ``tries`` runs."""
         best = found
         chunk = max(len(best.episode.steps) // 2, 1)
         while chunk and tries > 0:
@@ -424,7 +427,7 @@ class Harness:
     def _smaller_frame(self, best: Difference, index: int, tries: int) -> tuple[Difference, int]:
         if index >= len(best.episode.steps) or not isinstance(best.episode.steps[index], Stimulus):
             return best, tries
-        size = len(best.episode.steps[index].frame)  # type: ignore[union-attr]  # looked at just above
+        size = len(best.episode.steps[index].frame)  # this step is a frame, which the caller has checked
         for candidate in [("cut", n) for n in (32, 8, 4, 1) * 3] + [("zero", n) for n in range(size)]:
             if tries <= 0 or index >= len(best.episode.steps):
                 break
@@ -441,7 +444,7 @@ class Harness:
         return best, tries
 
     def _still(self, found: Difference, steps: tuple[Step, ...]) -> Difference | None:
-        """Whether the last frame of these steps is the first that differs."""
+        """The difference, if the last frame of these steps is the first frame that differs; otherwise None."""
         with_connections = found.program.connections is not None
         shorter = replace(found.episode, steps=steps)
         machine = self._start(shorter)
@@ -453,7 +456,7 @@ class Harness:
 
 
 def told(event: abi.np_event) -> tuple[object, ...]:
-    """An event as the reference has it: of frames that were not understood only why and how long."""
+    """An event in the form of the reference. For a frame that could not be parsed, only its reason and length."""
     reason = abi.REASONS[event.reason].slug
     if reason in UNPARSED or not event.ip_version:
         return reason, event.frame_bytes
@@ -488,7 +491,7 @@ def _prefix(packed: bytes, size: int) -> str:
 
 
 class TestRuns:
-    """BPF_PROG_TEST_RUN with everything but the frame prepared, for many frames."""
+    """BPF_PROG_TEST_RUN with everything prepared except the frame, for many runs."""
 
     __test__ = False
 
@@ -510,12 +513,12 @@ class TestRuns:
                 self._attrs[out_of_host, name] = attr
 
     def __call__(self, stimulus: Stimulus) -> bool:
-        """Whether the frame passed."""
+        """Run the program on a frame. Returns whether it passed."""
         frame = stimulus.frame
         attr = self._attrs[stimulus.out_of_host, stimulus.entered]
         ctypes.memmove(self._data, frame, len(frame))
         attr.data_size_in = len(frame)
-        attr.data_size_out = attr.ctx_size_out = 0  # where the kernel wrote how much it had for us
+        attr.data_size_out = attr.ctx_size_out = 0  # the kernel wrote the output's sizes into these fields
         if self._call(self._number, syscall.PROG_TEST_RUN, ctypes.byref(attr), ctypes.sizeof(attr)):
             raise OSError(ctypes.get_errno(), f"cannot run a program on {frame.hex()}")
         assert attr.retval in (2, 0xFFFF_FFFF), attr.retval

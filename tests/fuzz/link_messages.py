@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference for link messages: ARP, neighbour and listener discovery, and what only routers and DHCP servers send.
+"""The reference for link-local messages: ARP, neighbour and listener discovery, routers, DHCP servers.
 
 Written from docs/packet-parsing.md and RFC 826 and 5227 (ARP), 4861, 4862 and 7527 (neighbour discovery), 6980
-(receivers ignore it in fragments), 2710 and 3810 (listener discovery), 2131 and 8415 (DHCP), 792 (redirect).  This
+(receivers ignore it in fragments), 2710 and 3810 (listener discovery), 2131 and 8415 (DHCP), 792 (redirect). This
 module must not know connections or policy.
 """
 
@@ -14,12 +14,12 @@ from endpoint import UNSPECIFIED4, UNSPECIFIED6, Endpoint, is_link_group, is_lin
 from wire import HOP_BY_HOP, ICMP, ICMPV6, IP4, UDP, Facts, Place, u16
 
 LISTENER = frozenset({130, 131, 132, 143})
-"""ICMPv6 types: query, report, done, and the report of version 2."""
+"""ICMPv6 types: query, report, done, and report of version 2."""
 ROUTER_SOLICITATION, ROUTER_ADVERTISEMENT, SOLICITATION, ADVERTISEMENT, REDIRECT = 133, 134, 135, 136, 137
 DISCOVERY = frozenset({ROUTER_SOLICITATION, SOLICITATION, ADVERTISEMENT})
 ROUTERS_ONLY = frozenset({ROUTER_ADVERTISEMENT, REDIRECT})
 REDIRECT4 = 5
-"""The type of a redirect in ICMP for IPv4."""
+"""The ICMP type of a redirect, for IPv4."""
 
 NOT_ROUTED, NEVER_ROUTED = 255, 1
 """Hop limits: no router has forwarded the packet; no router will forward it."""
@@ -27,27 +27,27 @@ FIXED_BYTES, ADDRESS_BYTES, OPTION_BYTES = 8, 16, 8
 SOURCE_ADDRESS, TARGET_ADDRESS, NONCE = 1, 2, 14
 MOST_OPTIONS, MOST_RECORDS = 3, 32
 DHCP_SERVER = {4: (67, 68), 6: (547, 546)}
-"""Source and destination port of what a server sends, by IP version."""
+"""Source and destination port of a DHCP server's packets, by IP version."""
 
 ARP_HEAD = struct.pack("!HHBB", 1, IP4, 6, 4)
-"""The hardware is Ethernet, the protocol IPv4, and their addresses have these lengths."""
+"""The head of an ARP packet for Ethernet and IPv4, with the lengths of their addresses."""
 ARP_BYTES, ARP_PADDING = 28, 18
-"""The packet, and the zeros that fill it up to the shortest frame of Ethernet."""
+"""The length of an ARP packet, and of the zeros that pad it to the shortest Ethernet frame."""
 
 ROUTER_ALERT = bytes((HOP_BY_HOP, ICMPV6, 0, 5, 2, 0, 0, 1, 0))
-"""Number and bytes of the only extension header that listener discovery has (RFC 2711), padded as hosts do."""
+"""The only extension header of listener discovery (RFC 2711): its number, and its bytes, padded as hosts do."""
 LISTENER_QUERY, LISTENER_REPORT2 = 130, 143
 QUERY2_BYTES, REPORT_BYTES, RECORD_BYTES = 28, 24, 20
-"""A query of version 2 without sources, a message of version 1, and a record of version 2 without sources."""
+"""Lengths of a version 2 query without sources, a version 1 message, and a version 2 record without sources."""
 
 
 def is_from_workload(endpoint: Endpoint, *, out_of_host: bool) -> bool:
-    """Whether packets at this hook come from the workload itself."""
+    """Whether the packets at this hook come from the workload itself."""
     return not endpoint.is_host and not out_of_host
 
 
 def arp(facts: Facts, endpoint: Endpoint, *, out_of_host: bool) -> str:
-    """Why an ARP frame passes ("arp") or is dropped ("link-forged")."""
+    """The reason why an ARP frame passes ("arp") or is dropped ("link-forged")."""
     if not is_from_workload(endpoint, out_of_host=out_of_host) or endpoint.routes:
         return "arp"
     said, behind = facts.message[:ARP_BYTES], facts.message[ARP_BYTES:]
@@ -60,7 +60,10 @@ def arp(facts: Facts, endpoint: Endpoint, *, out_of_host: bool) -> str:
 
 
 def is_forged(facts: Facts, endpoint: Endpoint, *, out_of_host: bool) -> bool:
-    """Whether a workload sends what only a router or a DHCP server may send. A later fragment does not tell."""
+    """Whether a workload sends a message that only a router or a DHCP server may send.
+
+    A later fragment never counts.
+    """
     if not is_from_workload(endpoint, out_of_host=out_of_host) or endpoint.routes or facts.place is Place.LATER:
         return False
     if facts.protocol == UDP:
@@ -71,7 +74,7 @@ def is_forged(facts: Facts, endpoint: Endpoint, *, out_of_host: bool) -> bool:
 
 
 def discovery(facts: Facts, endpoint: Endpoint, *, out_of_host: bool) -> str:
-    """Why neighbour or listener discovery passes ("neighbour") or is dropped ("link-forged"); "": policy decides."""
+    """The reason why a discovery message passes ("neighbour") or is dropped ("link-forged"); "": policy decides."""
     if facts.version != 6 or facts.protocol != ICMPV6 or facts.place is not Place.WHOLE or facts.icmp_code:
         return ""
     from_workload = is_from_workload(endpoint, out_of_host=out_of_host)
@@ -97,7 +100,7 @@ def _is_listener_message(facts: Facts, endpoint: Endpoint, *, from_workload: boo
 
 
 def _is_bare_listener_message(facts: Facts) -> bool:
-    """Whether listener discovery is no longer than it must be, behind a router alert or nothing."""
+    """Whether a listener discovery message has its minimal length, after a router alert or no extension header."""
     if facts.padding or facts.extensions not in (bytes((ICMPV6,)), ROUTER_ALERT):
         return False
     size = len(facts.message)
@@ -110,7 +113,7 @@ def _is_bare_listener_message(facts: Facts) -> bool:
 
 
 def _workloads_discovery(facts: Facts, endpoint: Endpoint) -> str:
-    """A workload may speak about itself, and ask about its link, with nothing in front of the message or behind it."""
+    """A workload's message may be about itself, or ask about its link, without headers before or bytes after it."""
     rest = facts.message[FIXED_BYTES:]
     target = b""
     if facts.icmp_type != ROUTER_SOLICITATION:
@@ -119,7 +122,7 @@ def _workloads_discovery(facts: Facts, endpoint: Endpoint) -> str:
             return ""
     forged = "" if endpoint.routes else "link-forged"
     if facts.icmp_type == ADVERTISEMENT and not endpoint.may_claim(target):
-        return forged  # it is heard whatever stands before and behind it
+        return forged  # receivers accept it whatever comes before and after it
     if facts.padding or facts.extensions != bytes((ICMPV6,)):
         return ""
     is_nobody = facts.source == UNSPECIFIED6
@@ -136,7 +139,7 @@ def _workloads_discovery(facts: Facts, endpoint: Endpoint) -> str:
 
 
 def _are_own(options: bytes, facts: Facts) -> bool:
-    """Whether every option is the sender's own link-layer address or a nonce."""
+    """Whether every option is the sender's own link-layer address, or a nonce."""
     if len(options) % OPTION_BYTES or len(options) > MOST_OPTIONS * OPTION_BYTES:
         return False
     for at in range(0, len(options), OPTION_BYTES):

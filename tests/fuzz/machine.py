@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference of everything after the parser: whose packet, fragments, connections, policy; what each packet becomes.
+"""The reference for all steps after the parser: ownership, fragments, connections, policy, and the outcome.
 
-One dictionary of established connections, one of unreplied ones, one of first fragments, one function per step, so that it is
-right at a glance.  Written from docs/SEMANTICS.md 5.1 to 5.6 and docs/packet-parsing.md.  Invariant: `Machine.step` is
-the only thing that changes state.  Must not know of maps, hashes, time stamps or caches: which connections are timed
-out is said from outside.
+There is one dictionary of established connections, one of unreplied ones, one of first fragments, and one function for
+each step, so that the code is simple to check. Written from docs/SEMANTICS.md 5.1 to 5.6 and docs/packet-parsing.md.
+Invariant: only `Machine.step` changes state. This module must not know maps, hashes, time stamps or caches: the caller
+says which connections have expired.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from wire import (
 
 
 class State(enum.Enum):
-    """Where a connection stands; each has a time-out of its own."""
+    """The state of a connection. Each state has its own time-out."""
 
     TCP_NEW = 0
     TCP_OPEN = 1
@@ -49,26 +49,26 @@ PASSES = frozenset(
     {"policy-allow", "established", "related", "host", "self", "arp", "neighbour", "dhcp", "host-non-ip"}
 )
 RULED = frozenset({"policy-allow", "established", "related", "host", "self", "policy-deny", "revoked"})
-"""Reasons that are counted for a rule too (0: exempt)."""
+"""Reasons that are also counted for a rule (0: exempt)."""
 NEW_FLOW = frozenset({"policy-allow", "host", "self"})
 
 
 @dataclass(frozen=True)
 class Stimulus:
-    """A frame at one of the two hooks. ``entered``: where it entered the node, "host" when the node sent it itself.
+    """A frame at one of the two hooks. ``entered``: where it entered the node; "host": the node itself sends it.
 
-    Where the interface has no link headers, the frame begins with the network header.
+    If the interface has no link headers, the frame begins with the network header.
     """
 
     out_of_host: bool
-    """At the TC egress hook: towards a workload."""
+    """The frame is at TC egress, towards a workload."""
     entered: str
     frame: bytes
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a frame. ``event``: the reported facts, if any."""
+    """The result of a frame. ``event``: the facts in its event, if there is one."""
 
     reason: str
     rule: int | None
@@ -76,17 +76,17 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Whether the frame goes on."""
+        """Whether the frame passes."""
         return self.reason in PASSES
 
 
 Key = tuple[bytes, bytes, int, int, int]
-"""Local address, remote address, protocol, local port, remote port."""
+"""(local address, remote address, protocol, local port, remote port)."""
 
 
 @dataclass
 class Connection:
-    """One that policy allowed."""
+    """A connection that policy allowed."""
 
     rule: int
     way: Way
@@ -95,12 +95,12 @@ class Connection:
     icmp: tuple[int, int]
     exempt: bool
     fin: set[bool] = field(default_factory=set)
-    """Which sides have sent a FIN: the one that opened the connection (False), the other one (True)."""
+    """The sides that have sent a FIN: the side that opened the connection (False), the other one (True)."""
     replied: bool = False
 
     @property
     def is_closed(self) -> bool:
-        """Whether it seems over. Anybody who knows the tuple can have sent the RST or the FINs."""
+        """Whether the connection seems closed. Any host that knows the tuple can have sent the RST or the FINs."""
         return self.state in (State.TCP_CLOSING, State.TCP_RESET)
 
 
@@ -120,34 +120,35 @@ class Machine:
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.connections: dict[Key, Connection] = {}
-        """With packets of both sides."""
+        """Established connections: with packets of both sides."""
         self.unreplied: dict[Key, Connection] = {}
-        """Without an answer yet."""
+        """Unreplied connections."""
         self.firsts: dict[tuple[object, ...], First] = {}
         self.generation = 1
         self.timed_out: frozenset[State] = frozenset()
-        """Connections in these states are dead. A closed connection is dead when open ones are."""
+        """Connections in these states have expired. A closed connection expires together with open ones."""
         self.keep_revoked = False
         self.hairpin = False
-        """Packets from outside may have the source of a workload of this node."""
+        """Whether packets from outside may have the source of a workload of this node."""
         self.shortened: dict[tuple[object, ...], int] | None = None
-        """Rules of packets that may take a fast path, which need not notice changes at once; None: there is none."""
+        """The rules of packets that may take the fast path, which may notice a change late; None: there is no fast
+        path."""
 
     def renew(self) -> None:
-        """Policy has changed: connections are judged again when a packet meets them."""
+        """Policy has changed: each connection is judged again at its next packet."""
         self.generation += 1
         if self.shortened is not None:
             self.shortened = {}
 
     def step(self, stimulus: Stimulus) -> Outcome | None:
-        """What becomes of the next frame; None where the fast path may know better than the tables: nothing changes."""
+        """The outcome of the next frame. None if the fast path may decide by an older state; then nothing changes."""
         reason, facts = parse(stimulus.frame, has_link=self.endpoint.has_link)
         way = Way.INGRESS if stimulus.out_of_host is not self.endpoint.is_host else Way.EGRESS
         return _Passage(self, stimulus, facts, way).outcome(reason)
 
 
 class _Passage:
-    """One frame's way through the machine."""
+    """The passage of one frame through the machine."""
 
     def __init__(self, machine: Machine, stimulus: Stimulus, facts: Facts, way: Way) -> None:
         self.machine = machine
@@ -177,7 +178,7 @@ class _Passage:
 
     def _event(self, reason: str) -> tuple[object, ...]:
         facts = self.facts
-        if facts.kind is Kind.ERROR:  # tells of the error or of the flow it is about; either is fine
+        if facts.kind is Kind.ERROR:  # an event about the error or about its flow; either is correct
             return (reason, self.rule if reason in RULED else 0, len(self.stimulus.frame))
         ends = [(facts.source, facts.source_port), (facts.destination, facts.destination_port)]
         way = self.way
@@ -190,7 +191,7 @@ class _Passage:
         )  # fmt: skip
 
     def _before_connections(self) -> str:
-        """The reason for a link message, or for a message that this sender may not send; "": the packet goes on."""
+        """The reason of a link-local message, or of one that this sender may not send; "": the packet continues."""
         machine, out_of_host = self.machine, self.stimulus.out_of_host
         reason = link_messages.discovery(self.facts, machine.endpoint, out_of_host=out_of_host)
         if not reason and link_messages.is_forged(self.facts, machine.endpoint, out_of_host=out_of_host):
@@ -248,11 +249,11 @@ class _Passage:
         )  # fmt: skip
 
     def _is_plain(self) -> bool:
-        """Neither a fragment nor a packet that changes a TCP connection: those never take the fast path."""
+        """Whether the packet is no fragment and changes no TCP connection. Other packets never take the fast path."""
         return self.facts.place is Place.WHOLE and not self.facts.tcp_flags & (SYN | FIN | RST)
 
     def _may_be_shortened(self) -> bool:
-        """Whether a packet like this one passed as established under this generation and the tables say more today."""
+        """Whether such a packet passed as established under this generation, although the tables now say otherwise."""
         remembered = self.machine.shortened
         if not remembered or not self._is_plain():
             return False
@@ -266,14 +267,14 @@ class _Passage:
     # --- fragments
 
     def _fragments(self) -> tuple[object, ...]:
-        """What all fragments of one packet have in common. In IPv6 a later one need not name the same protocol."""
+        """The facts that all fragments of a packet share. In IPv6 a later fragment may name another protocol."""
         facts = self.facts
         return (
             facts.source, facts.destination, facts.identification, facts.protocol if facts.version == 4 else None,
         )  # fmt: skip
 
     def _recall(self) -> bool:
-        """Give a later fragment its first one's ports. False: none that it could follow."""
+        """Give a later fragment the ports of its first fragment. Returns False if there is none before it."""
         facts = self.facts
         first = self.machine.firsts.get(self._fragments())
         if first is None or facts.offset < first.covered:
@@ -295,9 +296,9 @@ class _Passage:
         return not self.untracked
 
     def _is_misdelivered(self) -> bool:
-        """Whether a packet at a workload's interface is for somebody else, as the servers of its link.
+        """Whether a packet at a workload's interface is for another receiver, such as the servers of its link.
 
-        A bridge floods what it does not know.
+        A bridge floods packets to unknown destinations.
         """
         endpoint = self.machine.endpoint
         if self.way is Way.EGRESS or endpoint.is_host or endpoint.routes:
@@ -305,7 +306,7 @@ class _Passage:
         return self.facts.is_dhcp_request or not endpoint.may_receive(self.facts.destination)
 
     def _is_tunnelled(self) -> bool:
-        """Whether a workload sends to a node what a tunnel device there would unpack."""
+        """Whether a workload sends a node a packet that a tunnel device of the node would decapsulate."""
         facts, endpoint = self.facts, self.machine.endpoint
         if not link_messages.is_from_workload(endpoint, out_of_host=self.stimulus.out_of_host):
             return False
@@ -317,7 +318,10 @@ class _Passage:
         return is_for_many(facts.destination) or endpoint.node.reaches_nodes(facts.destination)
 
     def _is_foreign(self) -> bool:
-        """Whether a packet from outside has a source of this node. Link-local addresses are those of many nodes."""
+        """Whether a packet from outside has a source of this node.
+
+        Link-local addresses do not count: many nodes have them.
+        """
         endpoint, source = self.machine.endpoint, self.facts.source
         return (
             endpoint.is_host and endpoint.is_outside and not self.machine.hairpin
@@ -325,7 +329,7 @@ class _Passage:
         )  # fmt: skip
 
     def _is_sent_by_another(self) -> bool:
-        """Whether a packet out of a tunnel has a source that is on another node, which did not send it."""
+        """Whether a packet from a tunnel has a source on another node that did not send it."""
         endpoint = self.machine.endpoint
         return endpoint.is_external and not self.machine.hairpin and self.facts.source in endpoint.node.elsewhere
 
@@ -338,7 +342,10 @@ class _Passage:
         return facts.destination, facts.source, facts.protocol, facts.destination_port, facts.source_port
 
     def _find(self, key: Key) -> Connection | None:
-        """The connection that speaks for the packet. What may answer a SYN belongs to the unreplied one, if there is one."""
+        """The connection of a packet.
+
+        A packet that may answer a SYN belongs to the unreplied connection, if there is one.
+        """
         tables = [self.machine.connections, self.machine.unreplied]
         if self.facts.tcp_flags & (SYN | RST):
             tables.reverse()
@@ -349,12 +356,12 @@ class _Passage:
         return None
 
     def _is_alive(self, connection: Connection) -> bool:
-        """A closed connection lives as long as an open one: it may not be over after all."""
+        """Whether a connection has not expired. A closed one lives as long as an open one, because it may continue."""
         state = State.TCP_OPEN if connection.is_closed else connection.state
         return state not in self.machine.timed_out
 
     def _passes_at_once(self, key: Key) -> bool:
-        """Whether a packet is in the middle of an open connection, so that nothing else is checked."""
+        """Whether a packet is in the middle of an open connection, so that no further check is made."""
         facts = self.facts
         one = self.machine.connections.get(key)
         return (
@@ -363,7 +370,7 @@ class _Passage:
         )  # fmt: skip
 
     def _covers(self, connection: Connection) -> bool:
-        """Whether the connection speaks for the packet: an initial SYN is always decided, ICMP types must fit."""
+        """Whether the connection decides the packet. An initial SYN is always judged anew, and ICMP types must fit."""
         facts = self.facts
         if facts.kind is Kind.QUERY:
             return (facts.icmp_type, facts.icmp_code) == connection.icmp
@@ -372,21 +379,24 @@ class _Passage:
         if facts.kind is Kind.ANSWER:
             return facts.icmp_type == ANSWERS[facts.version].get(connection.icmp[0])
         if facts.protocol in (ICMP, ICMPV6):
-            return False  # stands alone
+            return False  # belongs to no connection
         return not facts.is_initial_syn
 
     def _ask(self, way: Way, key: Key, icmp: tuple[int, int]) -> str:
         local, remote, protocol, local_port, remote_port = key
         endpoint = self.machine.endpoint
         if way is Way.EGRESS and remote in endpoint.addresses and not endpoint.is_host:
-            self.rule = 0  # whoever sends *to* it with its own address from elsewhere is somebody else: policy decides
+            self.rule = 0  # with its own address from elsewhere, the sender is another host, so policy decides
             return "self"
         ports = (local_port, remote_port) if way is Way.EGRESS else (remote_port, local_port)
         allowed, self.rule = endpoint.policy(Question(way, remote, protocol, *ports, icmp))
         return "policy-allow" if allowed else "policy-deny"
 
     def _still_allowed(self, key: Key, connection: Connection) -> bool:
-        """Judge a connection of an earlier generation by its first packet; one that is not allowed stays, and cut."""
+        """Judge a connection of an earlier generation by its first packet.
+
+        If it is denied, it stays in the table, and is cut.
+        """
         self.is_reply = connection.way is not self.way
         if connection.generation != self.machine.generation and not connection.exempt:
             answer = self._ask(connection.way, key, connection.icmp)
@@ -399,7 +409,7 @@ class _Passage:
         return True
 
     def _related(self) -> str:
-        """An ICMP error about a packet that went the other way, sent to whoever sent that packet."""
+        """An ICMP error about a packet in the other direction, to the sender of that packet."""
         assert self.facts.invoking is not None
         source, destination, protocol, source_port, destination_port = self.facts.invoking.tuple
         if source != self.facts.destination:
@@ -432,12 +442,12 @@ class _Passage:
             if connection.state is State.TCP_NEW:
                 connection.state = State.TCP_OPEN
             self.machine.connections[key] = self.machine.unreplied.pop(key)
-            if self.machine.shortened is not None:  # from now on, for packets of both directions
+            if self.machine.shortened is not None:  # from now on, in both directions
                 self.machine.shortened |= {self._as_sent(): self.rule, self._as_answered(): self.rule}
         return "established"
 
     def _revives(self, connection: Connection) -> bool:
-        """Whether data shows that a connection which seemed closed goes on. One that never was open stays closed."""
+        """Whether data shows that a connection that seemed closed continues. One that never was open stays closed."""
         goes_on = self.facts.payload_bytes > 0 and not self.facts.tcp_flags & (SYN | FIN | RST)
         return connection.is_closed and connection.replied and goes_on
 
@@ -448,7 +458,7 @@ class _Passage:
         else:
             reason = self._ask(self.way, key, (facts.icmp_type, facts.icmp_code))
         if reason in PASSES and self._opens(reason):
-            if not facts.is_initial_syn:  # that does not look for an older one
+            if not facts.is_initial_syn:  # an initial SYN does not look for an older connection
                 self.machine.connections.pop(key, None)
             self.machine.unreplied[key] = Connection(
                 self.rule, self.way, self.machine.generation, _first_state(facts.protocol),
@@ -457,10 +467,11 @@ class _Passage:
         return reason
 
     def _opens(self, reason: str) -> bool:
-        """Whether an allowed packet begins something.
+        """Whether an allowed packet opens a connection.
 
-        A SYN with ACK, an RST, ICMP other than queries, and packets from borrowed addresses open nothing.  Nor does a
-        packet from a listening process of the node in the middle of a TCP connection: the workload may have opened it.
+        A SYN with ACK, an RST, ICMP other than queries, and packets from borrowed addresses open none. Nor does a
+        packet of a listening process of the node in the middle of a TCP connection, because the workload may have
+        opened it.
         """
         facts = self.facts
         if self.untracked or facts.tcp_flags & RST or facts.tcp_flags & (SYN | ACK) == SYN | ACK:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An empty network namespace: the program finds no routes there, and no sockets but those of the fuzzer.
+"""An empty network namespace, in which the program finds no routes, and only the fuzzer's socket.
 
-Invariant: outside of `with` the thread is in the namespace that it came from.
+Invariant: outside the `with` block the thread is in its original namespace.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class OwnNamespace:
         self._check(self._libc.setns(self._home, CLONE_NEWNET))
 
     def close(self) -> None:
-        """Let go of the namespace. The thread must be outside of `with`."""
+        """Release the namespace. The thread must be outside the `with` block."""
         os.close(self._own)
         os.close(self._home)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packets about which the program and the reference once differed, or would if either forgot docs/packet-parsing.md.
+"""Packets at which the program and the reference once differed, or would if one of them ignored docs/packet-parsing.md.
 
-Each is a short episode and the reasons that its frames end with, so that neither side can change its mind unnoticed.
-Who may send what is in regressions_border.py.
+Each case is a short episode with the reasons for its frames, so that neither side can change unnoticed. The cases about
+senders and receivers are in regressions_border.py.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OPTIONS = p.tcp(40000, 1000, p.ACK, bytes(16), words=8)
 HIDDEN = p.fragment6(60, option8(p.UDP) + UDP, more=True)
 
 REGRESSIONS = [
-    # Lengths: nothing beyond the packet's own length counts.
+    # Lengths: bytes beyond the packet's own length do not count.
     case("an IPv4 total length beyond the frame", (out, says4(60, p.UDP, UDP), "bad-ip")),
     case("an IPv4 total length before the ports", (out, says4(23, p.UDP, UDP), "bad-l4")),
     case("an IPv4 total length inside the TCP header", (out, says4(39, p.TCP, TCP), "bad-l4")),
@@ -54,7 +54,7 @@ REGRESSIONS = [
     case("a TCP header that ends beyond the packet", (out, says4(None, p.TCP, p.tcp(1, 2, words=6)), "bad-l4")),
     case("an SCTP header of eight bytes", (out, says4(None, p.SCTP, p.sctp(1, 2)[:8]), "bad-l4")),
     case("a UDP length that lies", (out, says4(None, p.UDP, struct.pack("!HHHH", 1, 2, 999, 0)), "policy-allow")),
-    # Fragments: the ports that policy sees are those that the receiver will see.
+    # Fragments: policy sees the same ports as the receiver.
     case(
         "ports in the padding of a first IPv6 fragment, others in the next one",
         (into, says6(16, 44, HIDDEN, source=FRIEND6, destination=POD6), "bad-l4"),
@@ -87,7 +87,7 @@ REGRESSIONS = [
         (out, says4(None, p.ICMP, ERROR4, more=True), "related"),
         (out, says4(None, p.ICMP, bytes(8) + ERROR4[8:], offset=48), "fragment"),
     ),
-    # ICMP errors: about a connection, and to the one who sent what they are about.
+    # ICMP errors: only about a connection, and only to the sender of the inner packet.
     case(
         "an ICMP error to somebody else",
         OPEN4,
@@ -117,7 +117,7 @@ REGRESSIONS = [
         OPEN4,
         (out, says4(28, p.ICMP, ERROR4, destination=FOE4), "policy-deny"),
     ),
-    # ICMP messages that are no answers ride on no query.
+    # An ICMP message that is no answer does not belong to a query.
     case(
         "a router advertisement after an echo request with the identifier 0",
         PING4,
@@ -129,7 +129,7 @@ REGRESSIONS = [
         (into, p.frame(FRIEND4, POD4, p.ICMP, p.icmp(14, 0, 77)), "policy-allow"),
         (into, p.frame(FRIEND4, POD4, p.ICMP, p.icmp(0, 0, 77)), "established"),
     ),
-    # Headers that the receiver does not walk, and headers that it reads to their end.
+    # Headers that the receiver does not parse, and headers that it parses to their end.
     case(
         "ports behind a mobility header are none",
         (into, p.frame(FRIEND6, POD6, 135, p.extension(p.UDP, p.udp(40000, 53))), "policy-allow"),

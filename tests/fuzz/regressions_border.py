@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may send what, and for whom: cases for both sides of the rules of docs/packet-parsing.md.
+"""Cases about the allowed senders and receivers of packets, for both sides of each rule of docs/packet-parsing.md.
 
-Under the first variant policy allows between the pod and its friend all but UDP 53 to the pod, and denies what is sent
-here to others, unless a case says otherwise.
+Unless a case says otherwise: under the first variant, policy allows packets between the pod and its friend, except UDP
+port 53 to the pod, and denies packets for others that arrive here.
 """
 
 from __future__ import annotations
@@ -56,29 +56,29 @@ OWN1, OWN2 = mac_option(1), mac_option(2)
 
 
 def single(name: str, frame: bytes, reason: str, where: Where = out, **scene: bool) -> Regression:
-    """A case of one frame, from a workload at a bridge unless said otherwise."""
+    """A case of one frame, from a workload at a bridge unless another hook or scene is given."""
     return case(name, (where, frame, reason), **{"is_bridged": not scene.get("is_host"), **scene})
 
 
 def first6(source: str, destination: str, following: int, body: bytes, *, more: bool = True) -> bytes:
-    """A first fragment; without ``more`` an atomic one."""
+    """A first fragment. ``more`` False: an atomic fragment."""
     return p.eth(p.ip6(source, destination, 44, p.fragment6(following, body, more=more), hops=255), p.IP6)
 
 
 def behind(first: int, frame: bytes) -> bytes:
-    """The IPv6 packet of a frame with an extension header of 8 bytes in front of what it carries."""
+    """The IPv6 packet of a frame, with an extension header of 8 bytes before its payload."""
     header = bytes((frame[20], 0, 1, 4, 0, 0, 0, 0))
     size = len(frame) - 54 + len(header)
     return frame[:18] + size.to_bytes(2, "big") + bytes((first,)) + frame[21:54] + header + frame[54:]
 
 
 def shortened(frame: bytes, size: int) -> bytes:
-    """The IPv6 packet of a frame without so many bytes at its end."""
+    """The IPv6 packet of a frame, without ``size`` bytes at its end."""
     return frame[:18] + (len(frame) - 54 - size).to_bytes(2, "big") + frame[20:-size]
 
 
 def without_alert(frame: bytes) -> bytes:
-    """Listener discovery directly behind the IPv6 header."""
+    """A listener discovery message directly after the IPv6 header."""
     return frame[:18] + (len(frame) - 62).to_bytes(2, "big") + bytes((p.ICMPV6,)) + frame[21:54] + frame[62:]
 
 
@@ -88,7 +88,7 @@ def bare(frame: bytes) -> bytes:
 
 
 def udp(source: str, destination: str, source_port: int = 40000, destination_port: int = 1000) -> bytes:
-    """A datagram with room for the kernel to run it without a link header."""
+    """A datagram that is long enough for a run without a link header."""
     return p.frame(source, destination, p.UDP, p.udp(source_port, destination_port, bytes(8)))
 
 
@@ -361,7 +361,7 @@ CLOSED = frozenset({State.TCP_CLOSING, State.TCP_RESET})
 
 
 def tcp(where: Where, flags: int, *, to: int = 80, data: bytes = b"", own: str = POD4) -> tuple[Where, bytes]:
-    """A segment between the pod's port 1000 and the friend."""
+    """A segment between port 1000 of the pod and the friend."""
     if where is out:
         return where, p.frame(own, FRIEND4, p.TCP, p.tcp(1000, to, flags, data))
     return where, p.frame(FRIEND4, own, p.TCP, p.tcp(to, 1000, flags, data))
@@ -413,7 +413,7 @@ TAILS = [
     ),
 ]
 AT_6 = bare(discovery(135, POD6, GROUP, POD_LINK, OWN1))[6:12]
-"""The bytes of that packet where an Ethernet header has its source address."""
+"""The bytes of that packet at the place of the source address in an Ethernet header."""
 BARE = [
     case(
         "packets without a link header",

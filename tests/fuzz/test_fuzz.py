@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loaded program and the reference agree about mutated packets and about sequences of them.
+"""The loaded program and the reference agree about mutated packets, and about sequences of them.
 
-`python -m tests.fuzz` goes on for as long as it is told; this is a part of it with a fixed seed.
+This runs a part of `python -m tests.fuzz`, which runs as long as requested, with a fixed seed.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ pytestmark = pytest.mark.kernel
 
 SEED = 20
 EPISODES = int(os.environ.get("NETPOL_FUZZ_EPISODES", "96"))
-"""Of 3000 packets each."""
+"""Number of episodes. Each has 3000 packets."""
 
 
 @pytest.fixture(scope="module")
 def harness() -> Iterator[Harness]:
-    """One dataplane for all; on one CPU, since what the program remembers per CPU is part of it."""
+    """One dataplane for all tests, on one CPU, because the program's per-CPU caches are part of the comparison."""
     with on_one_cpu():
         dataplane = Dataplane.open(Path(f"/sys/fs/bpf/netpol-fuzz-test-{os.getpid()}"), sizes=SIZES)
         one = Harness(dataplane)
@@ -48,7 +48,7 @@ def harness() -> Iterator[Harness]:
 
 @pytest.mark.parametrize("regression", [*REGRESSIONS, *BORDER], ids=lambda one: one.name)
 def test_regression(harness: Harness, regression: Regression) -> None:
-    """Both answer alike, and as written down."""
+    """Both agree, and give the recorded reasons."""
     outcomes: list[Outcome] = []
     difference = harness.first_difference(regression.episode, outcomes)
     assert difference is None, str(difference)
@@ -57,7 +57,10 @@ def test_regression(harness: Harness, regression: Regression) -> None:
 
 @pytest.mark.parametrize("eighth", range(8))
 def test_mutated_packets(harness: Harness, eighth: int) -> None:
-    """Verdicts, events, and counts by reason and rule of whole episodes; each eighth is another kind of them."""
+    """Verdicts, events, and counts by reason and rule agree for whole episodes.
+
+    Each eighth of them is of another kind.
+    """
     for number in range(eighth, EPISODES, 8):
         difference = harness.check(episode(SEED, number))
         if difference is not None:
@@ -65,11 +68,12 @@ def test_mutated_packets(harness: Harness, eighth: int) -> None:
 
 
 OFTEN = 15
-"""Packets of each reason in the first eight episodes; arbitrary, enough for a rule to be met in more than one way."""
+"""Smallest number of packets for each reason in the first eight episodes; arbitrary, enough to test a rule in several
+ways."""
 
 
 def test_mutations_reach_every_reason() -> None:
-    """Packets of every kind that the reference tells apart are no rarity."""
+    """Packets for every reason of the reference are frequent."""
     reasons: Counter[str] = Counter()
     for number in range(8):
         one = replace(episode(SEED, number), takes_fast_path=False)
@@ -91,11 +95,11 @@ def test_mutations_reach_every_reason() -> None:
 
 
 Slip = tuple[object, str, object]
-"""Wrong replacements in the reference: object, attribute and value."""
+"""A mistake in the reference: (object, attribute, wrong value)."""
 
 
 def without_options(frame: bytes, at: int, end: int, facts: wire.Facts, *, before: int = 0) -> None:
-    """A first fragment that covers no more of TCP than its fixed header."""
+    """A mistake: a first fragment only covers the fixed TCP header."""
     wire_transport(frame, at, end, facts, before=before)
     if facts.protocol == wire.TCP:
         facts.covered = min(facts.covered, before + 20)
@@ -152,14 +156,14 @@ SLIPS: dict[str, Slip] = {
     "sent by another": (machine._Passage, "_is_sent_by_another", lambda _: False),
     "questions to servers": (wire.Facts, "is_dhcp_request", property(lambda _: False)),
     "hairpin": (Machine, "hairpin", property(lambda _: False, lambda *_: None)),
-    "link headers": (machine, "parse", lambda frame, has_link: wire.parse(frame)),  # noqa: ARG005  # by keyword
+    "link headers": (machine, "parse", lambda frame, has_link: wire.parse(frame)),  # noqa: ARG005 # called by keyword
 }  # fmt: skip
 NOTICED_IN = (1, 2, 3, 4, 7, 9, 10, 11, 15)
 
 
 @pytest.mark.parametrize("name", SLIPS)
 def test_a_wrong_reference_is_noticed(harness: Harness, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Each slip that is put into the reference shows within a few episodes, made small: the comparison can fail."""
+    """Each mistake in the reference shows within a few episodes, and is made small. So the comparison can fail."""
     where, attribute, wrong = SLIPS[name]
     monkeypatch.setattr(where, attribute, wrong, raising=where is not Machine)
     found = next(
@@ -172,7 +176,7 @@ def test_a_wrong_reference_is_noticed(harness: Harness, monkeypatch: pytest.Monk
 
 
 def test_steps_that_change_nothing_are_left_out(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The output is the shortest episode that still shows the difference."""
+    """The output is the shortest episode that still has the difference."""
     monkeypatch.setattr(machine._Passage, "_is_spoofed", lambda _: False)
     spoofed = REGRESSIONS[3].episode.steps[0]
     assert isinstance(spoofed, Stimulus)

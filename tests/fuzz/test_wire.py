@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference parser by itself; needs no kernel."""
+"""The reference parser alone, without a kernel."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def generated(seed: str) -> list[bytes]:
 
 
 def test_any_bytes_are_parsed() -> None:
-    """No frame raises, and one that is understood has addresses of its family."""
+    """No frame raises an error, and a parsed frame has addresses of its family."""
     chance = random.Random(3)
     for frame in [*generated("any"), *(chance.randbytes(chance.randrange(120)) for _ in range(FRAMES))]:
         reason, facts = parse(frame)
@@ -32,7 +32,7 @@ def test_any_bytes_are_parsed() -> None:
 
 
 def test_padding_says_nothing() -> None:
-    """Bytes after a packet that states its length change neither reason nor facts but their number."""
+    """Bytes after the packet's stated length change neither the reason nor the facts, except their number."""
     chance = random.Random(4)
     compared = 0
     for frame in generated("padding"):
@@ -47,14 +47,14 @@ def test_padding_says_nothing() -> None:
 
 
 def test_the_same_seed_gives_the_same_frames() -> None:
-    """A failure can be repeated by its numbers."""
+    """A failure can be repeated by its seed and number."""
     assert generated("1/2") == generated("1/2")
     assert generated("1/2") != generated("1/3")
 
 
 @pytest.mark.parametrize("kind", [IP4, IP6])
 def test_frames_that_the_kernel_would_refuse_get_a_tag(kind: int) -> None:
-    """An IP frame without a whole header is still tried, behind a VLAN tag."""
+    """An IP frame without a whole header is also tested, after a VLAN tag."""
     frame = runnable(bytes(12) + kind.to_bytes(2, "big") + bytes(10))
     assert frame[12:14] == b"\x81\x00"
     assert parse(frame)[0] == "short"
@@ -139,14 +139,14 @@ UNDERSTOOD: list[tuple[str, bytes, dict[str, object]]] = [
 
 @pytest.mark.parametrize(("frame", "wanted"), [case[1:] for case in UNDERSTOOD], ids=[case[0] for case in UNDERSTOOD])
 def test_facts(frame: bytes, wanted: dict[str, object]) -> None:
-    """The fields read from a packet."""
+    """The fields that are parsed from a packet."""
     reason, facts = parse(frame)
     assert reason == ""
     assert {name: getattr(facts, name) for name in wanted} == wanted
 
 
 def test_the_packet_that_an_error_is_about() -> None:
-    """Addresses, protocol and ports of the inner packet, of which eight bytes suffice."""
+    """Addresses, protocol and ports of the inner packet are known; eight bytes of its payload suffice."""
     inner = p.ip4(POD4, PEER4, p.TCP, TCP)[:28]
     _, facts = parse(p.frame("192.0.2.1", POD4, p.ICMP, p.icmp(3, 4, payload=inner)))
     assert facts.invoking is not None
@@ -156,17 +156,17 @@ def test_the_packet_that_an_error_is_about() -> None:
 
 
 def test_nothing_is_known_of_what_is_not_understood() -> None:
-    """A frame that is no IP packet has no facts but its EtherType."""
+    """A frame that is no IP packet has no facts except its EtherType."""
     assert parse(p.eth(bytes(46), 0x88CC)) == ("non-ip", Facts(ethertype=0x88CC, hardware_source=MAC))
 
 
 def test_a_frame_of_arp_is_kept_whole() -> None:
-    """Its fields are for those who judge it."""
+    """The parser keeps the bytes of the frame; another module judges its fields."""
     assert parse(p.eth(b"fields", p.ARP, tags=(5,)))[1].message == b"fields"
 
 
 def test_packets_without_a_link_header() -> None:
-    """A packet is understood as behind an Ethernet header, if its source address names its protocol."""
+    """A packet is parsed as after an Ethernet header, if its source address contains its protocol."""
     source = str(ip_address(world.POD[6]))
     packet = p.ip6(source, PEER6, p.UDP, p.udp(5, 6))
     reason, facts = parse(packet, has_link=False)
@@ -179,14 +179,14 @@ def test_packets_without_a_link_header() -> None:
 
 @pytest.mark.parametrize("has_link", [True, False])
 def test_generated_frames_are_mostly_understood(*, has_link: bool) -> None:
-    """With and without link headers the parser leaves most frames to the rules behind it."""
+    """With and without link headers, the parser accepts most frames, so that the later rules are tested."""
     generator = Generator("understood", has_link=has_link)
     understood = sum(parse(generator.stimulus().frame, has_link=has_link)[0] in ("", "arp") for _ in range(FRAMES))
     assert understood > FRAMES // 2
 
 
 def test_what_addresses_say_by_themselves() -> None:
-    """Each side of each bound."""
+    """The functions are right on each side of each bound."""
     packed = {text: ip_address(text).packed for text in BOUNDS}
     assert [text for text in BOUNDS if is_link_local(packed[text])] == ["fe80::", "febf:ffff::"]
     assert [text for text in BOUNDS if is_multicast(packed[text])] == [

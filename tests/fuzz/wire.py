@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference parser: from the bytes of a frame to what policy and connections need of it.
+"""The reference parser: from the bytes of a frame to the facts that policy and connections need.
 
-Written from the RFCs and docs/packet-parsing.md, not from the C program, and plain rather than fast.  Invariant: no
-byte beyond the packet's own stated length, or beyond the frame, ever counts.  This module must not know policy,
+Written from the RFCs and docs/packet-parsing.md, not from the C program, and simple rather than fast. Invariant: no
+byte beyond the packet's stated length, or beyond the frame, has an effect. This module must not know policy,
 connections or addresses.
 
 Sources: RFC 791, 792, 826 (ARP), 8200, 4302 (AH), 4443, 768, 9293, 9260, 1858 and 3128 (small and overlapping
-fragments), 7112 (a first fragment holds all headers), IEEE 802.1Q.
+fragments), 7112 (a first fragment has all headers), IEEE 802.1Q.
 
-The parser walks the IPv6 extension headers that a Linux receiver walks (`ipv6_ext_hdr` in net/ipv6/exthdrs_core.c).
-The mobility header (135) is not one of them, although RFC 6275 calls it one: it ends the walk as a protocol.
+The parser parses the IPv6 extension headers that a Linux receiver parses (`ipv6_ext_hdr` in net/ipv6/exthdrs_core.c).
+The mobility header (135) is not one of them, although RFC 6275 calls it one: it ends the chain, as a protocol.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ HOP_BY_HOP, ICMP, IPIP, TCP, UDP, IP6_IN_IP, ROUTING, FRAGMENT, GRE, AH, ICMPV6,
 )  # fmt: skip
 FIN, SYN, RST, ACK = 1, 2, 4, 16
 ENCAPSULATION = frozenset({IPIP, IP6_IN_IP, GRE})
-"""Protocols that are a tunnel by themselves; UDP is one by its destination port."""
+"""Protocols that are tunnels by themselves. UDP is one by its destination port."""
 
 TAGS = 2
-"""VLAN tags that are skipped; a third one is no IP packet to us."""
+"""Number of VLAN tags that are skipped. A frame with a third one is not parsed as IP."""
 EXTENSIONS = frozenset({HOP_BY_HOP, ROUTING, FRAGMENT, AH, OPTIONS})
 EXTENSIONS_WALKED = 8
 HEADER_ROOM = 256
-"""No header begins beyond this offset in the frame."""
+"""The largest offset in the frame at which a header may begin."""
 L4_BYTES = {TCP: 20, UDP: 8, SCTP: 12}
-"""Shortest header, by protocol; ICMP in its own family: ICMP_BYTES."""
+"""Shortest header, by protocol. For ICMP in its own family it is ICMP_BYTES."""
 ICMP_BYTES = 8
 
 ANSWERS = {4: {8: 0, 13: 14, 15: 16, 17: 18}, 6: {128: 129}}
-"""ICMP queries and the type that answers each, by IP version."""
+"""By IP version: the type of each ICMP query, and that of its answer."""
 ERRORS = {4: frozenset({3, 4, 5, 11, 12}), 6: frozenset({1, 2, 3, 4})}
 ALL_DHCP_SERVERS = bytes.fromhex("ff020000000000000000000000010002")
 
 
 class Place(enum.Enum):
-    """Where in a fragmented packet a frame is."""
+    """The place of a frame in a fragmented packet."""
 
     WHOLE = 0
     FIRST = 1
@@ -50,7 +50,7 @@ class Place(enum.Enum):
 
 
 class Kind(enum.Enum):
-    """What sort of ICMP message it is; NONE also for all that is no ICMP."""
+    """The kind of an ICMP message. NONE also stands for all other protocols."""
 
     NONE = 0
     QUERY = 1
@@ -60,7 +60,7 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class Invoking:
-    """The packet that an ICMP error is about. ``tuple``: source, destination, protocol, ports (or ICMP identifier)."""
+    """The inner packet of an ICMP error. ``tuple``: source, destination, protocol, ports (or ICMP identifier)."""
 
     tuple: tuple[bytes, bytes, int, int, int]
 
@@ -69,17 +69,18 @@ class Invoking:
 class Facts:
     """The fields of a frame.
 
-    Addresses in network order; an ICMP query's identifier is its source port, an answer's its destination port.
+    Addresses are in network order. The identifier of an ICMP query is its source port, that of an answer its
+    destination port.
     """
 
     ethertype: int = 0
     hardware_source: bytes = b""
-    """The source address of the Ethernet header; empty when there is none."""
+    """The source address of the Ethernet header; empty without such a header."""
     version: int = 0
     source: bytes = b""
     destination: bytes = b""
     hop_limit: int = 0
-    """Read from IPv6 only."""
+    """Set only for IPv6."""
     protocol: int = 0
     source_port: int = 0
     destination_port: int = 0
@@ -93,24 +94,25 @@ class Facts:
     offset: int = 0
     """Offset of a later fragment, in bytes of the fragmented part."""
     covered: int = 0
-    """Bytes of the fragmented part that a first fragment's headers take."""
+    """Number of bytes of the fragmented part that the headers of a first fragment take."""
     message: bytes = b""
     """All bytes from the transport header, or from the first field of ARP, to the packet's stated end."""
     payload_bytes: int = 0
-    """Bytes behind the transport header, to the packet's stated end. A later fragment has nothing but payload."""
+    """Number of bytes after the transport header, to the packet's stated end. A later fragment has only payload."""
     extensions: bytes = b""
-    """The IPv6 extension headers up to the transport header, and in front of them the number of the first header."""
+    """The number of the first IPv6 extension header, followed by the bytes of all of them up to the transport
+    header."""
     padding: int = 0
-    """Bytes of the frame behind the packet's stated end."""
+    """Number of bytes of the frame after the packet's stated end."""
 
     @property
     def is_initial_syn(self) -> bool:
-        """Opens a TCP connection."""
+        """Whether the packet opens a TCP connection."""
         return self.protocol == TCP and self.tcp_flags & (SYN | ACK) == SYN
 
     @property
     def is_dhcp_request(self) -> bool:
-        """A DHCP client's question to all servers on its link."""
+        """Whether the packet is a DHCP client's request to all servers on its link."""
         if self.protocol != UDP or self.place is not Place.WHOLE:
             return False
         if self.version == 4:
@@ -119,19 +121,19 @@ class Facts:
 
 
 class Stop(Exception):  # noqa: N818  # no error: the slug of why a frame goes no further
-    """Parsing ends here, for the reason given."""
+    """Parsing ends here, with this reason."""
 
 
 def u16(data: bytes, at: int) -> int:
-    """Two bytes in network order."""
+    """Two bytes in network order, as a number."""
     return data[at] << 8 | data[at + 1]
 
 
 def parse(frame: bytes, *, has_link: bool = True) -> tuple[str, Facts]:
-    """The reason that ends the packet's way in the parser, or "", and the facts as far as they are known then.
+    """The reason that ends parsing, or "", and the facts that are known by then.
 
-    ``has_link``: the frame begins with an Ethernet header. Else it begins with the network header, and the kernel says
-    which one that is; in a test run the kernel reads that where an Ethernet header has its type.
+    ``has_link``: the frame begins with an Ethernet header. Otherwise it begins with the network header, and the kernel
+    says which one it is. In a test run the kernel reads that from the place of an Ethernet header's type.
     """
     facts = Facts()
     try:
@@ -178,9 +180,9 @@ def _ip4(frame: bytes, at: int, facts: Facts) -> None:
         raise Stop("short")
     header = (frame[at] & 15) * 4
     stated = u16(frame, at + 2)
-    total = stated or room  # 0: larger than 64 kB, to be cut by the kernel later
+    total = stated or room  # 0: larger than 64 kB, and the kernel will segment it later
     place = u16(frame, at + 6)
-    fragmented = bool(place & 0x3FFF)  # "more follow" or an offset
+    fragmented = bool(place & 0x3FFF)  # the flag "more fragments", or an offset
     if frame[at] >> 4 != 4 or header < 20 or not header <= total <= room or (fragmented and not stated):
         raise Stop("bad-ip")
     facts.version = 4
@@ -198,7 +200,7 @@ def _ip6(frame: bytes, at: int, facts: Facts) -> None:
     if room < 0:
         raise Stop("short")
     stated = u16(frame, at + 4)
-    payload = stated or room  # 0: larger than 64 kB, to be cut by the kernel later
+    payload = stated or room  # 0: larger than 64 kB, and the kernel will segment it later
     if frame[at] >> 4 != 6 or payload > room:
         raise Stop("bad-ip")
     facts.version = 6
@@ -207,7 +209,7 @@ def _ip6(frame: bytes, at: int, facts: Facts) -> None:
     end = at + 40 + payload
     start = at + 40
     following, at = frame[at + 6], start
-    fragmented_part = 0  # where it begins; 0: no fragment header so far
+    fragmented_part = 0  # the offset at which it begins; 0: no fragment header yet
     for walked in range(EXTENSIONS_WALKED + 1):
         if following == NO_NEXT:
             raise Stop("no-next-header")
@@ -226,7 +228,7 @@ def _ip6(frame: bytes, at: int, facts: Facts) -> None:
             if facts.place is not Place.WHOLE and not stated:
                 raise Stop("bad-ip")
             if facts.place is Place.LATER:
-                break  # what follows is payload
+                break  # the rest is payload
         if at > HEADER_ROOM:
             raise Stop("short")
     facts.protocol = following
@@ -235,7 +237,7 @@ def _ip6(frame: bytes, at: int, facts: Facts) -> None:
 
 
 def _extension(frame: bytes, kind: int, at: int, end: int) -> tuple[int, int]:
-    """The header after the one at ``at``, and the size of this one."""
+    """(the number of the header after the one at ``at``, the size of this one)."""
     if at + 8 > end:
         raise Stop("short")
     if kind == FRAGMENT:
@@ -250,7 +252,7 @@ def _extension(frame: bytes, kind: int, at: int, end: int) -> tuple[int, int]:
 
 
 def _fragment(frame: bytes, at: int, facts: Facts) -> None:
-    place = u16(frame, at + 2) & 0xFFF9  # without the reserved bits; 0: an "atomic" fragment, which is whole
+    place = u16(frame, at + 2) & 0xFFF9  # without reserved bits; 0: an atomic fragment, a whole packet
     if place:
         facts.offset = place & 0xFFF8
         facts.place = Place.LATER if facts.offset else Place.FIRST
@@ -258,7 +260,7 @@ def _fragment(frame: bytes, at: int, facts: Facts) -> None:
 
 
 def _transport(frame: bytes, at: int, end: int, facts: Facts, *, before: int = 0) -> None:
-    """The transport header, or the payload of a later fragment. ``before``: fragmented bytes in front of it."""
+    """The transport header, or the payload of a later fragment. ``before``: number of fragmented bytes before it."""
     size = 0 if facts.place is Place.LATER else _l4(frame, at, end, facts)
     if facts.place is Place.FIRST:
         facts.covered = before + size
@@ -267,7 +269,7 @@ def _transport(frame: bytes, at: int, end: int, facts: Facts, *, before: int = 0
 
 
 def _l4(frame: bytes, at: int, end: int, facts: Facts) -> int:
-    """Ports, flags, ICMP. Returns the size of the header; TCP's with its options, as the receiver reads them too."""
+    """Parse ports, flags and ICMP. Returns the header's size, for TCP with options, which the receiver reads, too."""
     protocol = facts.protocol
     if protocol == (ICMP if facts.version == 4 else ICMPV6):
         if at + ICMP_BYTES > end:
@@ -300,7 +302,7 @@ def _icmp(frame: bytes, at: int, end: int, facts: Facts) -> None:
 
 
 def icmp_kind(number: int, version: int) -> Kind:
-    """The sort of an ICMP type in its own family."""
+    """The kind of an ICMP type in its own family."""
     if number in ERRORS[version]:
         return Kind.ERROR
     if number in ANSWERS[version]:
@@ -309,7 +311,7 @@ def icmp_kind(number: int, version: int) -> Kind:
 
 
 def _invoking(packet: bytes, version: int) -> Invoking | None:
-    """The packet an ICMP error carries: its header and the first eight bytes after it. None: not readable."""
+    """The inner packet of an ICMP error: its header and the next eight bytes. None if it cannot be parsed."""
     if version == 4:
         if len(packet) < 20 or packet[0] >> 4 != 4 or packet[0] & 15 < 5 or u16(packet, 6) & 0x1FFF:
             return None

@@ -431,6 +431,8 @@ HOSTILE = [
     Hostile("pointer beyond the message", MALFORMED, owned(d.pointer(0x3FFF))),
     Hostile("pointer into the header", MALFORMED, owned(d.pointer(4))),
     Hostile("pointer to a pointer to itself", MALFORMED, owned(b"\1a" + d.pointer(END))),
+    Hostile("pointer to a label that reaches into the name", MALFORMED, records(
+        d.Record(b"\x14", 4711), d.address(WEB, owner=d.pointer(END + 12)), d.Record(bytes(30), 4711))),
     Hostile("pointer as question", MALFORMED,
             lambda: answer(replace(GOOD, asked=d.pointer(12)).wire()), lambda: question(replace(ASKED, asked=d.pointer(12)).wire())),
     Hostile("label type 64", MALFORMED, owned(b"\x41a\0")),

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scene of every test that has an agent: two nodes and their pods, an agent on one of them, and the manifests that it reads.
+"""The scene of every test with an agent: two nodes with pods, an agent on one node, and the manifests that it reads.
 
-`lab_for` builds the nodes and pods of manifests, `scene_in` puts an agent's directories into that laboratory.  Real
-connections say what policy does, the agent's own answers what it thinks it does.
+`lab_for` builds the nodes and pods of manifests, and `scene_in` puts an agent's directories into that laboratory. Real
+connections show what policy does; the agent's own answers show what it reports.
 
-Invariant: an agent pins below the laboratory's own directory, which goes with it, so scenes of several processes never meet.
+Invariant: an agent pins below the laboratory's own directory, which is removed with it, so scenes of several processes
+never collide.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ NODE = "node-1"
 ATTACH_TYPES = {syscall.TCX_INGRESS: "ingress", syscall.TCX_EGRESS: "egress"}
 HOOKS = tuple(ATTACH_TYPES.values())
 DEADLINE_S = scaled(180.0)
-"""For what takes milliseconds, or the seconds of a compile: only a fault, or a machine that stands still, exceeds it."""
+"""Time limit in seconds for events that take milliseconds, or the seconds of a compilation. Only a fault or a stalled
+machine exceeds it."""
 
 POD = """\
 ---
@@ -63,13 +65,16 @@ metadata: {name: shop}
 
 
 def with_capabilities(names: Iterable[str]) -> list[str]:
-    """The beginning of a command line whose process has these capabilities alone, and no way to more."""
+    """The beginning of a command line whose process has only these capabilities and cannot get others."""
     only = ",".join(("-all", *(f"+{name}" for name in names)))
     return ["setpriv", "--no-new-privs", "--bounding-set", only, "--inh-caps", only]
 
 
 def render_nodes(*addresses: str) -> str:
-    """The nodes, with these addresses, and the pods' namespace. ``{}``: 10 for the first node, 20 for the second."""
+    """The nodes with these addresses, and the namespace of the pods.
+
+    ``{}``: 10 for the first node, 20 for the second.
+    """
     internal = ", ".join(f"{{type: InternalIP, address: {one}}}" for one in addresses)
     nodes = [(NODE, 10), ("node-2", 20)]
     return (
@@ -84,14 +89,14 @@ ALL_PODS = "".join(
 )
 CLUSTER = render_nodes("172.30.0.{}") + ALL_PODS
 NODES = render_nodes("172.30.0.{}", '"fd00:30::{}"')
-"""No pods, and nodes with an address of each family."""
+"""Nodes with an address of each family, and no pods."""
 OPEN_PORT = 5353
 PODS = NODES + ALL_PODS.replace(
     "{containerPort: 5432}", f"{{containerPort: 5432}}, {{containerPort: {OPEN_PORT}, protocol: UDP}}"
 )
-"""Pods that listen by UDP too, on `OPEN_PORT`, on such nodes."""
+"""The same nodes, with pods that also listen on the UDP port `OPEN_PORT`."""
 LATE = Host("shop/late", NODE, (ip_address("10.1.0.9"), ip_address("fd00:1::9")))
-"""A pod that is there from the start, but that the manifests do not know."""
+"""A pod that exists from the start, but not in the manifests."""
 DB_POLICY = """\
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
@@ -111,12 +116,12 @@ DB = {4: ip_address("10.1.0.2"), 6: ip_address("fd00:1::2")}
 
 
 def to_db(source: str, version: int = 4) -> Attempt:
-    """A connection to the database's port."""
+    """An attempt to connect to the database's port."""
     return Attempt(source, DB[version], TCP, 5432)
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> Any:
-    """Poll until the condition is true; its value. Fails after DEADLINE_S."""
+    """Poll until the condition is true, and return its value. Fails after DEADLINE_S."""
     deadline = time.monotonic() + DEADLINE_S
     while time.monotonic() < deadline:
         value = condition()
@@ -128,7 +133,7 @@ def wait_for(condition: Callable[[], Any], what: str) -> Any:
 
 @dataclass
 class Scene:
-    """An agent to be, its directories, and the laboratory it works in."""
+    """An agent that a test can start, its directories, and the laboratory in which it works."""
 
     lab: Lab
     home: Path
@@ -136,9 +141,9 @@ class Scene:
     node: str | None = NODE
     options: tuple[str, ...] = ()
     entry: tuple[str, ...] = ("-m", "netpol_ebpf.agent.main")
-    """The command line of a Python process."""
+    """The arguments of the Python process."""
     beginning: Mapping[str, str] = field(default_factory=lambda: DEFAULTS)
-    """Manifests by the names of their files."""
+    """The initial manifests, by file name."""
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -157,23 +162,26 @@ class Scene:
         ]  # fmt: skip
 
     def write(self, name: str, text: str) -> None:
-        """Put a manifest in place in one step. An empty text: a file that says that it has no objects."""
+        """Write a manifest atomically. An empty text: write a file that states that it has no objects."""
         draft = self.home / "draft"
         draft.write_text(text or "---\n")
         draft.rename(self.manifests / name)
 
     def launch(self) -> None:
-        """Start the agent and wait for nothing."""
+        """Start the agent without waiting."""
         with (self.home / "agent.log").open("ab") as log:
             self.process = self.lab.start(NODE, self.command(), stdout=log, stderr=subprocess.STDOUT)
 
     def start(self) -> dict[str, Any]:
-        """Start the agent and wait for its first state in force; its status. An agent whose source does not sync: `launch`."""
+        """Start the agent, and wait until its first state is in force.
+
+        Returns its status. If its source cannot sync, use `launch`.
+        """
         self.launch()
         return self.await_status(lambda state: "waiting" not in state, "the agent's first state is in force")
 
     def status(self) -> dict[str, Any] | None:
-        """The agent's status, None while it does not answer."""
+        """The agent's status; None if it does not answer."""
         assert self.process is not None
         assert self.process.poll() is None, f"the agent ended:\n{(self.home / 'agent.log').read_text()}"
         try:
@@ -183,11 +191,11 @@ class Scene:
         return dict(state)
 
     def state(self) -> dict[str, Any]:
-        """The status of an agent that answers."""
+        """The agent's status. Fails if it does not answer."""
         return self.await_status(lambda _state: True, "the agent answers")
 
     def await_status(self, condition: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
-        """Poll the status until it is as wanted."""
+        """Poll the status until a condition on it is true."""
 
         def look() -> dict[str, Any] | None:
             state = self.status()
@@ -197,13 +205,13 @@ class Scene:
         return found
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """End the agent by SIGKILL."""
         assert self.process is not None
         self.process.send_signal(signal.SIGKILL)
         self.lab.stop(self.process)
 
     def stop(self) -> str:
-        """SIGTERM; what the agent had written."""
+        """End the agent by SIGTERM. Returns its output."""
         assert self.process is not None
         assert self.lab.stop(self.process) == 0
         return (self.home / "agent.log").read_text()
@@ -217,20 +225,20 @@ class Scene:
         return self.ctl("cleanup", "--pin-root", str(self.pin_root), "--state-dir", str(self.state_dir), *options)
 
     def reached(self, *attempts: Attempt) -> list[bool]:
-        """What came of real connections."""
+        """Make real connections. Returns for each whether it was answered."""
         return [result.reached for result in self.lab.attempt(attempts)]
 
     def await_reached(self, attempt: Attempt, *, expected: bool) -> None:
-        """Try until a new connection ends as expected."""
+        """Make new connections until one ends as expected."""
         wait_for(lambda: self.reached(attempt) == [expected], f"{attempt} reached: {expected}")
 
     def attached(self) -> dict[str, set[str]]:
-        """Hooks of the node's interfaces at which programs run, as the kernel lists them: {interface: {"ingress", "egress"}}."""
+        """The hooks with programs by the kernel's lists: {interface of the node: {"ingress", "egress"}}."""
         names = {one["ifindex"]: one["ifname"] for one in json.loads(self.lab.run(NODE, ["ip", "-j", "link"]).stdout)}
         found: dict[str, set[str]] = {}
         for pin in self.pin_root.glob("v*/links/*_*"):
             ifindex = int(pin.name.partition("_")[0])
-            if pin.is_dir():  # the mark of an interface that has clsact's filters
+            if pin.is_dir():  # a directory marks an interface with clsact filters
                 hooks = self._filters(names[ifindex]) if ifindex in names else set()
             else:
                 fd = syscall.obj_get(pin)
@@ -242,12 +250,15 @@ class Scene:
         return found
 
     def _filters(self, interface: str) -> set[str]:
-        """Hooks at which clsact runs a program of the agent."""
+        """The hooks at which clsact runs a program of the agent."""
         shown = {hook: self.lab.run(NODE, ["tc", "filter", "show", "dev", interface, hook]).stdout for hook in HOOKS}
         return {hook for hook, text in shown.items() if f"np_tc_{hook}" in text}
 
     def enforce(self, *policies: str, cluster: str | None = None, endpoints: Iterable[str] = ()) -> None:
-        """Put exactly these policies in force. ``cluster``: in place of the beginning's; ``endpoints``: enforced by then."""
+        """Put exactly these policies in force.
+
+        ``cluster``: replaces the initial cluster. ``endpoints``: wait until these are enforced.
+        """
         self.write("cluster.yaml", self.beginning["cluster.yaml"] if cluster is None else cluster)
         self.write("policy.yaml", "---\n".join(policies))
         kinds = sum(one.count("NetworkPolicy\n") for one in policies)
@@ -272,7 +283,7 @@ class Scene:
         assert done.returncode == 0, done.stderr
 
     def reset(self) -> None:
-        """The manifests of the beginning, and an agent that has them in force."""
+        """Restore the initial manifests, and an agent that has them in force."""
         for path in self.manifests.iterdir():
             if path.name not in self.beginning:
                 path.unlink()
@@ -292,7 +303,10 @@ class Scene:
 
 @dataclass
 class ClusterScene(Scene):
-    """A scene with an agent that watches the API server of a kubeconfig, or while ``is_of_files`` the manifests."""
+    """A scene with an agent that watches the API server of a kubeconfig.
+
+    While ``is_of_files`` is set, it reads the manifests.
+    """
 
     is_of_files: bool = False
 
@@ -307,7 +321,7 @@ class ClusterScene(Scene):
 
 @contextlib.contextmanager
 def lab_for(cluster: str = CLUSTER, *, outside: Iterable[Host] = ()) -> Iterator[Lab]:
-    """The nodes and pods of a manifest, ``outside`` beside them, and a directory for pins that goes with them."""
+    """The nodes and pods of a manifest, the hosts ``outside``, and a directory for pins."""
     pin_root = Path(f"/sys/fs/bpf/netpol-test-{os.getpid()}-{secrets.token_hex(3)}")
     plan = plan_for(parse_documents(cluster, "cluster.yaml").check(), outside)
     with Lab(plan, directories=[pin_root]) as lab:
@@ -324,9 +338,10 @@ def scene_in(
     pin_root: Path | None = None,
     **options: Any,
 ) -> Iterator[Scene]:
-    """A scene with the manifests in place and no agent yet; whatever it did is undone at the end.
+    """A scene with the manifests written and no agent yet. At the end, everything that an agent did is undone.
 
-    ``home``: made here and removed.  ``pin_root``: where the agent pins; None: below the laboratory's directory.
+    ``home``: a directory that is created here and removed. ``pin_root``: the directory of the pins; None: one below the
+    laboratory's directory.
     """
     pin_root = pin_root or lab.directories[0] / secrets.token_hex(3)
     scene = kind(lab, home, pin_root, beginning=manifests, **options)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pods whose root writes frames of its own making, and what arrives of them: the stage of the tests `test_border_*`.
+"""Pods whose root sends any frame, and the frames that arrive: the scene of the tests `test_border_*`.
 
-Each attack carries a token.  Whether it got through is read from a packet socket behind the last program, never from a
-counter.  A control that policy allows follows the attacks on the same way, so that "nothing arrived" cannot mean "not yet".
+Each attack carries a token. A packet socket after the last program shows whether the token arrived, never a counter. A
+control that policy allows follows the attacks on the same path, so "nothing arrived" cannot mean "not yet".
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ WORLD = {4: "192.0.2.1", 6: "2001:db8::1"}
 GATEWAY = {4: "169.254.1.1", 6: "fe80::1"}
 FAR = {4: "10.1.0.4", 6: "fd00:1::4"}
 UPSTREAM = {INTERNET: "node0"}
-"""Interface towards the node, of hosts that have several."""
+"""The interface towards the node, of hosts with several interfaces."""
 LAST = {"web": 1, "db": 2, "other": 3}
 
 NARROW = f"""\
@@ -65,12 +65,12 @@ spec:
   ingress: [{{ports: [{{protocol: UDP, port: {OPEN_PORT}}}]}}]
   egress: [{{ports: [{{protocol: UDP, port: {OPEN_PORT}}}]}}]
 """
-"""Every pod may send and get UDP datagrams to one port, and nothing else."""
+"""A policy by which every pod may send and receive UDP datagrams to one port, and nothing else."""
 
 
 @dataclass(frozen=True)
 class Station:
-    """A pod as others on its link know it. ``hop``: hardware address of its gateway."""
+    """A pod as others on its link know it. ``hop``: the hardware address of its gateway."""
 
     host: str
     mac: str
@@ -80,28 +80,28 @@ class Station:
 
 
 def address_of(name: str, version: int = 4) -> str:
-    """A pod's address."""
+    """The address of a pod."""
     return f"10.1.0.{LAST[name]}" if version == 4 else f"fd00:1::{LAST[name]}"
 
 
 def port_of(name: str) -> str:
-    """The node's end of a pod's link."""
+    """The name of the node's end of a pod's link."""
     return Host(f"shop/{name}", NODE, ()).parent_interface
 
 
 def token() -> bytes:
-    """Bytes that nobody else sends."""
+    """Random bytes that no other sender has."""
     return secrets.token_hex(8).encode()
 
 
 def ip(lab: Lab, host: str, *lines: str) -> None:
-    """Run `ip` with each of these lines in a host."""
+    """Run `ip` in a host, once with each of these lines."""
     for line in lines:
         lab.run(host, ["ip", *line.split()])
 
 
 def network(source: str, destination: str, **fields: Any) -> Packet:
-    """The network header of the addresses' family. ``hops``: its limit."""
+    """An IP header of the addresses' family. ``hops``: its TTL or hop limit."""
     hops = fields.pop("hops", 64)
     if ip_address(destination).version == 4:
         return IP(src=source, dst=destination, ttl=hops, **fields)
@@ -109,17 +109,17 @@ def network(source: str, destination: str, **fields: Any) -> Packet:
 
 
 def datagram(source: str, destination: str, port: int, payload: bytes, sport: int = 4000) -> Packet:
-    """A UDP datagram in its packet."""
+    """An IP packet with a UDP datagram."""
     return network(source, destination) / UDP(sport=sport, dport=port) / payload
 
 
 def framed(packet: Packet, source: str, destination: str) -> Packet:
-    """A packet in its frame; by hardware addresses."""
+    """A packet in an Ethernet frame. ``source``, ``destination``: hardware addresses."""
     return Ether(src=source, dst=destination) / packet
 
 
 class Ear:
-    """What arrives at an interface, seen behind all programs of the other end of its link."""
+    """The frames that arrive at an interface, after all programs at the other end of its link."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -139,11 +139,11 @@ class Ear:
         return False
 
     def hears(self, wanted: bytes, seconds: float = PATIENCE_S) -> bool:
-        """Whether a frame with these bytes arrives, or has."""
+        """Whether a frame with these bytes has arrived, or arrives in time."""
         return any(wanted in frame for frame in self.frames) or self._listen(seconds, wanted)
 
     def heard(self, tokens: Iterable[bytes], control: bytes) -> set[bytes]:
-        """Those of the tokens that have arrived when the control has, and for a moment longer."""
+        """The tokens that have arrived shortly after the control did."""
         assert self.hears(control), "the control did not arrive"
         self._listen(QUIET_S, None)
         return {one for one in tokens if any(one in frame for frame in self.frames)}
@@ -151,7 +151,7 @@ class Ear:
 
 @contextlib.contextmanager
 def ear(lab: Lab, host: str, device: str | None = None) -> Iterator[Ear]:
-    """Listen at an interface; without a name at the only one, or of the world, that towards the node."""
+    """Listen at an interface. Without a name: at the only one; at the world's interface towards the node."""
     with lab.prober.open_socket(host, socket.AF_PACKET, socket.SOCK_RAW) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
         sock.bind((device or UPSTREAM.get(host, "eth0"), ETH_P_ALL))
@@ -159,7 +159,7 @@ def ear(lab: Lab, host: str, device: str | None = None) -> Iterator[Ear]:
 
 
 def say(lab: Lab, host: str, *frames: Packet | bytes, device: str | None = None) -> None:
-    """Put frames on a link (see `ear`), as the root of a namespace may."""
+    """Send frames on a link (see `ear`), as root in a pod can."""
     with lab.prober.open_socket(host, socket.AF_PACKET, socket.SOCK_RAW) as sock:
         sock.bind((device or UPSTREAM.get(host, "eth0"), 0))
         for one in frames:
@@ -167,7 +167,10 @@ def say(lab: Lab, host: str, *frames: Packet | bytes, device: str | None = None)
 
 
 def say_unfinished(lab: Lab, host: str, frame: bytes, start: int, offset: int, device: str = "eth0") -> None:
-    """Send a frame whose checksum the device is to write: over all from ``start`` on, to ``start + offset``."""
+    """Send a frame with an unfinished checksum.
+
+    It covers all bytes from ``start`` on, and is written at ``start + offset``.
+    """
     with lab.prober.open_socket(host, socket.AF_PACKET, socket.SOCK_RAW) as sock:
         sock.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
         sock.bind((device, 0))
@@ -175,7 +178,7 @@ def say_unfinished(lab: Lab, host: str, frame: bytes, start: int, offset: int, d
 
 
 def finish_checksums_at(lab: Lab, host: str, device: str) -> None:
-    """Let no device do it: checksums that are left to one are written when a frame leaves by this one."""
+    """Switch off checksum offload of a device, so that an unfinished checksum is written when a frame leaves by it."""
     with lab.prober.open_socket(host, socket.AF_INET, socket.SOCK_DGRAM) as sock:
         value = ctypes.create_string_buffer(struct.pack("=II", ETHTOOL_STXCSUM, 0))
         fcntl.ioctl(sock, SIOCETHTOOL, struct.pack("16sP", device.encode(), ctypes.addressof(value)) + bytes(16))
@@ -183,7 +186,7 @@ def finish_checksums_at(lab: Lab, host: str, device: str) -> None:
 
 @contextlib.contextmanager
 def udp_socket(lab: Lab, host: str, version: int, port: int = 0, address: str = "") -> Iterator[socket.socket]:
-    """A UDP socket in a host, for all its addresses unless one is given; what it does not get it waits for in vain."""
+    """A UDP socket in a host, for all its addresses unless one is given."""
     family = socket.AF_INET if version == 4 else socket.AF_INET6
     with lab.prober.open_socket(host, family, socket.SOCK_DGRAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -194,7 +197,7 @@ def udp_socket(lab: Lab, host: str, version: int, port: int = 0, address: str = 
 
 
 def gets(sock: socket.socket, wanted: bytes, seconds: float = PATIENCE_S) -> bool:
-    """Whether a datagram with these bytes comes to a socket."""
+    """Whether a datagram with these bytes arrives at a socket."""
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         sock.settimeout(left)
@@ -207,7 +210,7 @@ def gets(sock: socket.socket, wanted: bytes, seconds: float = PATIENCE_S) -> boo
 
 
 def inside(lab: Lab, host: str, work: Callable[[], T]) -> T:
-    """Call something in a host's network namespace."""
+    """Call a function in a host's network namespace."""
 
     def body() -> T:
         fd = os.open(NETNS_DIR / lab.namespace_of[host], os.O_RDONLY)
@@ -218,13 +221,16 @@ def inside(lab: Lab, host: str, work: Callable[[], T]) -> T:
             os.close(fd)
         return work()
 
-    with ThreadPoolExecutor(1) as thread:  # a thread of its own: this one stays where it is
+    with ThreadPoolExecutor(1) as thread:  # on a thread of its own, so that this thread stays in its namespace
         return thread.submit(body).result()
 
 
 @contextlib.contextmanager
 def tun(lab: Lab, name: str, *, hardware: int | None = None) -> Iterator[int]:
-    """A tun device of the node; the descriptor of its far end. ``hardware``: another ARPHRD_* than that of a tun."""
+    """A tun device of the node.
+
+    Yields the descriptor of its far end. ``hardware``: an ARPHRD_* other than that of a tun device.
+    """
     set_link = 0x400454CD  # TUNSETLINK
 
     def make() -> int:
@@ -253,7 +259,7 @@ def reads(fd: int, wanted: bytes, seconds: float = PATIENCE_S) -> bool:
 
 
 def has_device(lab: Lab, kind: str, *options: str, below: str = "") -> bool:
-    """Whether the kernel has devices of this kind. ``below``: the device that such a one is made on."""
+    """Whether the kernel has devices of this kind. ``below``: a device on which such a device must be made."""
     link = ["link", below] if below else []
     if lab.run(NODE, ["ip", "link", "add", *link, "name", "probe0", "type", kind, *options], check=False).returncode:
         return False
@@ -262,7 +268,7 @@ def has_device(lab: Lab, kind: str, *options: str, below: str = "") -> bool:
 
 
 def track_connections(lab: Lab, home: Path, *, host: str = NODE) -> None:
-    """Have the kernel's connection tracking see all packets, which puts fragments together."""
+    """Switch on the kernel's connection tracking for all packets. It reassembles fragments."""
     file = home / "track.nft"
     file.write_text(
         "table inet track { chain seen { type filter hook prerouting priority 0; ct state new accept; }; }\n"
@@ -271,7 +277,7 @@ def track_connections(lab: Lab, home: Path, *, host: str = NODE) -> None:
 
 
 def build_bridge(lab: Lab) -> None:
-    """Put the node's pods on one bridge, that has the pods' gateway, in place of a routed link each."""
+    """Put the node's pods on one bridge with the pods' gateway, instead of a routed link for each."""
     prober = lab.prober
     ip(
         lab, NODE, f"link add {BRIDGE} address {BRIDGE_MAC} type bridge mcast_snooping 1",
@@ -301,7 +307,7 @@ def _is_forwarding(lab: Lab) -> bool:
 
 
 def station(lab: Lab, name: str, *, is_bridged: bool = False) -> Station:
-    """What there is to know of a pod's link."""
+    """The addresses of a pod's link."""
     host = f"shop/{name}"
     (link,) = json.loads(lab.run(host, ["ip", "-j", "link", "show", "dev", "eth0"]).stdout)
 
@@ -316,7 +322,7 @@ def station(lab: Lab, name: str, *, is_bridged: bool = False) -> Station:
 
 
 def soon(condition: Callable[[], object], what: str) -> None:
-    """Poll what packets make true, and soon: without a guard it never becomes so."""
+    """Poll a condition that packets soon make true. Without the guard under test, it never becomes true."""
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline, what
@@ -324,12 +330,12 @@ def soon(condition: Callable[[], object], what: str) -> None:
 
 
 def counted(scene: Scene, reason: str) -> int:
-    """Packets counted under a reason."""
+    """The number of packets counted under a reason."""
     return int(scene.state()["packets"].get(reason, 0))
 
 
 def put(scene: Scene, *policies: str, cluster: str = PODS) -> None:
-    """Put exactly these policies, and this cluster, in force for the node's pods."""
+    """Put exactly these policies and this cluster in force for the node's pods."""
     scene.enforce(*policies, cluster=cluster, endpoints=[f"Pod/shop/{name}" for name in LAST])
 
 
@@ -337,7 +343,10 @@ def put(scene: Scene, *policies: str, cluster: str = PODS) -> None:
 def border(
     home: Path, *, is_bridged: bool = False, options: tuple[str, ...] = (), prepare: Callable[[Lab], None] | None = None
 ) -> Iterator[Scene]:
-    """A laboratory and an agent with `NARROW` in force. ``prepare``: what is done to the laboratory before the agent starts."""
+    """A laboratory, and an agent with `NARROW` in force.
+
+    ``prepare``: changes the laboratory before the agent starts.
+    """
     with lab_for(PODS) as lab:
         if is_bridged:
             build_bridge(lab)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A container runtime's side of CNI: a list of plugins as a configuration file has it, run for pods as libcni runs it."""
+"""The part of a container runtime in CNI: a list of plugins as in a configuration file, run for pods as libcni does."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEADLINE_S = 60.0
 
 
 class CniError(Exception):
-    """A plugin's error object. ``error``: that object."""
+    """A plugin failed. ``error``: its error object."""
 
     def __init__(self, plugin: str, error: Mapping[str, Any]) -> None:
         super().__init__(f"{plugin}: {error}")
@@ -33,7 +33,7 @@ class CniError(Exception):
 
 @dataclass(slots=True)
 class Sandbox:
-    """A pod's namespace, and what the plugins made of it. ``namespace``: its name; ``uid``: of the pod, "" for none."""
+    """A pod's namespace, and what the plugins made of it. ``namespace``: its name. ``uid``: of the pod; "": none."""
 
     pod: str
     namespace: str
@@ -48,14 +48,17 @@ class Sandbox:
 
 @dataclass(frozen=True, slots=True)
 class PluginList:
-    """A file of a runtime's configuration directory. ``path``: directories with plugins."""
+    """A file of a runtime's configuration directory. ``path``: the directories with plugins."""
 
     lab: Lab
     file: Path
     path: Sequence[Path]
 
     def add(self, sandbox: Sandbox) -> dict[str, Any]:
-        """ADD of all plugins, each with the result of the one before. Raises CniError, when those before are undone."""
+        """ADD of all plugins, each with the result of the one before.
+
+        If one fails, those before are undone by DEL, and CniError is raised.
+        """
         document = json.loads(self.file.read_text())
         for number, plugin in enumerate(document["plugins"]):
             try:
@@ -69,13 +72,13 @@ class PluginList:
         return sandbox.result
 
     def delete(self, sandbox: Sandbox) -> None:
-        """DEL of all plugins, last one first."""
+        """DEL of all plugins, the last one first."""
         document = json.loads(self.file.read_text())
         for plugin in reversed(document["plugins"]):
             self._call("DEL", document, plugin, sandbox, result=sandbox.result)
 
     def call_last(self, command: str, sandbox: Sandbox, *, version: str | None = None, **more: Any) -> Any:
-        """A command of the last plugin alone, in another version of the specification if given. Raises CniError."""
+        """Run a command of the last plugin only, by another version of the specification if given. Raises CniError."""
         document = json.loads(self.file.read_text())
         if version is not None:
             document["cniVersion"] = version
@@ -84,7 +87,7 @@ class PluginList:
     def _call(
         self, command: str, document: Mapping[str, Any], plugin: Mapping[str, Any], sandbox: Sandbox, *, result: Any
     ) -> dict[str, Any] | None:
-        """Run a plugin in the node's namespace; what it printed."""
+        """Run a plugin in the node's namespace. Returns its output."""
         config = {**plugin, "cniVersion": document["cniVersion"], "name": document["name"]}
         if result:
             config["prevResult"] = result

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fixtures of the scene that most tests have."""
+"""The fixtures of the scene that most tests use."""
 
 from scene_fixtures import lab, lasting_scene, own_scene, scene
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames as a station on a link writes them, with the checksums that real receivers look at; and what is read back from one."""
+"""Builds frames as a station on a link sends them, with checksums that real receivers verify; and parses frames."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def mac(text: str) -> bytes:
 
 
 def ethernet(source: bytes, destination: bytes, kind: int, payload: bytes) -> bytes:
-    """A frame."""
+    """An Ethernet frame."""
     return destination + source + struct.pack("!H", kind) + payload
 
 
@@ -44,7 +44,7 @@ def _pseudo(source: IPAddress, destination: IPAddress, protocol: int, size: int)
 
 
 def ip(source: IPAddress, destination: IPAddress, protocol: int, payload: bytes, *, hops: int = 64) -> bytes:
-    """A packet of the addresses' family."""
+    """An IP packet of the addresses' family."""
     ends = source.packed + destination.packed
     if source.version == 6:
         return struct.pack("!IHBB", 6 << 28, len(payload), protocol, hops) + ends + payload
@@ -53,7 +53,7 @@ def ip(source: IPAddress, destination: IPAddress, protocol: int, payload: bytes,
 
 
 def udp(source: IPAddress, destination: IPAddress, ports: tuple[int, int], payload: bytes) -> bytes:
-    """A datagram in its packet; ``ports``: source, destination."""
+    """An IP packet with a datagram. ``ports``: source, destination."""
     size = UDP_BYTES + len(payload)
     body = struct.pack("!HHHH", *ports, size, 0) + payload
     found = checksum(_pseudo(source, destination, UDP, size) + body) or 0xFFFF
@@ -63,7 +63,7 @@ def udp(source: IPAddress, destination: IPAddress, ports: tuple[int, int], paylo
 def fragments(
     source: IPAddress, destination: IPAddress, ports: tuple[int, int], payload: bytes, identification: int
 ) -> tuple[bytes, bytes]:
-    """A datagram in two packets: its first eight bytes of payload, and the rest."""
+    """A datagram in two packets: the first one has the first eight bytes of its payload."""
     whole = udp(source, destination, ports, payload)
     base = IP4_BYTES if source.version == 4 else IP6_BYTES
     cut = UDP_BYTES + 8
@@ -82,18 +82,18 @@ def fragments(
 
 
 def frame_of(packet: bytes, source: bytes, destination: bytes) -> bytes:
-    """The packet in a frame of its kind."""
+    """The packet in an Ethernet frame with the ethertype of its family."""
     return ethernet(source, destination, IP4 if packet[0] >> 4 == 4 else IP6, packet)
 
 
 def arp(operation: int, source: tuple[bytes, IPv4Address], target: tuple[bytes, IPv4Address]) -> bytes:
-    """An ARP frame from one station to another; a request goes to all."""
+    """An ARP frame from one station to another. A request is a broadcast."""
     body = struct.pack("!HHBBH", 1, IP4, 6, 4, operation) + source[0] + source[1].packed + target[0] + target[1].packed
     return ethernet(source[0], BROADCAST_MAC if operation == ARP_REQUEST else target[0], ARP, body)
 
 
 def advertisement(hardware: bytes, address: IPv6Address, asker: tuple[bytes, IPv6Address]) -> bytes:
-    """The answer to a neighbour solicitation: solicited, override, with the link-layer address."""
+    """The answer to a neighbour solicitation, with the flags solicited and override, and the link-layer address."""
     body = struct.pack("!BBHI", ADVERTISEMENT, 0, 0, 0x60000000) + address.packed + b"\x02\x01" + hardware
     found = checksum(_pseudo(address, asker[1], ICMPV6, len(body)) + body)
     body = body[:2] + struct.pack("!H", found) + body[4:]
@@ -102,7 +102,7 @@ def advertisement(hardware: bytes, address: IPv6Address, asker: tuple[bytes, IPv
 
 @dataclass(frozen=True, slots=True)
 class Datagram:
-    """A UDP datagram that was read."""
+    """A parsed UDP datagram."""
 
     source: IPAddress
     destination: IPAddress
@@ -112,7 +112,7 @@ class Datagram:
 
 
 def read_udp(frame: bytes) -> Datagram | None:
-    """The datagram in a frame, None for anything else. IPv4 without options only: nobody here sends any."""
+    """The datagram in a frame; None for anything else. IPv4 options are not parsed, because no test here sends any."""
     kind = int.from_bytes(frame[12:14], "big")
     packet = frame[ETHERNET_BYTES:]
     if kind == IP4 and packet[9] == UDP:
@@ -126,7 +126,7 @@ def read_udp(frame: bytes) -> Datagram | None:
 
 
 def asks_for(frame: bytes) -> tuple[IPAddress, bytes, IPAddress] | None:
-    """Of an ARP request or a neighbour solicitation: the address asked for, and hardware and IP address of who asks."""
+    """Of an ARP request or a neighbour solicitation: the wanted address, and the asker's hardware and IP address."""
     kind = int.from_bytes(frame[12:14], "big")
     body = frame[ETHERNET_BYTES:]
     if kind == ARP and int.from_bytes(body[6:8], "big") == ARP_REQUEST:

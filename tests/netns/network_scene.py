@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks of pods on a laboratory's node: by the real plugins, run as a runtime runs them, and well-known layouts by hand.
+"""Networks of pods on a laboratory's node, by the real plugins or as well-known layouts made by hand.
 
-All of them are on one node at once, two pods each, ``NETWORK-a`` and ``NETWORK-b``, and the world outside.  Under `POLICY` each pod
-may open and take TCP connections to one port and to no other, so every network is asked the same questions.
+All networks are on one node at the same time, with two pods each, ``NETWORK-a`` and ``NETWORK-b``, and the outside
+world. Under `POLICY` each pod may open and accept TCP connections to one port and no other, so every network gets the
+same questions.
 
-Invariants: plugins run inside the node's namespace, keep their state below the directory they are given, and are undone by
-their own DEL; what a plugin said goes into a results directory only in the form in which libcni keeps it.
+Invariants: plugins run inside the node's namespace, keep their state below the given directory, and are undone by their
+own DEL. A plugin's result is written to a results directory only in libcni's format.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ from netpol_ebpf.lab.topology import PARENT_MAC, TCP, IPAddress, Listen
 from netpol_ebpf.policy.types import EndpointKey
 
 PLUGINS_DIR = Path("/usr/lib/cni")
-"""Of Debian's package containernetworking-plugins."""
+"""The directory of Debian's package containernetworking-plugins."""
 PLUGIN_DEADLINE_S = 60.0
 CNI_VERSION = "1.0.0"
 ALLOWED, DENIED = 5432, 5433
 HOST_PORTS = {18032: ALLOWED, 18033: DENIED}
 FAR_NODE = "node-2"
 LANS = ("eth1", "eth2")
-"""Further interfaces of the node into links that the world is on: veths as pods' are, as on a node that is a container. An
-option calls the first one the node's, nothing the second."""
+"""Further interfaces of the node, on links with the world. They are veths like those of pods, as on a node that is a
+container. An option declares the first one the node's own; nothing declares the second one."""
 VXLAN_PORT = 8472
 
 POLICY = f"""\
@@ -60,7 +61,7 @@ spec:
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """A pod that is there. ``host``: its name in the laboratory."""
+    """An existing pod. ``host``: its name in the laboratory."""
 
     name: str
     addresses: tuple[IPAddress, ...]
@@ -75,7 +76,7 @@ class Pod:
         return f"Pod/shop/{self.name}"
 
     def render(self) -> str:
-        """Its manifest."""
+        """The pod's manifest."""
         addresses = ", ".join(f'{{ip: "{one}"}}' for one in self.addresses)
         return (
             "---\napiVersion: v1\nkind: Pod\n"
@@ -87,7 +88,7 @@ class Pod:
 
 @dataclass(slots=True)
 class Questions:
-    """Connections between a network's pods, and with the world, by what policy says of them."""
+    """Connections between a network's pods, and with the world, by the verdict of policy."""
 
     ingress_denied: list[Attempt] = field(default_factory=list)
     egress_denied: list[Attempt] = field(default_factory=list)
@@ -99,7 +100,7 @@ class Questions:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What came of a network's questions. ``open``: without policy, all of them; None: it was not tried."""
+    """The answers to a network's questions. ``open``: whether all were answered without policy; None: not tried."""
 
     open: tuple[bool, ...]
     ingress_denied: tuple[bool, ...]
@@ -111,8 +112,9 @@ class Answers:
 class Network:
     """One row of the matrix.
 
-    ``evidence``: by which the agent knows its pods without the plugin's result; "" where it cannot know them.  ``with_result``: and with it;
-    None where nobody leaves one.  ``kind``: of device that it needs, ``options`` of it.  ``build``: makes the pods.
+    ``evidence``: the evidence by which the agent knows the pods without the plugin's result; "" if it cannot know them.
+    ``with_result``: the evidence with that result; None if no runtime keeps one. ``kind``: the kind of device that the
+    network needs, with ``options``. ``build``: creates the pods.
     """
 
     name: str
@@ -126,18 +128,21 @@ class Network:
 
     @property
     def is_seen(self) -> bool:
-        """Whether its packets pass an interface of the node that is the pod's alone."""
+        """Whether the pods' packets pass an interface of the node that belongs to one pod only."""
         return bool(self.evidence)
 
     @property
     def pods(self) -> tuple[str, str]:
-        """The names of its two pods."""
+        """The names of the network's two pods."""
         return f"{self.name}-a", f"{self.name}-b"
 
 
 @dataclass
 class Site:
-    """The node on which networks are built. ``results``: the directory of libcni's cache; None: nobody keeps any."""
+    """The node on which networks are built.
+
+    ``results``: the directory of libcni's cache; None: no runtime keeps one.
+    """
 
     lab: Lab
     home: Path
@@ -145,13 +150,13 @@ class Site:
     pods: dict[str, Pod] = field(default_factory=dict)
     questions: dict[str, Questions] = field(default_factory=dict)
     await_programs: Callable[[str], None] = lambda _name: None
-    """Waits until the agent has seen an interface of the node, if there is one yet."""
+    """Waits until the agent has seen an interface of the node, if an agent runs."""
     _undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     # --- addresses --------------------------------------------------------------------------------------------------
 
     def number(self, network: Network) -> int:
-        """The third part of the network's IPv4 prefix, the last one of its IPv6 prefix."""
+        """The third part of the network's IPv4 prefix, and the last part of its IPv6 prefix."""
         return NETWORKS.index(network) + 1
 
     def prefix(self, network: Network, version: int) -> str:
@@ -165,7 +170,7 @@ class Site:
     # --- namespaces -------------------------------------------------------------------------------------------------
 
     def namespace(self, pod: str) -> str:
-        """A new namespace for a pod, as a runtime makes it before it calls a plugin; its name."""
+        """Create a namespace for a pod, as a runtime does before it calls a plugin. Returns its name."""
         host = f"shop/{pod}"
         name = f"{self.lab.token}-{host.replace('/', '.')}"
         self.lab.record(namespaces=[name])
@@ -176,7 +181,7 @@ class Site:
         return name
 
     def settle(self, network: Network, addresses: Mapping[str, Iterable[IPAddress]], *, node: str = NODE) -> None:
-        """Pods are there: they listen, and are asked the same as all others."""
+        """Register the pods of a network: they listen, and get the common questions."""
         for name, found in addresses.items():
             pod = Pod(name, tuple(found), node)
             self.pods[name] = pod
@@ -200,7 +205,10 @@ class Site:
     # --- plugins ----------------------------------------------------------------------------------------------------
 
     def ipam(self, network: Network, pod: str, *, gateway: int = 1) -> dict[str, Any]:
-        """The part of a plugin's configuration that says who gives addresses. ``gateway``: last part of the gateway's."""
+        """The part of a plugin's configuration that assigns addresses.
+
+        ``gateway``: the last part of the gateway's address.
+        """
         routes = [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]
         if network.ipam == "host-local":
             ranges = [
@@ -218,7 +226,7 @@ class Site:
         }  # fmt: skip
 
     def plug(self, network: Network, pod: str, *plugins: dict[str, Any]) -> tuple[IPAddress, ...]:
-        """Attach a pod by a chain of plugins, each with the result of the one before; the pod's addresses."""
+        """Attach a pod by a chain of plugins, each with the result of the one before. Returns the pod's addresses."""
         namespace = NETNS_DIR / self.namespace(pod)
         container = secrets.token_hex(32)
         arguments = {"K8S_POD_NAMESPACE": "shop", "K8S_POD_NAME": pod, "K8S_POD_INFRA_CONTAINER_ID": container}
@@ -237,7 +245,7 @@ class Site:
         return tuple(ip_interface(one["address"]).ip for one in result["ips"])
 
     def _call(self, command: str, config: Mapping[str, Any], environment: Mapping[str, str]) -> str:
-        """Run a plugin in the node's namespace; what it printed."""
+        """Run a plugin in the node's namespace. Returns its output."""
         program = PLUGINS_DIR / str(config["type"])
         assert program.exists(), f"{program} is missing: apt install containernetworking-plugins"
         done = subprocess.run(
@@ -251,7 +259,7 @@ class Site:
     def _keep(
         self, network: Network, container: str, configs: list[dict[str, Any]], arguments: Mapping[str, str], result: Any
     ) -> None:
-        """Write the result where a runtime's libcni would, in one step (libcni, cache of `cniCacheV1`)."""
+        """Write the result as a runtime's libcni does, atomically (the cache `cniCacheV1`)."""
         if self.results is None:
             return
         chain = {"cniVersion": CNI_VERSION, "name": network.name, "plugins": configs}
@@ -267,7 +275,7 @@ class Site:
         self._undo.callback(path.unlink)
 
     def close(self) -> None:
-        """Undo what plugins did, each by its own DEL."""
+        """Undo the work of the plugins, by the DEL of each."""
         self._undo.close()
 
 
@@ -275,7 +283,7 @@ class Site:
 
 
 def bridge_plugin(site: Site, network: Network, **more: Any) -> dict[str, Any]:
-    """The bridge plugin's configuration; the caller adds the pod's ``ipam``."""
+    """The configuration of the bridge plugin. The caller adds the pod's ``ipam``."""
     return {"type": "bridge", "bridge": f"cni{site.number(network)}", "isGateway": True, "hairpinMode": True, **more}
 
 
@@ -286,12 +294,15 @@ def build_bridge(site: Site, network: Network, **more: Any) -> None:
 
 
 def build_bridge_vlan(site: Site, network: Network) -> None:
-    """Ports of one VLAN on a bridge that filters them; the gateway is an interface of its own in that VLAN."""
+    """Ports of one VLAN on a VLAN-filtering bridge. The gateway is a separate interface in that VLAN."""
     build_bridge(site, network, vlan=5)
 
 
 def build_bridge_inner(site: Site, network: Network) -> None:
-    """The gateway is one end of a pair of the node's own, the other end a port of the bridge: as the plugin does for a VLAN, without one."""
+    """The gateway is one end of a veth pair of the node, and the other end is a port of the bridge.
+
+    The plugin makes this layout for a VLAN; here it has none.
+    """
     config = {"type": "bridge", "bridge": f"cni{site.number(network)}", "hairpinMode": True}
     found = {pod: site.plug(network, pod, {**config, "ipam": site.ipam(network, pod)}) for pod in network.pods}
     ip(
@@ -316,13 +327,13 @@ def build_bridge_macvlan(site: Site, network: Network) -> None:
 
 
 def forwarding_ports(lab: Lab) -> set[str]:
-    """Ports of the node's bridges that forward."""
+    """The ports of the node's bridges that forward."""
     ports = json.loads(lab.run(NODE, ["bridge", "-j", "link", "show"]).stdout)
     return {one["ifname"] for one in ports if one["state"] == "forwarding"}
 
 
 def build_portmap(site: Site, network: Network) -> None:
-    """A bridge, and ports of the node that lead to the server."""
+    """A bridge, and ports of the node that are translated to the server."""
     config = bridge_plugin(site, network)
     found = {}
     for pod in network.pods:
@@ -343,13 +354,13 @@ def build_ptp(site: Site, network: Network) -> None:
 
 
 def outside_on_link(site: Site, network: Network, device: str) -> None:
-    """The world is on the network's link, as its gateway."""
+    """Put the world on the network's link, as its gateway."""
     ip(site.lab, INTERNET, *(f"address add {site.address(network, 254, v)}/{bits} dev {device}{dad}"
                              for v, bits, dad in ((4, 24, ""), (6, 64, " nodad"))))  # fmt: skip
 
 
 def bridge_outside(site: Site, network: Network, *ports: str) -> None:
-    """Join interfaces of the world, and be the gateway there."""
+    """Join interfaces of the world in a bridge, which is the gateway."""
     name = f"br{site.number(network)}"
     ip(site.lab, INTERNET, f"link add {name} type bridge", f"link set {name} up",
        *(f"link set {port} master {name} up" for port in ports))  # fmt: skip
@@ -357,11 +368,11 @@ def bridge_outside(site: Site, network: Network, *ports: str) -> None:
 
 
 MASTERS = {"macvlan": "eth0", "ipvlan": LANS[0], "macvlan-lan": LANS[1]}
-"""By network: the node's interface below its pods'."""
+"""By network: the interface of the node on which its pods' devices are made."""
 
 
 def build_on_master(site: Site, network: Network) -> None:
-    """Macvlan and ipvlan: further interfaces of one of the node's own."""
+    """Macvlan or ipvlan devices on one of the node's own interfaces."""
     master = MASTERS[network.name]
     outside_on_link(site, network, {"eth0": "node0"}.get(master, master))
     mode = {"macvlan": "bridge", "ipvlan": "l2"}[network.plugin]
@@ -373,7 +384,7 @@ def build_on_master(site: Site, network: Network) -> None:
 
 
 def build_macvlan_shim(site: Site, network: Network) -> None:
-    """Macvlan, and the node's own way to one of its pods: a further macvlan device with a host route."""
+    """Macvlan, and a path from the node to one of its pods: another macvlan device with a host route."""
     build_on_master(site, network)
     master, pod = MASTERS[network.name], site.pods[network.pods[0]]
     ip(site.lab, NODE, f"link add shim0 link {master} type macvlan mode bridge", "link set shim0 up",
@@ -381,7 +392,10 @@ def build_macvlan_shim(site: Site, network: Network) -> None:
 
 
 def build_vlan(site: Site, network: Network) -> None:
-    """A VLAN for each pod, each on an uplink of its own: on one, both had its hardware address. The world joins them."""
+    """A VLAN for each pod, on different uplinks, because on one uplink both would have its hardware address.
+
+    The world joins them.
+    """
     ports = []
     found = {}
     for number, (pod, master, outside) in enumerate(
@@ -396,7 +410,7 @@ def build_vlan(site: Site, network: Network) -> None:
 
 
 def build_host_device(site: Site, network: Network) -> None:
-    """A device of the node for each pod, as SR-IOV's are; the world joins their other ends."""
+    """A device of the node for each pod, as with SR-IOV. The world joins their other ends."""
     ports = []
     found = {}
     for number, pod in enumerate(network.pods):
@@ -411,7 +425,7 @@ def build_host_device(site: Site, network: Network) -> None:
 
 
 def build_flannel(site: Site, network: Network) -> None:
-    """What flannel has its delegate, the bridge plugin, do; and VXLAN between the nodes, to a pod on the other one."""
+    """The layout of flannel: the bridge plugin as its delegate, and VXLAN to a pod on the other node."""
     build_bridge(site, network, mtu=1450)
     lab, far = site.lab, f"{network.name}-far"
     other = f"10.41.{site.number(network)}"
@@ -453,8 +467,11 @@ def route_pair(
     *,
     kind: str = "veth",
 ) -> None:
-    """A pair into a namespace, single addresses on both ends, a host route for each of the pod's. ``gateways``: by IP version."""
-    if kind == "netkit":  # no tool of older distributions knows its attributes; the peer is made along with it
+    """A veth pair with single addresses on both ends, and a host route for each of the pod's addresses.
+
+    ``gateways``: by IP version.
+    """
+    if kind == "netkit":  # older distributions have no tool with its attributes; the peer is made with it
         before = names_of(site.lab, node)
         ip(site.lab, node, f"link add {name} type netkit")
         (peer,) = names_of(site.lab, node) - before - {name}
@@ -477,12 +494,12 @@ def route_pair(
 
 
 def names_of(lab: Lab, host: str) -> set[str]:
-    """Interfaces of a host."""
+    """The names of a host's interfaces."""
     return {one["ifname"] for one in json.loads(lab.run(host, ["ip", "-j", "link"]).stdout)}
 
 
 def build_kindnet(site: Site, network: Network) -> None:
-    """As kindnet does: a pair for each pod, the node's end of each with the same single gateway address."""
+    """The layout of kindnet: a pair for each pod, and the same single gateway address on the node's end of each."""
     found = {}
     for number, pod in enumerate(network.pods, 2):
         addresses = [site.address(network, number, version) for version in (4, 6)]
@@ -494,7 +511,10 @@ def build_kindnet(site: Site, network: Network) -> None:
 
 
 def build_calico(site: Site, network: Network) -> None:
-    """As Calico does: a node's end without addresses that answers for 169.254.1.1, and by its link-local address for IPv6."""
+    """The layout of Calico: the node's end has no addresses, and answers for 169.254.1.1.
+
+    For IPv6 it has its link-local address.
+    """
     found = {}
     for number, pod in enumerate(network.pods, 2):
         name, namespace = f"cali{derived_hash(EndpointKey('Pod', 'shop', pod))}", site.namespace(pod)
@@ -516,7 +536,7 @@ def build_calico(site: Site, network: Network) -> None:
 
 
 def link_local(lab: Lab, name: str) -> str:
-    """The address of the link that the kernel gave to one of the node's interfaces."""
+    """The link-local address that the kernel gave to one of the node's interfaces."""
 
     def look() -> str | None:
         links = json.loads(lab.run(NODE, ["ip", "-6", "-j", "address", "show", "dev", name]).stdout)
@@ -529,9 +549,10 @@ def link_local(lab: Lab, name: str) -> str:
 
 
 def build_aws(site: Site, network: Network) -> None:
-    """As AWS's plugin does: no address on the node's end, the gateway's neighbour entry in the pod, and rules.
+    """The layout of AWS's plugin: no address on the node's end, the gateway's neighbour entry in the pod, and rules.
 
-    To a pod by the main table, from it by another; where pods have security groups of their own, both by a table of the pod's.
+    Packets to a pod use the main table, and packets from it another table. If pods have security groups, both use a
+    table of the pod's own.
     """
     (way_out,) = json.loads(site.lab.run(NODE, ["ip", "-j", "route", "show", "default"]).stdout)
     has_groups = network.name == "aws-vpc-groups"
@@ -583,7 +604,10 @@ NETWORKS = (
 
 @dataclass
 class World:
-    """All networks that the kernel has devices for, under an agent. ``answers``: by network; ``state``: the agent's status."""
+    """All networks for which the kernel has devices, under an agent.
+
+    ``answers``: by network. ``state``: the agent's status.
+    """
 
     site: Site
     scene: Scene
@@ -593,11 +617,11 @@ class World:
 
 
 LINKED = frozenset({"macvlan", "ipvlan", "vlan"})
-"""Kinds of devices that are made on top of another."""
+"""Kinds of devices that are made on another device."""
 
 
 def lacks(lab: Lab, network: Network) -> str:
-    """What this kernel has not that a network needs; empty: nothing."""
+    """The feature of a network that this kernel lacks; "": it has all of them."""
     below = LANS[0] if network.kind in LINKED else ""
     if has_device(lab, network.kind, *network.options.split(), below=below):
         return ""
@@ -608,9 +632,10 @@ def lacks(lab: Lab, network: Network) -> str:
 
 @contextlib.contextmanager
 def world(home: Path, *, is_late: bool, keeps_results: bool) -> Iterator[World]:
-    """Networks and an agent, and what came of all questions without policy and under it.
+    """Build networks and an agent, and ask all questions without policy and under it.
 
-    ``is_late``: the agent starts when all is there, and policy with it; else it is there before, and policy comes last.
+    ``is_late``: the agent starts after the networks are built, with policy. Otherwise it starts before them, and policy
+    comes last.
     """
     with lab_for(NODES) as lab:
         results = home / "results"
@@ -638,7 +663,7 @@ def _await_programs(scene: Scene, name: str) -> None:
 
 
 def prepare(site: Site) -> None:
-    """The node's further links, with addresses of it beside its pods', and the way back from the world to the pods."""
+    """Add links and an address beside the pods' to the node, and routes from the world to the pods."""
     lab = site.lab
     for network in NETWORKS:
         master = MASTERS.get(network.name)
@@ -662,7 +687,7 @@ def prepare(site: Site) -> None:
 
 
 def look(found: World, *, is_late: bool) -> None:
-    """Build all networks, ask all questions without policy and under it."""
+    """Build all networks, and ask all questions without policy and under it."""
     site, scene = found.site, found.scene
     there = [one for one in NETWORKS if one.name not in found.missing]
     for network in there:
@@ -681,7 +706,7 @@ def look(found: World, *, is_late: bool) -> None:
         lambda state: state["objects"]["policies"] == 1 and local <= decided(state),
         "policy is in force where it can be",
     )
-    forget_neighbours(site)  # neighbour discovery has to work under policy, too
+    forget_neighbours(site)  # neighbour discovery must also work under policy
     after = ask_all(site, there)
     for network in there:
         asked = site.questions[network.name]
@@ -692,7 +717,7 @@ def look(found: World, *, is_late: bool) -> None:
 
 
 def forget_neighbours(site: Site) -> None:
-    """Let everybody but whose entries are fixed ask for hardware addresses anew."""
+    """Delete all neighbour entries except fixed ones."""
     states = [word for state in ("reachable", "stale", "delay", "probe") for word in ("nud", state)]
     for host in (INTERNET, NODE, FAR_NODE, *(pod.host for pod in site.pods.values())):
         for family in ("-4", "-6"):
@@ -700,12 +725,12 @@ def forget_neighbours(site: Site) -> None:
 
 
 def ask_all(site: Site, networks: Iterable[Network]) -> dict[Attempt, bool]:
-    """Real connections, all at once; whether each was answered."""
+    """Make real connections, all at the same time. Returns for each whether it was answered."""
     asked = [one for network in networks for one in site.questions[network.name]]
     return {one.attempt: one.reached for one in site.lab.attempt(asked)}
 
 
 def decided(state: Mapping[str, Any]) -> set[str]:
-    """Endpoints that policy is enforced for, and those of which it is told that it is not."""
+    """The endpoints that are enforced, and those that are reported as not enforced."""
     enforced = {one["endpoint"] for one in state["endpoints"] if one["state"] == "enforced"}
     return enforced | {one["object"] for one in state["problems"] if one["slug"] in {"not-found", "interface"}}

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/networks.md: in which networks pods are enforced, and in which they are named as not enforced.
+"""Write docs/networks.md: in which networks pods are enforced, and in which they are reported as not enforced.
 
     python -m tests.netns.networks --write [KERNEL...]      run tests/netns/test_networks.py here and in guests with these
                                                             kernels (names as `python -m tests.vm` takes them), keep the rows
     python -m tests.netns.networks --check                  whether the page is the recorded one
 
-Invariants: every cell of the page comes from a row that a test left when it passed; what was not run says so, and why.  A kernel
-that is run again replaces its own rows alone.
+Invariants: every cell of the page comes from a row that a passed test recorded. What was not run says so, and why. A
+new run of a kernel replaces only the rows of that kernel.
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ FIELDS = ("network", "ipam", "result", "evidence", "ingress_denied", "egress_den
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """The rows of one kernel. ``guest``: whether it was emulated; ``rows``: as tests/netns/test_networks.py leaves them."""
+    """The rows of one kernel.
+
+    ``guest``: whether it was emulated. ``rows``: as tests/netns/test_networks.py records them.
+    """
 
     release: str
     guest: bool
@@ -83,12 +86,12 @@ class Ran:
 
     @property
     def label(self) -> str:
-        """How the page names it."""
+        """The kernel's name in the page."""
         return f"{series_of(self.release)}{' (VM)' if self.guest else ''}"
 
 
 def read_record(path: Path = RECORD) -> list[Ran]:
-    """What is kept, by kernel; nothing when there is no file. Raises InvalidInputError for a file that is none."""
+    """The record, by kernel; empty if the file does not exist. Raises InvalidInputError if it is not a record."""
     if not path.exists():
         return []
     document = json.loads(path.read_text(encoding="utf-8"))
@@ -98,7 +101,7 @@ def read_record(path: Path = RECORD) -> list[Ran]:
 
 
 def keep(ran: Ran, path: Path = RECORD) -> None:
-    """Keep a kernel's rows in place of those it had."""
+    """Record a kernel's rows in place of its earlier ones."""
     by_label = {one.label: one for one in (*read_record(path), ran)}
     ordered = [asdict(by_label[label]) for label in sorted(by_label)]
     path.parent.mkdir(exist_ok=True)
@@ -106,7 +109,7 @@ def keep(ran: Ran, path: Path = RECORD) -> None:
 
 
 def render(found: Sequence[Ran]) -> str:
-    """The page."""
+    """Render the page."""
     ran: dict[tuple[str, ...], dict[str, None]] = {}
     lacking: dict[str, dict[str, str]] = {}
     for one in found:
@@ -139,7 +142,7 @@ def _cell(value: object) -> str:
 
 
 def run_here() -> Ran:
-    """Run the tests on this machine's kernel. Raises PlatformError when one fails."""
+    """Run the tests on this machine's kernel. Raises PlatformError if one fails."""
     done = subprocess.run([sys.executable, "-c", RUN], cwd=ROOT, check=False, capture_output=True, text=True)
     if done.returncode != 0:
         raise PlatformError(f"the tests of networks failed here:\n{done.stderr[-4000:]}")
@@ -149,7 +152,7 @@ def run_here() -> Ran:
 
 
 def run_in(name: str) -> Ran:
-    """Run the tests in a guest with a kernel. Raises PlatformError when one fails."""
+    """Run the tests in a guest with this kernel. Raises PlatformError if one fails."""
     with tempfile.TemporaryDirectory(prefix="netpol-networks-") as scratch:
         result = run_kernel(kernels.find(name), prepare(Path(scratch)), print, steps=(STEP,))
     if not result.is_ok:
@@ -159,7 +162,7 @@ def run_in(name: str) -> Ran:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run and write, or say whether the page is fresh."""
+    """Run and write; with --check, only report whether the page is fresh."""
     parser = argparse.ArgumentParser(prog="python -m tests.netns.networks", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=", ".join(kernels.NAMES))
     group = parser.add_mutually_exclusive_group(required=True)

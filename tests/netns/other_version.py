@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Another version of the whole program, made of this one: a copy of its sources with some of them changed.
+"""Makes another version of the whole program from this one: a copy of its sources with some changes.
 
-What it pins is what such a version would pin: its own schema number, layouts and programs, written by its own agent.
+Its agent pins what such a version would pin: its own schema number, layouts and programs.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ ROOT = Path(__file__).resolve().parents[2]
 ABI = "bpf/np_abi.h"
 
 Change = tuple[str, str, str]
-"""A file, a text that occurs in it once, and what takes its place."""
+"""(file, text that occurs in it once, its replacement)."""
 
 WIDER_CONFIG: Change = (ABI, "struct np_config {\n", "struct np_config {\n    __u64 other; // of that version\n")
-"""Every setting at another place, the generation among them."""
+"""Every setting, including the generation, has another offset."""
 WIDER_ENDPOINT: Change = (ABI, "struct np_endpoint {\n", "struct np_endpoint {\n    __u64 other; // of that version\n")
-"""A policy map that the versions cannot share."""
+"""A layout of a policy map that the two versions cannot share."""
 OTHER_CONNECTION: Change = (
     ABI,
     "    __u32 generation; // the generation under which policy last allowed the connection\n    __u32 rule;",
@@ -56,7 +56,7 @@ OTHER_PROGRAM: Change = ("bpf/np_endpoint.h", "#define NP_ENDPOINT_TRIES 4", "#d
 
 
 def schema(step: int) -> Change:
-    """A schema that is newer or older by so much."""
+    """The schema number that is ``step`` higher than this one."""
     name = "#define NP_SCHEMA_VERSION "
     return (ABI, f"{name}{abi.SCHEMA_VERSION} ", f"{name}{abi.SCHEMA_VERSION + step} ")
 
@@ -65,15 +65,18 @@ NAMES_OF_SCHEMA_8 = {
     "np_flow_cache4": "np_recent4", "np_flow_cache6": "np_recent6", "np_flow_cache_fact": "np_recent_fact",
     "np_ep_cache": "np_near", "np_vip_filter": "np_special", "np_ifindex": "np_place",
 }  # fmt: skip
-"""Maps and layouts that had other names."""
+"""Maps and layouts with other names in that schema."""
 
 
 def make_version(tree: Path, changes: Sequence[Change], names: Mapping[str, str] | None = None) -> Path:
-    """Copy the sources and change them; the directory. ``names``: of this version, each with that of the other one."""
+    """Copy the sources and change them.
+
+    Returns the directory. ``names``: maps names of this version to those of the other one.
+    """
     for part in ("bpf", "loader", "netpol_ebpf", "scripts"):
         shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
     (tree / "docs").mkdir()
-    shutil.copy(ROOT / "docs" / "reasons.md", tree / "docs")  # generated with the rest
+    shutil.copy(ROOT / "docs" / "reasons.md", tree / "docs")  # generated together with the rest
     for path in (*tree.rglob("*.py"), *tree.rglob("*.[ch]")) if names else ():
         path.write_text(re.sub(r"\b\w+\b", lambda word: names.get(word[0], word[0]), path.read_text()))
     for name, old, new in changes:
@@ -82,7 +85,7 @@ def make_version(tree: Path, changes: Sequence[Change], names: Mapping[str, str]
         assert text.count(old) == 1, (name, old)
         path.write_text(text.replace(old, new))
     if any(name == ABI for name, _, _ in changes):
-        header = tree / ABI  # sizes are asserted there, of this version
+        header = tree / ABI  # this file asserts the sizes of this version
         header.write_text(re.sub(r"(?m)^_Static_assert.*$", "", header.read_text()))
     subprocess.run([sys.executable, str(tree / "scripts/generate_abi.py")], check=True, capture_output=True)
     return tree
@@ -90,16 +93,16 @@ def make_version(tree: Path, changes: Sequence[Change], names: Mapping[str, str]
 
 @dataclass
 class VersionedScene(Scene):
-    """A scene whose agent is that of a version.
+    """A scene whose agent is of another version.
 
-    ``tree``: its sources, None: this version's.  ``is_least``: whether it has the capabilities of the service alone.
+    ``tree``: its sources; None: this version's. ``is_least``: whether it has only the capabilities of the service.
     """
 
     tree: Path | None = None
     is_least: bool = False
 
     def command(self, *options: str) -> list[str]:
-        """See `Scene`. The directory matters as well as the path: Python looks there first."""
+        """See `Scene`. The working directory matters as well as the path, because Python searches it first."""
         plain = super().command(*options)
         if self.tree is not None:
             plain = ["env", "-C", str(self.tree), f"PYTHONPATH={self.tree}:{self.tree / 'loader'}", *plain]

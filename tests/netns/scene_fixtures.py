@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures of the scene that most tests have: one agent for all tests of a file, or an agent of the test's own.
+"""Fixtures of the usual scene: one agent for all tests of a file, or an agent for one test.
 
-A conftest imports them; a file that needs another laboratory or other manifests has a fixture of the same name.
+A conftest imports them. A file that needs another laboratory or other manifests has fixtures of the same names.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def lasting_scene(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture
 def scene(lasting_scene: Scene) -> Scene:
-    """An agent that has the manifests of the beginning in force; the same one as long as nothing happens to it."""
+    """An agent with the initial manifests in force. Tests share it until one of them ends it."""
     lasting_scene.reset()
     return lasting_scene
 
 
 @pytest.fixture
 def own_scene(lasting_scene: Scene, lab: Lab, tmp_path: Path) -> Iterator[Scene]:
-    """A scene without an agent, on a node on which nothing is enforced."""
+    """A scene without an agent, on a node without enforcement."""
     lasting_scene.retire()
     with scene_in(lab, tmp_path / "home") as one:
         yield one

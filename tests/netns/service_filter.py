@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a command under the system call filter of the service's unit, without systemd as process 1.
+"""Runs a command under the system call filter of the service's unit, on a machine without systemd as process 1.
 
     service_filter.py COMMAND ...
 
-The sets of system calls are those of the installed systemd-analyze; libseccomp, which systemd uses too, makes the filter.
+The sets of system calls are those of the installed systemd-analyze. libseccomp, which systemd also uses, makes the
+filter.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ ALLOW, ERRNO = 0x7FFF0000, 0x00050000
 
 
 def sets_of_systemd() -> dict[str, list[str]]:
-    """The members of each set, which are system calls and other sets."""
+    """The members of each set: system calls and other sets."""
     text = subprocess.run(
         ["systemd-analyze", "--no-pager", "syscall-filter"], check=True, capture_output=True, text=True
     )
@@ -39,7 +40,7 @@ def sets_of_systemd() -> dict[str, list[str]]:
 
 
 def members_of(name: str, sets: dict[str, list[str]]) -> Iterator[str]:
-    """The system calls of a set, or the one of this name."""
+    """The system calls of a set, or the one with this name."""
     if not name.startswith("@"):
         yield name
         return
@@ -48,7 +49,7 @@ def members_of(name: str, sets: dict[str, list[str]]) -> Iterator[str]:
 
 
 def permitted(unit: str) -> set[str]:
-    """The system calls that a unit permits: the first line permits some, and each with ~ takes some away."""
+    """The system calls that a unit permits: its first line permits some, and each line with ~ removes some."""
     sets = sets_of_systemd()
     found: set[str] = set()
     for line in re.findall(r"^SystemCallFilter=(.*)$", unit, re.MULTILINE):
@@ -58,7 +59,7 @@ def permitted(unit: str) -> set[str]:
 
 
 def install(calls: set[str]) -> None:
-    """Permit this process and its children these system calls alone; the others fail with EPERM, as in the unit."""
+    """Permit only these system calls to this process and its children. Others fail with EPERM, as in the unit."""
     library = ctypes.CDLL(SECCOMP)
     library.seccomp_init.restype = ctypes.c_void_p
     context = ctypes.c_void_p(library.seccomp_init(ERRNO | errno.EPERM))

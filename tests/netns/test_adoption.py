@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections that are older than the first agent of a node: what policy allows lives on, what it does not is cut.
+"""Connections that are older than the first agent of a node: allowed ones continue, others are cut.
 
-All pods are closed in both directions but for what is opened in one, so an answer that is taken for a request is lost.
+All pods are closed in both directions except for what one direction allows. So an answer that is mistaken for a request
+is dropped.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ pytestmark = pytest.mark.netns
 
 PORT = 7000
 ARRIVAL_S = 20.0
-"""For what takes microseconds, or a retransmission or two on a busy machine."""
+"""Time limit in seconds for what takes microseconds, or one or two retransmissions on a busy machine."""
 SILENCE_S = 0.5
-"""How long nothing has to come for a connection to count as cut; what comes takes microseconds."""
+"""Seconds of silence after which a connection counts as cut. An answer takes microseconds."""
 LAST = {"shop/web": 1, "shop/db": 2, "shop/other": 3, "shop/far": 4}
 
 POLICY = """\
@@ -87,7 +88,7 @@ TRANSLATE = (
 
 
 def address_of(host: str, version: int = 4) -> IPAddress:
-    """Address of a pod."""
+    """The address of a pod."""
     return ip_address(f"10.1.0.{LAST[host]}" if version == 4 else f"fd00:1::{LAST[host]}")
 
 
@@ -99,7 +100,10 @@ class Pair:
     server: socket.socket
 
     def speaks(self, *, server_first: bool, is_cut: bool = False) -> bool:
-        """Whether what one end sends now arrives at the other, and an answer comes back. ``is_cut``: nothing is awaited."""
+        """Whether bytes from one end arrive at the other, and an answer comes back.
+
+        ``is_cut``: expect nothing, so wait briefly.
+        """
         first, second = (self.server, self.client) if server_first else (self.client, self.server)
         for sender, receiver in ((first, second), (second, first)):
             token = secrets.token_bytes(16)
@@ -137,7 +141,10 @@ class Opener:
         by: tuple[str, int] | None = None,
         forgets: bool = False,
     ) -> Pair:
-        """An open connection. ``by``: the address and port that the client asks for; ``forgets``: nobody listens afterwards."""
+        """Open a connection.
+
+        ``by``: the address and port to which the client connects. ``forgets``: the server no longer listens afterwards.
+        """
         at = (str(address_of(destination, version)), PORT)
         listener = self._listeners.get((destination, version))
         if listener is None:
@@ -156,7 +163,7 @@ class Opener:
         return pair
 
     def udp(self, source: str, destination: str) -> Pair:
-        """A flow that went both ways."""
+        """A flow with packets in both directions."""
         server = self._socket(destination, 4, socket.SOCK_DGRAM)
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         server.bind((str(address_of(destination)), PORT))
@@ -172,7 +179,7 @@ class Opener:
 
 @pytest.fixture
 def scene(lab: Lab, tmp_path: Path) -> Iterator[Scene]:
-    """A node that never had an agent, and that tracks no connections."""
+    """A node that never had an agent, and tracks no connections."""
     with scene_in(lab, tmp_path / "home", {"cluster.yaml": CLUSTER, "db.yaml": POLICY}) as one:
         yield one
     lab.run(NODE, ["nft", "flush", "ruleset"])
@@ -188,10 +195,13 @@ def opener(lab: Lab) -> Iterator[Opener]:
 def test_old_connections_are_judged_in_the_direction_they_were_opened_in(
     scene: Scene, opener: Opener, *, is_tracked: bool
 ) -> None:
-    """Pod to pod, from and to outside, from the node: both families, whichever end speaks first; what is not allowed is cut."""
+    """Pod to pod, from and to outside, from the node: both families, whichever end speaks first.
+
+    Denied connections are cut.
+    """
     if is_tracked:
         scene.lab.run(NODE, ["nft", TRACK])
-    # A server that listens no more is, by its socket, no server: then only tracking tells.
+    # The socket of a server that no longer listens looks like a client's, so only tracking shows the direction.
     pairs = {
         (source, destination, version, server_first): opener.tcp(source, destination, version, forgets=is_tracked)
         for source, destination in (
@@ -211,7 +221,7 @@ def test_old_connections_are_judged_in_the_direction_they_were_opened_in(
 
 
 def test_old_datagrams_are_judged_in_the_direction_of_the_first(scene: Scene, opener: Opener) -> None:
-    """The answer of a tracked UDP flow passes only where policy allows the request."""
+    """The answer of a tracked UDP flow passes only if policy allows the request."""
     scene.lab.run(NODE, ["nft", TRACK])
     pairs = {source: opener.udp(source, "shop/db") for source in ("shop/web", "shop/other", "shop/far")}
     scene.start()
@@ -221,7 +231,7 @@ def test_old_datagrams_are_judged_in_the_direction_of_the_first(scene: Scene, op
 
 
 def test_old_connections_to_services_are_judged_by_their_backends(scene: Scene, opener: Opener) -> None:
-    """A translated connection lives on when policy allows the pod behind the service, and is cut when it does not."""
+    """A translated connection continues if policy allows the pod behind the service, and is cut otherwise."""
     scene.lab.run(NODE, ["nft", TRANSLATE])
     scene.write("services.yaml", SERVICE + "---\n" + OTHER_SERVICE)
     pairs = {
@@ -237,7 +247,7 @@ def test_old_connections_to_services_are_judged_by_their_backends(scene: Scene, 
 
 
 def test_old_connections_wait_for_their_pods_manifest(scene: Scene, opener: Opener) -> None:
-    """A pod that the manifests name only after the start takes its connections up then."""
+    """If the manifests name a pod only after the start, its connections are adopted then."""
     kept, cut, waiting = (opener.tcp(source, "shop/db") for source in ("shop/web", "shop/other", "shop/far"))
     scene.write("cluster.yaml", "---\n".join(one for one in CLUSTER.split("---\n") if "name: db," not in one))
     scene.start()

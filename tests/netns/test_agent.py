@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent on a node of a laboratory: real pods, real connections, and everything that may happen to the agent."""
+"""The agent on a node of a laboratory, with real pods and connections, through everything that may happen to it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def lab() -> Iterator[Lab]:
 
 
 def test_policy_holds_for_both_families_and_the_node(scene: Scene) -> None:
-    """The allowed pod reaches the database, another does not, the node itself does; a pod of another node is judged likewise."""
+    """The allowed pod and the node reach the database, another pod does not.
+
+    A pod of another node is judged likewise.
+    """
     sources = ("shop/web", "shop/other", NODE, "shop/far")
     attempts = [to_db(source, version) for source in sources[:2] for version in (4, 6)] + [
         to_db(NODE),
@@ -50,13 +53,13 @@ def test_policy_holds_for_both_families_and_the_node(scene: Scene) -> None:
 
 
 def test_interfaces_that_bear_the_programs(scene: Scene) -> None:
-    """Every pod's interface carries both programs, known or not, and the uplink; the loopback does not."""
+    """Every pod's interface, known or not, and the uplink have both programs; the loopback interface has none."""
     children = {child.parent_interface for child in scene.lab.plan.children(NODE)}
     assert scene.attached() == {name: {"ingress", "egress"} for name in {*children, UPLINK}}
 
 
 def test_unknown_pod_is_closed_until_it_is_known(scene: Scene) -> None:
-    """An interface nobody answers for passes nothing; its pod's manifest opens it."""
+    """An interface without a known pod passes nothing. The manifest of its pod opens it."""
     attempt = Attempt(LATE.name, ip_address("10.1.0.3"), TCP, 5432)
     assert {one["interface"] for one in scene.state()["interfaces"] if one["endpoint"] is None} > {UPLINK}
     assert scene.reached(attempt) == [False]
@@ -67,7 +70,7 @@ def test_unknown_pod_is_closed_until_it_is_known(scene: Scene) -> None:
 
 
 def test_interface_that_appears_is_closed_then_opened(scene: Scene) -> None:
-    """A pod that is plugged in while the agent runs is closed at once and opened when its address is known to be its own."""
+    """A pod that is added while the agent runs is closed at once. It opens when its address is known to be its own."""
     lab = scene.lab
     scene.write("late.yaml", POD.format(name="late", node=NODE, last=9))
     scene.write("new.yaml", POD.format(name="new", node=NODE, last=8))
@@ -85,7 +88,7 @@ def test_interface_that_appears_is_closed_then_opened(scene: Scene) -> None:
         "the new interface is under policy",
     )
     assert "Pod/shop/new" not in {one["endpoint"] for one in closed["interfaces"]}
-    # No route leads to it: the agent has to look at the other end of the pair.
+    # No route leads to the pod, so the agent must look at the other end of the pair.
     lab.run(NODE, ["ip", "-n", namespace, "address", "add", "10.1.0.8/32", "dev", "eth0"])
     scene.await_status(
         lambda state: ("newpod", "Pod/shop/new")
@@ -99,7 +102,7 @@ def test_interface_that_appears_is_closed_then_opened(scene: Scene) -> None:
 
 
 def test_change_takes_effect_live_and_cuts_what_it_revokes(scene: Scene) -> None:
-    """A policy that is added allows, one that is removed denies, also for the connection that was opened meanwhile."""
+    """An added policy allows, and a removed one denies, also on the connection that was opened meanwhile."""
     scene.write("other.yaml", OTHER_ALLOWED)
     scene.await_reached(to_db("shop/other"), expected=True)
     revoked, kept = scene.lab.prober.hold(to_db("shop/other")), scene.lab.prober.hold(to_db("shop/web"))
@@ -115,7 +118,10 @@ def test_change_takes_effect_live_and_cuts_what_it_revokes(scene: Scene) -> None
 
 
 def test_server_does_not_reopen_what_was_revoked(scene: Scene) -> None:
-    """A server that speaks after the cut, to a client that it might call itself, revives nothing; what is allowed again goes on."""
+    """A server that sends after the cut, to a client that it might open a connection to, revives nothing.
+
+    What is allowed again continues.
+    """
     lab = scene.lab
     scene.write("other.yaml", OTHER_ALLOWED)
     scene.await_reached(to_db("shop/other"), expected=True)
@@ -124,7 +130,7 @@ def test_server_does_not_reopen_what_was_revoked(scene: Scene) -> None:
     port = revoked.source_port
     (scene.manifests / "other.yaml").unlink()
     scene.await_reached(to_db("shop/other"), expected=False)
-    # The node does not look at its checksum.
+    # The node does not verify the checksum.
     segment = struct.pack("!HHIIBBHHH", 5432, port, 1, 1, 5 << 4, ACK, 1024, 0, 0)
     packet = frames.ip(ip_address("10.1.0.2"), ip_address("10.1.0.3"), TCP, segment)
     denied = scene.state()["packets"].get("revoked", 0)
@@ -140,7 +146,10 @@ def test_server_does_not_reopen_what_was_revoked(scene: Scene) -> None:
 
 
 def test_broken_file_keeps_the_last_good_state_even_over_a_restart(scene: Scene) -> None:
-    """A policy file that no longer parses stays in force as it was, is reported, and does so for the next agent too."""
+    """The last good state of a policy file that no longer parses stays in force, also with the next agent.
+
+    The file is reported.
+    """
     scene.write("db.yaml", DB_POLICY.replace("podSelector:", "podSelektor:", 1))
     state = scene.await_status(lambda state: not state["in_force"], "the problem is reported")
     (problem,) = state["problems"]
@@ -158,7 +167,10 @@ def test_broken_file_keeps_the_last_good_state_even_over_a_restart(scene: Scene)
 
 
 def test_killed_agent_is_followed_by_one_that_takes_over_unnoticed(scene: Scene) -> None:
-    """Enforcement goes on without an agent, the next one gives no wrong verdict meanwhile, and connections survive both."""
+    """Enforcement continues without an agent.
+
+    The next one gives no wrong verdict at any time, and connections survive.
+    """
     before = scene.state()
     held = scene.lab.prober.hold(to_db("shop/web"))
     assert held is not None
@@ -173,7 +185,7 @@ def test_killed_agent_is_followed_by_one_that_takes_over_unnoticed(scene: Scene)
     def keep_trying() -> None:
         nonlocal tried
         while not done.is_set():
-            # What must be reached may take long on a busy machine; what is not has to stay so.
+            # An allowed attempt may take long on a busy machine; a denied one must always fail.
             (allowed,) = scene.lab.attempt([to_db("shop/web")], deadline_s=5.0)
             (denied,) = scene.lab.attempt([to_db("shop/other")], deadline_s=0.1, rounds=1)
             tried += 1
@@ -197,7 +209,7 @@ def test_killed_agent_is_followed_by_one_that_takes_over_unnoticed(scene: Scene)
 
 
 def test_change_while_nobody_looks_is_taken_up_by_the_next_agent(scene: Scene) -> None:
-    """The starting agent cuts connections that policy no longer allows; allowed ones are not touched."""
+    """The starting agent cuts connections that policy no longer allows, and no others."""
     scene.write("other.yaml", OTHER_ALLOWED)
     scene.await_reached(to_db("shop/other"), expected=True)
     revoked, kept = scene.lab.prober.hold(to_db("shop/other")), scene.lab.prober.hold(to_db("shop/web"))
@@ -215,7 +227,7 @@ def test_change_while_nobody_looks_is_taken_up_by_the_next_agent(scene: Scene) -
 
 
 def test_time_outs_are_those_that_the_present_agent_was_asked_for(own_scene: Scene) -> None:
-    """They hold on new maps and on those of an earlier agent, whatever that one had been asked for."""
+    """The options of the present agent apply to new maps and to those of an earlier agent with other options."""
     scene = own_scene
     for options, expected in (
         (("--timeout", "udp=180", "--timeout", "tcp-open=7200"), (180, 7200, 5)),
@@ -229,11 +241,11 @@ def test_time_outs_are_those_that_the_present_agent_was_asked_for(own_scene: Sce
 
 
 def test_agent_can_be_killed_at_any_time_of_its_start(scene: Scene) -> None:
-    """Agents that die in the middle of taking over leave enforcement whole, and the next one finds its way."""
+    """An agent that is killed while it takes over leaves whole enforcement, and the next one succeeds."""
     scene.kill()
     for delay_s in (0.3, 1.0, 1.6, 2.2, 2.8, 3.4):
         scene.launch()
-        # The delay is where the process dies, not how long something takes: any value is a valid case.
+        # The delay determines where the process dies. It measures nothing, so every value is a valid case.
         threading.Event().wait(delay_s)
         scene.kill()
         assert scene.reached(to_db("shop/web"), to_db("shop/other")) == [True, False]
@@ -243,7 +255,7 @@ def test_agent_can_be_killed_at_any_time_of_its_start(scene: Scene) -> None:
 
 
 def test_denied_flow_is_told_with_its_rule(scene: Scene) -> None:
-    """The denial appears with both ends by name and the file and line of the policy; counters tell it as well."""
+    """The denial is reported with both names, and with file and line of the policy. Counters have it, too."""
     assert scene.reached(to_db("shop/other")) == [False]
     flows = wait_for(lambda: scene.ctl("flows", "--state-dir", str(scene.state_dir)).stdout, "the denial is reported")
     assert "deny  ingress TCP shop/other 10.1.0.3:" in flows
@@ -260,7 +272,7 @@ def test_denied_flow_is_told_with_its_rule(scene: Scene) -> None:
 
 
 def test_end_of_the_agent_says_that_enforcement_stays(scene: Scene) -> None:
-    """SIGTERM ends the agent cleanly, with a word on what stays; status then says that nobody answers."""
+    """SIGTERM ends the agent cleanly; it reports what stays in force. Then status reports that no agent answers."""
     assert "enforcement stays as it is, `netpolctl cleanup` ends it" in scene.stop()
     assert scene.reached(to_db("shop/other")) == [False]
     done = scene.ctl("status", "--state-dir", str(scene.state_dir))
@@ -268,7 +280,7 @@ def test_end_of_the_agent_says_that_enforcement_stays(scene: Scene) -> None:
 
 
 def test_cleanup_leaves_nothing(own_scene: Scene) -> None:
-    """A dry run names everything and changes nothing; cleanup refuses while an agent runs, then removes all of it."""
+    """A dry run lists everything and changes nothing. Cleanup fails while an agent runs; then it removes everything."""
     scene = own_scene
     scene.start()
     refused = scene.cleanup()
@@ -286,7 +298,7 @@ def test_cleanup_leaves_nothing(own_scene: Scene) -> None:
 
 
 def test_once_puts_in_force_and_goes(own_scene: Scene) -> None:
-    """--once enforces and ends with 0, or with 3 when a file is broken; the good ones are in force all the same."""
+    """--once enforces and exits with 0, or with 3 if a file is broken. The valid files are in force in both cases."""
     scene = own_scene
     assert scene.reached(to_db("shop/other")) == [True]
     assert scene.lab.run(NODE, scene.command("--once")).returncode == 0
@@ -300,7 +312,7 @@ def test_once_puts_in_force_and_goes(own_scene: Scene) -> None:
 
 
 def test_without_a_node_name_everything_found_is_local(own_scene: Scene) -> None:
-    """An agent without a node name enforces for every pod that it finds here."""
+    """An agent without a node name enforces for every pod that it finds on its node."""
     own_scene.node = None
     found = {one["endpoint"]: one["state"] for one in own_scene.start()["endpoints"]}
     assert (found["Pod/shop/db"], found["Pod/shop/far"]) == ("enforced", "waiting")
@@ -308,7 +320,10 @@ def test_without_a_node_name_everything_found_is_local(own_scene: Scene) -> None
 
 
 def test_too_small_a_map_refuses_the_change_and_keeps_the_old(own_scene: Scene) -> None:
-    """A change that does not fit is rejected and reported; what is in force stays, and a smaller change is taken."""
+    """A change that does not fit is rejected and reported.
+
+    The previous policy stays, and a smaller change is applied.
+    """
     scene = own_scene
     scene.options = ("--map-size", "np_cidr4=4", "--map-size", "np_cidr6=4")
     scene.start()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An agent that waits for an API server that nobody answers for: real pods appear, real connections say what is open."""
+"""An agent that waits for an API server which does not answer: real pods and connections show what is open."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NOBODY = {
     "clusters": [{"name": "c", "cluster": {"server": "http://127.0.0.1:9"}}],
     "contexts": [{"name": "c", "context": {"cluster": "c"}}],
 }  # fmt: skip
-"""A kubeconfig of a server at a port on which nobody listens."""
+"""A kubeconfig of a server at a port without a listener."""
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +42,12 @@ def lab() -> Iterator[Lab]:
 
 @dataclass
 class WaitingScene(ClusterScene, VersionedScene):
-    """Of any version, with a source or without."""
+    """A scene of any version, with or without an API server."""
 
 
 @pytest.fixture
 def scene(lab: Lab, tmp_path: Path) -> Iterator[WaitingScene]:
-    """An agent to be, whose API server does not answer."""
+    """An agent that is not started yet, with an API server that does not answer."""
     with scene_in(lab, tmp_path / "home", {"cluster.yaml": PODS, "db.yaml": DB_POLICY}, kind=WaitingScene) as one:
         assert isinstance(one, WaitingScene)
         (one.home / "kubeconfig").write_text(json.dumps(NOBODY))
@@ -57,7 +57,7 @@ def scene(lab: Lab, tmp_path: Path) -> Iterator[WaitingScene]:
 
 @pytest.fixture
 def new_pod(lab: Lab) -> Iterator[Callable[[], None]]:
-    """Plugs in a pod with the address `NEW`, routed as the others are; it answers pings."""
+    """Yields a function that adds a pod with the address `NEW`, routed like the others. The pod answers pings."""
     namespace = f"{lab.token}-new"
     lab.record(namespaces=[namespace])
 
@@ -88,7 +88,7 @@ def pings(scene: ClusterScene, host: str, address: str) -> bool:
 def test_pod_that_appears_while_the_agent_waits_is_closed(
     scene: WaitingScene, new_pod: Callable[[], None], tmp_path: Path, *, is_older: bool
 ) -> None:
-    """Over pinned policy, of this version or an older one: old pods, their connections, the node and its probes go on."""
+    """The pins are of this version or an older one. Old pods, their connections, the node and its probes continue."""
     if is_older:
         scene.tree = make_version(tmp_path / "older", (schema(-1), WIDER_CONFIG))
     scene.is_of_files = True
@@ -123,7 +123,7 @@ def test_pod_that_appears_while_the_agent_waits_is_closed(
 
 
 def test_node_reaches_its_pods_while_nothing_is_known(scene: WaitingScene) -> None:
-    """Nothing is pinned, nothing saved, no server: probes of every family and protocol get through, and nothing else."""
+    """Without pins, saved state and server, only the node's probes of every family and protocol pass."""
     scene.launch()
     state = scene.await_status(lambda now: "waiting" not in now, "the workloads are closed")
     assert not state["in_force"]
@@ -142,7 +142,7 @@ def test_node_reaches_its_pods_while_nothing_is_known(scene: WaitingScene) -> No
         Attempt("shop/web", ip_address("172.30.0.10"), TCP, 5432),
     ]  # fmt: skip
     assert scene.reached(*between) == [False] * len(between)
-    # The node's own traffic, and its connection to a pod that is open when the objects come, go on.
+    # The node's own traffic continues when the objects arrive, and so does its open connection to a pod.
     held = scene.lab.prober.hold(to_db(NODE))
     assert held is not None
     scene.stop()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second barrier: what a workload sends past its program is dropped, and everything else goes on as without it.
+"""The second barrier: it drops packets of a workload that bypass its program, and no others.
 
-The attack is the real one: frames that wait in a queue of an ifb while the classifier goes away skip the node's TC hook.
+The attack is a real one: frames that wait in the queue of an ifb while the classifier is removed bypass the node's TC
+hook.
 """
 
 from __future__ import annotations
@@ -64,9 +65,9 @@ spec:
   podSelector: {matchLabels: {app: web}}
   policyTypes: [Ingress, Egress]
 """
-"""One pod, the attacker, may send and get nothing; the others are free."""
+"""A policy by which the attacker's pod may send and receive nothing. The other pods are open."""
 FRAMES = 12
-"""Of which the first ones, for which the queue's bucket has room, take the way of all packets."""
+"""Number of frames. The first ones fit into the queue's bucket and take the normal path."""
 PATTERN = "cali*"
 MARKS = {"seen": "0x20", "node": "0x40", "due": "0x10"}
 
@@ -80,7 +81,7 @@ def lasting_scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 
 @pytest.fixture
 def scene(lasting_scene: Scene) -> Scene:
-    """An agent with the barrier as it is by default, and one closed pod."""
+    """An agent with the default settings of the barrier, and one closed pod."""
     scene = lasting_scene
     if scene.options:
         scene.stop()
@@ -101,12 +102,12 @@ def attacker(scene: Scene) -> Station:
 
 
 def hop_to(scene: Scene, me: Station) -> str:
-    """Hardware address of the next hop to the database's pod."""
+    """The hardware address of the next hop to the database's pod."""
     return station(scene.lab, "db").mac if is_bridged(scene) else me.hop
 
 
 def ruleset(lab: Lab) -> dict[tuple[str, str], dict[str, Any]]:
-    """Tables of the node by family and name, with the names of their chains."""
+    """The node's tables by family and name, with the names of their chains."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for one in json.loads(lab.run(NODE, ["nft", "-j", "list", "ruleset"]).stdout)["nftables"]:
         if "table" in one:
@@ -117,12 +118,12 @@ def ruleset(lab: Lab) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def unsigned(scene: Scene) -> int:
-    """Number of packets dropped for lack of the sign."""
+    """The number of packets that were dropped without the sign."""
     return sum(scene.state()["barrier"]["packets"].get("unsigned", {}).values())
 
 
 def skip_the_hook(lab: Lab, host: str, frames: list[Packet]) -> None:
-    """Send frames so that the other end of the pod's link passes over its TC hook once, as the pod's root may."""
+    """Send frames so that they bypass the TC hook at the other end of the pod's link, as root in the pod can."""
     ip(lab, host, "link add ifb0 type ifb", "link set ifb0 up")
     tc = [
         "tc",
@@ -148,7 +149,7 @@ def skip_the_hook(lab: Lab, host: str, frames: list[Packet]) -> None:
         lab.run(host, ["tc", "qdisc", "add", "dev", "eth0", "clsact"])
         lab.run(host, [*tc, "action", "mirred", "egress", "redirect", "dev", "ifb0"])
         say(lab, host, *frames)
-        lab.run(host, ["tc", "qdisc", "del", "dev", "eth0", "clsact"])  # while they wait
+        lab.run(host, ["tc", "qdisc", "del", "dev", "eth0", "clsact"])  # while the frames wait in the queue
         wait_for(lambda: _is_empty(lab, host), "the queue is empty")
     finally:
         lab.run(host, ["tc", "qdisc", "del", "dev", "eth0", "clsact"], check=False)
@@ -161,7 +162,7 @@ def _is_empty(lab: Lab, host: str) -> bool:
 
 
 def attack(scene: Scene, version: int) -> dict[str, int]:
-    """What arrives of frames that skip the hook, at a pod, the node and outside."""
+    """The frames that bypass the hook and arrive at a pod, at the node and outside."""
     lab, me = scene.lab, attacker(scene)
     sign = token()
     ways = {
@@ -191,7 +192,10 @@ def attack(scene: Scene, version: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_what_skips_the_hook_is_dropped_and_told(scene: Scene, version: int) -> None:
-    """Frames that no program saw reach no pod, no process of the node and nobody outside; the pod's interface is named."""
+    """Frames that no program saw reach no pod, no process of the node and no host outside.
+
+    The pod's interface is named.
+    """
     before = unsigned(scene)
     assert attack(scene, version) == {"pod": 0, "node": 0, "outside": 0}
     assert unsigned(scene) >= before + FRAMES
@@ -205,7 +209,10 @@ def test_what_skips_the_hook_is_dropped_and_told(scene: Scene, version: int) -> 
 
 
 def test_off_leaves_out_what_closes_and_nothing_else(scene: Scene) -> None:
-    """With `--barrier off` the same frames arrive, the tables mark the node's own packets still, and the status says what is open."""
+    """With `--barrier off` the same frames arrive.
+
+    The tables still mark the node's own packets, and status reports this.
+    """
     scene.stop()
     scene.options = ("--barrier", "off")
     state = scene.start()
@@ -224,11 +231,11 @@ def test_off_leaves_out_what_closes_and_nothing_else(scene: Scene) -> None:
 
 
 def traffic(scene: Scene, version: int) -> list[Attempt]:
-    """Between pods, the node and outside, as far as policy allows everything."""
+    """Connections between pods, the node and outside, as many as policy allows."""
     db, echo = ip_address(address_of("db", version)), ICMP if version == 4 else ICMPV6
     node, world = ip_address(NODE_ADDRESS[version]), ip_address(WORLD[version])
     sources = ["shop/other", NODE, INTERNET]
-    if not is_bridged(scene):  # where the other node's pod would be on the bridge's link by its address
+    if not is_bridged(scene):  # on a bridge, the other node's pod would be on the link by its address
         sources.append("shop/far")
     return [
         *(Attempt(source, db, TCP_NUMBER, 5432) for source in sources),
@@ -240,12 +247,12 @@ def traffic(scene: Scene, version: int) -> list[Attempt]:
 
 
 def everything(scene: Scene) -> list[Attempt]:
-    """By both families."""
+    """The connections of both families."""
     return traffic(scene, 4) + traffic(scene, 6)
 
 
 def assert_that_everything_passes(scene: Scene) -> None:
-    """Each attempt is reached; the answer of a failed one names it."""
+    """Check that each attempt is answered. The error names the failed ones."""
     results = scene.lab.attempt(everything(scene))
     assert [str(one) for one in results if not one.reached] == []
 
@@ -259,7 +266,7 @@ def echoes_large(scene: Scene, version: int) -> bool:
 
 
 def test_everything_else_goes_on(scene: Scene) -> None:
-    """Pods, the node and outside, whole and in fragments, with and without connection tracking, which puts these together."""
+    """Pods, the node and outside communicate, whole and in fragments, with and without connection tracking."""
     before = scene.state()["barrier"]["unsigned"]
     assert_that_everything_passes(scene)
     refused = [Attempt("shop/other", ip_address(NODE_ADDRESS[version]), TCP_NUMBER, 9) for version in (4, 6)]
@@ -270,7 +277,7 @@ def test_everything_else_goes_on(scene: Scene) -> None:
     try:
         for version in (4, 6):
             assert echoes_large(scene, version)
-        if is_bridged(scene):  # netfilter's hooks of IP for what a bridge passes on
+        if is_bridged(scene):  # the bridge also passes its packets to netfilter's IP hooks
             settings = [f"bridge/bridge-nf-call-{table}" for table in ("iptables", "ip6tables")]
             scene.lab.prober.write_settings(NODE, [(one, "1") for one in settings])
             assert_that_everything_passes(scene)
@@ -283,9 +290,9 @@ def test_everything_else_goes_on(scene: Scene) -> None:
 
 
 def test_the_nodes_own_packets_reach_closed_pods(scene: Scene) -> None:
-    """Packets from the node to a pod that may get nothing arrive.
+    """Packets from the node arrive at a pod that may receive nothing.
 
-    So do packets that a bridge floods, which have lost their socket.
+    This includes packets that a bridge floods, which have lost their socket.
     """
     lab = scene.lab
     put(scene, CLOSED.replace("{matchLabels: {app: web}}", "{}"))
@@ -316,7 +323,7 @@ def flooded(scene: Scene) -> set[str]:
 
 
 def arrives(scene: Scene, version: int, send: Callable[[Lab, str, list[Packet]], None]) -> set[str]:
-    """Where frames of the attacker's pod arrive."""
+    """The places at which frames of the attacker's pod arrive."""
     lab, me, sign = scene.lab, attacker(scene), token()
     ways = [(address_of("db", version), hop_to(scene, me)), (NODE_ADDRESS[version], me.hop), (WORLD[version], me.hop)]
     frames = [framed(datagram(me.address[version], address, 7000, sign), me.mac, hop) for address, hop in ways]
@@ -331,9 +338,9 @@ def say_all(lab: Lab, host: str, frames: list[Packet]) -> None:
 
 
 def take_off(scene: Scene, interface: str) -> None:
-    """Take the ingress program off an interface, as somebody with the pins can."""
+    """Remove the ingress program from an interface, as a process with access to the pins can."""
     pins = list(scene.pin_root.glob(f"v*/links/{ifindex_of(scene, interface)}_in"))
-    if not pins:  # without tcx
+    if not pins:  # the kernel has no tcx
         scene.lab.run(NODE, ["tc", "filter", "del", "dev", interface, "ingress", "prio", "1"])
     for pin in pins:
         fd = syscall.obj_get(pin)
@@ -342,13 +349,13 @@ def take_off(scene: Scene, interface: str) -> None:
 
 
 def ifindex_of(scene: Scene, interface: str) -> int:
-    """The number of an interface of the node."""
+    """The index of an interface of the node."""
     (link,) = json.loads(scene.lab.run(NODE, ["ip", "-j", "link", "show", interface]).stdout)
     return int(link["ifindex"])
 
 
 def test_an_interface_that_lost_its_program_is_closed(scene: Scene) -> None:
-    """Without an agent that would put it back nothing gets past; with one it is put back, and the others never notice."""
+    """Without an agent nothing passes. With an agent the program is restored, and other pods are not disturbed."""
     scene.kill()
     take_off(scene, port_of("web"))
     for version in (4, 6):
@@ -366,7 +373,7 @@ NEW_ADDRESS = {4: "10.1.0.8", 6: "fd00:1::8"}
 
 
 def plug_in(scene: Scene) -> None:
-    """A pod that comes into being as a container network makes it."""
+    """Add a pod as a container network does."""
     lab, namespace, port = scene.lab, f"{scene.lab.token}-new", "calinew"
     lab.record(namespaces=[namespace])
     lab.namespace_of["shop/new"] = namespace
@@ -401,7 +408,10 @@ def plug_in(scene: Scene) -> None:
 
 
 def test_an_interface_that_is_born_while_no_agent_runs_is_closed(scene: Scene) -> None:
-    """Both ways, but for what the node itself sends; the others go on; the next agent opens it."""
+    """It is closed in both directions, except for packets of the node itself.
+
+    Other pods continue. The next agent opens it.
+    """
     scene.stop()
     scene.options = ("--barrier-interfaces", PATTERN)
     scene.start()
@@ -429,7 +439,7 @@ def test_an_interface_that_is_born_while_no_agent_runs_is_closed(scene: Scene) -
             stranger, own = token(), token()
             other.sendto(stranger, (NEW_ADDRESS[4], 7000))
             node.sendto(own, (NEW_ADDRESS[4], 7000))
-            if not is_bridged(scene):  # where the answer to the node's ARP request is dropped
+            if not is_bridged(scene):  # on a bridge, the answer to the node's ARP request is dropped
                 assert pod.hears(own)
             assert not pod.hears(stranger, 0.5)
         assert_that_everything_passes(scene)
@@ -445,7 +455,10 @@ def test_an_interface_that_is_born_while_no_agent_runs_is_closed(scene: Scene) -
 
 
 def test_agents_come_and_go(scene: Scene) -> None:
-    """Under a connection, no agent's end or beginning is noticed; nobody flushes the tables while one lives; counters stay."""
+    """The end and the start of agents disturb no connection.
+
+    While one lives, nobody can flush the tables. Counters stay.
+    """
     lab = scene.lab
     held = lab.prober.hold(Attempt("shop/other", ip_address(address_of("db", 6)), TCP_NUMBER, 5432))
     assert held is not None
@@ -466,7 +479,7 @@ def test_agents_come_and_go(scene: Scene) -> None:
         assert unsigned(scene) == dropped
         assert held.exchange(5.0)
     scene.kill()
-    lab.run(NODE, ["nft", "flush", "ruleset"])  # nobody holds them now
+    lab.run(NODE, ["nft", "flush", "ruleset"])  # no process owns the tables now
     assert ruleset(lab) == {}
     assert held.exchange(5.0)
     scene.start()
@@ -476,7 +489,10 @@ def test_agents_come_and_go(scene: Scene) -> None:
 
 
 def test_other_marks_take_over_without_a_gap(scene: Scene) -> None:
-    """An agent that is given other bits passes to them under traffic: what bears the older sign counts as long as it comes."""
+    """An agent with other bits changes to them under traffic.
+
+    Packets with the older sign are accepted as long as they come.
+    """
     marks = "0x100000,0x200000,0x400000"
     held = scene.lab.prober.hold(Attempt("shop/other", ip_address(address_of("db")), TCP_NUMBER, 5432))
     assert held is not None
@@ -495,7 +511,10 @@ def test_other_marks_take_over_without_a_gap(scene: Scene) -> None:
 
 
 def test_tables_of_others_are_left_alone_and_told(scene: Scene) -> None:
-    """A table of that name that is somebody else's stays; the status says what is open; once it is gone ours takes its place."""
+    """A table of our name with another owner stays, and status reports what is open.
+
+    When it is gone, ours replaces it.
+    """
     lab = scene.lab
     scene.stop()
     for family in ("inet", "bridge"):
@@ -509,7 +528,7 @@ def test_tables_of_others_are_left_alone_and_told(scene: Scene) -> None:
     assert not state["barrier"]["installed"]
     assert ruleset(lab)["inet", "np_barrier"]["chains"] == set()
     assert_that_everything_passes(scene)
-    if is_bridged(scene):  # who sent it cannot be told of all of them without the mark
+    if is_bridged(scene):  # without the mark, the sender of some packets is unknown
         put(scene, CLOSED.replace("{matchLabels: {app: web}}", "{}"))
         assert len(flooded(scene)) < 3
     lab.run(NODE, ["nft", "delete", "table", "inet", "np_barrier"])
@@ -518,7 +537,10 @@ def test_tables_of_others_are_left_alone_and_told(scene: Scene) -> None:
 
 
 def test_two_agents_do_not_fight(scene: Scene, tmp_path: Path) -> None:
-    """A second agent, with pins of its own, says whose the barrier is; its cleanup leaves it to the first."""
+    """A second agent, with pins of its own, reports who owns the barrier.
+
+    Its cleanup leaves the barrier to the first agent.
+    """
     second = Scene(scene.lab, tmp_path / "second", scene.pin_root.parent / "second")
     second.manifests.mkdir(parents=True)
     second.write("cluster.yaml", PODS)
@@ -527,7 +549,7 @@ def test_two_agents_do_not_fight(scene: Scene, tmp_path: Path) -> None:
         state = second.start()
         assert [one["slug"] for one in state["problems"] if one["slug"] == "barrier"] == ["barrier"]
         assert ruleset(scene.lab) == before
-        if any(scene.pin_root.glob("v*/links/*_in")):  # without tcx there is one place for a filter of ours
+        if any(scene.pin_root.glob("v*/links/*_in")):  # without tcx, a hook has only one place for our filter
             assert_that_everything_passes(scene)
     finally:
         second.retire()
@@ -537,7 +559,7 @@ def test_two_agents_do_not_fight(scene: Scene, tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def wiping_program(scene: Scene, interface: str, kind: str) -> Iterator[str]:
-    """A program of others behind ours that zeroes the mark of what comes in; what the status calls it."""
+    """Another program after ours that zeroes the mark of incoming packets. Yields its name in the status."""
     code = ((0xB7, 0x02, 0, 0), (0x63, 0x21, 8, 0), (0xB7, 0x00, 0, -1), (0x95, 0, 0, 0))  # mark = 0, go on
     fd, number = syscall.prog_load(b"".join(struct.pack("=BBhi", *one) for one in code)), ifindex_of(scene, interface)
     try:
@@ -567,7 +589,7 @@ def wiping_program(scene: Scene, interface: str, kind: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("kind", ["tcx", "clsact"])
 def test_a_program_that_wipes_the_sign_is_named(scene: Scene, kind: str) -> None:
-    """Behind ours, it cuts the pod; the status says which interface, and what is on that hook besides."""
+    """After our program, it cuts the pod off. Status names the interface, and the other program on that hook."""
     attempt = Attempt("shop/other", ip_address(address_of("db")), TCP_NUMBER, 5432)
     with wiping_program(scene, port_of("other"), kind) as named:
         assert scene.reached(attempt) == [False]
@@ -583,7 +605,10 @@ def test_a_program_that_wipes_the_sign_is_named(scene: Scene, kind: str) -> None
 
 
 def test_cleanup_leaves_no_table(scene: Scene) -> None:
-    """It names the tables first, does not touch them in a dry run, and what it leaves passes as before there was an agent."""
+    """Cleanup lists the tables first and does not change them in a dry run.
+
+    Afterwards packets pass as without an agent.
+    """
     lab = scene.lab
     scene.stop()
     dry = scene.cleanup("--dry-run")
@@ -627,7 +652,10 @@ TO_SERVICE = f"""\
 
 
 def test_a_deferred_packet_reaches_no_process_that_its_sender_may_not_reach(scene: Scene) -> None:
-    """Bound on the node's loopback or redirected to: only a policy that allows the service's own address opens it."""
+    """A service's address is bound on the node's loopback, or redirected there.
+
+    Only a policy that allows the address opens it.
+    """
     lab = scene.lab
     ip(lab, NODE, f"address add {SERVICE[4]}/32 dev lo", f"address add {SERVICE[6]}/128 dev lo nodad")
     lab.prober.listen(
@@ -635,7 +663,7 @@ def test_a_deferred_packet_reaches_no_process_that_its_sender_may_not_reach(scen
     )
     lab.prober.listen(NODE, [ip_address("0.0.0.0")], [Listen(TCP_NUMBER, 8080)])
     try:
-        for options in ((), ("--barrier", "off")):  # which closes nothing else, but this
+        for options in ((), ("--barrier", "off")):  # this drop does not depend on the barrier
             if options:
                 scene.stop()
                 scene.options = options
@@ -648,12 +676,12 @@ def test_a_deferred_packet_reaches_no_process_that_its_sender_may_not_reach(scen
 
 
 def dropped_as_due(scene: Scene) -> int:
-    """Deferred packets that were kept from processes of the node."""
+    """The number of deferred packets that did not reach processes of the node because of the due mark."""
     return sum(scene.state()["barrier"]["packets"]["due"].values())
 
 
 def check_deferred(scene: Scene) -> None:
-    """Bound on the loopback by both protocols and both families, then redirected to."""
+    """Check an address that is bound on the loopback (both protocols, both families), then a redirected one."""
     lab, before = scene.lab, dropped_as_due(scene)
     bound = [
         Attempt("shop/other", ip_address(SERVICE[version]), protocol, 80)

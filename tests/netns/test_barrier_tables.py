@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of the second barrier in a network namespace of their own: as `nft` reads them, and what others do to them."""
+"""The tables of the second barrier in a network namespace: as `nft` lists them, and after changes by other programs."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ meta mark set meta mark | 0x00000040
 
 
 class Namespace:
-    """A thread in a network namespace of its own, to which processes that it starts belong, too."""
+    """A thread in a new network namespace. Processes that it starts are in that namespace, too."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, initializer=self._enter)
@@ -80,15 +80,15 @@ class Namespace:
             raise OSError(ctypes.get_errno(), "unshare")
 
     def do(self, work: Callable[[], T]) -> T:
-        """Call something there."""
+        """Call a function in the namespace."""
         return self._thread.submit(work).result()
 
     def nft(self, *arguments: str, check: bool = True) -> str:
-        """Run nft there; what it writes."""
+        """Run nft in the namespace. Returns its output."""
         return self.do(lambda: subprocess.run(["nft", *arguments], check=check, capture_output=True, text=True)).stdout
 
     def close(self) -> None:
-        """End the thread; the namespace goes with its last socket."""
+        """End the thread. The kernel removes the namespace with its last socket."""
         self._thread.shutdown()
 
 
@@ -99,7 +99,7 @@ def namespace() -> Iterator[Namespace]:
 
 
 def tables(stack: ExitStack, namespace: Namespace, owner: str = OWNER, *, is_held: bool = True) -> BarrierTables:
-    """Of an owner. ``is_held`` False: as on a kernel before 6.9, which keeps nobody from changing them."""
+    """The tables of an owner. ``is_held`` False: as before Linux 6.9, other processes can change them."""
     one = stack.enter_context(closing(BarrierTables(owner)))
     namespace.do(one.open)
     if not is_held:
@@ -120,7 +120,7 @@ def wheres(found: list[object]) -> list[str]:
 
 
 def test_nft_reads_what_was_meant(namespace: Namespace) -> None:
-    """Rule by rule; in the table of bridges ARP to a new interface passes."""
+    """The output of nft has exactly the intended rules. In the bridge table, ARP to a new interface passes."""
     with ExitStack() as stack:
         one = tables(stack, namespace, is_held=False)
         namespace.do(lambda: one.write(WHOLE))
@@ -135,7 +135,7 @@ def test_nft_reads_what_was_meant(namespace: Namespace) -> None:
 
 
 def test_only_what_differs_is_written(namespace: Namespace) -> None:
-    """Names come and go without the rest being touched; counters survive even when all is written anew."""
+    """A changed name changes nothing else. Counters are kept even if a table is written anew."""
     with ExitStack() as stack:
         one = tables(stack, namespace, is_held=False)
         namespace.do(lambda: one.write(PLAIN))
@@ -158,7 +158,10 @@ def test_only_what_differs_is_written(namespace: Namespace) -> None:
 
 
 def test_what_nobody_else_changed_is_not_read_again(namespace: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names are written as they come and go; after any change of others what there is is compared."""
+    """Without other changes, names are written without reading.
+
+    After any change by another process, everything is compared.
+    """
     with ExitStack() as stack:
         one = tables(stack, namespace, is_held=False)
         namespace.do(lambda: one.write(PLAIN))
@@ -195,7 +198,7 @@ def test_what_nobody_else_changed_is_not_read_again(namespace: Namespace, monkey
     ],
 )
 def test_what_others_change_is_news_and_is_put_back(namespace: Namespace, change: str, told: str) -> None:
-    """Where the kernel does not keep them from it."""
+    """If the kernel does not prevent a change by another process, it is noticed and reverted."""
     with ExitStack() as stack:
         one = tables(stack, namespace, is_held=False)
         namespace.do(lambda: one.write(PLAIN))
@@ -216,7 +219,10 @@ def test_what_others_change_is_news_and_is_put_back(namespace: Namespace, change
 
 
 def test_what_is_held_nobody_changes(namespace: Namespace) -> None:
-    """Not by a flush of everything, nor by name; when its owner has ended it stays, and the next owner takes it over as it is."""
+    """Neither a flush of everything nor a command with its name changes it.
+
+    After its owner's end it stays, and the next owner takes it over.
+    """
     with ExitStack() as stack:
         first = tables(stack, namespace)
         namespace.do(lambda: first.write(PLAIN))
@@ -238,7 +244,7 @@ def test_what_is_held_nobody_changes(namespace: Namespace) -> None:
 
 @pytest.mark.parametrize("owner", ['comment "netpol-ebpf /elsewhere" ;', 'comment "firewall" ;', ""])
 def test_what_is_somebody_elses_is_not_touched(namespace: Namespace, owner: str) -> None:
-    """Neither written nor removed, whoever it is."""
+    """The table of another owner is neither written nor removed."""
     with ExitStack() as stack:
         namespace.nft(f"add table bridge np_barrier {{ {owner} }}")
         before = namespace.nft("list", "ruleset")
@@ -250,7 +256,7 @@ def test_what_is_somebody_elses_is_not_touched(namespace: Namespace, owner: str)
 
 
 def test_removal_takes_what_is_ours(namespace: Namespace) -> None:
-    """Family by family; what is gone is no error."""
+    """Each family's table is removed. A missing table is no error."""
     with ExitStack() as stack:
         one = tables(stack, namespace, is_held=False)
         namespace.do(lambda: one.write(WHOLE))
@@ -263,7 +269,7 @@ def test_removal_takes_what_is_ours(namespace: Namespace) -> None:
 
 
 def test_thousands_of_interfaces(namespace: Namespace) -> None:
-    """More than one message holds, and than a socket's buffer has room for by default."""
+    """There are more elements than fit into one message, or into a socket's default buffer."""
     names = frozenset(f"cali{number:011x}" for number in range(3000))
     with ExitStack() as stack:
         one = tables(stack, namespace, is_held=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark's contenders enforce the same policies on real packets, and one that does not is found out."""
+"""The benchmark's contenders enforce the same policies on real packets, and one that does not is detected."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def scenario(direction: Direction) -> Scenario:
 @pytest.mark.parametrize("direction", list(Direction))
 @pytest.mark.parametrize("kind", [OURS, NFT_RULES, NFT_MAP, IPTABLES_RULES, IPTABLES_SET])
 def test_a_contender_gives_the_models_verdicts(kind: str, direction: Direction) -> None:
-    """Real packets are let through and dropped as the reference model says, by each way to enforce."""
+    """With each contender, real packets pass or are dropped as the reference model says."""
     for tool in NEEDS.get(kind, ()):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
@@ -60,7 +60,7 @@ def test_a_contender_gives_the_models_verdicts(kind: str, direction: Direction) 
 
 
 def test_a_contender_with_other_policies_is_found_out() -> None:
-    """One that enforces nothing, but says that it does, is an error that names it."""
+    """A contender that claims to enforce, and does not, is an error with its name."""
     given = scenario(Direction.INGRESS)
     with Site(Contender(NOTHING), given, None) as site:
         site.contender = Contender(OURS, RULES)
@@ -69,7 +69,7 @@ def test_a_contender_with_other_policies_is_found_out() -> None:
 
 
 def test_connections_are_counted_and_metered() -> None:
-    """The connect and close load gives a rate, percentiles and processor time per packet."""
+    """The load that opens and closes connections gives a rate, percentiles and processor time for each packet."""
     if shutil.which("gcc") is None:
         pytest.skip("gcc is not installed")
     given = scenario(Direction.INGRESS)
@@ -81,7 +81,7 @@ def test_connections_are_counted_and_metered() -> None:
 
 @pytest.mark.parametrize("suite", ["micro", "scale", "end-to-end"])
 def test_a_run_that_is_told_to_end_leaves_nothing_behind(suite: str, tmp_path: Path) -> None:
-    """SIGTERM in the middle of a suite, with maps pinned by the command itself or by a part of it: all are gone when it has ended."""
+    """SIGTERM in the middle of a suite, with maps pinned by the command or by a part of it: all maps are removed."""
     before = pins()
     command = [
         sys.executable,
@@ -107,7 +107,7 @@ def test_a_run_that_is_told_to_end_leaves_nothing_behind(suite: str, tmp_path: P
 
 
 def pins() -> set[Path]:
-    """Directories of benchmarks' maps that have any."""
+    """The directories that have maps of benchmarks."""
     return {
         path.parent.parent for prefix in ("bench", "scale") for path in BPFFS.glob(f"netpol-{prefix}-*/*/np_config")
     }

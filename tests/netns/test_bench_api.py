@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of an agent at an API server in a short form: the simulated server feeds a real agent, whose program judges."""
+"""A short form of the benchmark of an agent at an API server: the simulated server feeds a real agent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ pytestmark = pytest.mark.netns
 
 
 def test_agent_enforces_what_the_simulated_server_sends() -> None:
-    """Each edit is judged by the pinned program, alone and in churn; the run has every case of the page, and leaves nothing."""
+    """The pinned program judges by each edit, with and without churn.
+
+    The run has every case of the page, and nothing remains.
+    """
     run = begin(["test"])
     size = Size(300, 30, 3)
     api_agent.run_suite(run, sizes=[size], edits=3, churn_s=1.0, rest_s=0.5)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Headers that are not final: what was judged is what arrives, although a device writes into it, or a later fragment does."""
+"""Headers that change later: a packet arrives as judged, even if a device or a later fragment writes into it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ NETWORK = {4: 20, 6: 40}
 UNFINISHED_PORT = 4242
 AMOUNT = 4_000_000
 OPTIONS = b"\x01" * 40
-"""Of a TCP header: as many as fit, each meaning nothing."""
+"""The largest options of a TCP header, all no-ops."""
 TCP_TOO = f"""\
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
@@ -64,7 +64,7 @@ spec:
 
 
 def prepare(lab: Lab) -> None:
-    """A checksum that a pod leaves to the device is written when the packet leaves the node for the other pod."""
+    """Write a checksum that a pod leaves to the device when the packet leaves the node for the other pod."""
     finish_checksums_at(lab, NODE, port_of("db"))
 
 
@@ -82,14 +82,14 @@ def scene(lasting_scene: Scene) -> Scene:
 
 
 def ends(scene: Scene) -> tuple[Station, str]:
-    """The pod that sends, and the hardware address that it sends to."""
+    """The sending pod, and the hardware address to which it sends."""
     is_bridged = scene.lab.run(NODE, ["ip", "link", "show", "br0"], check=False).returncode == 0
     web = station(scene.lab, "web", is_bridged=is_bridged)
     return web, station(scene.lab, "db", is_bridged=is_bridged).mac if is_bridged else web.hop
 
 
 def aimed(frame: bytes, start: int, at: int, value: int) -> bytes:
-    """The frame with its last two bytes such that the checksum from ``start`` on, written ``at``, is this value."""
+    """The frame with its last two bytes chosen so that the checksum from ``start`` on has this value at ``at``."""
     assert len(frame) % 2 == start % 2 == at % 2 == 0
     words = struct.unpack(f"!{(len(frame) - start) // 2 - 1}H", frame[start:-2])
     return frame[:-2] + struct.pack("!H", (~value - sum(words)) % 0xFFFF)
@@ -102,16 +102,16 @@ AIMS = {
     "destination address": (-4, -2, 3),
     "source address": (-8, -6, 3),
 }
-"""Where the sum begins and is written, from the transport header on, and what it shall be."""
+"""(where the sum begins, where it is written, both from the transport header on; the wanted value)."""
 
 
 @pytest.mark.parametrize(("version", "aim"), [(4, "protocol"), *((version, aim) for version in (4, 6) for aim in AIMS)])
 @pytest.mark.parametrize("is_open", [False, True], ids=["new", "open"])
 def test_checksum_changes_nothing_that_was_judged(scene: Scene, version: int, aim: str, *, is_open: bool) -> None:
-    """A datagram to an allowed port does not become another on its way, neither as the first nor in an open connection."""
+    """A datagram to an allowed port is not changed into another one, be it the first or one of an open connection."""
     lab, (web, mac) = scene.lab, ends(scene)
     header = ETHERNET + NETWORK[version]
-    if aim == "protocol":  # the kernel wants the sum to begin behind where a network header could end
+    if aim == "protocol":  # the kernel requires the sum to begin where a network header may end
         start, at, value = ETHERNET + 6, ETHERNET + 8, 0x4006
     elif version == 6 and aim == "source address":
         start, at, value = header - 20, header - 18, 3
@@ -129,7 +129,7 @@ def test_checksum_changes_nothing_that_was_judged(scene: Scene, version: int, ai
             with ear(lab, "shop/web") as back:
                 for one in (token(), token()):
                     say(lab, web.host, framed(datagram(own, to, OPEN_PORT, one, sport), web.mac, mac))
-                    assert back.hears(one)  # the echo of the server there
+                    assert back.hears(one)  # the server echoes
         say_unfinished(lab, web.host, frame, start, at - start)
         say(lab, web.host, plain)
         assert hearing.heard([attack], control) == set()
@@ -137,7 +137,7 @@ def test_checksum_changes_nothing_that_was_judged(scene: Scene, version: int, ai
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_checksum_changes_no_packet_that_an_error_is_about(scene: Scene, version: int) -> None:
-    """An error passes since it is about an open connection; it does not become one about another connection."""
+    """An error about an open connection passes. It does not become one about another connection."""
     lab, (web, mac) = scene.lab, ends(scene)
     db, own = address_of("db", version), web.address[version]
     with ear(lab, "shop/db") as hearing, ear(lab, "shop/web") as back:
@@ -149,18 +149,18 @@ def test_checksum_changes_no_packet_that_an_error_is_about(scene: Scene, version
         error = ICMP(type=3, code=3) if version == 4 else ICMPv6DestUnreach(code=4)
         frame = bytes(framed(network(own, db) / error / about, web.mac, mac))
         inner = ETHERNET + NETWORK[version] + 8
-        at = inner + NETWORK[version] - 2  # the lower half of the destination: another pod's
+        at = inner + NETWORK[version] - 2  # the lower half of the destination becomes that of another pod
         say_unfinished(lab, web.host, aimed(frame, at, at, 3), at, 0)
         say(lab, web.host, framed(datagram(own, db, OPEN_PORT, control), web.mac, mac))
         assert hearing.heard([attack], control) == set()
 
 
 def test_mobility_header_is_no_extension_header(scene: Scene) -> None:
-    """What the kernel takes for a protocol of its own is none of a UDP port, whatever stands behind it."""
+    """The kernel treats this header as a protocol, so a packet with it has no UDP port, whatever follows the header."""
     lab, (web, mac) = scene.lab, ends(scene)
     attack, control = token(), token()
     inner = bytes(UDP(sport=4000, dport=OPEN_PORT, len=8 + len(attack)) / attack)
-    mobility = struct.pack("!BBBBHH", 17, 0, 0, 0, 0, 0)  # next header UDP, eight bytes long
+    mobility = struct.pack("!BBBBHH", 17, 0, 0, 0, 0, 0)  # next header UDP, eight bytes
     packet = IPv6(src=web.address[6], dst=address_of("db", 6), nh=135) / Raw(mobility + inner)
     with ear(lab, "shop/db") as hearing:
         say(lab, web.host, framed(packet, web.mac, mac))
@@ -169,7 +169,7 @@ def test_mobility_header_is_no_extension_header(scene: Scene) -> None:
 
 
 def in_fragments(own: str, to: str, identification: int, second_at: int, payload: bytes) -> list[bytes | object]:
-    """A TCP segment with options in a first fragment of 64 bytes, and a second one from ``second_at`` on."""
+    """A TCP segment with options. The first fragment has 64 bytes, the second one begins at ``second_at``."""
     version = ip_address(own).version
     segment = bytes(TCP(sport=4000, dport=5432, flags="S", dataofs=15) / (OPTIONS + bytes(4)))
     assert len(segment) == 64
@@ -182,7 +182,7 @@ def in_fragments(own: str, to: str, identification: int, second_at: int, payload
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_later_fragment_overwrites_no_options(scene: Scene, version: int) -> None:
-    """A second fragment that begins within the options of TCP does not arrive; one that begins behind them does."""
+    """A second fragment that begins within the TCP options does not arrive; one that begins after them does."""
     put(scene, TCP_TOO)
     lab, (web, mac) = scene.lab, ends(scene)
     own, to = web.address[version], address_of("db", version)
@@ -199,11 +199,11 @@ def test_later_fragment_overwrites_no_options(scene: Scene, version: int) -> Non
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_checksum_in_its_own_place_is_finished(scene: Scene, version: int) -> None:
-    """A datagram whose checksum is left to the device arrives, with the right one."""
+    """A datagram with a checksum that the device must write arrives with the correct checksum."""
     lab, (web, mac) = scene.lab, ends(scene)
     one, header = token(), ETHERNET + NETWORK[version]
     own, to = web.address[version], address_of("db", version)
-    packet = datagram(own, to, 7, one)  # its pseudo-header's sum is what the device begins with
+    packet = datagram(own, to, 7, one)  # the device starts with the sum of the pseudo-header
     packet[UDP].dport = OPEN_PORT
     frame = bytearray(bytes(framed(packet, web.mac, mac)))
     size = struct.pack("!HHI", 0, 17, 8 + len(one))
@@ -228,7 +228,7 @@ def test_checksum_in_its_own_place_is_finished(scene: Scene, version: int) -> No
 
 
 def transfer(lab: Lab, client: str, server: str, address: str, port: int) -> int:
-    """Send a lot from one pod to another; how much of it arrives."""
+    """Send much data from one pod to another. Returns the number of bytes that arrive."""
     family = socket.AF_INET if ip_address(address).version == 4 else socket.AF_INET6
     with (
         lab.prober.open_socket(server, family, socket.SOCK_STREAM) as listener,
@@ -255,14 +255,14 @@ def transfer(lab: Lab, client: str, server: str, address: str, port: int) -> int
 @pytest.mark.parametrize(("client", "server"), [("web", "db"), ("web", "other")])
 @pytest.mark.parametrize("version", [4, 6])
 def test_large_segments_pass(scene: Scene, version: int, client: str, server: str) -> None:
-    """Bulk data in segments that the device cuts, with checksums that it writes, or nobody."""
+    """Bulk data passes in segments that the device cuts, with checksums that the device or nobody writes."""
     put(scene, TCP_TOO.replace("port: 5432", "port: 5433"))
     assert transfer(scene.lab, f"shop/{client}", f"shop/{server}", address_of(server, version), 5433) == AMOUNT
 
 
 @pytest.mark.parametrize("server", ["db", "other"])
 def test_bulk_data_in_a_tunnel_of_the_pods(scene: Scene, server: str) -> None:
-    """Two pods have a tunnel between them: the checksums of what is in it are left to devices, too."""
+    """Two pods have a tunnel between them. Checksums inside it are left to devices, too."""
     put(scene, TCP_TOO)
     lab = scene.lab
     try:

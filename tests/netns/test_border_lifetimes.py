@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections at their ends: nobody cuts one from outside, and one that was long silent goes on."""
+"""The end of connections: nobody outside can cut one, and one that was silent for long continues."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ from netpol_loader.pins.dataplane import default_config
 pytestmark = pytest.mark.netns
 
 IDLE_S = 2
-"""Time-out of connections that look ended, or of open ones that were silent."""
+"""Time-out in seconds of connections that seem ended, or of silent open ones."""
 KEEPALIVE_S = 7200 + 9 * 75
-"""When Linux gives an idle connection up: tcp_keepalive_time, and tcp_keepalive_probes times tcp_keepalive_intvl."""
+"""Seconds after which Linux gives an idle connection up: tcp_keepalive_time plus tcp_keepalive_probes *
+tcp_keepalive_intvl."""
 OUT_ONLY = """\
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
@@ -63,7 +64,7 @@ spec: {podSelector: {matchLabels: {app: db}}, policyTypes: [Ingress, Egress]}
 
 @pytest.fixture(scope="module")
 def hasty_scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    """What looks ended is soon forgotten."""
+    """A scene in which connections that seem ended soon expire."""
     options = ("--timeout", f"tcp-reset={IDLE_S}", "--timeout", f"tcp-closing={IDLE_S}")
     with border(tmp_path_factory.mktemp("hasty"), options=options) as one:
         yield one
@@ -71,7 +72,7 @@ def hasty_scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 @pytest.fixture(scope="module")
 def forgetful_scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    """What is silent is soon forgotten."""
+    """A scene in which silent connections soon expire."""
     with border(tmp_path_factory.mktemp("forgetful"), options=("--timeout", f"tcp-open={IDLE_S}")) as one:
         yield one
 
@@ -86,7 +87,7 @@ class Stream:
 
     @property
     def ports(self) -> tuple[int, int]:
-        """Of the client and of the server."""
+        """(the client's port, the server's port)."""
         return self.client.getsockname()[1], self.server.getsockname()[1]
 
     def close(self) -> None:
@@ -95,7 +96,7 @@ class Stream:
 
 
 def pushed(sender: socket.socket, receiver: socket.socket) -> bool:
-    """Whether bytes arrive; one retransmission of the sender's may be needed."""
+    """Whether bytes arrive, possibly after a retransmission."""
     one = token()
     sender.sendall(one)
     found = b""
@@ -123,13 +124,13 @@ def connect(lab: Lab, client: str, server: str, address: str, port: int) -> Stre
 
 
 def wait_out(seconds: float) -> None:
-    """Let a time-out of the program pass: nothing can be polled that says so without being a packet."""
+    """Wait until a time-out of the program is over. A poll would need packets, which would prevent the time-out."""
     ends = time.monotonic() + seconds
     wait_for(lambda: time.monotonic() > ends, "time passes")
 
 
 def segment(source: str, destination: str, ports: tuple[int, int], flags: str) -> Packet:
-    """A segment with numbers that no receiver's window holds."""
+    """A segment with sequence numbers outside every receiver's window."""
     return network(source, destination) / TCP(
         sport=ports[0], dport=ports[1], flags=flags, seq=0xDEAD, ack=0xBEEF, window=0
     )
@@ -138,7 +139,7 @@ def segment(source: str, destination: str, ports: tuple[int, int], flags: str) -
 @pytest.mark.parametrize("end", ["reset", "ends of both"])
 @pytest.mark.parametrize("version", [4, 6])
 def test_forged_end_cuts_no_connection(hasty_scene: Scene, version: int, end: str) -> None:
-    """After a reset, or the ends of both, that neither side sent, the other side's next push arrives, and the one after it."""
+    """After a forged reset, or forged FINs of both sides, the next data arrive, and those after them."""
     put(hasty_scene, OUT_ONLY)
     lab, web = hasty_scene.lab, station(hasty_scene.lab, "web")
     stream = connect(lab, "shop/web", "shop/far", FAR[version], 5500)
@@ -168,7 +169,7 @@ def test_forged_end_cuts_no_connection(hasty_scene: Scene, version: int, end: st
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_idle_connection_of_the_node_revives(forgetful_scene: Scene, version: int) -> None:
-    """A connection of the node's own to a closed pod that was silent for longer than it is remembered goes on in both directions."""
+    """A connection of the node to a closed pod that was silent until it expired continues in both directions."""
     put(forgetful_scene, CLOSED)
     to = address_of("db", version)
     stream = connect(forgetful_scene.lab, NODE, "shop/db", to, 5501)
@@ -182,19 +183,19 @@ def test_idle_connection_of_the_node_revives(forgetful_scene: Scene, version: in
 
 
 def test_tail_of_a_closed_pods_connection_does_not_revive(forgetful_scene: Scene) -> None:
-    """Nor does the node's answer to what a pod sends make a connection of the node's of it."""
+    """A packet of a pod, and the node's answer to it, do not become a connection that the node opened."""
     put(forgetful_scene, CLOSED)
     lab, db = forgetful_scene.lab, station(forgetful_scene.lab, "db")
     one, control = token(), token()
     with ear(lab, NODE, "lo") as nothing, ear(lab, db.host) as hearing:
         packet = segment(db.address[4], NODE_ADDRESS[4], (4000, 5502), "PA") / one
         say(lab, db.host, framed(packet, db.mac, db.hop))
-        assert not hearing.hears(b"\x15\x7e\x0f\xa0", 0.5)  # a reset of the node's, from port 5502 to 4000
+        assert not hearing.hears(b"\x15\x7e\x0f\xa0", 0.5)  # a reset of the node, from port 5502 to 4000
         assert nothing.frames == []
     assert control
 
 
 def test_time_outs_outlast_keep_alive() -> None:
-    """An open connection is remembered for longer than Linux asks whether the other side is still there, and is told no."""
+    """An open connection is kept for longer than Linux probes whether the other side still exists."""
     config = default_config(1000)
     assert config.timeout_jiffies[abi.NP_CONN_TCP_OPEN] / 1000 > KEEPALIVE_S

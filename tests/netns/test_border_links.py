@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages of a link: nothing hides in them, nobody speaks for another, and everything that a link needs goes on."""
+"""Link-local messages: no data hides in them, no pod speaks for another, and everything that a link needs passes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ pytestmark = pytest.mark.netns
 ALL_NODES, ALL_NODES_MAC = "ff02::1", "33:33:00:00:00:01"
 BROADCAST_MAC = "ff:ff:ff:ff:ff:ff"
 NONCE = 14
-"""Number of the option that holds six bytes of the sender's choice (RFC 3971, 7527)."""
+"""The number of the option with six bytes of the sender's choice (RFC 3971, 7527)."""
 DISCOVERY, LISTENERS = (133, 135, 136), (130, 131, 132, 143)
 ANYTHING = """\
 apiVersion: networking.k8s.io/v1
@@ -159,7 +159,7 @@ def web_and_db(scene: Scene, *, is_bridged: bool = True) -> tuple[Station, Stati
 def arrived(
     scene: Scene, web: Station, listener: str, control: Packet, attacks: Mapping[str, tuple[bytes, Packet]]
 ) -> set[str]:
-    """Names of those attacks of a pod that arrive at a host, and the tokens that they carry."""
+    """The names of the attacks of a pod whose tokens arrive at a host."""
     last = token()
     with ear(scene.lab, listener) as hearing:
         say(scene.lab, web.host, *(frame for _, frame in attacks.values()), control / last)
@@ -168,7 +168,7 @@ def arrived(
 
 
 def control_to(web: Station, destination: str, mac: str) -> Packet:
-    """What `NARROW` allows, without its payload."""
+    """A packet that `NARROW` allows, without its payload."""
     return framed(datagram(web.address[ip_address(destination).version], destination, OPEN_PORT, b""), web.mac, mac)
 
 
@@ -190,12 +190,12 @@ def advertisement(source: str, destination: str, target: str, mac: str) -> Packe
 
 
 def bare(source: str, destination: str, kind: int, hops: int, payload: bytes) -> Packet:
-    """A message of a type of the link, with what its type needs not."""
+    """A message of a link-local type, without the fields that its type requires."""
     return IPv6(src=source, dst=destination, hlim=hops) / ICMPv6Unknown(type=kind, code=0, msgbody=bytes(20) + payload)
 
 
 def test_link_types_are_no_way_out(routed: Scene) -> None:
-    """Under the types of neighbour and listener discovery an isolated pod says nothing to the world, whatever the hop limit."""
+    """By the types of neighbour and listener discovery an isolated pod reaches no host outside, by any hop limit."""
     web, _ = web_and_db(routed, is_bridged=False)
     attacks = {}
     for kind in (*DISCOVERY, *LISTENERS):
@@ -209,7 +209,7 @@ def test_link_types_are_no_way_out(routed: Scene) -> None:
 
 
 def test_link_types_reach_no_pod_behind_a_router(routed: Scene) -> None:
-    """The same to another pod of the node, which is another link although the hop limit says nothing of it."""
+    """The same to another pod of the node, which is on another link even if the hop limit is 255."""
     web, db = web_and_db(routed, is_bridged=False)
     attacks = {}
     for kind in (*DISCOVERY, *LISTENERS):
@@ -222,7 +222,7 @@ def test_link_types_reach_no_pod_behind_a_router(routed: Scene) -> None:
 
 
 def test_link_types_carry_nothing_to_a_pod_of_the_same_link(bridged: Scene) -> None:
-    """On a bridge: with a hop limit that routers pass, an unknown option, bytes behind the last, a code, a foreign source."""
+    """On a bridge: with another hop limit, an unknown option, bytes after the last one, a code, or a foreign source."""
     web, db = web_and_db(bridged)
     own, to = web.address[6], db.address[6]
     packets: dict[str, Callable[[bytes], Packet]] = {
@@ -254,7 +254,7 @@ def test_link_types_carry_nothing_to_a_pod_of_the_same_link(bridged: Scene) -> N
 
 
 def test_nothing_travels_around_a_well_formed_message(bridged: Scene) -> None:
-    """A correct question to a neighbour has no headers with a content before it, and no bytes in the frame behind it."""
+    """A correct neighbour solicitation has no headers with content before it, and no bytes after it in the frame."""
     web, db = web_and_db(bridged)
     own, to = web.address[6], db.address[6]
     question = ICMPv6ND_NS(tgt=to) / ICMPv6NDOptSrcLLAddr(lladdr=web.mac)
@@ -278,12 +278,12 @@ def test_nothing_travels_around_a_well_formed_message(bridged: Scene) -> None:
 
 
 def asked(source: str, destination: str, target: str, one: bytes, **fields: int) -> Packet:
-    """A question to a neighbour that carries six bytes where a message of the link may carry any: in its nonce."""
+    """A neighbour solicitation that carries six bytes in its nonce, the only place for free bytes."""
     return solicitation(source, destination, target, ICMPv6NDOptUnknown(type=NONCE, len=1, data=one), **fields)
 
 
 def test_one_condition_is_enough_for_policy_to_decide(bridged: Scene) -> None:
-    """A message that is a link's in all respects but one is judged like any other."""
+    """If a message violates any one condition of a link-local message, policy judges it."""
     web, db = web_and_db(bridged)
     own, to = web.address[6], db.address[6]
     foreign = ICMPv6NDOptSrcLLAddr(lladdr="02:bb:bb:bb:bb:bb")
@@ -311,7 +311,7 @@ def test_one_condition_is_enough_for_policy_to_decide(bridged: Scene) -> None:
 
 
 def test_link_ends_at_the_router(routed: Scene) -> None:
-    """A well-formed question about the sender's own address, but to a host that is not on its link, is no message of the link."""
+    """A correct solicitation about the sender's own address to a host off the link is no link-local message."""
     web, _ = web_and_db(routed, is_bridged=False)
     one = secrets.token_bytes(6)
     attack = framed(asked(web.address[6], WORLD[6], web.address[6], one), web.mac, web.hop)
@@ -320,14 +320,14 @@ def test_link_ends_at_the_router(routed: Scene) -> None:
 
 
 def listener_report(source: str, one: bytes, *, hops: int = 1) -> Packet:
-    """A report about a group of the site that has these 14 bytes in its name."""
+    """A report about a site-local group with these 14 bytes in its address."""
     body = bytes(4) + bytes.fromhex("ff15") + one
     return IPv6(src=source, dst=ALL_NODES, hlim=hops) / ICMPv6Unknown(type=131, code=0, msgbody=body)
 
 
 @pytest.mark.parametrize("hops", [1, 64])
 def test_listeners_report_to_the_link_alone(bridged: Scene, hops: int) -> None:
-    """A report with the one hop that it may have passes, another does not."""
+    """A report with hop limit 1 passes, and no other report does."""
     web, db = web_and_db(bridged)
     one = secrets.token_bytes(14)
     report = framed(listener_report(web.link_local, one, hops=hops), web.mac, ALL_NODES_MAC)
@@ -339,7 +339,7 @@ def test_listeners_report_to_the_link_alone(bridged: Scene, hops: int) -> None:
 
 
 def forgeries(web: Station, db: Station) -> dict[str, Packet]:
-    """What only routers, DHCP servers or other pods may say, without the token behind it."""
+    """Messages that only routers, DHCP servers or other pods may send, without a token."""
     own, other, router = web.address, {4: "10.1.0.3", 6: "fd00:1::3"}, BRIDGE_ADDRESS
     prefix = ICMPv6NDOptPrefixInfo(prefix="2001:db8:bad::", prefixlen=64)
     to_all = Ether(src=web.mac, dst=ALL_NODES_MAC)
@@ -381,7 +381,7 @@ def forgeries(web: Station, db: Station) -> dict[str, Packet]:
 
 
 def test_nobody_speaks_for_another(bridged: Scene) -> None:
-    """Where policy allows everything: no advertisement, redirect, ARP or offer in the name of a router, a server, another pod."""
+    """Even if policy allows everything, a pod sends no message in the name of a router, a server or another pod."""
     put(bridged, ANYTHING)
     web, db = web_and_db(bridged)
     attacks = {}
@@ -392,7 +392,7 @@ def test_nobody_speaks_for_another(bridged: Scene) -> None:
 
 
 def cache_of(scene: Scene, host: str, address: str) -> str | None:
-    """The hardware address that a host has in mind for a neighbour."""
+    """The hardware address that a host has cached for a neighbour."""
     version = ip_address(address).version
     out = scene.lab.run(host, ["ip", f"-{version}", "-j", "neighbour", "show", "to", address]).stdout
     return next((one["lladdr"] for one in json.loads(out or "[]") if "lladdr" in one), None)
@@ -400,7 +400,7 @@ def cache_of(scene: Scene, host: str, address: str) -> str | None:
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_gateway_of_another_pod_is_not_taken_over(bridged: Scene, version: int) -> None:
-    """A victim that speaks with its gateway keeps the gateway's hardware address, whatever its neighbour says."""
+    """A pod that talks with its gateway keeps the gateway's hardware address, whatever its neighbour sends."""
     put(bridged, ANYTHING)
     web, db = web_and_db(bridged)
     lab, router = bridged.lab, BRIDGE_ADDRESS[version]
@@ -423,7 +423,7 @@ def test_gateway_of_another_pod_is_not_taken_over(bridged: Scene, version: int) 
 
 @pytest.mark.parametrize("destination", ["its own link-local", "global"])
 def test_link_local_source_evades_no_label(bridged: Scene, destination: str) -> None:
-    """A pod that a rule denies by label does not come in from its link-local address."""
+    """A pod that a rule denies by label cannot enter from its link-local address."""
     put(bridged, NOT_FROM_WEB, NARROW_OF_CALICO)
     web, db = web_and_db(bridged)
     to = db.link_local if destination == "its own link-local" else db.address[6]
@@ -435,7 +435,7 @@ def test_link_local_source_evades_no_label(bridged: Scene, destination: str) -> 
 @pytest.mark.parametrize("whose", ["the world's", "the node's"])
 @pytest.mark.parametrize("version", [4, 6])
 def test_what_is_for_another_is_not_delivered(bridged: Scene, version: int, whose: str) -> None:
-    """A pod that may speak with the world or its node alone does not hand such packets to its neighbour, who would read them."""
+    """A pod that may only talk with the world or its node cannot pass such packets to its neighbour."""
     put(bridged, ONLY_WORLD)
     web, db = web_and_db(bridged)
     one = token()
@@ -446,7 +446,7 @@ def test_what_is_for_another_is_not_delivered(bridged: Scene, version: int, whos
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_question_for_an_address_reaches_no_other_pod(bridged: Scene, version: int) -> None:
-    """What an isolated pod may ask DHCP servers is no message to pods, not even to those that take anything."""
+    """An isolated pod's request to DHCP servers reaches no pod, not even one that accepts everything."""
     put(bridged, ONLY_WORLD)
     web, db = web_and_db(bridged)
     one = token()
@@ -468,7 +468,7 @@ def addresses(scene: Scene, host: str) -> dict[str, dict[str, object]]:
 
 
 def test_duplicates_are_found_on_a_bridge(bridged: Scene) -> None:
-    """An isolated pod finds that its neighbour has the link-local address already, and uses one that is free."""
+    """An isolated pod detects that its neighbour already has the link-local address, and can use a free one."""
     lab = bridged.lab
     settings = [("ipv6/conf/eth0/accept_dad", "1"), ("ipv6/conf/eth0/dad_transmits", "1")]
     lab.prober.write_settings("shop/web", settings)
@@ -492,7 +492,7 @@ def test_duplicates_are_found_on_a_bridge(bridged: Scene) -> None:
 @pytest.mark.parametrize("topology", ["routed", "bridged"])
 @pytest.mark.parametrize("version", [4, 6])
 def test_neighbours_find_each_other(request: pytest.FixtureRequest, topology: str, version: int) -> None:
-    """Pods and node learn hardware addresses anew, and probe again those that they know."""
+    """Pods and node learn hardware addresses anew, and probe known ones again."""
     scene: Scene = request.getfixturevalue(topology)
     lab = scene.lab
     lab.run("shop/web", ["ip", "neighbour", "flush", "dev", "eth0"])
@@ -504,7 +504,7 @@ def test_neighbours_find_each_other(request: pytest.FixtureRequest, topology: st
 
 
 def test_neighbour_probe_of_a_global_address_is_answered(bridged: Scene) -> None:
-    """A unicast probe between global addresses of one link, as the kernel sends it, is a message of the link."""
+    """A unicast probe between global addresses of one link, as the kernel sends it, passes as a link-local message."""
     web, db = web_and_db(bridged)
     probe = solicitation(web.address[6], db.address[6], db.address[6], ICMPv6NDOptSrcLLAddr(lladdr=web.mac))
     with ear(bridged.lab, web.host) as hearing:
@@ -517,7 +517,7 @@ def test_neighbour_probe_of_a_global_address_is_answered(bridged: Scene) -> None
 
 
 def test_snooping_bridge_learns_who_listens(bridged: Scene) -> None:
-    """A bridge with a querier asks, isolated pods answer, and what is sent to the group reaches them alone."""
+    """A bridge with a querier asks, isolated pods answer, and packets to the group reach only them."""
     lab, group = bridged.lab, "ff15::4242"
     ip(lab, NODE, f"link set {BRIDGE} type bridge mcast_querier 1 mcast_snooping 1")
     with ExitStack() as stack:
@@ -539,7 +539,7 @@ def test_snooping_bridge_learns_who_listens(bridged: Scene) -> None:
 
 @pytest.mark.parametrize("topology", ["routed", "bridged"])
 def test_router_is_asked_and_answers(request: pytest.FixtureRequest, topology: str) -> None:
-    """A pod's solicitation reaches its node; advertisements of the node reach the pod, to all and to the one that asked."""
+    """A pod's solicitation reaches its node. The node's advertisements reach the pod, by multicast and by unicast."""
     scene: Scene = request.getfixturevalue(topology)
     lab, web = scene.lab, station(scene.lab, "web", is_bridged=topology == "bridged")
     device = BRIDGE if topology == "bridged" else port_of("web")
@@ -560,7 +560,7 @@ def test_router_is_asked_and_answers(request: pytest.FixtureRequest, topology: s
 
 @contextlib.contextmanager
 def icmp6_socket(lab: Lab, host: str, device: str) -> Iterator[socket.socket]:
-    """A socket for ICMPv6 messages of one interface, with the hop limit of a link's."""
+    """A socket for ICMPv6 messages of one interface, with hop limit 255."""
     with lab.prober.open_socket(host, socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6) as sock:
         for option in (socket.IPV6_UNICAST_HOPS, socket.IPV6_MULTICAST_HOPS):
             sock.setsockopt(socket.IPPROTO_IPV6, option, 255)
@@ -569,7 +569,7 @@ def icmp6_socket(lab: Lab, host: str, device: str) -> Iterator[socket.socket]:
 
 
 def test_dhcp6_of_a_workload(routed: Scene) -> None:
-    """A pod that has a link-local address alone asks for one, and the node's answer to that address arrives."""
+    """A pod with only a link-local address requests an address. The node's answer to the link-local address arrives."""
     lab, web = routed.lab, station(routed.lab, "web")
     ours = port_of("web")
     with udp_socket(lab, NODE, 6, 547) as server, ear(lab, web.host) as hearing:
@@ -587,7 +587,7 @@ def test_dhcp6_of_a_workload(routed: Scene) -> None:
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_gateway_address_answers(routed: Scene, version: int) -> None:
-    """The link-local address of a routed pod's gateway is found and answers, as far as policy allows the pod to ask."""
+    """The link-local address of a routed pod's gateway is found, and answers if policy allows the pod to ask."""
     put(routed, ANYTHING)
     lab = routed.lab
     lab.run("shop/web", ["ip", "neighbour", "flush", "dev", "eth0"])
@@ -600,7 +600,7 @@ def test_gateway_address_answers(routed: Scene, version: int) -> None:
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_borrowed_address_is_found_and_reached(bridged: Scene, version: int) -> None:
-    """A pod that may send from a prefix takes an address of it, tells the link so, and gets what is sent there."""
+    """A pod that may send from a prefix takes an address of it, announces it on the link, and gets packets to it."""
     put(bridged, ANYTHING, cluster=LENDING)
     lab, bits = bridged.lab, 32 if version == 4 else 128
     ip(lab, "shop/web", f"address add {LENT[version]}/{bits} dev eth0" + (" nodad" if version == 6 else ""))
@@ -617,7 +617,7 @@ def test_borrowed_address_is_found_and_reached(bridged: Scene, version: int) -> 
                 assert bridged.reached(attempt) == [True], attempt
         web = station(lab, "web", is_bridged=True)
         one = token()
-        with ear(lab, "shop/db") as hearing:  # as keepalived does when it takes the address over
+        with ear(lab, "shop/db") as hearing:  # as keepalived does when it takes an address over
             if version == 4:
                 body = ARP(op=2, hwsrc=web.mac, psrc=LENT[4], hwdst=BROADCAST_MAC, pdst=LENT[4])
                 say(lab, web.host, Ether(src=web.mac, dst=BROADCAST_MAC) / body)
@@ -638,7 +638,7 @@ def test_borrowed_address_is_found_and_reached(bridged: Scene, version: int) -> 
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_groups_and_broadcasts_are_delivered(bridged: Scene, version: int) -> None:
-    """What is for many is for a pod too, as far as policy allows it."""
+    """Multicast and broadcast packets reach a pod if policy allows it."""
     put(bridged, ANYTHING)
     web, db = web_and_db(bridged)
     many = {
@@ -653,15 +653,17 @@ def test_groups_and_broadcasts_are_delivered(bridged: Scene, version: int) -> No
 
 
 def place_of(scene: Scene, mac: str) -> str | None:
-    """The port at which the bridge has a hardware address."""
+    """The bridge port of a hardware address."""
     rows = json.loads(scene.lab.run(NODE, ["bridge", "-j", "fdb", "show", "br", BRIDGE]).stdout)
     return next((one["ifname"] for one in rows if one["mac"] == mac and one.get("master") == BRIDGE), None)
 
 
 def test_pod_that_takes_a_neighbour_s_hardware_address_is_told_by_a_count(bridged: Scene) -> None:
-    """The bridge sends it what is for the neighbour: none of that is delivered, and the count and the flows say to whose interface it came.
+    """The bridge sends the neighbour's packets to the thief, and the program drops them.
 
-    The neighbour's next frame ends it.
+    The count and the flows name the interface.
+
+    The neighbour's next frame ends this.
     """
     put(bridged, NARROW)
     lab, (thief, db), other = bridged.lab, web_and_db(bridged), station(bridged.lab, "other", is_bridged=True)
@@ -697,7 +699,7 @@ def test_pod_that_takes_a_neighbour_s_hardware_address_is_told_by_a_count(bridge
 
 @pytest.mark.parametrize("remedy", ["sticky", "learning off"])
 def test_bridge_that_learns_nothing_from_the_thief(bridged: Scene, remedy: str) -> None:
-    """What the administrator of a bridge can do: an entry that does not move, or a port that teaches nothing."""
+    """An administrator can prevent this by a static entry, or by a port without learning."""
     put(bridged, NARROW)
     lab, (thief, db) = bridged.lab, web_and_db(bridged)
     lab.run(

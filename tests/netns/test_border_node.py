@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which addresses are the node: all that it takes for its own, however it came to them, and no others."""
+"""The addresses of the node: all addresses that it accepts as its own, of any origin, and no others."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def prepare(lab: Lab) -> None:
 
 @pytest.fixture(scope="module")
 def closed_scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    """No workload may speak with its node."""
+    """A node that no workload may reach."""
     options = ("--workload-to-host", "deny")
     with border(tmp_path_factory.mktemp("closed"), prepare=prepare, options=options) as one, listening(one.lab):
         yield one
@@ -151,13 +151,13 @@ def closed_scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 @pytest.fixture(scope="module")
 def open_scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    """Policy decides."""
+    """A node that workloads may reach as policy says."""
     with border(tmp_path_factory.mktemp("open"), prepare=prepare) as one, listening(one.lab):
         yield one
 
 
 def listening(lab: Lab) -> ExitStack:
-    """Let processes of the node listen to the groups, on the pod's link."""
+    """Let processes of the node join the groups on the pod's link."""
     stack = ExitStack()
     (link,) = json.loads(lab.run(NODE, ["ip", "-j", "link", "show", "dev", port_of("web")]).stdout)
     index = struct.pack("=i", link["ifindex"])
@@ -182,7 +182,7 @@ def open_node(open_scene: Scene) -> Scene:
 
 
 def mac_for(address: str, gateway: str) -> str:
-    """The hardware address that a frame for an address goes to."""
+    """The destination hardware address of a frame for an address."""
     one = ip_address(address)
     if one.is_multicast and one.version == 4:
         return "01:00:5e:" + ":".join(f"{byte:02x}" for byte in (one.packed[1] & 0x7F, *one.packed[2:]))
@@ -192,7 +192,7 @@ def mac_for(address: str, gateway: str) -> str:
 
 
 def reaches(scene: Scene, what: str, version: int, port: int) -> bool:
-    """Whether a pod's datagram to one of the node's addresses comes to a process of the node."""
+    """Whether a pod's datagram to one of the node's addresses reaches a process of the node."""
     lab, web = scene.lab, station(scene.lab, "web")
     one, control = token(), token()
     to = ADDRESSES[what][version // 3 - 1]
@@ -207,20 +207,20 @@ def reaches(scene: Scene, what: str, version: int, port: int) -> bool:
 
 @pytest.mark.parametrize(("what", "version"), CASES)
 def test_closed_node_has_no_other_door(closed: Scene, what: str, version: int) -> None:
-    """Where no workload reaches its node, none does at any of its addresses."""
+    """If workloads may not reach their node, they cannot at any of its addresses."""
     assert not reaches(closed, what, version, OPEN_PORT)
 
 
 @pytest.mark.parametrize(("what", "version"), CASES)
 def test_policy_of_the_pod_decides_about_its_node(open_node: Scene, what: str, version: int) -> None:
-    """Where workloads may reach their node, the pod's own policy says at which ports, at all of its addresses."""
+    """If workloads may reach their node, the pod's own policy decides at which ports, at all of its addresses."""
     assert not reaches(open_node, what, version, CLOSED_PORT)
     assert reaches(open_node, what, version, OPEN_PORT)
 
 
 @pytest.mark.parametrize(("what", "version"), FROM_OUTSIDE)
 def test_host_endpoint_protects_all_addresses(open_node: Scene, what: str, version: int) -> None:
-    """From outside, too: no address of the node is one that only passes through."""
+    """From outside, too, all addresses of the node count as the node's own."""
     put(open_node, HOST, NARROW)
     lab = open_node.lab
     to = ADDRESSES[what][version // 3 - 1]
@@ -241,7 +241,7 @@ def test_host_endpoint_protects_all_addresses(open_node: Scene, what: str, versi
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_transparent_proxy_does_not_make_the_world_the_node(closed: Scene, version: int) -> None:
-    """Local routes of another table are for chosen packets: a closed node does not close the rest of the world."""
+    """Local routes of another table are for selected packets. A closed node does not close the rest of the world."""
     lab, web = closed.lab, station(closed.lab, "web")
     everything = "0.0.0.0/0" if version == 4 else "::/0"
     lines = [
@@ -251,7 +251,7 @@ def test_transparent_proxy_does_not_make_the_world_the_node(closed: Scene, versi
     ip(lab, NODE, *lines)
     try:
         before = closed.state()["changes_applied"]
-        ip(lab, NODE, "address add 172.30.99.1/32 dev lo", "address del 172.30.99.1/32 dev lo")  # something to look at
+        ip(lab, NODE, "address add 172.30.99.1/32 dev lo", "address del 172.30.99.1/32 dev lo")  # a change to notice
         assert closed.state()["changes_applied"] >= before
         for _ in range(3):
             one = token()
@@ -268,7 +268,7 @@ def test_transparent_proxy_does_not_make_the_world_the_node(closed: Scene, versi
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_name_server_of_the_node_at_a_services_address(open_node: Scene, version: int) -> None:
-    """A process that is bound to a service's address gets what a rule for that address allows; one for its pods does not."""
+    """A process that is bound to a service's address is judged by rules for that address, and not by rules for pods."""
     scene = open_node
     lab, web = scene.lab, station(scene.lab, "web")
     scene.write("extra.yaml", DNS)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who sent a packet: what the stack makes anew is not the node's own, what a bridge passes on neither, the node's own is.
+"""The origin of a packet: one that the stack or a bridge sends anew does not count as the node's own.
 
-And a packet to a service whose verdict was put off, and that leaves as it came.
+The node's own packets do. Also packets to a service with a deferred verdict that leave untranslated.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ from netpol_ebpf.lab.topology import TCP as TCP_NUMBER
 pytestmark = pytest.mark.netns
 
 CLOSED_PORT = 7000
-"""Of UDP; no policy here allows it."""
+"""A UDP port that no policy here allows."""
 BALANCED = {4: "203.0.113.80", 6: "2001:db8:80::80"}
-"""A load balancer's address, that nothing on the node translates."""
+"""The addresses of a load balancer, which nothing on the node translates."""
 BALANCER = f"""\
 apiVersion: v1
 kind: Service
@@ -159,7 +159,7 @@ def bridged(bridged_scene: Scene) -> Scene:
 
 
 def refragmented(source: str, destination: str, payload: bytes, *, port: int = CLOSED_PORT) -> list[Packet]:
-    """A datagram in two fragments, that a node which puts them together cannot take apart where they were."""
+    """A datagram in two fragments that a node, after reassembly, cannot split at the same place."""
     whole = datagram(source, destination, port, payload)
     body = raw(whole[UDP])
     cut = (8 + len(payload) // 2) // 8 * 8
@@ -175,7 +175,7 @@ def refragmented(source: str, destination: str, payload: bytes, *, port: int = C
 
 
 def assert_closed(scene: Scene, host: str, listener: str, ends: tuple[str, str], macs: tuple[str, str]) -> None:
-    """Neither fragments that the node puts together nor what follows them arrive; what policy allows does."""
+    """Check that neither reassembled fragments nor later packets arrive, but allowed packets do."""
     lab, (source, destination) = scene.lab, ends
     first, second, after, control, allowed = (token() for _ in range(5))
     payload = first + bytes(104) + second + bytes(104)
@@ -190,7 +190,7 @@ def assert_closed(scene: Scene, host: str, listener: str, ends: tuple[str, str],
 
 
 def test_fragments_of_a_pod_to_a_closed_pod(routed: Scene) -> None:
-    """From a pod to another on a node that tracks connections."""
+    """From one pod to another on a node that tracks connections."""
     web = station(routed.lab, "web")
     put(routed, WEB_MAY_ALL, NARROW)
     assert_closed(routed, web.host, "shop/db", (web.address[6], address_of("db", 6)), (web.mac, web.hop))
@@ -202,21 +202,21 @@ def test_fragments_of_the_world_to_a_closed_pod(routed: Scene) -> None:
 
 
 def test_fragments_over_a_bridge_to_a_closed_pod(bridged: Scene) -> None:
-    """From a pod to another on a bridge with netfilter; a bridge leaves a packet its sender's socket."""
+    """From one pod to another on a bridge with netfilter. A bridge keeps the sender's socket in a packet."""
     web, db = station(bridged.lab, "web", is_bridged=True), station(bridged.lab, "db", is_bridged=True)
     put(bridged, WEB_MAY_ALL, NARROW)
     assert_closed(bridged, web.host, db.host, (web.address[6], db.address[6]), (web.mac, db.mac))
 
 
 def test_fragments_out_of_a_host_endpoint(routed: Scene) -> None:
-    """What a pod sends through the node is not judged as the node's own where it leaves."""
+    """A pod's packet through the node does not count as the node's own where it leaves."""
     web = station(routed.lab, "web")
     put(routed, HOST, NODE_MAY_ALL, NOTHING_PASSES, ANYTHING)
     assert_closed(routed, web.host, INTERNET, (web.address[6], WORLD[6]), (web.mac, web.hop))
 
 
 def macs_of_uplink(lab: Lab) -> tuple[str, str]:
-    """Of the world's end of the link to the node, and of the node's."""
+    """The hardware addresses of the link between the world and the node: (the world's, the node's)."""
     (ours,) = json.loads(lab.run(INTERNET, ["ip", "-j", "link", "show", "dev", "node0"]).stdout)
     (theirs,) = json.loads(lab.run(NODE, ["ip", "-j", "link", "show", "dev", "eth0"]).stdout)
     return ours["address"], theirs["address"]
@@ -224,7 +224,7 @@ def macs_of_uplink(lab: Lab) -> tuple[str, str]:
 
 @pytest.fixture
 def unfiltered(bridged: Scene) -> Iterator[Scene]:
-    """The bridge, whose packets do not pass netfilter, which would take their socket away."""
+    """The bridge, whose packets bypass netfilter, which would remove their socket."""
     settings = [f"bridge/bridge-nf-call-{table}" for table in ("iptables", "ip6tables")]
     bridged.lab.prober.write_settings(NODE, [(one, "0") for one in settings])
     yield bridged
@@ -234,7 +234,7 @@ def unfiltered(bridged: Scene) -> Iterator[Scene]:
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("how", ["datagram socket", "packet socket"])
 def test_socket_that_a_bridge_leaves_is_no_sign_of_the_node(unfiltered: Scene, version: int, how: str) -> None:
-    """A pod's packet that a bridge passes on has its sender's socket, and is judged."""
+    """A pod's packet that a bridge forwards has its sender's socket, and is judged nevertheless."""
     lab, web = unfiltered.lab, station(unfiltered.lab, "web", is_bridged=True)
     db = station(lab, "db", is_bridged=True)
     put(unfiltered, WEB_MAY_ALL, NARROW)
@@ -257,7 +257,7 @@ CLOSED = ANYTHING.replace(", ingress: [{}], egress: [{}]", "")
 
 
 def node_addresses(topology: str, version: int) -> list[str]:
-    """From which a node may ask its pods: of its uplink, of the pods' gateway, and of a service that it runs."""
+    """The addresses from which a node may probe its pods: its uplink's, the pods' gateway, and a service of its own."""
     extra = {4: "172.30.9.9", 6: "fd00:30::99"}
     return [NODE_ADDRESS[version], extra[version], *([BRIDGE_ADDRESS[version]] if topology == "bridged" else [])]
 
@@ -267,7 +267,7 @@ def node_addresses(topology: str, version: int) -> list[str]:
 def test_node_reaches_closed_pods_from_all_its_addresses(
     request: pytest.FixtureRequest, topology: str, version: int
 ) -> None:
-    """Probes of a node arrive at a pod that nobody may speak with: small and large datagrams, connections, echo requests."""
+    """Probes of a node reach a closed pod: small and large datagrams, connections, echo requests."""
     scene: Scene = request.getfixturevalue(topology)
     put(scene, CLOSED)
     lab, to = scene.lab, address_of("db", version)
@@ -297,7 +297,7 @@ def test_node_reaches_closed_pods_from_all_its_addresses(
 @pytest.mark.parametrize("topology", ["routed", "bridged"])
 @pytest.mark.parametrize("version", [4, 6])
 def test_node_resets_and_refuses(request: pytest.FixtureRequest, topology: str, version: int) -> None:
-    """A pod that may send and nobody may reach hears the node's resets, its ICMP errors, and that a hop limit is spent."""
+    """A pod that may send and that nobody may reach gets the node's resets and ICMP errors (also a spent hop limit)."""
     scene: Scene = request.getfixturevalue(topology)
     put(scene, OUT_ONLY)
     lab = scene.lab
@@ -321,7 +321,7 @@ def test_node_resets_and_refuses(request: pytest.FixtureRequest, topology: str, 
 
 @pytest.mark.parametrize("topology", ["routed", "bridged"])
 def test_node_resets_a_connection_that_it_opened(request: pytest.FixtureRequest, topology: str) -> None:
-    """A probe that ends with a reset, as those of many health checks do, is one for the closed pod as well."""
+    """A probe that ends with a reset, as many health checks do, also ends so at the closed pod."""
     scene: Scene = request.getfixturevalue(topology)
     put(scene, CLOSED)
     for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
@@ -348,7 +348,7 @@ def is_reset(frame: bytes, ports: bytes) -> bool:
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_node_speaks_to_groups_on_a_bridge(bridged: Scene, version: int) -> None:
-    """What a bridge floods for its node has no socket any more, and is the node's own all the same."""
+    """A node's packet that a bridge floods has lost its socket, and still counts as the node's own."""
     put(bridged, CLOSED)
     lab, one = bridged.lab, token()
     with ExitStack() as stack:
@@ -369,7 +369,7 @@ def test_node_speaks_to_groups_on_a_bridge(bridged: Scene, version: int) -> None
 
 @pytest.fixture
 def balanced(routed: Scene) -> Scene:
-    """A service at a load balancer's address, that no proxy of the node knows."""
+    """A service at a load balancer's address that no proxy of the node knows."""
     routed.write("extra.yaml", BALANCER)
     put(routed, NARROW)
     return routed
@@ -385,7 +385,7 @@ def to_balanced(web: Station, version: int, kind: str, payload: bytes) -> Packet
 @pytest.mark.parametrize("kind", ["UDP", "TCP"])
 @pytest.mark.parametrize("version", [4, 6])
 def test_untranslated_service_is_judged_where_it_leaves(balanced: Scene, version: int, kind: str) -> None:
-    """What is sent to a service's address and leaves as it came is judged, the second packet like the first."""
+    """A packet to a service's address that leaves untranslated is judged, the second packet like the first."""
     lab, web = balanced.lab, station(balanced.lab, "web")
     attacks, control = [token(), token()], token()
     with ear(lab, INTERNET) as hearing:
@@ -397,7 +397,7 @@ def test_untranslated_service_is_judged_where_it_leaves(balanced: Scene, version
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_untranslated_service_that_policy_allows(balanced: Scene, version: int) -> None:
-    """Where policy names the service's address, datagrams arrive there, answers come back, and connections work."""
+    """If policy names the service's address, datagrams arrive there, answers come back, and connections work."""
     put(balanced, TO_BALANCER, NARROW)
     lab = balanced.lab
     with ExitStack() as stack:
@@ -424,7 +424,7 @@ def test_untranslated_service_that_policy_allows(balanced: Scene, version: int) 
 
 
 def test_direct_routing_goes_on(routed: Scene) -> None:
-    """Pods of two nodes without a tunnel reach each other in both directions, as far as policy allows."""
+    """Pods of two nodes without a tunnel reach each other in both directions as policy allows."""
     for version in (4, 6):
         for source, to in (("shop/web", FAR[version]), ("shop/far", address_of("web", version))):
             assert routed.reached(Attempt(source, ip_address(to), 17, OPEN_PORT)) == [True]

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tunnels: no pod speaks through those of its node, nobody outside as one of its pods; and devices that are not Ethernet."""
+"""Tunnels: no pod can use those of its node, and nobody outside can send as a pod.
+
+And devices that are not Ethernet.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,7 @@ spec:
   - from: [{{podSelector: {{matchLabels: {{app: other}}}}}}, {{podSelector: {{matchLabels: {{app: far}}}}}}]
   - ports: [{{protocol: UDP, port: {OPEN_PORT}}}]
 """
-"""Only what claims to be another pod, of this node or of the other one, comes in; and controls."""
+"""A policy by which only packets with the source of another pod, of this or the other node, and controls enter."""
 DB_FROM_NODE = f"""\
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
@@ -105,13 +108,13 @@ status:
 """
 THREE_NODES = PODS + THIRD_NODE
 FAR_NODE = '{type: InternalIP, address: 172.30.0.20}, {type: InternalIP, address: "fd00:30::20"}'
-"""Addresses of the other node in the manifests."""
+"""The addresses of the other node in the manifests."""
 DB_FROM_FAR_NODE = DB_FROM_OTHERS.replace("db-from-others", "db-from-far-node").replace(
     "from: [",
     f'from: [{{ipBlock: {{cidr: {FAR_NODE_ADDRESS[4]}/32}}}}, {{ipBlock: {{cidr: "{FAR_NODE_ADDRESS[6]}/128"}}}}, ',
 )
 TELLING, TELLING_PORT = "vx9", 4790
-"""A tunnel device of the node that keeps the outer addresses of what it takes."""
+"""A tunnel device of the node that gives the outer addresses of its packets (``external``)."""
 TELLING_ENDPOINT = f"""\
 apiVersion: projectcalico.org/v3
 kind: HostEndpoint
@@ -165,7 +168,7 @@ spec:
   ports: [{{name: u, protocol: UDP, port: 80, targetPort: 5353}}]
 """
 INFINIBAND = 32
-"""ARPHRD_* of devices with a link header that nothing here reads."""
+"""ARPHRD_* of devices with a link header that the program does not parse."""
 MACHINE = {4: "10.1.0.9", 6: "fd00:1::9"}
 WORKLOAD = """\
 apiVersion: projectcalico.org/v3
@@ -183,7 +186,7 @@ spec:
 
 
 def prepare(lab: Lab) -> None:
-    """A tunnel between the nodes, as an overlay has it; the other node's pod is behind it as well."""
+    """A tunnel between the nodes, as in an overlay. The other node's pod is also behind it."""
     for host, version_of, mac, last in (
         (NODE, NODE_ADDRESS, DEVICE_MAC, 1),
         ("node-2", FAR_NODE_ADDRESS, "02:00:00:00:00:78", 2),
@@ -227,7 +230,7 @@ def bridged(bridged_scene: Scene) -> Scene:
 
 
 def as_pod(source: str, payload: bytes) -> Packet:
-    """What an attacker wants to arrive at the database."""
+    """The packet that an attacker wants to reach the database."""
     to = address_of("db", ip_address(source).version)
     return datagram(source, to, CLOSED_PORT, payload)
 
@@ -239,7 +242,7 @@ def in_vxlan(own: str, node: str, inner: Packet, port: int = PORT) -> Packet:
 
 
 def arrived_at_db(scene: Scene, speaker: Station, packets: Mapping[str, tuple[bytes, Packet]]) -> set[str]:
-    """Names of those packets that make their content arrive at the database."""
+    """The names of the packets whose content reaches the database."""
     control = token()
     with ear(scene.lab, "shop/db") as hearing:
         frames = [framed(packet, speaker.mac, speaker.hop) for _, packet in packets.values()]
@@ -254,7 +257,7 @@ def arrived_at_db(scene: Scene, speaker: Station, packets: Mapping[str, tuple[by
 
 @pytest.mark.parametrize("topology", ["scene", "bridged"])
 def test_pod_speaks_as_no_other_through_the_nodes_tunnel(request: pytest.FixtureRequest, topology: str) -> None:
-    """With free egress, to every address of its node: what it puts into the cluster's encapsulation is not unpacked."""
+    """With open egress, to every address of its node: packets in the cluster's encapsulation are not decapsulated."""
     scene: Scene = request.getfixturevalue(topology)
     web = station(scene.lab, "web", is_bridged=topology == "bridged")
     nodes = [NODE_ADDRESS[4], "10.77.0.1", *(["10.1.0.254"] if topology == "bridged" else [GATEWAY[4]])]
@@ -268,7 +271,7 @@ def test_pod_speaks_as_no_other_through_the_nodes_tunnel(request: pytest.Fixture
 
 
 def test_pod_sends_no_tunnel_packets_to_another_node(scene: Scene) -> None:
-    """The same to the other node, which would unpack it."""
+    """The same to the other node, which would decapsulate them."""
     lab, web = scene.lab, station(scene.lab, "web")
     one, control = token(), token()
     with ear(lab, "node-2", "eth0") as hearing:
@@ -281,7 +284,7 @@ def test_pod_sends_no_tunnel_packets_to_another_node(scene: Scene) -> None:
 
 
 def test_fragments_hide_no_tunnel(scene: Scene) -> None:
-    """A tunnel's datagram in fragments is none that passes."""
+    """Fragments of a tunnel's datagram are dropped, too."""
     lab, web = scene.lab, station(scene.lab, "web")
     one = token()
     whole = in_vxlan(web.address[4], NODE_ADDRESS[4], as_pod(FAR[4], bytes(64) + one))
@@ -299,7 +302,7 @@ def test_fragments_hide_no_tunnel(scene: Scene) -> None:
 
 
 def test_tunnel_that_comes_later_takes_no_open_connection(scene: Scene) -> None:
-    """A pod that sends to the port before there is a device does not get through when there is one."""
+    """A pod that sends to the port before the device exists does not get through when it exists."""
     lab, web = scene.lab, station(scene.lab, "web")
     port, device = 8473, "vx1"
     before = in_vxlan(web.address[4], NODE_ADDRESS[4], as_pod(FAR[4], token()), port)
@@ -333,7 +336,7 @@ KINDS = {
 
 
 def test_other_tunnels_of_the_node(scene: Scene, record_property: Callable[[str, object], None]) -> None:
-    """IPIP, GRE, 6in4, 4in6 and Geneve, as far as the kernel has them; which those are goes into the report."""
+    """IPIP, GRE, 6in4, 4in6 and Geneve, if the kernel has them. The report lists those that it has."""
     kinds = [kind for kind, (_, options) in KINDS.items() if has_device(scene.lab, kind, *options.split())]
     record_property("kinds of tunnels", ", ".join(kinds) or "none")
     for kind in kinds:
@@ -341,7 +344,7 @@ def test_other_tunnels_of_the_node(scene: Scene, record_property: Callable[[str,
 
 
 def nothing_is_unpacked(scene: Scene, kind: str) -> None:
-    """What a pod sends to a tunnel device of this kind does not come out of it."""
+    """Check that a pod's packets to a tunnel device of this kind do not come out of it."""
     lab, web = scene.lab, station(scene.lab, "web")
     outer_version, options = KINDS[kind]
     ip(lab, NODE, f"link add tnl0 type {kind} {options}", "link set tnl0 up")
@@ -350,7 +353,7 @@ def nothing_is_unpacked(scene: Scene, kind: str) -> None:
         one = token()
         inner = as_pod(FAR[6] if kind == "sit" else FAR[4], one)
         outer = network(web.address[outer_version], NODE_ADDRESS[outer_version])
-        # The source must be the tunnel's remote end for most of them: not even that may be of use.
+        # Most tunnels require their remote end as the source. Even this source must not help.
         packet = {
             "ipip": lambda: outer / inner,
             "sit": lambda: outer / inner,
@@ -371,7 +374,7 @@ def nothing_is_unpacked(scene: Scene, kind: str) -> None:
 
 
 def macs_of_uplink(lab: Lab) -> tuple[str, str]:
-    """Of the world's end of the link to the node, and of the node's."""
+    """The hardware addresses of the link between the world and the node: (the world's, the node's)."""
     (ours,) = json.loads(lab.run(INTERNET, ["ip", "-j", "link", "show", "dev", "node0"]).stdout)
     (theirs,) = json.loads(lab.run(NODE, ["ip", "-j", "link", "show", "dev", "eth0"]).stdout)
     return ours["address"], theirs["address"]
@@ -379,7 +382,7 @@ def macs_of_uplink(lab: Lab) -> tuple[str, str]:
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_nobody_outside_is_a_pod_of_this_node(scene: Scene, version: int) -> None:
-    """With the source of one of the node's pods nothing comes in by the uplink, and nothing out of a tunnel."""
+    """Packets with the source of one of the node's pods enter neither by the uplink nor by a tunnel."""
     lab, macs = scene.lab, macs_of_uplink(scene.lab)
     plain, packed, control = token(), token(), token()
     other = address_of("other", version)
@@ -394,7 +397,7 @@ def test_nobody_outside_is_a_pod_of_this_node(scene: Scene, version: int) -> Non
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_nobody_outside_is_the_node(scene: Scene, version: int) -> None:
-    """Nor with the source of the node itself, which a rule of a pod may name."""
+    """The same with the source of the node itself, which a pod's rule may name."""
     put(scene, DB_FROM_NODE)
     lab, macs = scene.lab, macs_of_uplink(scene.lab)
     attack, control = token(), token()
@@ -428,7 +431,7 @@ def device(scene: Scene, name: str, options: str) -> Iterator[None]:
 
 
 Wrap = Callable[[str, str, Packet], Packet]
-"""Outer source and destination, and what is in it."""
+"""(outer source, outer destination, inner packet) -> packet."""
 
 
 def in_telling(outer: str, node: str, inner: Packet) -> Packet:
@@ -444,7 +447,10 @@ def arrived_from(
     wrap: Wrap = in_telling,
     rounds: int = 1,
 ) -> set[str]:
-    """Those of the outer sources ``wrong`` by which a packet of ``source`` comes to the database; by ``right`` it must, and first."""
+    """The outer sources in ``wrong`` from which a packet of ``source`` reaches the database.
+
+    From ``right`` it must arrive first.
+    """
     lab, macs = scene.lab, macs_of_uplink(scene.lab)
     to = address_of("db", ip_address(source).version)
     tokens = {outer: token() for outer in wrong}
@@ -465,7 +471,7 @@ def arrived_from(
 @pytest.mark.parametrize("inner", [4, 6])
 @pytest.mark.parametrize("outer", [4, 6])
 def test_nobody_speaks_for_a_pod_of_another_node(telling: Scene, outer: int, inner: int) -> None:
-    """Neither the world, nor another node, nor a pod of that node, be it the very pod; that node does."""
+    """Neither the world, nor another node, nor a pod of that node (not even the pod itself) can; only that node can."""
     before = counted(telling, "tunnel-source")
     wrong = [WORLD[outer], THIRD_NODE_ADDRESS[outer], FAR[outer], {4: "10.1.0.77", 6: "fd00:1::77"}[outer]]
     assert arrived_from(telling, FAR_NODE_ADDRESS[outer], *wrong, source=FAR[inner]) == set()
@@ -474,7 +480,7 @@ def test_nobody_speaks_for_a_pod_of_another_node(telling: Scene, outer: int, inn
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_nobody_speaks_for_another_node(telling: Scene, version: int) -> None:
-    """The same for the addresses of that node itself, which a rule of a pod may name."""
+    """The same for the addresses of that node itself, which a pod's rule may name."""
     put(telling, DB_FROM_FAR_NODE, cluster=THREE_NODES)
     wrong = (WORLD[version], THIRD_NODE_ADDRESS[version])
     assert arrived_from(telling, FAR_NODE_ADDRESS[version], *wrong, source=FAR_NODE_ADDRESS[version]) == set()
@@ -482,7 +488,7 @@ def test_nobody_speaks_for_another_node(telling: Scene, version: int) -> None:
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_pod_that_moved_speaks_from_its_new_node(telling: Scene, version: int) -> None:
-    """And from there alone, and back."""
+    """It can send only from its new node, also after it moved back."""
     moved = PODS.replace("{nodeName: node-2,", "{nodeName: node-3,") + THIRD_NODE
     assert moved != THREE_NODES
     places = FAR_NODE_ADDRESS[version], THIRD_NODE_ADDRESS[version]
@@ -492,7 +498,7 @@ def test_pod_that_moved_speaks_from_its_new_node(telling: Scene, version: int) -
 
 
 def test_node_that_changed_its_address_speaks_from_that(telling: Scene) -> None:
-    """Its former address is nobody's, and may become another node's."""
+    """The former address belongs to no node, and may become another node's."""
     other = "172.30.0.40"
     assert FAR_NODE in PODS
     for cluster in (PODS + THIRD_NODE, PODS + THIRD_NODE.replace(THIRD_NODE_ADDRESS[4], FAR_NODE_ADDRESS[4])):
@@ -502,7 +508,7 @@ def test_node_that_changed_its_address_speaks_from_that(telling: Scene) -> None:
 
 @pytest.mark.parametrize("unknown", ["no address", "no node", "another's address"])
 def test_pod_on_a_node_that_is_not_known_speaks_from_anywhere(telling: Scene, unknown: str) -> None:
-    """A node without an address of its own says nothing about its pods: what cannot be told is not denied."""
+    """If a node has no known address, the origin of its pods' packets cannot be checked, so they are not denied."""
     cluster = {
         "no address": THREE_NODES.replace(FAR_NODE, ""),
         "no node": THREE_NODES.replace("metadata: {name: node-2}", "metadata: {name: node-4}"),
@@ -517,14 +523,14 @@ def test_pod_on_a_node_that_is_not_known_speaks_from_anywhere(telling: Scene, un
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_what_is_no_pods_comes_out_of_a_tunnel(telling: Scene, version: int) -> None:
-    """Sources of which no node is known are policy's affair, whoever sends them."""
+    """A source with no known node is judged by policy, whoever sends it."""
     wrong = THIRD_NODE_ADDRESS[version]
     assert arrived_from(telling, WORLD[version], wrong, source="192.0.2.77", port=OPEN_PORT) == {wrong}
 
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_nobody_speaks_in_an_open_connection_of_another_node(telling: Scene, version: int) -> None:
-    """Where a host endpoint's policy remembers connections, each packet of one still has to come from that node."""
+    """Even if a host endpoint's policy tracks the connection, each of its packets must come from that node."""
     put(telling, DB_FROM_OTHERS, TELLING_ENDPOINT, TELLING_POLICY, cluster=THREE_NODES)
     right, wrong = FAR_NODE_ADDRESS[version], THIRD_NODE_ADDRESS[version]
     assert arrived_from(telling, right, wrong, source=FAR[version], rounds=4) == set()
@@ -540,11 +546,11 @@ TELLING_KINDS: dict[str, tuple[str, Wrap]] = {
     "gre": ("", lambda outer, node, inner: network(outer, node) / GRE() / inner),
     "ipip": ("", lambda outer, node, inner: network(outer, node) / inner),
 }
-"""What stands before the kind of a device, and what it takes."""
+"""By kind of device: (the options before the kind, the function that wraps a packet)."""
 
 
 def test_other_tunnels_that_tell(telling: Scene, record_property: Callable[[str, object], None]) -> None:
-    """Geneve, GRE and IPIP, as far as the kernel has them; which those are goes into the report."""
+    """Geneve, GRE and IPIP, if the kernel has them. The report lists those that it has."""
     kinds = [kind for kind in TELLING_KINDS if has_device(telling.lab, kind, "external")]
     record_property("kinds of tunnels that tell", ", ".join(kinds) or "none")
     for kind in kinds:
@@ -558,7 +564,7 @@ PLAIN = {"vxlan": "id 9 dstport 8481", "geneve": "id 9 remote 172.30.0.20", "gre
 
 
 def test_which_devices_tell(scene: Scene) -> None:
-    """Of each kind that the kernel has: with `external`, and not without."""
+    """Each kind that the kernel has is recognised with `external`, and only then."""
     found = {}
     for kind in EXTERNAL:
         told = "external dstport 8481" if kind == "vxlan" else "external"
@@ -578,7 +584,7 @@ def test_which_devices_tell(scene: Scene) -> None:
 
 @contextlib.contextmanager
 def overlay(lab: Lab, version: int) -> Iterator[None]:
-    """Routes by which packets between the pods of two nodes go through the nodes' tunnel."""
+    """Routes by which packets between the pods of two nodes use the nodes' tunnel."""
     hop = {4: "10.77.0.{}", 6: "fd00:77::{}"}[version]
     routes = [
         (NODE, FAR[version], hop.format(2)),
@@ -598,7 +604,7 @@ def overlay(lab: Lab, version: int) -> Iterator[None]:
 
 
 def between_pods(version: int) -> list[Attempt]:
-    """A connection from a pod of this node to one of the other, and one the other way."""
+    """A connection from a pod of this node to one of the other node, and one in the other direction."""
     return [
         Attempt("shop/web", ip_address(FAR[version]), 6, 5432),
         Attempt("shop/far", ip_address(address_of("db", version)), 6, 5432),
@@ -607,7 +613,7 @@ def between_pods(version: int) -> list[Attempt]:
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_overlay_of_the_nodes(scene: Scene, version: int) -> None:
-    """Packets between the pods of two nodes go through the nodes' tunnel, in both directions, as policy says."""
+    """Packets between the pods of two nodes use the nodes' tunnel in both directions, as policy says."""
     put(scene, WEB_MAY_ALL, DB_FROM_OTHERS)
     with overlay(scene.lab, version), ear(scene.lab, NODE, DEVICE) as passing:
         assert scene.reached(*between_pods(version)) == [True, True]
@@ -617,7 +623,10 @@ def test_overlay_of_the_nodes(scene: Scene, version: int) -> None:
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_overlay_passes_a_host_endpoint_that_denies_all(scene: Scene, version: int) -> None:
-    """As long as the other node is known by its Node object; an address that is nobody's is judged, and so cut."""
+    """Tunnel packets pass if the other node is known by its Node object.
+
+    From an unknown address they are judged, and so denied.
+    """
     lab = scene.lab
     put(scene, WEB_MAY_ALL, DB_FROM_OTHERS, EVERY_INTERFACE, DENY_ALL)
     try:
@@ -635,7 +644,10 @@ def test_overlay_passes_a_host_endpoint_that_denies_all(scene: Scene, version: i
 
 
 def test_tunnels_between_workloads(scene: Scene) -> None:
-    """A pod's own encapsulation to another pod, and to a host that is no node, arrives; WireGuard's port on the node does, too."""
+    """A pod's own encapsulation to another pod, or to a host that is no node, arrives.
+
+    So do packets to the node's WireGuard.
+    """
     put(scene, WEB_MAY_ALL)
     lab, web = scene.lab, station(scene.lab, "web")
     for listener, to, port in (
@@ -667,7 +679,10 @@ def test_tunnels_between_workloads(scene: Scene) -> None:
 
 
 def up(lab: Lab, *, is_shared: bool = True) -> None:
-    """Give a tun device of the node its addresses. ``is_shared``: with a subnet, else as a VPN's client has them."""
+    """Give a tun device of the node its addresses.
+
+    ``is_shared``: with a subnet; otherwise single ones, as a VPN client has.
+    """
     for version in (4, 6):
         bits = {(4, True): 24, (6, True): 64, (4, False): 32, (6, False): 128}[version, is_shared]
         ip(lab, NODE, f"address add {VPN[version]}/{bits} dev tun0" + (" nodad" if version == 6 else ""))
@@ -678,7 +693,7 @@ def up(lab: Lab, *, is_shared: bool = True) -> None:
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_vpn_of_the_node_itself(scene: Scene, version: int) -> None:
-    """A tun device of the node, with single addresses, passes the node's own traffic and that of pods, in both directions."""
+    """A tun device of the node with single addresses passes the node's traffic and that of pods, in both directions."""
     put(scene, WEB_MAY_ALL)
     lab, web = scene.lab, station(scene.lab, "web")
     with ExitStack() as stack:
@@ -705,7 +720,7 @@ def test_vpn_of_the_node_itself(scene: Scene, version: int) -> None:
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_host_endpoint_on_a_tun_device(scene: Scene, version: int) -> None:
-    """Policy of a host endpoint holds where packets begin with the network header, for what comes in and what goes out."""
+    """A host endpoint's policy holds for incoming and outgoing packets that begin with the network header."""
     lab = scene.lab
     with ExitStack() as stack:
         fd = stack.enter_context(tun(lab, "tun0"))
@@ -733,7 +748,7 @@ def test_host_endpoint_on_a_tun_device(scene: Scene, version: int) -> None:
 
 
 def read_until(fd: int, control: bytes) -> bytes:
-    """All that comes out of a tun device until the control does."""
+    """All output of a tun device until the control arrives."""
     found = bytearray()
 
     def is_there() -> bool:
@@ -756,7 +771,7 @@ def read_all(fd: int) -> bytes:
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_deferred_verdict_at_a_tun_device(scene: Scene, version: int) -> None:
-    """What a pod sends to a service that leaves by a tun device as it came is judged there."""
+    """A pod's packet to a service that leaves untranslated by a tun device is judged there."""
     lab, web = scene.lab, station(scene.lab, "web")
     with tun(lab, "tun0") as fd:
         up(lab)
@@ -799,7 +814,7 @@ def test_workload_behind_a_tun_device(scene: Scene, version: int) -> None:
 
 
 def test_unknown_link_header_is_closed_where_policy_applies(scene: Scene) -> None:
-    """A device with a link header that nothing here reads passes what no policy is about, and nothing else."""
+    """A device with an unknown link header passes packets that no policy concerns, and no others."""
     lab = scene.lab
     with tun(lab, "tun0", hardware=INFINIBAND) as fd, udp_socket(lab, NODE, 4, CLOSED_PORT) as server:
         up(lab)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent as on kernels without tcx: filters on clsact, and the same verdicts, those included that are given where packets leave."""
+"""The agent as on kernels without tcx: filters on clsact give the same verdicts, also where packets leave."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def lasting_scene(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture
 def scene(lasting_scene: Scene) -> Scene:
-    """The services, and the policies of the beginning."""
+    """The services, and the initial policies."""
     scene = lasting_scene
     scene.write("web.yaml", WEB_EGRESS)
     scene.write("db.yaml", DB_INGRESS)
@@ -59,7 +59,7 @@ def scene(lasting_scene: Scene) -> Scene:
 
 
 def filters(scene: Scene) -> dict[str, set[str]]:
-    """Filters on the node's interfaces, as `tc` sees them: {interface: {hook, ...}}."""
+    """The filters on the node's interfaces as `tc` lists them: {interface: {hook, ...}}."""
     found: dict[str, set[str]] = {}
     for link in json.loads(scene.lab.run(NODE, ["ip", "-j", "link"]).stdout):
         for hook in HOOKS:
@@ -70,13 +70,13 @@ def filters(scene: Scene) -> dict[str, set[str]]:
 
 
 def interfaces(scene: Scene) -> set[str]:
-    """Those of the pods of this node, and the uplink."""
+    """The interfaces of the pods of this node, and the uplink."""
     pods = scene.lab.plan.children(NODE)
     return {host.parent_interface for host in pods} | {"eth0"}
 
 
 def test_verdicts_are_the_same(scene: Scene) -> None:
-    """Direct connections and those through services, to this node and another, TCP and UDP, both families; no tcx link anywhere."""
+    """Direct connections and those through services: both nodes, TCP and UDP, both families, without any tcx link."""
     assert filters(scene) == {name: set(HOOKS) for name in interfaces(scene)}
     assert not [pin for name in ("in", "out") for pin in scene.pin_root.glob(f"v*/links/*_{name}")]
     assert scene.reached(*everyhow("db")) == [True] * 4
@@ -90,7 +90,7 @@ def test_verdicts_are_the_same(scene: Scene) -> None:
 
 
 def test_open_connection_is_cut_and_another_outlives_the_agent(scene: Scene) -> None:
-    """A deferred verdict is revoked by a change of policy; one that stands, and its connection, live through a killed agent."""
+    """A change of policy revokes a deferred verdict. Another one, with its connection, survives a killed agent."""
     scene.write("web.yaml", WEB_TO_ALL)
     scene.await_reached(to("far"), expected=True)
     lost, kept = (scene.lab.prober.hold(to(name)) for name in ("far", "db"))
@@ -114,7 +114,7 @@ def test_open_connection_is_cut_and_another_outlives_the_agent(scene: Scene) -> 
     ids=["filter", "qdisc"],
 )
 def test_what_others_remove_is_put_back(scene: Scene, removal: list[str]) -> None:
-    """A filter, or the discipline with both of them, that goes from a pod's interface is missed, put back, and counted."""
+    """A removed filter, or a removed discipline with both filters, is noticed, restored and counted."""
     place = Host("shop/web", NODE, ()).parent_interface
     before = scene.state()["drift"]["put_back"].get("program", 0)
     scene.lab.run(NODE, ["tc", *(word.format(place) for word in removal)])
@@ -128,7 +128,7 @@ def test_what_others_remove_is_put_back(scene: Scene, removal: list[str]) -> Non
 
 
 def test_cleanup_leaves_no_filter(lasting_scene: Scene) -> None:
-    """Filters and the qdiscs below them are gone, and nothing is enforced."""
+    """The filters and their qdiscs are gone, and nothing is enforced."""
     lasting_scene.retire()
     assert filters(lasting_scene) == {}
     assert "clsact" not in lasting_scene.lab.run(NODE, ["tc", "qdisc", "show"]).stdout

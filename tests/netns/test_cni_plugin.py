@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CNI plugin on a node, behind real plugins: when ADD returns, policy is in force, and not before.
+"""The CNI plugin on a node, after real plugins: policy is in force when ADD returns, and not before.
 
-A pod's object has no address when its interface is made, and often arrives later.  The first packets of the pod and to it go the
-moment ADD returns: what policy allows arrives, so the interface is open, and what it denies does not, so it never was.
+When a pod's interface is made, its object has no address, and often does not exist yet. The first packets to and from
+the pod are sent as soon as ADD returns. Allowed packets arrive, so the interface is open; denied ones do not, so it
+never was open too early.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ pytestmark = pytest.mark.netns
 ROOT = Path(__file__).parents[2]
 ROUNDS = 1000 if os.environ.get("NETPOL_FAULTS") == "long" else 24
 GROUP = 8
-"""Pods at a time."""
+"""Number of pods that are added at the same time."""
 TIMEOUT_S = 50
-"""How long an ADD waits: the plugin gives up, and says why, before its caller does."""
+"""Time limit of an ADD in seconds. The plugin gives up, with its reason, before its caller does."""
 ALLOWED, DENIED = 5432, 5433
 POLICY = f"""\
 apiVersion: networking.k8s.io/v1
@@ -78,7 +79,7 @@ def render(*sandboxes: Sandbox) -> str:
 
 
 def socket_in(namespace: str, port: int = 0) -> socket.socket:
-    """A UDP socket of a network namespace, bound to a port if given; never blocks."""
+    """A non-blocking UDP socket of a network namespace, bound to a port if given."""
     found: list[socket.socket] = []
 
     def make() -> None:
@@ -106,7 +107,7 @@ def receive_all(one: socket.socket) -> list[bytes]:
 
 @dataclass
 class Plugged:
-    """A node whose runtime has a list of plugins with ours at its end. ``world``: sockets of the outside, by port."""
+    """A node whose runtime has a list of plugins that ends with ours. ``world``: sockets outside, by port."""
 
     scene: Scene
     plugins: PluginList
@@ -118,7 +119,7 @@ class Plugged:
         return self.scene.lab
 
     def sandbox(self, pod: str) -> Sandbox:
-        """A namespace, as a runtime makes it before it calls a plugin."""
+        """Create a namespace, as a runtime does before it calls a plugin."""
         namespace = f"{self.lab.token}-shop.{pod}"
         self.lab.record(namespaces=[namespace])
         ip(self.lab, NODE, f"netns add {namespace}", f"-n {namespace} link set lo up")
@@ -127,7 +128,7 @@ class Plugged:
         return one
 
     def remove(self) -> None:
-        """End all pods."""
+        """Remove all pods."""
         for one in self._sandboxes:
             self.plugins.delete(one)
             ip(self.lab, NODE, f"netns del {one.namespace}")
@@ -148,7 +149,7 @@ class Plugged:
 
 @contextlib.contextmanager
 def plugged(home: Path, network: str) -> Iterator[Plugged]:
-    """A node with an agent, and a runtime with a network and our plugin behind it."""
+    """A node with an agent, and a runtime with a network and our plugin."""
     cluster = render_nodes("172.30.0.{}")
     with contextlib.ExitStack() as stack:
         lab = stack.enter_context(lab_for(cluster))
@@ -194,7 +195,7 @@ def node(lasting: Plugged) -> Iterator[Plugged]:
     """A node without pods."""
     before = lasting.plugins.file.read_text()
     for one in lasting.world.values():
-        receive_all(one)  # what came late of a test before
+        receive_all(one)  # removes late packets of an earlier test
     yield lasting
     lasting.plugins.file.write_text(before)
     if lasting.scene.process is None or lasting.scene.process.poll() is not None:
@@ -203,7 +204,7 @@ def node(lasting: Plugged) -> Iterator[Plugged]:
 
 
 def test_the_first_packet_is_judged(node: Plugged, record_property: Callable[[str, object], None]) -> None:
-    """The moment ADD returns, what policy allows passes both ways and what it denies does not, every time."""
+    """As soon as ADD returns, allowed packets pass in both directions and denied ones do not, for every pod."""
     world = ip_address(WORLD[4])
     taken_ms: list[float] = []
     stray: list[bytes] = []
@@ -211,7 +212,7 @@ def test_the_first_packet_is_judged(node: Plugged, record_property: Callable[[st
         numbers = range(first, min(first + GROUP, ROUNDS))
         pods = [node.sandbox(f"p{number}") for number in numbers]
         inside = {one.pod: {port: socket_in(one.namespace, port) for port in (ALLOWED, DENIED)} for one in pods}
-        # The agent takes a file up when it is some tenths of a second old: some ADDs come before the objects, some after.
+        # The agent applies a file some tenths of a second later, so some ADDs come before the objects and some after.
         node.scene.write("pods.yaml", render(*pods))
         for number, one in zip(numbers, pods, strict=True):
             order = (DENIED, ALLOWED) if number % 2 else (ALLOWED, DENIED)
@@ -239,7 +240,7 @@ def test_the_first_packet_is_judged(node: Plugged, record_property: Callable[[st
 
 
 def test_add_waits_for_the_object(node: Plugged) -> None:
-    """ADD does not return before the Pod object arrives; until then the interface is closed."""
+    """ADD does not return before the Pod object arrives. Until then the interface is closed."""
     one = node.sandbox("late")
     done: list[Any] = []
     thread = threading.Thread(target=lambda: done.append(node.plugins.add(one)))
@@ -253,7 +254,7 @@ def test_add_waits_for_the_object(node: Plugged) -> None:
             return any((flow.get("source"), flow["reason"]) == (address, "unknown-endpoint") for flow in flows)
 
         wait_for(is_denied, "what the pod sends is denied, because it is nobody yet")
-        receive_all(node.world[ALLOWED])  # an interface is open until the agent has read that it is there
+        receive_all(node.world[ALLOWED])  # an interface is open until the agent has seen it
         for _ in range(10):
             sender.sendto(b"early", (WORLD[4], ALLOWED))
         assert receive_all(node.world[ALLOWED]) == []
@@ -269,7 +270,7 @@ def test_add_waits_for_the_object(node: Plugged) -> None:
 
 
 def address_of(node: Plugged, one: Sandbox) -> str | None:
-    """A pod's address when it has a gateway, whose hardware address it then knows: nothing waits for an answer."""
+    """The pod's address, after it has a gateway with a known hardware address, so that nothing waits for ARP."""
     routes = json.loads(node.lab.run(NODE, ["ip", "-n", one.namespace, "-j", "route"]).stdout)
     gateway = next((each["gateway"] for each in routes if each["dst"] == "default"), None)
     if gateway is None:
@@ -297,7 +298,7 @@ def ask_ifnames(node: Plugged, one: Sandbox) -> list[str]:
 
 
 def test_the_object_catches_up(node: Plugged) -> None:
-    """When the object has its address at last, nothing changes: no packet is lost, and the evidence stays."""
+    """When the object finally has its address, nothing changes: no packet is lost, and the evidence stays the same."""
     one = node.sandbox("settled")
     node.scene.write("pods.yaml", render(one))
     node.plugins.add(one)
@@ -309,7 +310,7 @@ def test_the_object_catches_up(node: Plugged) -> None:
 
 
 def test_an_object_that_never_comes(node: Plugged) -> None:
-    """ADD ends with an error that says what was missing; the runtime undoes what the plugins before did."""
+    """ADD ends with an error that states what was missing. The runtime undoes the work of the earlier plugins."""
     node.configure(timeout=1)
     one = node.sandbox("void")
     with pytest.raises(CniError) as caught:
@@ -323,7 +324,7 @@ def test_an_object_that_never_comes(node: Plugged) -> None:
 
 @pytest.mark.parametrize("posture", ["closed", "open"])
 def test_no_agent(node: Plugged, posture: str) -> None:
-    """Without an agent ADD fails, and succeeds where the configuration says so; the interface that is there is closed or unseen."""
+    """Without an agent ADD fails, or succeeds if the configuration says so. The interface is closed, or unseen."""
     node.configure(timeout=1, posture=posture)
     one = node.sandbox("alone")
     node.scene.kill()
@@ -337,7 +338,7 @@ def test_no_agent(node: Plugged, posture: str) -> None:
 
 
 def test_an_agent_that_is_late(node: Plugged) -> None:
-    """An ADD that finds no agent waits for it: the restart of an agent fails no pod."""
+    """An ADD without an agent waits for one, so the restart of an agent fails no pod."""
     one = node.sandbox("patient")
     node.scene.write("pods.yaml", render(one))
     node.scene.kill()
@@ -351,7 +352,7 @@ def test_an_agent_that_is_late(node: Plugged) -> None:
 
 
 def test_the_next_agent_keeps_the_pod_open(node: Plugged) -> None:
-    """An agent that is killed before the object has an address leaves a pod that the next one knows."""
+    """The agent is killed before the object has an address. The next agent still knows the pod."""
     one = node.sandbox("kept")
     node.scene.write("pods.yaml", render(one))
     node.plugins.add(one)
@@ -367,7 +368,10 @@ def test_the_next_agent_keeps_the_pod_open(node: Plugged) -> None:
 
 
 def test_without_the_plugin(node: Plugged, record_property: Callable[[str, object], None]) -> None:
-    """Measures how long a pod waits for its network when ADD does not wait for policy; nothing is asserted but that it ends."""
+    """Measure how long a pod waits for its network if ADD does not wait for policy.
+
+    The test only asserts that it ends.
+    """
     document = json.loads(node.plugins.file.read_text())
     node.plugins.file.write_text(json.dumps({**document, "plugins": document["plugins"][:-1]}))
     taken_ms: list[float] = []
@@ -389,13 +393,13 @@ def test_without_the_plugin(node: Plugged, record_property: Callable[[str, objec
 
 
 def passes(node: Plugged, sender: socket.socket) -> bool:
-    """Whether a packet that policy allows comes out of a pod."""
+    """Whether a packet of a pod that policy allows arrives outside."""
     sender.sendto(b"bare", (WORLD[4], ALLOWED))
     return bool(select.select([node.world[ALLOWED]], [], [], 0.01)[0] and receive_all(node.world[ALLOWED]))
 
 
 def test_check_gc_and_status(node: Plugged) -> None:
-    """CHECK says whether policy is in force; GC does nothing; STATUS says whether there is an agent."""
+    """CHECK reports whether policy is in force, GC does nothing, and STATUS reports whether there is an agent."""
     one = node.sandbox("checked")
     node.scene.write("pods.yaml", render(one))
     node.plugins.add(one)
@@ -415,7 +419,7 @@ def test_check_gc_and_status(node: Plugged) -> None:
 
 
 def test_another_namespace(node: Plugged, record_property: Callable[[str, object], None]) -> None:
-    """A path that is no network namespace's, and an interface that is not there, are errors, whatever the posture; so is one without a pair."""
+    """A wrong namespace path, a missing interface, and an interface without a peer are errors in any posture."""
     node.configure(posture="open")
     one = node.sandbox("other")
     node.scene.write("pods.yaml", render(one))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs of others on the same interfaces, before ours and after it, through the whole life of an agent and its cleanup.
+"""Programs of others on the same interfaces, before and after ours, during the life of an agent and its cleanup.
 
-What another program does shows in what becomes of packets: it is switched between letting go on, letting pass, and dropping.
+The verdict of another program can be switched between continue, pass and drop. Real packets show whether it runs.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def scene(lab: Lab, tmp_path: Path) -> Iterator[Scene]:
 
 
 def program(verdict: int, program_type: int = syscall.PROG_TYPE_SCHED_CLS) -> int:
-    """A program that says the same of every packet, after it has called the kernel; its descriptor."""
+    """A program that calls a helper and returns the same verdict for each packet. Returns its descriptor."""
     return syscall.prog_load(COUNTS + one(0xB7, 0, verdict) + one(0x95, 0, 0), program_type)
 
 
 def one(opcode: int, target: int, immediate: int) -> bytes:
-    """An instruction."""
+    """Encode an instruction."""
     return relocation.INSTRUCTION.pack(opcode, relocation.packed(0, target), 0, immediate & 0xFFFF_FFFF)
 
 
@@ -60,19 +60,19 @@ COUNTS = one(relocation.CALL, 0, 5)  # bpf_ktime_get_ns
 
 
 def redirecting(helper: int, target: int, program_type: int = syscall.PROG_TYPE_SCHED_CLS) -> int:
-    """A program that sends everything to an interface; its descriptor."""
+    """A program that redirects every packet to an interface. Returns its descriptor."""
     code = one(0xB7, 1, target) + one(0xB7, 2, 0) + one(relocation.CALL, 0, helper) + one(0x95, 0, 0)
     return syscall.prog_load(code, program_type, name="shortcut")
 
 
 def number_of(lab: Lab, name: str) -> int:
-    """An interface's number."""
+    """The index of an interface."""
     (found,) = json.loads(lab.run(NODE, ["ip", "-j", "link", "show", name]).stdout)
     return int(found["ifindex"])
 
 
 class Other:
-    """Somebody else's tcx link where packets enter the database's pod."""
+    """A tcx link of another program where packets enter the database's pod."""
 
     def __init__(self, lab: Lab, stack: contextlib.ExitStack, flags: int = 0) -> None:
         self._programs = {verdict: program(verdict) for verdict in (GO_ON, PASS, DROP)}
@@ -84,17 +84,17 @@ class Other:
             stack.callback(os.close, fd)
 
     def says(self, verdict: int) -> None:
-        """What it says of packets from now on. The kernel has done so when this returns."""
+        """Set the verdict for the next packets. On return it is in force."""
         syscall.link_update(self._fd, self._programs[verdict])
 
     @property
     def ifindex(self) -> int:
-        """Where it is attached; 0: nowhere."""
+        """The index of the interface to which it is attached; 0: none."""
         return syscall.link_info(self._fd).ifindex
 
 
 def test_tcx_programs_of_others_run_before_and_after_ours(scene: Scene) -> None:
-    """None is removed or moved, and none that was there before lets anything past policy, whatever happens to the agent."""
+    """None is removed or moved, and an earlier one lets no packet bypass policy, whatever happens to the agent."""
     allowed, denied = to_db("shop/web"), to_db("shop/other")
     with contextlib.ExitStack() as stack:
         before = Other(scene.lab, stack)
@@ -127,7 +127,7 @@ def test_tcx_programs_of_others_run_before_and_after_ours(scene: Scene) -> None:
 
 
 def test_program_that_is_put_before_ours_is_told(scene: Scene) -> None:
-    """Root may do so; the status warns, naming the interface, until it is gone."""
+    """Root may do so. Status warns and names the interface until the program is gone."""
     scene.start()
     with contextlib.ExitStack() as stack:
         Other(scene.lab, stack)
@@ -140,14 +140,17 @@ def test_program_that_is_put_before_ours_is_told(scene: Scene) -> None:
 
 
 def told(state: dict[str, Any]) -> set[tuple[str, str]]:
-    """Kind and severity of the problems."""
+    """(kind, severity) of each problem."""
     return {(one["slug"], one["severity"]) for one in state["problems"]}
 
 
 @pytest.mark.parametrize("mechanism", ["tcx", "clsact"])
 @pytest.mark.parametrize("name", [WEB_LINK, "eth0"])
 def test_program_behind_ours_that_redirects_is_told(scene: Scene, name: str, mechanism: str) -> None:
-    """Into a pod it goes past the program there: the status names interface and program, says so by its exit code, until it is gone."""
+    """A redirect into a pod bypasses the pod's program.
+
+    Status names interface and program, and fails until it is gone.
+    """
     lab = scene.lab
     scene.start()
     fd, place = redirecting(REDIRECT_PEER, number_of(lab, DB_LINK)), number_of(lab, name)
@@ -172,7 +175,7 @@ def test_program_behind_ours_that_redirects_is_told(scene: Scene, name: str, mec
 
 
 def test_what_is_redirected_to_a_device_meets_policy_there(tmp_path: Path) -> None:
-    """Of all ways to redirect from TC only that into a pod goes past the program at its interface; so that alone is told."""
+    """Of all redirects from TC, only the one into a pod bypasses the program there, so only that one is reported."""
     only_ingress = NARROW.replace("policyTypes: [Ingress, Egress]", "policyTypes: [Ingress]").partition("  egress:")[0]
     with border(tmp_path) as scene:
         lab = scene.lab
@@ -209,7 +212,7 @@ def test_what_is_redirected_to_a_device_meets_policy_there(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("is_link", [True, False], ids=["link", "netlink"])
 def test_xdp_programs_of_others_are_told(scene: Scene, *, is_link: bool) -> None:
-    """One that redirects is an error, one that lets pass or drops a warning: it is before policy, and lets nothing past it."""
+    """An XDP program that redirects is an error. One that passes or drops is a warning, because it bypasses nothing."""
     lab = scene.lab
     scene.start()
     place = number_of(lab, WEB_LINK)
@@ -241,7 +244,7 @@ def test_xdp_programs_of_others_are_told(scene: Scene, *, is_link: bool) -> None
 
 
 def test_program_of_others_that_only_counts_is_no_problem(scene: Scene) -> None:
-    """Behind ours, on either hook: what is told after it has been there is not about it."""
+    """It runs after ours, on either hook. Problems that are reported then are not about it."""
     lab = scene.lab
     scene.start()
     with contextlib.ExitStack() as stack:
@@ -262,7 +265,7 @@ def test_program_of_others_that_only_counts_is_no_problem(scene: Scene) -> None:
 
 @pytest.mark.parametrize("is_tcx", [True, False], ids=["tcx", "clsact"])
 def test_filters_of_others_run_after_ours(lab: Lab, tmp_path: Path, *, is_tcx: bool) -> None:
-    """A discipline and a filter that were there before stay, and get what policy lets pass, with our program of either kind."""
+    """An earlier discipline and filter stay, and get the packets that policy allows, by either mechanism of ours."""
 
     def others_say(verdict: int) -> None:
         rule = ["prio", "50", "handle", "1", "bpf", "direct-action", "bytecode", f"1,6 0 0 {verdict}"]

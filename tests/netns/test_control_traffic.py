@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a link needs under a default deny for both directions, and who may send from which address."""
+"""The messages that a link needs under a default deny in both directions, and the source addresses of pods."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GATEWAY = {4: ip_address("169.254.1.1"), 6: ip_address("fe80::1")}
 POD = {"web": 1, "db": 2, "other": 3}
 LENT = {4: ip_address("198.51.100.7"), 6: ip_address("2001:db8:5::7")}
 FOREIGN = {4: ip_address("198.51.101.7"), 6: ip_address("2001:db8:6::7")}
-"""Next to what is lent."""
+"""Addresses next to the lent ones."""
 
 DENY_ALL = """\
 apiVersion: networking.k8s.io/v1
@@ -74,7 +74,7 @@ spec: {selector: role == 'node', order: 1, types: [Ingress, Egress], ingress: [{
 
 
 def lending(*nets: str) -> str:
-    """The manifests of the cluster, in which one pod may send from other addresses."""
+    """The manifests of the cluster, with one pod that may send from other addresses."""
     quoted = ",".join(f'"{net}"' for net in nets)
     return CLUSTER.replace(
         "{name: web, namespace: shop,",
@@ -98,7 +98,7 @@ def lasting_scene(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture
 def scene(lasting_scene: Scene) -> Scene:
-    """Every pod isolated for both directions."""
+    """A scene with every pod isolated in both directions."""
     if lasting_scene.process is None or lasting_scene.process.poll() is not None:
         lasting_scene.start()
     lasting_scene.enforce(DENY_ALL)
@@ -112,18 +112,18 @@ def interface_of(name: str) -> str:
 
 
 def counted(scene: Scene, reason: str) -> int:
-    """Packets counted under a reason."""
+    """The number of packets counted under a reason."""
     return int(scene.state()["packets"].get(reason, 0))
 
 
 def addresses(lab: Lab, host: str, device: str) -> dict[str, dict[str, Any]]:
-    """IPv6 addresses of an interface, with their flags."""
+    """The IPv6 addresses of an interface, with their flags."""
     (link,) = json.loads(lab.run(host, ["ip", "-6", "-j", "address", "show", "dev", device]).stdout)
     return {one["local"]: one for one in link["addr_info"]}
 
 
 def link_local(lab: Lab, host: str, device: str = "eth0") -> str:
-    """The automatic link-local address, once it may be used."""
+    """The automatic link-local address, when it is usable."""
 
     def look() -> str | None:
         ready = [
@@ -137,7 +137,7 @@ def link_local(lab: Lab, host: str, device: str = "eth0") -> str:
 
 
 def neighbour(lab: Lab, host: str, device: str, address: IPAddress) -> str | None:
-    """Hardware address of a neighbour that answered; None before that."""
+    """The hardware address of a neighbour that answered; None before that."""
     command = ["ip", f"-{address.version}", "-j", "neighbour", "show", "to", str(address), "dev", device]
     for one in json.loads(lab.run(host, command).stdout or "[]"):
         if not {"FAILED", "INCOMPLETE"} & set(one["state"]):
@@ -146,7 +146,7 @@ def neighbour(lab: Lab, host: str, device: str, address: IPAddress) -> str | Non
 
 
 def datagram_socket(lab: Lab, host: str, address: str, port: int, device: str | None = None) -> socket.socket:
-    """A UDP socket in a host's namespace, broadcasts allowed; ``device`` binds it to that interface."""
+    """A UDP socket in a host's namespace, with broadcasts allowed. ``device``: binds it to that interface."""
     sock = lab.prober.open_socket(host, socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
@@ -157,14 +157,14 @@ def datagram_socket(lab: Lab, host: str, address: str, port: int, device: str | 
 
 
 def wire_socket(lab: Lab, host: str, device: str = "eth0") -> socket.socket:
-    """A socket for whole frames of an interface; it reads none."""
+    """A socket that sends whole frames by an interface. It receives none."""
     sock = lab.prober.open_socket(host, socket.AF_PACKET, socket.SOCK_RAW)
     sock.bind((device, 0))
     return sock
 
 
 def received(sock: socket.socket, at_least: int = 0) -> list[bytes]:
-    """What arrives until nothing comes for a while; for what is expected the wait may be long."""
+    """The datagrams that arrive until there is a pause. ``at_least``: wait longer until there are so many."""
     found: list[bytes] = []
     try:
         while True:
@@ -178,7 +178,10 @@ def received(sock: socket.socket, at_least: int = 0) -> list[bytes]:
 
 
 def test_duplicate_address_detection(scene: Scene) -> None:
-    """An isolated pod's address becomes usable, unless the other end of the link has it; of another's it may not even ask."""
+    """An isolated pod's address becomes usable unless the other end has it.
+
+    The pod may not probe another pod's address.
+    """
     lab, ours = scene.lab, interface_of("web")
     own, name = str(address_of("web", 6)), "shop/web"
     lab.prober.write_settings("shop/web", [("ipv6/conf/eth0/accept_dad", "1"), ("ipv6/conf/eth0/dad_transmits", "1")])
@@ -209,7 +212,7 @@ def test_duplicate_address_detection(scene: Scene) -> None:
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_neighbours_are_found_while_packets_are_denied(scene: Scene, version: int) -> None:
-    """An isolated pod learns its gateway's hardware address, and the node the pod's, although no packet of the pod's passes."""
+    """An isolated pod and its node learn each other's hardware addresses, although all the pod's packets are denied."""
     lab, ours = scene.lab, interface_of("web")
     lab.run("shop/web", ["ip", f"-{version}", "neighbour", "flush", "dev", "eth0"])
     lab.run(NODE, ["ip", f"-{version}", "neighbour", "flush", "dev", ours])
@@ -224,7 +227,10 @@ def test_neighbours_are_found_while_packets_are_denied(scene: Scene, version: in
 
 
 def test_link_local_addresses_are_subject_to_policy(scene: Scene) -> None:
-    """Between a pod and its node's link-local address nothing is exempt but what the node begins; no such source is spoofed."""
+    """Between a pod and its node's link-local address only connections of the node are exempt.
+
+    Such sources are not spoofed.
+    """
     lab, ours = scene.lab, interface_of("web")
     spoofed = counted(scene, "spoofed")
     pod = link_local(lab, "shop/web")
@@ -251,20 +257,20 @@ def test_link_local_addresses_are_subject_to_policy(scene: Scene) -> None:
 
 
 def discover(lab: Lab, host: str) -> None:
-    """What a client without an address sends."""
+    """Send the DHCP message of a client without an address."""
     with wire_socket(lab, host) as wire:
         packet = frames.udp(ANY, ALL, DHCP, b"discover")
         wire.send(frames.frame_of(packet, frames.mac("02:00:00:00:00:01"), frames.BROADCAST_MAC))
 
 
 def offered(server: socket.socket, client: socket.socket) -> list[bytes]:
-    """What reached the client of a server's broadcast."""
+    """The packets of a server's broadcast that reached the client."""
     server.sendto(b"offer", (str(ALL), DHCP[0]))
     return received(client, 1)
 
 
 def test_dhcp_of_the_node_under_default_deny(scene: Scene) -> None:
-    """On an interface of the node that denies everything, a DHCP exchange with source 0.0.0.0 and broadcasts takes place."""
+    """A DHCP exchange with source 0.0.0.0 and broadcasts works on an interface of the node that denies everything."""
     lab = scene.lab
     scene.enforce(DENY_ALL, HOST_DENY)
     wait_for(lambda: scene.reached(Attempt(NODE, ip_address("192.0.2.1"), TCP, 9)) == [False], "the node is closed")
@@ -280,7 +286,7 @@ def test_dhcp_of_the_node_under_default_deny(scene: Scene) -> None:
 
 
 def test_dhcp_of_a_workload_under_default_deny(scene: Scene) -> None:
-    """A workload without an address gets one from its node; as a server it is heard by nobody."""
+    """A workload without an address gets one from its node. As a DHCP server it reaches nobody."""
     lab, ours = scene.lab, interface_of("web")
     scene.enforce(DENY_ALL)
     wait_for(lambda: scene.reached(Attempt("shop/web", address_of("db", 4), TCP, 5432)) == [False], "the pod is closed")
@@ -306,7 +312,7 @@ def test_dhcp_of_a_workload_under_default_deny(scene: Scene) -> None:
 
 
 def send_as(lab: Lab, name: str, *sources: tuple[IPAddress, bytes]) -> None:
-    """From a pod, datagrams to the database with sources of our choice."""
+    """Send datagrams with chosen sources from a pod to the database."""
     with wire_socket(lab, f"shop/{name}") as wire:
         for source, payload in sources:
             packet = frames.udp(source, address_of("db", source.version), (4000, 5353), payload)
@@ -315,7 +321,10 @@ def send_as(lab: Lab, name: str, *sources: tuple[IPAddress, bytes]) -> None:
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_spoofed_sources_are_dropped_and_counted(scene: Scene, version: int) -> None:
-    """With the address of a pod that is allowed, of the node or of nobody, a pod reaches nothing; each packet is counted."""
+    """With the address of an allowed pod, of the node, or an unknown one, a pod reaches nothing.
+
+    Each packet is counted.
+    """
     lab = scene.lab
     scene.enforce(FROM_OTHER)
     other, nobody = address_of("other", version), ip_address("203.0.113.9" if version == 4 else "2001:db8:9::9")
@@ -330,7 +339,10 @@ def test_spoofed_sources_are_dropped_and_counted(scene: Scene, version: int) -> 
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_lent_sources_pass_and_no_others(scene: Scene, version: int) -> None:
-    """A pod may send from the prefixes of its annotation, subject to policy; not from the next one, and no other pod may."""
+    """A pod may send from the prefixes of its annotation, subject to policy; not from a neighbouring address.
+
+    Other pods may not.
+    """
     lab = scene.lab
     scene.enforce(cluster=LENDING)
     with datagram_socket(lab, "shop/db", "" if version == 4 else "::", 5353) as server:
@@ -348,7 +360,7 @@ def test_lent_sources_pass_and_no_others(scene: Scene, version: int) -> None:
 
 
 def test_prefixes_count_only_where_the_agent_honours_them(lasting_scene: Scene, lab: Lab, tmp_path: Path) -> None:
-    """Without `--allow-source-prefixes` the annotation lends nothing: who may write pods does not decide on sources."""
+    """Without `--allow-source-prefixes` the annotation has no effect: writers of pods do not decide about sources."""
     lasting_scene.retire()
     with scene_in(lab, tmp_path / "home", {"cluster.yaml": LENDING}) as scene:
         scene.start()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demonstration, run as a user runs it: what it shows, that it can fail, and that nothing of it stays."""
+"""The demonstration, run as a user runs it: its results, its possible failure, and that nothing remains."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ DEADLINE_S = 120.0
 
 @pytest.fixture
 def temporary() -> Iterator[Path]:
-    """A directory with a short name: the agent's socket lies deep in it, and the kernel takes 107 bytes for its path."""
+    """A directory with a short name, because the path of the agent's socket below it has at most 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="np-") as name:
         yield Path(name)
 
 
 def left_behind(token: str, pins: str, temporary: Path) -> list[str]:
-    """What is still there of one performance: namespaces, pins, copies."""
+    """The namespaces, pins and copies of a run that still exist."""
     places = [*NETNS_DIR.glob(f"{token}-*"), *PIN_PARENT.glob(Path(pins).name), *temporary.iterdir()]
     return [str(path) for path in places]
 
 
 def test_everything_is_as_the_model_predicts(temporary: Path) -> None:
-    """Four matrices of real connections, one denial explained, one change made live; then nothing is left."""
+    """Four matrices of real connections, one explained denial, one live change; afterwards nothing remains."""
     done = subprocess.run(
         [*COMMAND, "--no-iperf", "-o", "json"],
         check=False,
@@ -72,7 +72,7 @@ def test_everything_is_as_the_model_predicts(temporary: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_leaves_nothing(number: signal.Signals, temporary: Path) -> None:
-    """Ended while the agent is at work, it removes all the same and says so with its exit code."""
+    """If it is ended while the agent works, it still removes everything. Its exit code shows the signal."""
     with subprocess.Popen(
         [*COMMAND, "--no-iperf"],
         stdout=subprocess.PIPE,
@@ -95,7 +95,7 @@ def test_interrupted_it_leaves_nothing(number: signal.Signals, temporary: Path) 
 
 
 def test_it_notices_when_nothing_is_enforced(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without an agent every connection that should be denied is named, and the performance has failed."""
+    """Without an agent the demonstration names every connection that should be denied, and fails."""
     monkeypatch.setattr(Demo, "_start_agent", lambda _: 0.0)
     workshop = temporary / "workshop"
     (workshop / "manifests").mkdir(parents=True)
@@ -112,7 +112,7 @@ def test_it_notices_when_nothing_is_enforced(temporary: Path, monkeypatch: pytes
 
 
 def test_without_root_it_says_so() -> None:
-    """One clear line and exit code 5."""
+    """The output is one clear line, and the exit code 5."""
     program = (
         "import os, sys; os.geteuid = lambda: 1000; from netpol_ebpf.cli.main import main; sys.exit(main(['demo']))"
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is followed is what there is: after changes that the kernel tells, and after those that it does not tell."""
+"""The follower's copy equals the node's state, after changes with notifications and after changes without them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ pytestmark = pytest.mark.netns
 
 T = TypeVar("T")
 DEADLINE_S = 30.0
-"""For what takes milliseconds, or the two seconds in which an IPv6 address is found to be unique."""
+"""Time limit in seconds for events that take milliseconds, or the two seconds of duplicate address detection."""
 SEEDS, ROUNDS, CHANGES = 12, 8, 8
 PODS = 50
 
 
 @dataclass
 class Node:
-    """A namespace that is a node, others that are pods, and a follower of the node, whose clock is turned by hand."""
+    """A namespace as a node, others as pods, and a follower of the node with a clock that the test sets."""
 
     name: str
     pods: tuple[str, ...]
@@ -41,7 +41,7 @@ class Node:
     followers: list[Follower] = field(default_factory=list)
 
     def inside(self, work: Callable[[], T]) -> T:
-        """Call something in the node's namespace, on a thread of its own."""
+        """Call a function in the node's namespace, on a thread of its own."""
 
         def body() -> T:
             enter_namespace(Path("/run/netns") / self.name)
@@ -55,20 +55,20 @@ class Node:
         return self.followers[-1]
 
     def do(self, *lines: str, where: str = "", is_forced: bool = False) -> None:
-        """Lines for `ip`; with ``is_forced`` those that the kernel refuses are passed over."""
+        """Run lines of `ip`. ``is_forced``: ignore lines that the kernel rejects."""
         force = ["-force"] if is_forced else []
         command = ["ip", *force, "-n", where or self.name, "-batch", "-"]
         done = subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True, check=False)
         assert is_forced or done.returncode == 0, done.stderr
 
     def settle(self, follower: Follower) -> list[LinkChange]:
-        """Have everything read, and asked for a second time."""
+        """Read everything, and make the second dumps."""
         found = follower.poll() or []
         self.now_s += SETTLE_S
         return found + (follower.poll() or [])
 
     def agrees(self, follower: Follower) -> None:
-        """Fails when what is followed stays other than what there is. Addresses become usable after a while by themselves."""
+        """Fail if the copy stays different from the state. Addresses become usable after a while without a change."""
         deadline = time.monotonic() + DEADLINE_S
         while True:
             self.settle(follower)
@@ -116,7 +116,7 @@ def wired(node: Node) -> Node:
     for number, pod in enumerate(node.pods, 1):
         node.do(
             f"link add v{number} type veth peer name eth0 netns {pod}",
-            f"link set v{number} addrgenmode none",  # whose address would come a second later
+            f"link set v{number} addrgenmode none",  # its address would appear a second later
             f"link set v{number} up",
         )
         node.do("link set eth0 up", where=pod)
@@ -140,10 +140,10 @@ def index(follower: Follower, name: str) -> int:
 
 
 def test_pods_come_and_go_without_listing_anything_again(node: Node) -> None:
-    """Fifty pods with addresses and routes of both families: all is followed, and everything was listed once, at the start."""
+    """Fifty pods with addresses and routes of both families are followed, with only one dump, at the start."""
     follower, pod = node.follower(), node.pods[0]
     numbers = range(1, PODS + 1)
-    for some in (range(1, 11), range(11, PODS + 1)):  # a few while others are read, and many at a time
+    for some in (range(1, 11), range(11, PODS + 1)):  # a few while others are read, then many at once
         for number in some:
             node.do(
                 f"link add v{number} type veth peer name eth{number} netns {pod}",
@@ -168,7 +168,7 @@ def test_pods_come_and_go_without_listing_anything_again(node: Node) -> None:
 
 
 def test_a_new_interface_is_news_and_so_is_its_end(node: Node) -> None:
-    """In order, with what the list of interfaces says; a number that was given away again was gone in between."""
+    """The changes are in order, with the data of the list of interfaces. A reused index was gone in between."""
     follower = node.follower()
     node.do(f"link add v1 index 77 type veth peer name eth0 netns {node.pods[0]}")
     (born,) = (one for one in node.settle(follower) if one.link.name == "v1")
@@ -182,7 +182,7 @@ def test_a_new_interface_is_news_and_so_is_its_end(node: Node) -> None:
 
 
 def test_what_says_nothing_new_is_no_news(wired: Node) -> None:
-    """A port that joins a bridge is an interface still when it leaves; a change of no interest changes nothing."""
+    """A port that leaves a bridge is still an interface. An irrelevant change changes nothing."""
     follower = wired.follower()
     wired.do("link add br0 type bridge", "link set v1 master br0")
     wired.settle(follower)
@@ -206,11 +206,11 @@ UNTOLD = {
     "next hop object removed": (["nexthop del id 7"], ["10.1.0.7"]),
     "one of two replaced": (["route replace 10.1.0.8/32 dev v1 src 10.0.0.1"], []),
 }
-"""What is done, and addresses whose routes go or lead elsewhere with it."""
+"""(commands, addresses whose routes vanish or lead elsewhere as a consequence)."""
 
 
 def has_vrf(node: Node) -> bool:
-    """Whether the kernel has such devices; then the node has one of the name red."""
+    """Whether the kernel has VRF devices. If so, the node gets one with the name red."""
     command = ["ip", "-n", node.name, "link", "add", "red", "type", "vrf", "table", "100"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 or "Unknown device type" in done.stderr, done.stderr
@@ -219,10 +219,10 @@ def has_vrf(node: Node) -> bool:
 
 @pytest.mark.parametrize("case", UNTOLD)
 def test_routes_that_go_without_a_word(wired: Node, case: str) -> None:
-    """They are found to be gone, without listing all; where next hop objects are at work, with."""
+    """The follower notices that the routes are gone, without a dump of all routes unless there are next hop objects."""
     lines, expected = UNTOLD[case]
     if "VRF" in case and not has_vrf(wired):
-        return  # nothing to be told of where the kernel has no such devices
+        return  # the kernel has no such devices, so there is nothing to test
     wired.do(
         "address add 10.0.0.1/24 dev v1", "address add 10.0.0.2/24 dev v2",
         "route add 10.1.0.1/32 dev v1", "route add 10.1.0.2/32 dev v1 src 10.0.0.2", "route add fd00::1/128 dev v1",
@@ -240,7 +240,10 @@ def test_routes_that_go_without_a_word(wired: Node, case: str) -> None:
 
 
 def test_a_pair_whose_other_end_moves(node: Node) -> None:
-    """Away and back again: the end that stays is not told, and is news all the same."""
+    """The other end moves away and back.
+
+    The kernel sends no notification about the remaining end, and the follower reports it.
+    """
     follower = node.follower()
     node.do("link add v1 type veth peer name p1")
     node.settle(follower)
@@ -258,7 +261,7 @@ def test_a_pair_whose_other_end_moves(node: Node) -> None:
 
 
 def test_an_address_that_is_not_known_to_be_unique_yet(wired: Node) -> None:
-    """It is there from the start, though it is told only when it is known to be unique."""
+    """The address is in the copy from the start, before the notification after duplicate address detection."""
     follower = wired.follower()
     wired.do("address add fd00:7::1/64 dev v1")
     wired.settle(follower)
@@ -267,7 +270,10 @@ def test_an_address_that_is_not_known_to_be_unique_yet(wired: Node) -> None:
 
 
 def test_what_the_node_shares_with_others(wired: Node) -> None:
-    """A lasting address in a prefix does, one that lasts as long as somebody announces it does not, nor a single one."""
+    """A lasting address with a prefix counts.
+
+    One that expires without a router's announcement does not, nor a single one.
+    """
     follower = wired.follower()
     wired.do("address add 10.0.0.1/32 dev v1", "address add fd00::1/64 dev v1 nodad valid_lft 900 preferred_lft 900")
     wired.settle(follower)
@@ -281,7 +287,7 @@ def test_what_the_node_shares_with_others(wired: Node) -> None:
 
 
 def test_an_interface_that_flaps_is_asked_for_now_and_then(wired: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever has the other end of a pair switches it as often as they like; what comes of the last time is known all the same."""
+    """A workload can switch its end on and off at any rate. The state after the last change is known nevertheless."""
     wired.do("address add 10.0.0.1/24 dev v1", "address add fd00::1/64 dev v1 nodad", "nexthop add id 7 dev v1",
              "route add 10.1.0.7/32 nhid 7")  # fmt: skip
     follower = wired.follower()
@@ -315,7 +321,10 @@ def test_an_interface_that_flaps_is_asked_for_now_and_then(wired: Node, monkeypa
 
 
 def test_lost_messages(wired: Node) -> None:
-    """More than the socket holds: everything is listed again, once, and what went is not known."""
+    """There are more notifications than the socket holds.
+
+    Everything is dumped again once, and the changes are unknown.
+    """
     follower = wired.follower()
     follower._news._socket.setsockopt(socket.SOL_SOCKET, netlink._SO_RCVBUFFORCE, 4096)
     wired.do(*(f"route add 10.2.0.{number}/32 dev v1" for number in range(1, 200)))
@@ -331,7 +340,7 @@ def test_lost_messages(wired: Node) -> None:
 
 @pytest.mark.parametrize("raw", [b"\x20\0\0\0\x10\0\0\0" + bytes(24), b"\xff\0\0\0" + bytes(12), bytes(7) + bytes(9)])
 def test_a_message_that_makes_no_sense(wired: Node, raw: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything is listed again."""
+    """Everything is dumped again."""
     follower = wired.follower()
     wired.do("route add 10.2.0.1/32 dev v1")
     rest = [raw]
@@ -346,7 +355,7 @@ def test_a_message_that_makes_no_sense(wired: Node, raw: bytes, monkeypatch: pyt
 
 
 def change(random_: random.Random, pods: tuple[str, ...]) -> str:
-    """A line for `ip` that changes something, if it is possible."""
+    """A line for `ip` that changes something if the kernel accepts it."""
     number, other = random_.randint(1, 4), random_.randint(1, 4)
     link, pod = random_.choice((f"v{number}", f"v{number}", f"p{number}", "br0", "red")), random_.choice(pods)
     host, metric = f"10.1.0.{random_.randint(1, 5)}/32", random_.choice(("", "", " metric 7"))
@@ -392,7 +401,7 @@ def change(random_: random.Random, pods: tuple[str, ...]) -> str:
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_whatever_happens_what_is_followed_is_what_there_is(node: Node, seed: int) -> None:
-    """After random changes, of which the kernel refuses some, a follower knows what a new one finds."""
+    """After random changes, some of which the kernel rejects, the copy equals that of a new follower."""
     random_ = random.Random(seed)
     node.do("link add br0 type bridge", "link set br0 up")
     if has_vrf(node):

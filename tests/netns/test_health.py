@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The health endpoint of a real agent: what it says while the agent starts, works and loses its source, and to whom."""
+"""The health endpoint of a real agent: its answers while the agent starts, works and loses its source."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ users: [{name: u, user: {token: t}}]
 
 
 def get(lab: Lab, path: str, *, host: str = NODE, address: str = "127.0.0.1", port: int = PORT) -> tuple[int, str]:
-    """Status and body of a page; status 0 and the error without an answer."""
+    """The status and body of a page; without an answer, status 0 and the error."""
     done = lab.run(host, [sys.executable, "-c", GET, address, str(port), path])
     status, body = json.loads(done.stdout)
     return int(status), str(body)
@@ -70,13 +70,13 @@ def connects(lab: Lab, host: str, address: str, port: int) -> bool:
 
 @pytest.fixture
 def health(lab: Lab, tmp_path: Path) -> Iterator[Scene]:
-    """An agent to be, with its endpoint at the loopback address."""
+    """An agent that is not started yet, with its endpoint at the loopback address."""
     with scene_in(lab, tmp_path / "home", options=("--health-address", LOOPBACK)) as one:
         yield one
 
 
 def test_states_from_start_to_lost_source(health: Scene) -> None:
-    """Live while it waits for a source, ready with the objects in force, not fresh without its source, and ready again."""
+    """Live while it waits for a source; ready with the objects in force; not fresh without its source; ready again."""
     lab = health.lab
     kubeconfig = health.home / "kubeconfig"
     kubeconfig.write_text(KUBECONFIG)
@@ -111,7 +111,7 @@ def test_states_from_start_to_lost_source(health: Scene) -> None:
 
 
 def test_killed_agent_leaves_no_server(health: Scene) -> None:
-    """The next agent gets the address, whatever ended the one before."""
+    """The next agent can listen at the address, however the previous one ended."""
     health.start()
     wait_for(lambda: get(health.lab, "/readyz")[0] == 200, "it is ready")
     health.kill()
@@ -121,7 +121,7 @@ def test_killed_agent_leaves_no_server(health: Scene) -> None:
 
 
 def test_scrapes_while_policies_change(health: Scene) -> None:
-    """Every scrape is whole, counters never go back, and every change comes into force meanwhile."""
+    """Every scrape is complete, counters never decrease, and every change comes into force meanwhile."""
     lab = health.lab
     health.start()
     wait_for(lambda: get(lab, "/readyz")[0] == 200, "it is ready")
@@ -152,7 +152,7 @@ def test_scrapes_while_policies_change(health: Scene) -> None:
         assert values["netpol_change_duration_seconds_count"] == values["netpol_changes_applied_total"]
         applied.append(values["netpol_changes_applied_total"])
     assert applied == sorted(applied)
-    # A scrape within a second of another gets the same text.
+    # A scrape within a second of another one gets the same text.
     ((labels, packets),) = wait_for(lambda: rules_of(lab, "other"), "the last policy has its series")
     assert (labels["tier"], labels["namespace"], labels["direction"], labels["action"]) == (
         "default", "shop", "ingress", "allow",
@@ -162,7 +162,7 @@ def test_scrapes_while_policies_change(health: Scene) -> None:
 
 
 def rules_of(lab: Lab, policy: str) -> list[tuple[dict[str, str], float]]:
-    """The rules of a policy that have decided packets: labels, and the number of packets."""
+    """The rules of a policy that have decided packets, as (labels, number of packets)."""
     families = parser.text_string_to_metric_families(get(lab, "/metrics")[1])
     found = (one for family in families for one in family.samples if one.name == "netpol_rule_packets_total")
     return [(one.labels, one.value) for one in found if one.labels["policy"] == policy and one.value]
@@ -170,7 +170,7 @@ def rules_of(lab: Lab, policy: str) -> list[tuple[dict[str, str], float]]:
 
 @pytest.fixture
 def translated(lab: Lab) -> Iterator[Lab]:
-    """A node that sends what pods send to two of its ports on to its loopback address, as kube-proxy can."""
+    """A node that redirects pods' packets to two of its ports to its loopback address, as kube-proxy can."""
     port = port_of("web")
     lab.prober.write_settings(NODE, [(f"ipv4/conf/{port}/route_localnet", "1")])
     table = f"""\
@@ -191,7 +191,7 @@ table ip test_health {{
 
 
 def test_no_pod_connects_to_the_loopback_address(health: Scene, translated: Lab) -> None:
-    """By translation to a loopback address a pod reaches another process of the node, and never the health endpoint."""
+    """By translation to a loopback address a pod reaches another process of the node, but never the health endpoint."""
     health.start()
     wait_for(lambda: get(translated, "/readyz")[0] == 200, "it is ready")
     with contextlib.closing(translated.prober.open_socket(NODE, 2, 1)) as other:
@@ -204,7 +204,7 @@ def test_no_pod_connects_to_the_loopback_address(health: Scene, translated: Lab)
 
 
 def test_pods_reach_an_address_of_the_node_as_policy_says(lab: Lab, tmp_path: Path) -> None:
-    """At an address of the uplink the network connects, and a workload unless it may not reach its node."""
+    """At an address of the uplink, hosts outside can connect. So can a workload, unless it may not reach its node."""
     address = f"{NODE_ADDRESS}:{PORT}"
     for to_host, expected in (("allow", True), ("deny", False)):
         options = ("--health-address", address, "--workload-to-host", to_host)

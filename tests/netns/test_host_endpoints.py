@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host endpoints on the interfaces of a real node: what they protect, what passes through, and what they never cut."""
+"""Host endpoints on the interfaces of a real node: what they protect, what is forwarded, and what they never cut."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ table ip6 proxy {
 
 
 def policy(name: str, spec: str) -> str:
-    """A global policy of the node's host endpoints."""
+    """A global policy for the node's host endpoints."""
     return (
         "apiVersion: projectcalico.org/v3\nkind: GlobalNetworkPolicy\n"
         f"metadata: {{name: {name}}}\nspec:\n  selector: role == 'node'\n{spec}"
@@ -130,7 +130,7 @@ def to_node(port: int, version: int = 4, source: str = INTERNET) -> Attempt:
 
 
 def to_pod(version: int = 4) -> Attempt:
-    """A connection from outside that passes through the node."""
+    """A connection from outside that the node forwards."""
     return Attempt(INTERNET, POD_ADDRESS[version], TCP, 5432)
 
 
@@ -161,7 +161,7 @@ def lasting_scene(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture
 def scene(lasting_scene: Scene) -> Scene:
-    """An agent without host endpoints in force."""
+    """An agent without a host endpoint in force."""
     scene = lasting_scene
     for path in scene.manifests.iterdir():
         if path.name != "cluster.yaml":
@@ -180,7 +180,10 @@ def settle(scene: Scene, *, policies: int) -> None:
 
 @pytest.mark.parametrize("manifest", [HOST_ENDPOINT, BY_ADDRESS, WILDCARD], ids=["named", "by address", "wildcard"])
 def test_host_endpoint_closes_the_node_but_for_failsafes_and_forwarding(scene: Scene, manifest: str) -> None:
-    """Without policy a host endpoint denies what is for the node's processes, keeps ssh open, and lets through what passes."""
+    """Without policy a host endpoint denies packets to the node's processes.
+
+    It keeps ssh open and forwarding as it was.
+    """
     assert scene.reached(to_node(SSH), to_node(WEB), to_pod()) == [True] * 3
     scene.write("host.yaml", manifest)
     scene.await_reached(to_node(WEB), expected=False)
@@ -199,7 +202,7 @@ def test_host_endpoint_closes_the_node_but_for_failsafes_and_forwarding(scene: S
 
 
 def test_deny_all_never_cuts_ssh(scene: Scene) -> None:
-    """A connection to port 22 that is open lives through a policy that denies everything, and new ones can be made."""
+    """An open connection to port 22 survives a policy that denies everything, and new ones can be opened."""
     held = scene.lab.prober.hold(to_node(SSH))
     assert held is not None
     scene.write("host.yaml", HOST_ENDPOINT)
@@ -212,7 +215,7 @@ def test_deny_all_never_cuts_ssh(scene: Scene) -> None:
 
 
 def test_normal_policy_opens_a_port(scene: Scene) -> None:
-    """A normal policy says what reaches the node's processes; what passes through is no matter of its."""
+    """A normal policy decides what reaches the node's processes. It does not apply to forwarded packets."""
     scene.write("host.yaml", HOST_ENDPOINT)
     scene.write("web.yaml", ALLOW_WEB)
     scene.await_reached(to_node(STATELESS), expected=False)
@@ -221,7 +224,7 @@ def test_normal_policy_opens_a_port(scene: Scene) -> None:
 
 
 def test_policy_for_what_passes_through(scene: Scene) -> None:
-    """With a policy that applies on forward, what passes through is subject to it, to the end of its tier."""
+    """With a policy that applies on forward, forwarded packets are subject to it, until the end of its tier."""
     scene.write("host.yaml", HOST_ENDPOINT)
     scene.write("forward.yaml", NO_FORWARD)
     scene.await_reached(to_pod(), expected=False)
@@ -234,7 +237,7 @@ def test_policy_for_what_passes_through(scene: Scene) -> None:
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_node_port_is_protected_from_outside(scene: Scene, version: int) -> None:
-    """A policy before translation closes a node port; the pod behind it, and ssh, stay as they are."""
+    """A pre-DNAT policy closes a node port. The pod behind it, and ssh, stay reachable."""
     node_port = to_node(NODE_PORT, version)
     scene.write("host.yaml", HOST_ENDPOINT)
     scene.write("service.yaml", SERVICE)
@@ -245,7 +248,7 @@ def test_node_port_is_protected_from_outside(scene: Scene, version: int) -> None
 
 
 def test_forward_policy_sees_what_is_behind_a_node_port(scene: Scene) -> None:
-    """A policy for what passes through judges a node port's packets with the pod's address and port."""
+    """A forward policy judges a node port's packets by the pod's address and port."""
     scene.write("host.yaml", HOST_ENDPOINT)
     scene.write("service.yaml", SERVICE)
     scene.await_reached(to_node(NODE_PORT), expected=True)
@@ -258,7 +261,7 @@ def test_forward_policy_sees_what_is_behind_a_node_port(scene: Scene) -> None:
 
 
 def test_untracked_policy_is_stateless(scene: Scene) -> None:
-    """What untracked policy allows inwards must be allowed outwards too: there is no connection that an answer belongs to."""
+    """If untracked policy allows a packet in, the answer must also be allowed out, because there is no connection."""
     scene.write("host.yaml", HOST_ENDPOINT)
     scene.write("stateless.yaml", STATELESS_IN)
     scene.await_reached(to_node(WEB), expected=False)
@@ -271,7 +274,10 @@ def test_untracked_policy_is_stateless(scene: Scene) -> None:
 
 @pytest.mark.parametrize("manifest", [HOST_ENDPOINT, WILDCARD], ids=["named", "wildcard"])
 def test_tunnel_ports_are_open_between_known_nodes(scene: Scene, manifest: str) -> None:
-    """To and from the other node, whatever policy denies; another port of it, and the port for others, are judged."""
+    """The port is open to and from the other node, whatever policy denies.
+
+    Its other ports, and this port for others, are judged.
+    """
     others = [
         attempt
         for version in (4, 6)
@@ -300,7 +306,10 @@ def test_tunnel_ports_are_open_between_known_nodes(scene: Scene, manifest: str) 
 
 
 def test_failsafe_ports_of_a_configuration(scene: Scene) -> None:
-    """They take the place of the built-in ones, for the remote addresses that they name; without it those are back."""
+    """They replace the built-in ones, for the remote addresses that they name.
+
+    Without the configuration those are back.
+    """
     scene.write("host.yaml", HOST_ENDPOINT)
     scene.await_reached(to_node(WEB), expected=False)
     scene.write("felix.yaml", FAILSAFES)
@@ -313,7 +322,7 @@ def test_failsafe_ports_of_a_configuration(scene: Scene) -> None:
 
 
 def test_automatic_host_endpoint(scene: Scene) -> None:
-    """It protects every interface of the node as policy for its labels says, and allows the rest by its profile."""
+    """It protects every interface of the node as policy for its labels says, and its profile allows the rest."""
     before = scene.state()["changes_applied"]
     scene.write("controllers.yaml", AUTOMATIC)
     scene.await_status(lambda state: state["changes_applied"] > before, "the host endpoint is in force")
@@ -328,7 +337,7 @@ def test_automatic_host_endpoint(scene: Scene) -> None:
 
 
 def test_host_endpoint_of_an_interface_that_is_not_there_is_reported(scene: Scene) -> None:
-    """A host endpoint that finds no interface is told, and polices nothing."""
+    """A host endpoint without an interface is reported, and has no effect."""
     scene.write("host.yaml", HOST_ENDPOINT.replace("eth0", "eth9"))
     state = scene.await_status(lambda state: bool(state["problems"]), "the problem is told")
     assert state["problems"][0]["object"] == "HostEndpoint/uplink"
@@ -347,7 +356,7 @@ WORKLOAD_TO_HOST = [
 def test_workloads_to_their_own_node(
     lasting_scene: Scene, lab: Lab, tmp_path: Path, option: str, manifest: str, expected: list[bool]
 ) -> None:
-    """The setting decides what workloads may send to their node; the node reaches them whatever it says."""
+    """The option decides what workloads may send to their node. The node reaches them in any case."""
     lasting_scene.retire()
     manifests = {"cluster.yaml": PODS, **({"host.yaml": manifest} if manifest else {})}
     with scene_in(lab, tmp_path / "home", manifests, options=("--workload-to-host", option)) as scene:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose interface is which, against root in a pod's own network namespace: addresses it adds, routers it plays, ends of the node.
+"""The assignment of interfaces, against root in a pod's network namespace: added addresses, forged routers, node ends.
 
-And the twins: a node that is a container, a pod that comes again, a plugin's result, an agent that starts late.
+And the allowed counterparts: a node that is a container, a pod that is created again, a plugin's result, an agent that
+starts late.
 """
 
 from __future__ import annotations
@@ -41,21 +42,21 @@ from netpol_ebpf.lab.topology import UDP
 pytestmark = pytest.mark.netns
 
 STRANGER = "stranger"
-"""A pod that no manifest knows."""
+"""A pod that no manifest names."""
 
 
 def owners(state: dict[str, Any]) -> dict[str, str | None]:
-    """Interface to endpoint."""
+    """The endpoint of each interface."""
     return {one["interface"]: one["endpoint"] for one in state["interfaces"]}
 
 
 def slugs(state: dict[str, Any]) -> dict[str, str]:
-    """Kind of problem to message."""
+    """The message of each kind of problem."""
     return {one["slug"]: one["message"] for one in state["problems"]}
 
 
 def plug(lab: Lab, name: str, *, address: str | None = None, master: str | None = None, end: str | None = None) -> str:
-    """A pair into a namespace of its own; the end on the node has the name. ``end``: address of the node's end."""
+    """Create a veth pair into a new namespace. ``name``: of the node's end. ``end``: the address of the node's end."""
     namespace = f"{lab.token}-{name}"
     lab.record(namespaces=[namespace])
     ip(lab, NODE, f"netns add {namespace}", f"link add {name} type veth peer name eth0 netns {namespace}")
@@ -87,7 +88,7 @@ def bridged(bridged_scene: Scene) -> Scene:
 
 
 def test_neighbour_s_address_harms_only_who_takes_it(bridged: Scene) -> None:
-    """A pod that adds a neighbour's address keeps its own identity, and the neighbour its interface, also for the next agent."""
+    """A pod that adds a neighbour's address changes neither its own identity nor the neighbour's."""
     lab = bridged.lab
     before = owners(bridged.state())
     assert before[port_of("db")] == "Pod/shop/db"
@@ -104,7 +105,10 @@ def test_neighbour_s_address_harms_only_who_takes_it(bridged: Scene) -> None:
 
 
 def test_stranger_becomes_no_pod_that_is_to_come(bridged: Scene) -> None:
-    """An interface that is nobody's stays closed, whatever address is put in place of its first; the pod that comes gets its own."""
+    """An unknown interface stays closed, whatever address replaces its first one.
+
+    The pod that is created gets its own interface.
+    """
     lab = bridged.lab
     namespace = plug(lab, STRANGER, address="10.1.0.77/24", master="br0")
     try:
@@ -127,7 +131,7 @@ def test_stranger_becomes_no_pod_that_is_to_come(bridged: Scene) -> None:
         (row,) = (one for one in state["endpoints"] if one["endpoint"] == "Pod/shop/late")
         assert row["evidence"] == "address (weak)"
         unplug(lab, "latecomer")
-        # A StatefulSet's pod comes again under its name, with its address.
+        # A pod of a StatefulSet is created again with its name and address.
         plug(lab, "again", address="10.1.0.9/24", master="br0")
         bridged.await_status(
             lambda one: owners(one).get("again") == "Pod/shop/late", "the pod that came again has its own"
@@ -138,7 +142,7 @@ def test_stranger_becomes_no_pod_that_is_to_come(bridged: Scene) -> None:
 
 
 def test_first_address_that_contradicts_makes_nobody_of_a_pod_that_is_to_come(bridged: Scene) -> None:
-    """An interface that has an IPv4 address of nobody and the IPv6 address of a pod that is to come, both from the first."""
+    """The interface first has an unknown IPv4 address, and the IPv6 address of a pod that does not exist yet."""
     lab = bridged.lab
     namespace = plug(lab, STRANGER, master="br0")
     try:
@@ -160,7 +164,7 @@ def test_first_address_that_contradicts_makes_nobody_of_a_pod_that_is_to_come(br
 
 
 def seen(scene: Scene, name: str) -> None:
-    """Wait until the agent has kept what it first saw behind an interface."""
+    """Wait until the agent has stored the first addresses behind an interface."""
 
     def is_kept(_state: dict[str, Any]) -> bool:
         kept = json.loads((scene.state_dir / "interfaces").read_text())["interfaces"]
@@ -170,7 +174,7 @@ def seen(scene: Scene, name: str) -> None:
 
 
 def test_plugin_s_result_binds_what_addresses_do_not(tmp_path: Path) -> None:
-    """What the plugin left on the node counts from the first; a further interface that no program sees is told."""
+    """The plugin's result on the node counts from the start. A further interface that no program sees is reported."""
     results = tmp_path / "results"
     results.mkdir(mode=0o700)
 
@@ -189,7 +193,7 @@ def test_plugin_s_result_binds_what_addresses_do_not(tmp_path: Path) -> None:
               [f"10.1.0.{last}/24"])  # fmt: skip
 
     def strip(lab: Lab) -> None:
-        ip(lab, "shop/other", "address del 10.1.0.3/24 dev eth0")  # nothing at its other end says whose it is
+        ip(lab, "shop/other", "address del 10.1.0.3/24 dev eth0")  # nothing at its other end identifies the pod
         ip(lab, "shop/other", "-6 address flush dev eth0 scope global")
 
     with border(tmp_path, is_bridged=True, options=("--cni-results", str(results)), prepare=strip) as scene:
@@ -205,7 +209,7 @@ def test_plugin_s_result_binds_what_addresses_do_not(tmp_path: Path) -> None:
 
 
 def test_router_that_a_pod_plays_takes_no_program_off(tmp_path: Path) -> None:
-    """On a node that takes router advertisements, what a pod announces makes its interface no uplink: default route, address."""
+    """On a node that accepts router advertisements, a pod's default route or address makes its interface no uplink."""
 
     def accept(lab: Lab) -> None:
         for name in (port_of("web"), "all"):
@@ -221,7 +225,7 @@ def test_router_that_a_pod_plays_takes_no_program_off(tmp_path: Path) -> None:
             / ICMPv6NDOptSrcLLAddr(lladdr=web.mac)
         )
         say(lab, web.host, framed(announcement, web.mac, "33:33:00:00:00:01"))
-        # The program drops it already; the node's own tools do what it would have done.
+        # The program drops the advertisement. These commands do what an accepted one would do.
         ip(lab, NODE, f"-6 route add default via {web.link_local} dev {port_of('web')} proto ra metric 9999",
            f"address add 2001:db8:77::1/64 dev {port_of('web')} nodad valid_lft 3600 preferred_lft 3600")  # fmt: skip
         scene.write("marker.yaml", "apiVersion: v1\nkind: Namespace\nmetadata: {name: marker}\n")
@@ -234,7 +238,7 @@ def test_router_that_a_pod_plays_takes_no_program_off(tmp_path: Path) -> None:
 
 
 def test_unknown_pod_s_router_opens_nothing(routed: Scene) -> None:
-    """An interface that nobody is known to have stays closed, although its pod announced a default route and a prefix by it."""
+    """An unknown interface stays closed, even if its pod announced a default route and a prefix."""
     lab = routed.lab
     plug(lab, "router0", address="10.1.9.9/24")
     try:
@@ -251,7 +255,10 @@ def test_unknown_pod_s_router_opens_nothing(routed: Scene) -> None:
 
 @pytest.mark.parametrize("end", ["10.1.7.1/24", "10.1.7.8/31"])
 def test_node_s_end_with_a_prefix_leaves_no_pod_open(routed: Scene, end: str) -> None:
-    """A pod behind an end of the node with an address in its prefix is its pod's; before it is known, it is closed, and told."""
+    """A node's end has an address with the pod's prefix.
+
+    The pod behind it is enforced; before it is known, it is closed and reported.
+    """
     lab = routed.lab
     own = "10.1.7.9"
     plug(lab, "wide", address=f"{own}/{end.partition('/')[2]}", end=end)
@@ -270,12 +277,15 @@ def test_node_s_end_with_a_prefix_leaves_no_pod_open(routed: Scene, end: str) ->
 
 
 def late_pod(name: str, last: int) -> str:
-    """A pod behind an end of the node with the prefix 10.1.7.0/24."""
+    """A pod behind a node's end with the prefix 10.1.7.0/24."""
     return POD.format(name=name, node=NODE, last=last).replace(f"10.1.0.{last}", f"10.1.7.{last}")
 
 
 def test_later_address_in_the_node_s_prefix_makes_nobody_of_a_pod_that_is_to_come(routed: Scene) -> None:
-    """What a stranger takes in place of its first address counts for nothing; the pod gets its own pair, known by its first address."""
+    """An address that a stranger takes in place of its first one does not count.
+
+    The pod gets its own pair by its first address.
+    """
     lab = routed.lab
     namespace = plug(lab, STRANGER, address="10.1.7.77/24", end="10.1.7.1/24")
     try:
@@ -301,7 +311,7 @@ def test_later_address_in_the_node_s_prefix_makes_nobody_of_a_pod_that_is_to_com
 
 
 def test_bound_pod_closes_no_pod_that_is_to_come(routed: Scene) -> None:
-    """A pod that takes the address of one that is to come keeps its own identity, and the other one gets its interface."""
+    """A pod that takes the address of a future pod keeps its identity, and the future pod gets its own interface."""
     lab = routed.lab
     routed.write("late.yaml", late_pod("late", 9))
     namespace = plug(lab, "wide", address="10.1.7.9/24", end="10.1.7.1/24")
@@ -338,7 +348,7 @@ def routed(routed_scene: Scene) -> Scene:
 
 
 def test_status_tells_own_interfaces_from_closed_ones(routed: Scene) -> None:
-    """An uplink that bears the programs is not closed; each pod says by which policies it is isolated."""
+    """An uplink with programs does not count as closed. Each pod lists the policies that isolate it."""
     state = routed.state()
     assert {one["interface"]: one["state"] for one in state["interfaces"]} == {
         **{port_of(name): "enforced" for name in LAST}, "eth0": "own",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The laboratory itself: that it connects everybody when nobody enforces, and that nothing of it stays."""
+"""The laboratory itself: without enforcement it connects all hosts, and nothing of it remains."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DEADLINE_S = 10.0
 
 
 def wait_until(condition: Callable[[], bool]) -> bool:
-    """Poll until the condition holds; False after DEADLINE_S."""
+    """Poll until the condition is true. Returns False after DEADLINE_S."""
     deadline = time.monotonic() + DEADLINE_S
     while not condition():
         if time.monotonic() > deadline:
@@ -51,7 +51,7 @@ def namespaces(token: str) -> list[str]:
 
 
 def own_links() -> set[str]:
-    """Name, flags and addresses of the interfaces of the machine itself."""
+    """(name, flags, addresses) of the machine's own interfaces."""
     listed = json.loads(subprocess.check_output(["ip", "-json", "address", "show"]))
     kept = ("ifname", "flags", "address", "mtu")
     return {
@@ -62,7 +62,7 @@ def own_links() -> set[str]:
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
-    """One laboratory for the tests that leave it as it was."""
+    """One laboratory for the tests that do not change it."""
     with Lab(HOSTS) as built:
         yield built
 
@@ -81,7 +81,7 @@ def test_everybody_reaches_everybody_when_nothing_is_enforced(lab: Lab) -> None:
 
 
 def test_a_closed_port_is_refused_and_a_missing_address_unreachable(lab: Lab) -> None:
-    """What is not denied but fails is told apart from silence."""
+    """A failure without a denial is distinguished from silence."""
     attempts = [
         Attempt("shop/b", A4, TCP, 81),
         Attempt("shop/b", A4, UDP, 81),
@@ -92,7 +92,7 @@ def test_a_closed_port_is_refused_and_a_missing_address_unreachable(lab: Lab) ->
 
 
 def test_silence_is_reported_and_an_open_connection_notices_it(lab: Lab) -> None:
-    """A black hole on the node silences new connections and the open one; without it both speak again."""
+    """A black hole on the node silences new connections and the open one. Without it both work again."""
     attempts = [Attempt("shop/b", A4, TCP, 80), Attempt("shop/b", A4, UDP, 53), Attempt("shop/b", A4, ICMP)]
     held = lab.prober.hold(attempts[0])
     assert held is not None
@@ -105,13 +105,13 @@ def test_silence_is_reported_and_an_open_connection_notices_it(lab: Lab) -> None
     finally:
         lab.run("node", ["ip", "rule", "del", "pref", "10"])
     assert [result.outcome for result in lab.attempt(attempts)] == [Reachability.REACHED] * 3
-    # The lost segment is sent again after a growing pause, before anything new is delivered.
+    # The lost segment is retransmitted after a growing pause, before anything new is delivered.
     assert wait_until(held.exchange)
     held.close()
 
 
 def test_source_port_and_protocols(lab: Lab) -> None:
-    """A chosen source port is used; a protocol without sockets here is a usage error, not a denial."""
+    """A chosen source port is used. A protocol without sockets here is a usage error, and not a denial."""
     held = lab.prober.hold(Attempt("shop/b", A4, TCP, 80, source_port=40123))
     assert held is not None
     assert held.source_port == 40123
@@ -121,7 +121,7 @@ def test_source_port_and_protocols(lab: Lab) -> None:
 
 
 def test_a_process_runs_inside_and_sees_bpffs(lab: Lab) -> None:
-    """Commands see the namespace's interfaces and the machine's own mounts, and give back their output."""
+    """Commands see the namespace's interfaces and the machine's own mounts. Their output is returned."""
     assert "10.244.1.11/32" in lab.run("shop/b", ["ip", "-brief", "address", "show", "eth0"]).stdout
     inside = lab.run("shop/b", ["stat", "--format=%d %i", "/sys"]).stdout.split()
     outside = Path("/sys").stat()
@@ -129,7 +129,7 @@ def test_a_process_runs_inside_and_sees_bpffs(lab: Lab) -> None:
 
 
 def test_a_started_process_is_stopped(lab: Lab) -> None:
-    """`stop` ends a process and returns its code; a deaf one is killed."""
+    """`stop` ends a process and returns its exit code. A process that ignores SIGTERM is killed."""
     assert lab.stop(lab.start("shop/a", ["sleep", "60"])) == -signal.SIGTERM
 
 
@@ -145,7 +145,7 @@ def test_the_machine_keeps_its_interfaces(lab: Lab) -> None:
 
 
 def test_all_is_removed_after_an_exception_with_processes_and_directories(tmp_path: Path) -> None:
-    """Namespaces, what runs inside them, and the recorded directories are gone."""
+    """Namespaces, the processes inside them, and the recorded directories are gone."""
     directory = tmp_path / "pins"
     pids: list[int] = []
 
@@ -153,7 +153,7 @@ def test_all_is_removed_after_an_exception_with_processes_and_directories(tmp_pa
         with lab:
             (directory / "below").mkdir(parents=True)
             (directory / "below" / "file").touch()
-            # setsid: not a child that `stop` would know of.
+            # By setsid it is no child of a process that `stop` would end.
             lab.run("shop/a", ["sh", "-c", "setsid --fork sleep 60 >/dev/null 2>&1"])
             assert wait_until(lambda: guard.processes_in(lab.namespace_of["shop/a"]) != [])
             pids.extend(guard.processes_in(lab.namespace_of["shop/a"]))
@@ -168,7 +168,7 @@ def test_all_is_removed_after_an_exception_with_processes_and_directories(tmp_pa
 
 
 def test_a_failed_step_removes_what_was_built(tmp_path: Path) -> None:
-    """An interface name used twice fails half way, names the command, and nothing stays."""
+    """The second use of an interface name fails. The error has the command, and nothing remains."""
     hosts = [HOSTS[0], *(Host(f"h{n}", "internet", (), interface="same0") for n in range(2))]
     lab = Lab(hosts, directories=[tmp_path / "never"])
     with pytest.raises(PlatformError, match="-batch -` failed: .*File exists"):
@@ -190,7 +190,7 @@ with Lab([Host("root", None, ()), Host("leaf", "root", (ip_address("192.0.2.9"),
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_all_is_removed_when_the_builder_is_ended(number: signal.Signals) -> None:
-    """Ctrl-C, termination and even SIGKILL of the builder leave nothing: the guard removes it."""
+    """After Ctrl-C, SIGTERM and even SIGKILL of the builder nothing remains, because the guard removes everything."""
     with subprocess.Popen([sys.executable, "-c", BUILDER], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as builder:
         assert builder.stdout is not None
         token = builder.stdout.readline().decode().strip()
@@ -201,7 +201,7 @@ def test_all_is_removed_when_the_builder_is_ended(number: signal.Signals) -> Non
 
 
 def test_all_is_removed_although_the_guard_was_killed() -> None:
-    """The builder notices that the guard is gone and does its work."""
+    """The builder notices that the guard is dead, and does its work."""
     with Lab(HOSTS) as lab:
         assert lab._guard is not None
         lab._guard.kill()
@@ -210,7 +210,7 @@ def test_all_is_removed_although_the_guard_was_killed() -> None:
 
 
 def test_removal_reports_what_it_cannot_do(tmp_path: Path) -> None:
-    """What does not exist is passed over; what cannot be removed is named and the rest is still tried."""
+    """A missing object is skipped. An object that cannot be removed is named, and all others are still removed."""
     kept, gone = tmp_path / "kept", tmp_path / "gone"
     kept.mkdir()
     gone.mkdir()
@@ -225,9 +225,12 @@ def test_removal_reports_what_it_cannot_do(tmp_path: Path) -> None:
 
 
 def test_interfaces_that_the_kernel_adds_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fallback tunnel (sit0) in a new namespace is never up; one of the plan's own that is down still stops the laboratory."""
+    """A fallback tunnel (sit0) in a new namespace is never up.
+
+    A down interface of the plan still stops the laboratory.
+    """
     with Lab(HOSTS[:2]) as built:
-        built.run("node", ["ip", "link", "add", "sit9", "type", "veth", "peer", "name", "sit8"])  # both down
+        built.run("node", ["ip", "link", "add", "sit9", "type", "veth", "peer", "name", "sit8"])  # both ends stay down
         built._await_links()
         built.run("node", ["ip", "link", "set", "eth0", "down"])
         monkeypatch.setattr(laboratory, "LINKS_DEADLINE_S", 0.2)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real plugins and well-known layouts: a pod there is enforced, or it is named as not enforced; nothing in between.
+"""Real plugins and well-known layouts: a pod there is enforced, or is reported as not enforced.
 
-Each network is asked the same by real connections, under an agent that was there before the pods and under one that came after,
-with the results that runtimes keep of plugins and without.  What a kernel has no devices for says so in its row.
+Each network gets the same questions by real connections, under an agent that started before the pods and under one that
+started after them, with and without the plugin results that runtimes keep. If the kernel lacks a network's devices, its
+row says so.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ WORLDS = {
     "after-with": (True, True),
     "after-without": (True, False),
 }
-"""The agent was there before the pods or came after them; with results of plugins or without."""
+"""name -> (whether the agent starts after the pods, whether the runtime keeps the results of plugins)."""
 
 
 @pytest.fixture(scope="module", params=WORLDS)
@@ -38,7 +39,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda one: one.name)
 def test_network(built: tuple[World, bool], network: Network, record_property: Callable[[str, object], None]) -> None:
-    """What policy denies is not reached and what it allows is; or the pod is named, and nobody can take it for enforced."""
+    """Denied connections fail and allowed ones succeed; or the pod is named, and does not look enforced."""
     found, keeps_results = built
     kept = "-" if network.with_result is None else keeps_results
     row: dict[str, Any] = {"network": network.name, "ipam": network.ipam, "plugin": network.plugin, "result": kept}

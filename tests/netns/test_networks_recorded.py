@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Of the networks that the tests make, docs/networks.md leaves none out. In a file of its own: guests run those tests without the page."""
+"""docs/networks.md has every network of the tests.
+
+This is a file of its own, because guests run the others without the page.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One answer: what `netpolctl explain`, `test` and `flows` say is what real sockets see, for each kind of destination."""
+"""`netpolctl explain`, `test` and `flows` give the same answer as real sockets, for each kind of destination."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from netpol_ebpf.lab.topology import ICMP, ICMPV6, TCP, UDP, Host, IPAddress, Li
 pytestmark = pytest.mark.netns
 
 OPEN, SHUT = 8080, 8081
-"""Ports that somebody listens on and that policy allows, or does not, wherever an address alone does not decide."""
+"""Ports with a listener: policy allows the first and denies the second, wherever the address alone does not decide."""
 NODE_PORTS, HOST_PORTS = {"db": 30080, "other": 30081}, {"db": 31080, "other": 31081}
-"""Of services and pods by these names."""
+"""Of the services, and of the pods, with these names."""
 EXTERNAL = {4: "203.0.113.{}", 6: "2001:db8:1::{}"}
-"""Addresses of services that do not belong to the cluster, with the last part of their pod's."""
+"""Addresses of services outside the cluster's ranges. ``{}``: the last part of their pod's address."""
 
 ALL_SERVICES, PODS_WITH_PORTS = SERVICES, PODS
 for _name, _port in NODE_PORTS.items():
@@ -99,14 +99,14 @@ def external(name: str, version: int) -> IPAddress:
 
 @dataclass(frozen=True)
 class Pair:
-    """Connections of one kind of destination, in one family."""
+    """An allowed and a denied connection to one kind of destination, in one family."""
 
     allowed: tuple[Attempt, ...]
     denied: tuple[Attempt, ...]
 
 
 def pair(kind: str, version: int) -> Pair:
-    """Connections to a kind of destination that the policies above allow and deny."""
+    """The connections to a kind of destination that the policies above allow and deny."""
     echo = ICMP if version == 4 else ICMPV6
 
     def to(address: IPAddress, port: int, protocol: int = TCP, source: str = "shop/web") -> Attempt:
@@ -130,7 +130,7 @@ def pair(kind: str, version: int) -> Pair:
             (*(to(here, one["db"]) for one in ports), *(to(here, one["other"], source=INTERNET) for one in ports)),
             (*(to(here, one["other"]) for one in ports), *(to(here, one["db"], source=INTERNET) for one in ports)),
         )
-    if kind == "itself":  # by its own address always; through a service as its policy says
+    if kind == "itself":  # directly always allowed; through a service as policy says
         return Pair(
             (to(pod("web", version), 5432),), (to(service("web", version), 80), to(service("web", version), 80, UDP))
         )
@@ -160,9 +160,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
                 for address, port in ((here, NODE_PORTS[name]), (here, HOST_PORTS[name]), (there, 80)):
                     rules += f"add rule {family} proxy prerouting {family} daddr {address} tcp dport {port} "
                     rules += f"dnat to {behind.format(BACKENDS[name])}:5432\n"
-                way = (
-                    f"-{version} route add {there} via {here} dev node0 onlink"  # as others send what is for a service
-                )
+                way = f"-{version} route add {there} via {here} dev node0 onlink"  # as other hosts do
                 one.run(INTERNET, ["ip", *way.split()])
         file = tmp_path_factory.mktemp("rules") / "rules.nft"
         file.write_text(rules)
@@ -189,7 +187,7 @@ def begin(scene: Scene) -> None:
 
 
 def source_of(scene: Scene, attempt: Attempt) -> str:
-    """The attempt's source as the tools name it: a pod by its name, a host by its address."""
+    """The attempt's source in the form of the tools: a pod by its name, a host by its address."""
     host: Host = scene.lab.plan.hosts[attempt.source]
     if "/" in host.name:
         return host.name
@@ -197,7 +195,7 @@ def source_of(scene: Scene, attempt: Attempt) -> str:
 
 
 def explained(scene: Scene, attempt: Attempt) -> tuple[bool, list[dict[str, Any]]]:
-    """What the agent says to `netpolctl explain`."""
+    """The agent's answer to `netpolctl explain`."""
     port = [] if attempt.protocol in (ICMP, ICMPV6) else ["--port", str(attempt.port)]
     done = scene.ctl(
         "explain", "--state-dir", str(scene.state_dir), "--from", source_of(scene, attempt), "--to", str(attempt.destination),
@@ -210,7 +208,7 @@ def explained(scene: Scene, attempt: Attempt) -> tuple[bool, list[dict[str, Any]
 
 
 def as_probe(scene: Scene, attempt: Attempt, *, reached: bool) -> dict[str, Any]:
-    """The same as a probe of a case file."""
+    """The attempt as a probe of a case file."""
     port = {} if attempt.protocol in (ICMP, ICMPV6) else {"port": attempt.port}
     return {
         "from": source_of(scene, attempt), "to": str(attempt.destination), "protocol": attempt.protocol, **port,
@@ -221,7 +219,7 @@ def as_probe(scene: Scene, attempt: Attempt, *, reached: bool) -> dict[str, Any]
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("kind", KINDS)
 def test_tools_say_what_sockets_see(scene: Scene, kind: str, version: int, tmp_path: Path) -> None:
-    """Asked about a connection that is reached, and one that is not, the agent and a case file give the same answer."""
+    """For an allowed and a denied connection, the agent and a case file give the same answer as sockets."""
     wanted = pair(kind, version)
     attempts = [*wanted.allowed, *wanted.denied]
     seen = scene.reached(*attempts)
@@ -239,7 +237,7 @@ def test_tools_say_what_sockets_see(scene: Scene, kind: str, version: int, tmp_p
 
 
 def test_flows_of_what_was_dropped_name_no_rule_that_allows(scene: Scene) -> None:
-    """Each denied connection is told as denied, by the rule that the explanation names."""
+    """Each denied connection is reported as denied, with the rule that the explanation names."""
     attempt = pair("service", 4).denied[0]
     assert scene.reached(attempt) == [False]
     allowed, (way,) = explained(scene, attempt)
@@ -256,7 +254,7 @@ def test_flows_of_what_was_dropped_name_no_rule_that_allows(scene: Scene) -> Non
 
 
 def test_broken_file_changes_neither_sockets_nor_answers(scene: Scene) -> None:
-    """The agent answers for what is in force, whatever its files have become."""
+    """The agent answers for the policy in force, whatever its files contain now."""
     attempts = [*pair("service", 4).allowed, *pair("service", 4).denied]
     scene.write("web.yaml", "kind: [")
     scene.await_status(lambda state: not state["in_force"], "the file is reported")
@@ -266,7 +264,7 @@ def test_broken_file_changes_neither_sockets_nor_answers(scene: Scene) -> None:
 
 
 def test_settings_of_the_agent_count(lab: Lab, scene: Scene) -> None:
-    """Workloads to their own node: what the agent was started with decides, for sockets and answers alike."""
+    """Workloads to their own node: the agent's option decides, for sockets and answers alike."""
     assert scene.lab is lab
     scene.stop()
     scene.options = ("--workload-to-host", "deny")
@@ -299,7 +297,7 @@ spec:
 
 
 def test_a_service_address_that_a_process_of_the_node_has_bound(lab: Lab, scene: Scene) -> None:
-    """As a node-local DNS cache has it: policy judges the address itself, though every backend may be reached."""
+    """As with a node-local DNS cache: policy judges the address itself, even if every backend is allowed."""
     for version, address in CACHE.items():
         lab.run(NODE, ["ip", f"-{version}", "address", "add", address, "dev", "lo"])
     lab.prober.listen(NODE, map(ip_address, CACHE.values()), [Listen(TCP, OPEN), Listen(TCP, SHUT)])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A narrow link in the middle of the path, and pods that are closed but for one peer: sizes are learned, and data arrives.
+"""A narrow link in the path of pods that are closed except for one peer: sizes are learned, and data arrives.
 
-Nothing in the policies allows ICMP.  Routers say "too big" in errors about the pods' own packets, which belong to their
-connections; datagrams that are too big then go in fragments.
+No policy allows ICMP. Routers report "too big" by errors about the pods' own packets, which belong to their
+connections. Too big datagrams then go in fragments.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from netpol_ebpf.lab.scene import INTERNET
 pytestmark = pytest.mark.netns
 
 NARROW = 1300
-"""Bytes; more than the least that IPv6 allows, less than all other links have."""
+"""The MTU of the narrow link in bytes: more than IPv6's minimum, less than that of all other links."""
 PORT = 5555
 PATIENCE_S = 10.0
 TRY_S = 0.5
 AMOUNT = 200_000
 DATAGRAM = bytes(range(256)) * 5 + bytes(120)
-"""1400 bytes: fits all links but the narrow one."""
+"""1400 bytes, which fit all links except the narrow one."""
 ADDRESS = {
     "shop/web": {4: ip_address("10.1.0.1"), 6: ip_address("fd00:1::1")},
     "shop/far": {4: ip_address("10.1.0.4"), 6: ip_address("fd00:1::4")},
@@ -70,7 +70,7 @@ def lasting_scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 @pytest.fixture
 def scene(lasting_scene: Scene) -> Scene:
-    """Pods that know nothing of the path."""
+    """Pods that do not know the path's MTU yet."""
     for host in ADDRESS:
         for family in ("-4", "-6"):
             lasting_scene.lab.run(host, ["ip", family, "route", "flush", "cache"])
@@ -85,7 +85,7 @@ def opened(lab: Lab, host: str, version: int, kind: socket.SocketKind) -> socket
 
 
 def learned(lab: Lab, host: str, peer: str, version: int) -> int | None:
-    """The size that a pod has learned for the path to another."""
+    """The path MTU that a pod has learned for a peer."""
     command = ["ip", "-j", f"-{version}", "route", "get", str(ADDRESS[peer][version])]
     (route,) = json.loads(lab.run(host, command).stdout)
     for one in route.get("metrics", ()):
@@ -97,7 +97,7 @@ def learned(lab: Lab, host: str, peer: str, version: int) -> int | None:
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize(("client", "server"), [("shop/web", "shop/far"), ("shop/far", "shop/web")])
 def test_bulk_data_passes_a_narrow_link(scene: Scene, client: str, server: str, version: int) -> None:
-    """The pod behind the default deny, as client and as server, hears that its segments are too big, and sends smaller ones."""
+    """The pod under default deny, as client or server, learns that its segments are too big, and sends smaller ones."""
     lab = scene.lab
     before = scene.state()["packets"].get("related", 0)
     with ExitStack() as stack:
@@ -123,7 +123,7 @@ def test_bulk_data_passes_a_narrow_link(scene: Scene, client: str, server: str, 
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_datagrams_pass_a_narrow_link_in_fragments(scene: Scene, version: int) -> None:
-    """The first is lost and answered with an error; the next ones, and their answers, arrive whole although in parts."""
+    """The first datagram is lost and answered by an error. The next ones, and their answers, arrive in fragments."""
     lab = scene.lab
     before = scene.state()["packets"]
     with (
@@ -141,7 +141,7 @@ def test_datagrams_pass_a_narrow_link_in_fragments(scene: Scene, version: int) -
                 asked, sender = theirs.recvfrom(2000)
                 theirs.sendto(asked, sender)
                 return ours.recv(2000) == asked == DATAGRAM
-            except OSError:  # nothing came, or "message too long": what the error was about
+            except OSError:  # nothing came; or "message too long", from the ICMP error
                 return False
 
         wait_for(exchange, "a datagram of 1400 bytes comes back")

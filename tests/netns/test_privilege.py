@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent with no more than it needs, and what others may see of it: real agents, real verdicts, real users.
+"""The agent with its least privileges, and what other users may see of it: real agents, verdicts and users.
 
-The pins are on a BPF file system of the test's own, so that nobody else's has to be opened for a group.
+The pins are on a BPF file system of the test's own, so no other one must be opened for a group.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ pytestmark = pytest.mark.netns
 
 NAMES = tuple(one.name.removeprefix("CAP_").lower() for one in CAPABILITIES)
 AGENT, STRANGER, MEMBER = 4242, 4243, 4244
-"""Users that need no entry in any file; arbitrary."""
+"""Ids of users that need no entry in any file. Arbitrary."""
 GROUP = "daemon"
 """A group that every distribution has."""
 
 
 @dataclass
 class LeastScene(Scene):
-    """An agent with some capabilities, as root or as another user; ``is_service``: as the unit has it.
+    """An agent with some capabilities, as root or as another user. ``is_service``: as in the unit.
 
-    The service has its options from the configuration file, and the system calls of the unit's filter alone.
+    The service has its options from the configuration file, and only the system calls of the unit's filter.
     """
 
     capabilities: tuple[str, ...] = NAMES
@@ -80,12 +80,12 @@ class LeastScene(Scene):
         return self.home / "config.yaml"
 
     def ctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """See `Scene`. Root has the agent's capabilities here as well; pins of another user are opened to root by one more."""
+        """See `Scene`. Here root has only the agent's capabilities, and one more that opens another user's pins."""
         prefix = [] if self.user else with_capabilities(self.capabilities)
         return self.lab.run(NODE, [*prefix, sys.executable, "-m", "netpol_ebpf.cli.main", *arguments], check=False)
 
     def prepare(self) -> None:
-        """What the service manager makes for an agent that is not root: its directories."""
+        """Make what the service manager makes for an agent that is not root: its directories."""
         for path in (self.pin_root, self.state_dir):
             path.mkdir(parents=True)
             os.chown(path, self.user, self.user)
@@ -93,7 +93,7 @@ class LeastScene(Scene):
 
 @pytest.fixture(scope="module")
 def bpffs() -> Iterator[Path]:
-    """A BPF file system that everybody may pass through."""
+    """A BPF file system with directories that every user may pass."""
     libc = ctypes.CDLL(None, use_errno=True)
     with tempfile.TemporaryDirectory(prefix="netpol-privilege-") as name:
         Path(name).chmod(0o755)
@@ -106,7 +106,7 @@ def bpffs() -> Iterator[Path]:
 
 @pytest.fixture
 def home() -> Iterator[Path]:
-    """A place that everybody may pass through, unlike pytest's."""
+    """A directory that every user may pass, unlike pytest's."""
     with tempfile.TemporaryDirectory(prefix="netpol-privilege-") as name:
         Path(name).chmod(0o755)
         yield Path(name) / "home"
@@ -114,7 +114,7 @@ def home() -> Iterator[Path]:
 
 @pytest.fixture
 def make(lab: Lab, home: Path, bpffs: Path) -> Iterator[Callable[..., LeastScene]]:
-    """Scenes, one at a time."""
+    """Yields a function that makes scenes, one at a time."""
     made: list[Any] = []
 
     def one(**options: Any) -> LeastScene:
@@ -129,13 +129,13 @@ def make(lab: Lab, home: Path, bpffs: Path) -> Iterator[Callable[..., LeastScene
 
 
 def capabilities_of(process: int) -> dict[str, int]:
-    """Capability sets of a process, by the kernel's names for them."""
+    """The capability sets of a process, by the kernel's names."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return {line.split(":")[0]: int(line.split()[1], 16) for line in lines if line.startswith("Cap")}
 
 
 def abort_as_watchdog(scene: LeastScene) -> None:
-    """End the agent as systemd's watchdog does; the log then has where each thread was."""
+    """End the agent as systemd's watchdog does. The log then has the stack of each thread."""
     assert scene.process is not None
     scene.process.send_signal(signal.SIGABRT)
     assert scene.process.wait(scaled(30)) == -signal.SIGABRT
@@ -155,9 +155,10 @@ def require_filter() -> None:
 def test_least_privilege_is_enough_for_everything(
     make: Callable[..., LeastScene], user: int, *, is_service: bool
 ) -> None:
-    """With the three capabilities alone the agent finds pods, judges, follows changes, is succeeded, and is cleaned up.
+    """With only three capabilities the agent finds pods, judges, applies changes, is replaced, and is cleaned up.
 
-    So it does as the service: with the configuration file alone, which netpolctl reads too, and under the unit's filter.
+    It also does so as the service: with only the configuration file, which netpolctl reads too, and under the unit's
+    filter.
     """
     if is_service:
         require_filter()
@@ -166,7 +167,7 @@ def test_least_privilege_is_enough_for_everything(
         scene.prepare()
     state = scene.start()
     assert state["in_force"]
-    # Sockets inside pods, for connections older than enforcement, are the one thing that more capabilities would show.
+    # Sockets inside pods, for older connections, are the only information for which more capabilities are needed.
     assert {one["slug"] for one in state["problems"]} <= {"adoption"}
     sets = capabilities_of(state["pid"])
     expected = sum(1 << one.number for one in CAPABILITIES)
@@ -196,7 +197,7 @@ def test_least_privilege_is_enough_for_everything(
 
 
 def test_the_filter_of_the_service_denies_the_rest() -> None:
-    """What the agent needs is permitted; a call that it does not need, and one of another set, are not."""
+    """The calls that the agent needs are permitted. One that it does not need, and one of another set, are not."""
     require_filter()
     calls = service_filter.permitted(service_filter.UNIT.read_text())
     assert {"bpf", "socket", "execve", "clone3", "setpriority"} <= calls
@@ -210,14 +211,14 @@ def test_the_filter_of_the_service_denies_the_rest() -> None:
 
 
 def test_more_capabilities_show_sockets_inside_pods(make: Callable[..., LeastScene]) -> None:
-    """What CAP_SYS_ADMIN adds at the first start: nothing is left that the agent could not look at."""
+    """With CAP_SYS_ADMIN at the first start, the agent can read everything."""
     scene = make(capabilities=(*NAMES, "sys_admin"))
     assert scene.start()["problems"] == []
 
 
 @pytest.mark.parametrize("gone", CAPABILITIES, ids=lambda one: one.name)
 def test_without_a_capability_the_agent_says_which(make: Callable[..., LeastScene], gone: Any) -> None:
-    """One line names the capability that is missing and what it is for; nothing was touched."""
+    """One line names the missing capability and its purpose, and nothing was changed."""
     scene = make(capabilities=tuple(set(NAMES) - {gone.name.removeprefix("CAP_").lower()}))
     done = scene.lab.run(NODE, scene.command("--once"), check=False)
     assert done.returncode == 5
@@ -229,7 +230,7 @@ def test_without_a_capability_the_agent_says_which(make: Callable[..., LeastScen
 
 
 def as_user(user: int, groups: list[int], look: Callable[[], Any]) -> Any:
-    """What a function returns, or the text of its error, in a process of another user without any capability."""
+    """The result of a function, or the text of its error, in a process of another user without capabilities."""
     reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
@@ -260,7 +261,10 @@ def ask_directly(path: Path, operation: str) -> Any:
 
 
 def test_group_may_read_and_nobody_else(make: Callable[..., LeastScene]) -> None:
-    """A member of the group asks the agent and reads maps, writes none, and opens neither secrets, programs, links nor locks."""
+    """A member of the group can query the agent and read maps.
+
+    It can write no map, and open no secrets, programs, links or locks.
+    """
     scene = make(options=("--group", GROUP))
     scene.start()
     group = grp.getgrnam(GROUP).gr_gid
@@ -301,7 +305,7 @@ def test_group_may_read_and_nobody_else(make: Callable[..., LeastScene]) -> None
 
 
 def test_without_a_group_only_root_looks(make: Callable[..., LeastScene]) -> None:
-    """Every pin, the socket and the state are closed to others, groups included; root is answered."""
+    """Every pin, the socket and the state are closed to others, groups included. Root gets answers."""
     scene = make()
     scene.start()
     ours = [scene.pin_root, *scene.pin_root.rglob("*"), scene.state_dir, *scene.state_dir.rglob("*")]
@@ -315,7 +319,7 @@ def test_without_a_group_only_root_looks(make: Callable[..., LeastScene]) -> Non
 
 
 def test_socket_asks_who_connects_whatever_its_mode(make: Callable[..., LeastScene]) -> None:
-    """Where the file's mode lets everybody connect, the agent still answers none but root and the group."""
+    """Even if the file's mode lets everybody connect, the agent answers only root and the group."""
     scene = make(options=("--group", GROUP))
     scene.start()
     group, path = grp.getgrnam(GROUP).gr_gid, scene.state_dir / SOCKET_NAME
@@ -327,7 +331,7 @@ def test_socket_asks_who_connects_whatever_its_mode(make: Callable[..., LeastSce
 
 
 def open_files(pid: int) -> set[str]:
-    """What a process has open, by its links' names; what it closes meanwhile is left out."""
+    """The open files of a process, by the names of its links. Files that it closes meanwhile are left out."""
     found = set()
     for one in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -336,7 +340,7 @@ def open_files(pid: int) -> set[str]:
 
 
 def network_sockets(pid: int) -> dict[str, list[str]]:
-    """The lines of /proc/net that are about sockets of the process, by family; only families of networks."""
+    """The lines of /proc/net about sockets of the process, by family, only for network families."""
     held = {name for name in open_files(pid) if name.startswith("socket:")}
     found: dict[str, list[str]] = {}
     for name in ("tcp", "tcp6", "udp", "udp6", "raw", "raw6", "udplite", "packet", "unix", "netlink"):
@@ -349,14 +353,17 @@ def network_sockets(pid: int) -> dict[str, list[str]]:
 
 
 def test_agent_listens_on_no_network(make: Callable[..., LeastScene]) -> None:
-    """In the node's network namespace no socket listens besides those of the laboratory's own peers; the agent has none."""
+    """In the node's network namespace only the laboratory's own servers listen. The agent has no such socket."""
     scene = make()
     assert network_sockets(scene.start()["pid"]) == {}
 
 
 @pytest.mark.parametrize("user", [0, AGENT], ids=["root", "user"])
 def test_agent_listens_at_its_health_address_alone(make: Callable[..., LeastScene], user: int) -> None:
-    """With --health-address it has one listening socket more, at that address; three capabilities suffice, and the server has none."""
+    """With --health-address there is one listening socket, at that address.
+
+    Three capabilities suffice, and its server has none.
+    """
     pytest.importorskip("prometheus_client", reason="the extra [metrics] is not installed")
     scene = make(options=("--health-address", "127.0.0.1:9976"), user=user)
     scene.prepare()
@@ -382,7 +389,7 @@ def test_agent_listens_at_its_health_address_alone(make: Callable[..., LeastScen
 
 
 def test_group_reads_with_the_command_line(make: Callable[..., LeastScene]) -> None:
-    """`netpolctl status`, `get`, `flows`, `metrics` and `explain` work for a member who has no capability and may not read the manifests."""
+    """`status`, `get`, `flows`, `metrics` and `explain` work for a member without capabilities or manifests."""
     scene = make(options=("--group", GROUP))
     scene.start()
     group = str(grp.getgrnam(GROUP).gr_gid)

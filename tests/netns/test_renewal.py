@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exchange of one set of maps and programs for another, by both ways of attaching, and killed half-way; removal."""
+"""The exchange of a set of maps and programs by both mechanisms, also if it is killed half-way; and removal."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ KEY, OLD_ROW, NEW_ROW = bytes([1, 2, 3, 4]), bytes([1] * 8), bytes([2] * 8)
 
 @dataclass
 class Node:
-    """A network namespace with an interface for each way of attaching, and a thread that is in it."""
+    """A network namespace with an interface for each mechanism, and a thread in it."""
 
     thread: ThreadPoolExecutor
     ifindexes: dict[Mechanism, int]
     root: Path
 
     def do(self, work: Callable[[], T]) -> T:
-        """Call something there."""
+        """Call a function in the namespace."""
         return self.thread.submit(work).result()
 
     @contextlib.contextmanager
     def renewal(self, dataplane: Dataplane, sizes: dict[str, int] | None = None) -> Iterator[Renewal]:
-        """A renewal that begins and ends there."""
+        """A renewal that begins and ends in the namespace."""
         one = self.do(Renewal(dataplane, FRESH, sizes).__enter__)
         try:
             yield one
@@ -65,7 +65,7 @@ class Node:
             self.do(one.__exit__)
 
     def attach(self, dataplane: Dataplane) -> None:
-        """Programs on each interface, its way."""
+        """Attach programs to each interface, by its mechanism."""
 
         def work() -> None:
             for mechanism, ifindex in self.ifindexes.items():
@@ -74,7 +74,7 @@ class Node:
         self.do(work)
 
     def programs(self) -> set[tuple[Hook, Mechanism, int]]:
-        """What is on the interfaces by the kernel's word: tcx by each pinned link, clsact by the filters' names."""
+        """The programs on the interfaces by the kernel's report: tcx by pinned links, clsact by filter names."""
         ifindex = self.ifindexes[Mechanism.CLSACT]
         found = {(one.hook, Mechanism.CLSACT, one.prog_id) for one in self.do(lambda: clsact.our_filters(ifindex))}
         for pin in self.root.glob("v*/links/*_in"), self.root.glob("v*/links/*_out"):
@@ -108,7 +108,7 @@ def node() -> Iterator[Node]:
             ifindexes = {Mechanism.TCX: links["v0"], Mechanism.CLSACT: links["v1"]}
             one = Node(thread, ifindexes, Path(f"/sys/fs/bpf/netpol-test-{name}"))
             yield one
-            for leftover in one.do(lambda: find_leftovers(one.root)):  # of a test that failed
+            for leftover in one.do(lambda: find_leftovers(one.root)):  # left by a failed test
                 one.do(leftover.remove)
     finally:
         subprocess.run(["ip", "netns", "del", name], check=True)
@@ -131,7 +131,7 @@ def ids(dataplane: Dataplane) -> set[int]:
 def test_exchange_gives_every_interface_the_new_programs_and_keeps_what_is_shared(
     node: Node, dataplane: Dataplane
 ) -> None:
-    """After an exchange the new maps are in force and pinned, connections are the same map, and the old programs are gone."""
+    """The new maps are in force and pinned, the connections are the same map, and the old programs are gone."""
     node.attach(dataplane)
     before, connections = ids(dataplane), syscall.map_info(dataplane.maps["np_conn4"].fd).id
     with node.renewal(dataplane, {"np_addr4": 7, "np_conn4": 9}) as renewal:
@@ -155,7 +155,7 @@ def test_exchange_gives_every_interface_the_new_programs_and_keeps_what_is_share
 
 
 def test_renewal_that_is_not_taken_over_changes_nothing(node: Node, dataplane: Dataplane) -> None:
-    """Leaving without taking over, or failing to build, leaves the set in force and nothing else."""
+    """A renewal that does not take over, or cannot be built, leaves the set in force and nothing else."""
     node.attach(dataplane)
     before = (node.programs(), sorted(node.root.rglob("*")))
     with node.renewal(dataplane) as renewal:
@@ -170,7 +170,10 @@ def test_renewal_that_is_not_taken_over_changes_nothing(node: Node, dataplane: D
 def test_exchange_that_was_killed_is_finished_by_the_next(
     node: Node, dataplane: Dataplane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that dies after the programs are pinned and before they are on any interface leaves that to the next one."""
+    """A process dies after the programs are pinned and before any interface has them.
+
+    The next process finishes the exchange.
+    """
     node.attach(dataplane)
     before = ids(dataplane)
     renewal = node.do(Renewal(dataplane, FRESH).__enter__)
@@ -199,7 +202,7 @@ def test_exchange_that_was_killed_is_finished_by_the_next(
 def test_exchange_that_was_killed_between_two_renames_is_forgotten_or_finished(
     node: Node, dataplane: Dataplane, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
-    """Whichever rename is the last: the next process finds one whole set in force, and its maps are those of its programs."""
+    """Whichever rename was the last, the next process finds one whole set in force, with the maps of its programs."""
     node.attach(dataplane)
     before, rename = ids(dataplane), Path.rename
 
@@ -227,7 +230,7 @@ def test_exchange_that_was_killed_between_two_renames_is_forgotten_or_finished(
 
 
 def test_everything_found_is_removed_by_name(node: Node) -> None:
-    """Removal names the link or filter of each hook, maps, programs and directories, and leaves the interface as it was."""
+    """Removal names the link or filter of each hook, maps, programs and directories, and restores the interface."""
     dataplane = node.do(lambda: Dataplane.open(node.root, sizes=SIZES))
     node.attach(dataplane)
     (dataplane.pin_dir / OLD).mkdir()
@@ -250,7 +253,7 @@ def test_everything_found_is_removed_by_name(node: Node) -> None:
 
 
 def test_what_is_not_ours_stays(node: Node) -> None:
-    """Directories of others below the root, and the root itself then, are left alone."""
+    """Directories of others below the root, and then the root itself, stay."""
     dataplane = node.do(lambda: Dataplane.open(node.root, sizes=SIZES))
     dataplane.close()
     (node.root / "others").mkdir()
@@ -265,11 +268,11 @@ def test_what_is_not_ours_stays(node: Node) -> None:
 def test_older_schema_killed_in_the_exchange_is_finished_by_the_next(
     node: Node, monkeypatch: pytest.MonkeyPatch, dies_in: tuple[ModuleType, str] | None
 ) -> None:
-    """Both ways of attaching pass from an older schema to this one, in one go or in two; connections are the same map."""
+    """Both mechanisms change from an older schema to this one, in one step or in two. Connections are the same map."""
     with monkeypatch.context() as patch:
         patch.setattr(abi, "SCHEMA_VERSION", abi.SCHEMA_VERSION - 1)
         older = node.do(lambda: Dataplane.open(node.root, sizes=SIZES))
-        for hook in Hook:  # where schema 5 pinned them
+        for hook in Hook:  # the path of schema 5
             (older.pin_dir / CURRENT / hook.value).rename(older.pin_dir / hook.value)
         older.set_config(abi.np_config(generation=77, flags=abi.NP_CONFIG_KEEP_REVOKED, wildcard=5))
         node.attach(older)
@@ -309,7 +312,7 @@ def test_older_schema_killed_in_the_exchange_is_finished_by_the_next(
 def test_older_schema_is_untouched_by_an_upgrade_that_does_not_happen(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who prepares and gives up leaves what was there, and nothing else."""
+    """An upgrade that is prepared and given up leaves the older pins, and nothing else."""
     with monkeypatch.context() as patch:
         patch.setattr(abi, "SCHEMA_VERSION", abi.SCHEMA_VERSION - 1)
         older = node.do(lambda: Dataplane.open(node.root, sizes=SIZES))

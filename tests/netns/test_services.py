@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pods and services: the node translates the service's address as kube-proxy does, and policy sees what is behind it."""
+"""Pods and services: the node translates the service's address as kube-proxy does, and policy judges the backend."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from netpol_ebpf.lab.topology import TCP, UDP
 pytestmark = pytest.mark.netns
 
 BACKENDS = {"web": 1, "db": 2, "other": 3, "far": 4}
-"""Last part of each pod's address, and of that of the service before it."""
+"""The last part of each pod's address, and of the address of its service."""
 SERVICE_PORT, NODE_PORT = 80, 30080
 
 SERVICE = """\
@@ -78,7 +78,7 @@ spec:
 
 
 def nft_rules(*, masquerade_all: bool = False) -> str:
-    """What kube-proxy in nftables mode comes down to: translate for packets that pass and those sent here; hairpins look like the node."""
+    """The rules of kube-proxy in nftables mode: they translate forwarded and own packets, and masquerade hairpins."""
     lines = ["flush ruleset"]
     for family, service, pod in (("ip", "10.96.0.{}", "10.1.0.{}"), ("ip6", "fd00:96::{}", "fd00:1::{}")):
         lines.append(f"add table {family} proxy")
@@ -102,7 +102,7 @@ def nft_rules(*, masquerade_all: bool = False) -> str:
 
 
 def translate(lab: Lab, home: Path, **options: bool) -> None:
-    """Put the rules in place on the node."""
+    """Install the rules on the node."""
     file = home / "rules.nft"
     file.write_text(nft_rules(**options))
     lab.run(NODE, ["nft", "-f", str(file)])
@@ -115,7 +115,7 @@ def to(name: str, protocol: int = TCP, version: int = 4, source: str = "shop/web
 
 
 def everyhow(name: str, source: str = "shop/web") -> list[Attempt]:
-    """The same by both protocols and both families."""
+    """Such connections by both protocols and both families."""
     return [to(name, protocol, version, source) for protocol in (TCP, UDP) for version in (4, 6)]
 
 
@@ -137,7 +137,7 @@ def lasting_scene(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture
 def scene(lasting_scene: Scene) -> Scene:
-    """The services, the policies of the beginning, and plain translation."""
+    """The services, the initial policies, and plain translation."""
     scene = lasting_scene
     translate(scene.lab, scene.home)
     for name, text in (("services.yaml", SERVICES), ("web.yaml", WEB_EGRESS), ("db.yaml", DB_INGRESS)):
@@ -148,13 +148,13 @@ def scene(lasting_scene: Scene) -> Scene:
 
 
 def denials(scene: Scene, source: str) -> list[dict[str, Any]]:
-    """Denied flows from a pod, as the agent tells them."""
+    """The denied flows from a pod, as the agent reports them."""
     flows = ask(scene.state_dir / SOCKET_NAME, {"op": "flows"})
     return [flow for flow in flows if flow["kind"] == "deny" and flow.get("source_name") == f"Pod/{source}"]
 
 
 def test_policy_of_the_sender_sees_what_is_behind_the_service(scene: Scene) -> None:
-    """A service before an allowed pod is reached, one before another pod is not: same node and other node, TCP and UDP, v4 and v6."""
+    """A service with an allowed pod is reached, one with another pod is not: both nodes, TCP and UDP, v4 and v6."""
     assert scene.reached(*everyhow("db")) == [True] * 4
     assert scene.reached(*everyhow("other")) == [False] * 4
     assert scene.reached(*everyhow("far")) == [False] * 4
@@ -165,7 +165,7 @@ def test_policy_of_the_sender_sees_what_is_behind_the_service(scene: Scene) -> N
 
 
 def test_denial_names_the_senders_rule_and_the_backend(scene: Scene) -> None:
-    """What the sender's policy denies where the packet leaves is told as the sender's, with the pod behind the service."""
+    """If the sender's policy denies a packet where it leaves, the flow has the sender's rule and the backend pod."""
     assert scene.reached(to("other"), to("far")) == [False, False]
 
     def told() -> bool:
@@ -183,7 +183,7 @@ def test_denial_names_the_senders_rule_and_the_backend(scene: Scene) -> None:
 
 
 def test_policy_of_the_receiver_applies_after_that_of_the_sender(scene: Scene) -> None:
-    """A pod whose own policy allows everything is still stopped by that of the pod behind the service."""
+    """A sender whose policy allows everything is still stopped by the policy of the pod behind the service."""
     assert scene.reached(*everyhow("db", "shop/other")) == [False] * 4
     assert scene.reached(*everyhow("far", "shop/other")) == [True] * 4
 
@@ -196,7 +196,10 @@ def test_policy_of_the_receiver_applies_after_that_of_the_sender(scene: Scene) -
 
 
 def test_hairpin_is_subject_to_the_pods_own_egress_policy(scene: Scene) -> None:
-    """A pod reaches itself through a service as its egress policy says; on the way back in it looks like its node."""
+    """Its egress policy decides whether a pod reaches itself through a service.
+
+    On the way back the packet has the node's address.
+    """
     assert scene.reached(*everyhow("web")) == [False] * 4
     scene.write("web.yaml", WEB_TO_ALL)
     scene.await_reached(to("web"), expected=True)
@@ -209,7 +212,7 @@ def test_hairpin_is_subject_to_the_pods_own_egress_policy(scene: Scene) -> None:
 
 
 def test_masqueraded_connections(scene: Scene) -> None:
-    """Where the node puts its own address in place of the sender's, the sender's policy decides all the same."""
+    """If the node replaces the sender's address by its own, the sender's policy still decides."""
     translate(scene.lab, scene.home, masquerade_all=True)
     assert scene.reached(*everyhow("far")) == [False] * 4
     scene.write("web.yaml", WEB_TO_ALL)
@@ -218,7 +221,7 @@ def test_masqueraded_connections(scene: Scene) -> None:
 
 
 def test_open_connection_through_a_service_is_cut_when_policy_revokes_it(scene: Scene) -> None:
-    """A change of policy reaches connections whose verdict was given where they leave, and spares the others."""
+    """A change of policy cuts connections with a deferred verdict that it revokes, and no others."""
     scene.write("web.yaml", WEB_TO_ALL)
     scene.await_reached(to("far"), expected=True)
     lost, kept = (scene.lab.prober.hold(to(name)) for name in ("far", "db"))
@@ -233,7 +236,10 @@ def test_open_connection_through_a_service_is_cut_when_policy_revokes_it(scene: 
 
 
 def test_uplinks_bear_the_programs_with_and_without_services(scene: Scene) -> None:
-    """Every interface that a packet to a service could leave by has the hook; without services it lets pass what it did."""
+    """Every interface by which a packet to a service may leave has the hook.
+
+    Without services the hook lets everything pass.
+    """
     assert scene.attached()["eth0"] == {"ingress", "egress"}
     before = scene.state()["changes_applied"]
     scene.write("services.yaml", "")
@@ -243,7 +249,7 @@ def test_uplinks_bear_the_programs_with_and_without_services(scene: Scene) -> No
 
 
 def test_killed_agent_leaves_services_judged(scene: Scene) -> None:
-    """Without an agent verdicts on services go on as they are; the next agent takes them over."""
+    """Without an agent, verdicts on services stay the same. The next agent takes them over."""
     held = scene.lab.prober.hold(to("db"))
     assert held is not None
     scene.kill()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A virtual machine behind a tap: the test is the machine, writes frames and answers for its address; policy is the agent's."""
+"""A virtual machine behind a tap. The test acts as the machine: it writes frames and answers for its address."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ spec:
 
 
 class Machine:
-    """The side of a tap that a virtual machine has: frames to and from it, and answers to who asks for its addresses."""
+    """The machine's side of a tap: sends and receives frames, and answers requests for its addresses."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -76,7 +76,7 @@ class Machine:
         self.write(frames.frame_of(packet, MACHINE_MAC, frames.mac(PARENT_MAC)))
 
     def receive(self, seconds: float) -> list[frames.Datagram]:
-        """The datagrams for the machine until none comes for a while."""
+        """The datagrams for the machine until there is a pause."""
         found = []
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
@@ -106,7 +106,7 @@ class Machine:
 
 
 def open_tap() -> int:
-    """A new tap; it goes with its descriptor."""
+    """A new tap. The kernel removes it when its descriptor is closed."""
     fd = os.open("/dev/net/tun", os.O_RDWR)
     fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", TAP.encode(), IFF_TAP | IFF_NO_PI))
     return fd
@@ -122,7 +122,7 @@ def lab() -> Iterator[Lab]:
 
 @pytest.fixture(scope="module")
 def machine(lab: Lab) -> Iterator[Machine]:
-    """A tap of the node, with the routes to the machine's addresses."""
+    """A tap of the node, with routes to the machine's addresses."""
     fd = inside(lab, NODE, open_tap)
     lines = [
         f"link set {TAP} address {PARENT_MAC} addrgenmode none",
@@ -145,7 +145,7 @@ def lasting_scene(lab: Lab, machine: Machine, tmp_path_factory: pytest.TempPathF
 
 
 def closed(scene: Scene) -> None:
-    """Wait until the tap is nobody's, and closed."""
+    """Wait until the tap has no endpoint and is closed."""
     scene.await_status(
         lambda state: state["in_force"] and not any("vm" in one["endpoint"] for one in state["endpoints"]),
         "nobody's",
@@ -161,7 +161,7 @@ def scene(lasting_scene: Scene) -> Scene:
 
 
 def enforce(scene: Scene, *policies: str) -> None:
-    """The machine becomes a workload, with these policies."""
+    """Make the machine a workload with these policies."""
     scene.write("policy.yaml", "---\n".join(policies))
     scene.write("vm.yaml", WORKLOAD)
     scene.await_status(
@@ -175,12 +175,15 @@ def enforce(scene: Scene, *policies: str) -> None:
 
 
 def counted(scene: Scene, reason: str) -> int:
-    """Packets counted under a reason."""
+    """The number of packets counted under a reason."""
     return int(scene.state()["packets"].get(reason, 0))
 
 
 def test_tap_is_closed_until_an_endpoint_names_it(scene: Scene, machine: Machine) -> None:
-    """A tap that nothing names passes nothing; with a WorkloadEndpoint and no policy everything, in both families."""
+    """A tap without an endpoint passes nothing.
+
+    With a WorkloadEndpoint and no policy it passes everything, in both families.
+    """
     assert scene.attached()[TAP] == {"ingress", "egress"}
     before = counted(scene, "unknown-endpoint")
     assert not machine.asks(WEB[4], b"closed")
@@ -195,7 +198,7 @@ def test_tap_is_closed_until_an_endpoint_names_it(scene: Scene, machine: Machine
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_policy_of_a_machine(scene: Scene, machine: Machine, version: int) -> None:
-    """Its policy holds for what it sends and what it is sent; an address that is not its own is spoofed."""
+    """Its policy holds for packets from and to it. A source that is not its own is spoofed."""
     enforce(scene, ONLY_WEB)
     wait_for(lambda: machine.asks(WEB[version], b"allowed"), "what is allowed passes")
     denied, spoofed = counted(scene, "policy-deny"), counted(scene, "spoofed")

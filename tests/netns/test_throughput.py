@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Comparing the throughput of two pairs of hosts: that it measures, and that it says why when it cannot."""
+"""The comparison of the throughput of two pairs of hosts: it measures, and reports why if it cannot."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BUSY_PORT = 5434
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
-    """A router and two hosts; the second also echoes on a port of its own."""
+    """A router and two hosts. The second one also echoes on a port of its own."""
     if shutil.which("iperf3") is None:
         pytest.skip("iperf3 is not installed")
     hosts = [
@@ -38,28 +38,28 @@ def pair(client: str, port: int) -> Pair:
 
 
 def test_each_side_is_measured_in_turn(lab: Lab) -> None:
-    """As many positive figures of each side as rounds were asked for."""
+    """Each side has as many positive figures as rounds."""
     result = compare(lab, pair("client", 5201), pair("client", 5202), rounds=2, seconds=1)
     assert len(result.with_samples) == len(result.without_samples) == 2
     assert min(result.with_samples + result.without_samples) > 0
 
 
 def test_ratio_is_that_of_neighbours() -> None:
-    """A machine that grows slower meanwhile does not change what is compared."""
+    """A machine that becomes slower meanwhile does not change the ratio."""
     result = Comparison((100.0, 50.0, 10.0), (200.0, 100.0, 20.0))
     assert result.ratio == 0.5
     assert (result.with_bps, result.without_bps) == (50.0, 100.0)
 
 
 def test_a_port_that_is_taken_is_reported(lab: Lab) -> None:
-    """The server ends at once; the error names host, address and port, and no server stays."""
+    """The server ends at once. The error names host, address and port, and no server remains."""
     with pytest.raises(PlatformError, match=f"10.0.0.2 port {BUSY_PORT}"):
         compare(lab, pair("client", BUSY_PORT), pair("client", 5202), rounds=1)
     assert "iperf3" not in lab.run("server", ["ss", "-Hltnp"]).stdout
 
 
 def test_a_client_that_cannot_connect_is_reported(lab: Lab) -> None:
-    """What iperf3 says is in the error."""
+    """The error has iperf3's message."""
     lab.run("router", ["ip", "rule", "add", "pref", "10", "to", "10.0.0.2", "prohibit"])
     try:
         with pytest.raises(PlatformError, match="iperf3 from client to 10.0.0.2 port 5203: .*connect"):

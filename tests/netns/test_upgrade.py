@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Another version of the agent on a node that enforces: older pins are taken over, newer ones are refused, nobody notices."""
+"""Another version of the agent on an enforcing node takes over older pins and refuses newer ones, without a gap."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ pytestmark = pytest.mark.netns
 OLDER = (schema(-1), WIDER_CONFIG, WIDER_ENDPOINT, *WITHOUT_NAME_CLASS)
 """One version for all tests that need no other: a version is compiled once, which takes longer than its agent."""
 KILLED_AT = ("new-*", "new-*/np_event", "new-*/programs/np_call")
-"""What is there when an upgrade has begun, compiles, and has its programs: an agent dies there."""
+"""The pins when an upgrade has begun, when it compiles, and when it has its programs. An agent is killed at each."""
 
 
 @pytest.fixture
 def scene(lab: Lab, tmp_path: Path) -> Iterator[VersionedScene]:
-    """Manifests, and no agent yet; a test chooses its version."""
+    """Manifests, and no agent yet. A test chooses its version."""
     with scene_in(lab, tmp_path / "home", kind=VersionedScene) as one:
         assert isinstance(one, VersionedScene)
         yield one
-        one.tree = None  # cleanup is for pins of any version
+        one.tree = None  # so that cleanup is of this version; it works with pins of any version
 
 
 @contextmanager
 def unnoticed(scene: VersionedScene) -> Iterator[None]:
-    """Connections held open, and new ones tried without a pause, all through the block: none breaks, no verdict is wrong."""
+    """Hold connections open and try new ones without a pause during the block: none breaks, and no verdict is wrong."""
     held = [scene.lab.prober.hold(to_db("shop/web", version)) for version in (4, 6)]
     wrong: list[str] = []
     tried = 0
@@ -89,7 +89,7 @@ def pinned(scene: VersionedScene) -> list[str]:
 
 
 def await_pin(scene: VersionedScene, pattern: str) -> None:
-    """Wait until something of that name is pinned."""
+    """Wait until a pin with such a name exists."""
     wait_for(lambda: any(scene.pin_root.glob(pattern)), f"{pattern} is there")
 
 
@@ -98,14 +98,14 @@ def numbers(state: dict[str, Any]) -> dict[str, int]:
 
 
 def replaced(scene: VersionedScene, tree: Path | None) -> dict[str, Any]:
-    """End the agent, and start that of another version in its place; its status."""
+    """End the agent and start that of another version. Returns its status."""
     scene.stop()
     scene.tree = tree
     return scene.start()
 
 
 def test_older_schema_is_taken_over(scene: VersionedScene, tmp_path: Path) -> None:
-    """Every setting at another place, a policy map of another layout, other names: connections, numbers and counters go on."""
+    """Connections, numbers and counters continue, although offsets of settings, a layout and names differ."""
     scene.tree = make_version(tmp_path / "older", OLDER, NAMES_OF_SCHEMA_8)
     scene.options = ("--timeout", "udp=180")
     before = scene.start()
@@ -120,7 +120,7 @@ def test_older_schema_is_taken_over(scene: VersionedScene, tmp_path: Path) -> No
     assert after["generation"] > before["generation"]
     assert after["timeouts"]["udp"] == before["timeouts"]["udp"] == 180
     assert after["packets"]["policy-deny"] >= before["packets"].get("policy-deny", 0)
-    (scene.state_dir / "numbers").unlink()  # the next agent has the rows alone to know whose connections there are
+    (scene.state_dir / "numbers").unlink()  # so that the next agent must learn the connections' endpoints from the rows
     with unnoticed(scene):
         again = replaced(scene, make_version(tmp_path / "newer", [schema(1), WIDER_CONFIG]))
     assert numbers(again) == numbers(before)
@@ -138,14 +138,14 @@ def test_older_schema_is_taken_over(scene: VersionedScene, tmp_path: Path) -> No
 
 
 def scene_of_this_version(scene: VersionedScene) -> Any:
-    """Run this version's agent beside pins of a newer one; what it said."""
+    """Run this version's agent with pins of a newer one. Returns its output."""
     scene.stop()
     scene.tree = None
     return scene.lab.run(NODE, scene.command("--once"), check=False)
 
 
 def test_three_capabilities_are_enough(scene: VersionedScene, tmp_path: Path) -> None:
-    """An agent with the capabilities of the service alone upgrades the schema by the layouts that the older version saved."""
+    """An agent with only the service's capabilities upgrades the schema by the layouts that the older version saved."""
     scene.is_least = True
     scene.tree = make_version(tmp_path / "older", OLDER, NAMES_OF_SCHEMA_8)
     before = scene.start()
@@ -157,7 +157,10 @@ def test_three_capabilities_are_enough(scene: VersionedScene, tmp_path: Path) ->
 
 
 def test_version_without_saved_layouts(scene: VersionedScene, tmp_path: Path) -> None:
-    """Its maps are described by the kernel, to CAP_SYS_ADMIN alone: without it the upgrade is refused and nothing changes."""
+    """The kernel describes its maps, but only with CAP_SYS_ADMIN.
+
+    Otherwise the upgrade is refused and nothing changes.
+    """
     scene.tree = make_version(tmp_path / "older", OLDER, NAMES_OF_SCHEMA_8)
     scene.start()
     (scene.pin_root / f"v{abi.SCHEMA_VERSION - 1}" / layouts.NAME).unlink()
@@ -174,7 +177,7 @@ def test_version_without_saved_layouts(scene: VersionedScene, tmp_path: Path) ->
 
 
 def test_connections_of_another_layout_are_judged_anew(scene: VersionedScene, tmp_path: Path) -> None:
-    """Connections whose rows cannot be read are judged by policy at their next packet; status says so."""
+    """Policy judges connections whose rows cannot be read at their next packet. Status reports this."""
     scene.tree = make_version(tmp_path / "older", [schema(-1), OTHER_CONNECTION])
     scene.start()
     with unnoticed(scene):
@@ -185,7 +188,7 @@ def test_connections_of_another_layout_are_judged_anew(scene: VersionedScene, tm
 
 
 def test_changed_program_of_the_same_schema(scene: VersionedScene, tmp_path: Path) -> None:
-    """A version that differs in the program alone takes over as unnoticed as one that does not differ."""
+    """A version that differs only in its program takes over without any other difference."""
     scene.tree = make_version(tmp_path / "older", [OTHER_PROGRAM])
     before = scene.start()
     with unnoticed(scene):
@@ -197,7 +200,7 @@ def test_changed_program_of_the_same_schema(scene: VersionedScene, tmp_path: Pat
 
 
 def test_upgrade_killed_at_any_time(scene: VersionedScene, tmp_path: Path) -> None:
-    """Agents that die while they prepare an upgrade leave enforcement whole, and the last one completes it."""
+    """Agents that die while they prepare an upgrade leave whole enforcement, and the last one completes the upgrade."""
     scene.tree = make_version(tmp_path / "older", OLDER, NAMES_OF_SCHEMA_8)
     before = scene.start()
     scene.stop()

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All executions of a few threads on a machine that reorders loads and stores, to find one with a wrong outcome.
+"""Finds all executions of a few threads on a machine that reorders loads and stores, to detect wrong outcomes.
 
-A thread is a list of operations.  An operation takes effect at one instant for all threads (arm64 and x86-64 are multi-copy
-atomic); the machine says which operations of one thread may do so in another order than the program's:
+A thread is a list of operations. An operation takes effect at one instant for all threads (arm64 and x86-64 are
+multi-copy atomic). The machine determines which operations of one thread may take effect in another order than the
+program's:
 
-    TSO    x86-64: a load may overtake stores to other locations, nothing else.
-    WEAK   arm64 or weaker: everything may overtake everything, but for accesses to one location, full barriers, release
-           stores, and dependencies: the address or value of an access is made of what a load gave, or whether a *store* happens
-           depends on it.  A load is not held back by a branch.
+    TSO    x86-64: a load may overtake stores to other locations; nothing else is reordered.
+    WEAK   arm64 or weaker: any operation may overtake any other. Exceptions: accesses to one location, full barriers,
+           release stores, and dependencies, which exist if the address or value of an access is computed from a loaded
+           value, or if a loaded value decides whether a *store* is executed. A branch does not delay a load.
 
-On both a load may take its value from a store of its own thread that has not taken effect yet, on WEAK even from one that a
-branch may still cancel.  Exchange and compare-and-swap are full barriers, the failed compare-and-swap too, which is stronger
-than arm64 has it: no model may rely on that.
+On both machines a load may take its value from a store of its own thread that has not taken effect yet; on WEAK even
+from a store that a branch may still cancel. Exchange and compare-and-swap are full barriers, and so is a failed
+compare-and-swap. The last one is stronger than on arm64, so no model may rely on it.
 
-A grace period is that of RCU: it ends when every read-side section has ended that had begun when it began, and it is a full
-barrier.  A section stands for the time from one quiescent state of a processor to the next, so every access of a packet lies
-within it; the search tries every place for its ends.
+A grace period is that of RCU: it ends when every read-side section has ended that had begun before it, and it is a full
+barrier. A section represents the time from one quiescent state of a processor to the next, so every access of a packet
+is within it. The search tries every place for its ends.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from typing import Any
 
 Values = Mapping[str, Any]
 State = tuple[tuple[int, ...], tuple[tuple[Any, ...], ...], tuple[Any, ...], frozenset[tuple[int, int]]]
-"""Operations done by each thread (bits), their results, memory, and stores that a load has taken for certain."""
+"""(operations done by each thread, as bits; their results; memory; stores whose value a load took before they took
+effect)."""
 
 
 class Machine(enum.Enum):
-    """Which operations of a thread may change places."""
+    """The rule for which operations of a thread may be reordered."""
 
     TSO = "x86-64"
     WEAK = "arm64"
@@ -40,10 +42,11 @@ class Machine(enum.Enum):
 
 @dataclass(frozen=True)
 class Op:
-    """One operation. ``into``: register of the result; ``uses``: registers that address and value are made of.
+    """One operation.
 
-    ``at``: a location, or a function of the registers, then with ``among``.  ``when``: of the registers ``asks``; otherwise a
-    store, exchange or compare-and-swap does nothing.
+    ``into``: the register of the result. ``uses``: the registers from which address and value are computed. ``at``: a
+    location, or a function of the registers; then ``among`` has its possible results. ``when``: a condition on the
+    registers ``asks``; if it is false, a store, exchange or compare-and-swap does nothing.
     """
 
     kind: str
@@ -59,12 +62,12 @@ class Op:
 
     @property
     def is_barrier(self) -> bool:
-        """Whether nothing passes it in either direction."""
+        """Whether no operation may move across this one in either direction."""
         return self.kind not in ("load", "store")
 
     @property
     def places(self) -> frozenset[str]:
-        """The locations it may access."""
+        """The locations that the operation may access."""
         return frozenset(self.among or ((self.at,) if isinstance(self.at, str) and self.at else ()))
 
 
@@ -74,17 +77,17 @@ def load(into: str, at: str | Callable[[Values], str], **how: Any) -> Op:
 
 
 def store(at: str | Callable[[Values], str], value: Any, **how: Any) -> Op:
-    """Write a value, or what a function makes of the registers."""
+    """Write a value, or the result of a function of the registers."""
     return Op("store", at, value, **how)
 
 
 def exchange(at: str | Callable[[Values], str], value: Any, **how: Any) -> Op:
-    """Write as `store` does, with a full barrier on both sides."""
+    """Write as `store` does, with a full barrier before and after."""
     return Op("exchange", at, value, **how)
 
 
 def compare_and_swap(into: str, at: str, expected: Any, value: Any, **how: Any) -> Op:
-    """Write if the location holds ``expected``; the register gets what it held."""
+    """Write if the location has the value ``expected``. The register gets the value that it had."""
     return Op("cas", at, value, expected, into, **how)
 
 
@@ -103,9 +106,9 @@ FENCE = Op("fence")
 
 @dataclass
 class Scene:
-    """Threads, what memory holds at first, and what must not be: a function of memory and of each thread's registers.
+    """The threads, the initial memory, and the wrong outcomes, as a function of memory and of each thread's registers.
 
-    The registers of thread t are called ``t.register``.  A register whose load was cancelled, or is of no use, is there, too.
+    The register ``register`` of thread t is called ``t.register``. Registers of cancelled or unused loads exist, too.
     """
 
     threads: Mapping[str, Sequence[Op]]
@@ -131,7 +134,7 @@ class _Search:
         ]
 
     def _is_ordered(self, first: Op, then: Op) -> bool:
-        """Whether ``first``, which the program has first, takes effect first whatever their locations turn out to be."""
+        """Whether ``first``, which is first in the program, also takes effect first, whatever their locations are."""
         if first.is_barrier or then.is_barrier or then.release or first.into and first.into in then.uses:
             return True
         if then.kind == "store" and first.into and first.into in then.asks:
@@ -141,18 +144,18 @@ class _Search:
         return False
 
     def registers(self, state: State, thread: int) -> dict[str, Any]:
-        """What the thread's operations that are done gave."""
+        """The results of a thread's operations that are done."""
         ops, results = self.threads[thread], state[1][thread]
         return {op.into: results[i] for i, op in enumerate(ops) if op.into and state[0][thread] >> i & 1}
 
     def _place(self, op: Op, registers: Values) -> str | None:
-        """Where, or None while that is not known."""
+        """The location of an operation; None while it is not known."""
         if isinstance(op.at, str):
             return op.at
         return op.at(registers) if all(name in registers for name in op.uses) else None
 
     def successors(self, state: State) -> Iterator[tuple[str, State]]:
-        """Every next step, with its description."""
+        """Every possible next step, with its description."""
         for thread, ops in enumerate(self.threads):
             done, registers = state[0][thread], self.registers(state, thread)
             for i in range(len(ops)):
@@ -161,7 +164,7 @@ class _Search:
                         yield f"{self.names[thread]}: {what}", following
 
     def _take(self, state: State, thread: int, i: int, registers: Values) -> Iterator[tuple[str, State]]:
-        """Let an operation take effect, if it may before those ahead of it that are not done."""
+        """Let an operation take effect, if it may overtake the unfinished operations before it in the program."""
         op = self.threads[thread][i]
         place = self._place(op, registers)
         ahead = self._ahead(state, thread, i, place, registers)
@@ -180,7 +183,7 @@ class _Search:
             yield from self._access(state, thread, i, place, registers)
 
     def _ahead(self, state: State, thread: int, i: int, place: str | None, registers: Values) -> list[int]:
-        """Operations ahead of one in the program that are not done and are, or could be, at its place."""
+        """The unfinished operations before an operation in the program that access, or may access, its location."""
         ops, done = self.threads[thread], state[0][thread]
         left = [j for j in range(i) if not done >> j & 1 and ops[j].places & ops[i].places]
         return [j for j in left if place is None or self._place(ops[j], registers) in (place, None)]
@@ -188,19 +191,19 @@ class _Search:
     def _forward(
         self, state: State, thread: int, i: int, source: int, registers: Values
     ) -> Iterator[tuple[str, State]]:
-        """A load takes its value from a store of its thread that is not done, and that a branch may yet cancel."""
+        """A load takes its value from an unfinished store of its own thread, which a branch may still cancel."""
         op = self.threads[thread][source]
         if self._place(op, registers) is None or not all(name in registers for name in op.uses):
             return
         is_certain = all(name in registers for name in op.asks)
         if is_certain and op.when is not None and not op.when(registers):
-            return  # it will do nothing: wait until it has
+            return  # the store will do nothing, so the load must wait until it has done so
         value = _value(op.value, registers)
         what = f"load {self._place(op, registers)} = {value}, ahead of its own store"
         yield what, self._after(state, thread, i, value, assumed=set() if is_certain else {(thread, source)})
 
     def _access(self, state: State, thread: int, i: int, place: str, registers: Values) -> Iterator[tuple[str, State]]:
-        """A load, store, exchange or compare-and-swap meets memory."""
+        """A load, store, exchange or compare-and-swap accesses memory."""
         op, memory = self.threads[thread][i], list(state[2])
         held = memory[self.places[place]]
         happens = op.when is None or op.when(registers)
@@ -211,7 +214,7 @@ class _Search:
             what = f":= {memory[self.places[place]]}"
         else:
             what = "not done"
-        if happens or (thread, i) not in state[3]:  # else a load took the value of a store that never was
+        if happens or (thread, i) not in state[3]:  # otherwise a load took the value of a store that was cancelled
             yield f"{op.kind} {place} {what}", self._after(state, thread, i, held if op.into else None, memory)
 
     @staticmethod
@@ -229,7 +232,7 @@ class _Search:
         return tuple(dones), tuple(results), state[2] if memory is None else tuple(memory), state[3] | assumed
 
     def _sections(self, state: State) -> Iterator[tuple[int, int]]:
-        """The read-side sections that have begun and not ended, each by its thread and the number of its end."""
+        """The read-side sections that have begun and not ended, each as (thread, index of its end)."""
         for thread, ops in enumerate(self.threads):
             begun: int | None = None
             for i, op in enumerate(ops):
@@ -241,14 +244,14 @@ class _Search:
                     begun = None
 
     def outcome(self, state: State) -> dict[str, Any]:
-        """Memory and registers, in the end."""
+        """The final memory and registers."""
         found = {place: state[2][index] for place, index in self.places.items()}
         for thread, name in enumerate(self.names):
             found |= {f"{name}.{register}": value for register, value in self.registers(state, thread).items()}
         return found
 
     def is_over(self, state: State) -> bool:
-        """Whether every thread has done everything."""
+        """Whether every thread has done all its operations."""
         return all(done == (1 << len(ops)) - 1 for done, ops in zip(state[0], self.threads, strict=True))
 
 
@@ -257,7 +260,7 @@ def _value(value: Any, registers: Values) -> Any:
 
 
 def executions(scene: Scene, machine: Machine) -> Iterator[tuple[dict[str, Any], list[str]]]:
-    """Every reachable outcome once, with one execution that has it."""
+    """Every reachable outcome once, with one execution that leads to it."""
     search = _Search(scene, machine)
     start: State = (
         tuple(0 for _ in search.threads),
@@ -286,9 +289,9 @@ def _way(came_from: Mapping[State, tuple[State, str] | None], state: State) -> l
 
 
 def find_wrong(scene: Scene, machine: Machine) -> list[str] | None:
-    """An execution with a wrong outcome, step by step; None when there is none.
+    """An execution with a wrong outcome, step by step; None if there is none.
 
-    Raises AssertionError when nothing can come to its end: a model in which everything waits proves nothing.
+    Raises AssertionError if no execution can end, because a model in which everything waits proves nothing.
     """
     count = 0
     for found, steps in executions(scene, machine):

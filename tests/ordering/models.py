@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pairs of stores and loads that policy relies on, each as a model for the explorer.
+"""The pairs of stores and loads on which policy relies, each as a model for the explorer.
 
-A model names the orderings that the product has, and on which machine each is needed.  The agent is thread ``agent``; a
-program's run for a packet is a section.  Locations and operations are those of the code, in the order of the code; what does not
-matter to the pair is left out.  ADR 10 and 11 have the argument for each pair.
+A model names the orderings that the product has, and the machines on which each is needed. The agent is the thread
+``agent``; a program's run for a packet is a section. Locations and operations are those of the code, in the order of
+the code; those that do not matter for the pair are left out. ADR 10 and 11 have the argument for each pair.
 
-An agent's writes through bpf(2) count as plain stores, since the system call is no barrier on arm64.  One exception: the kernel
-publishes a new element of a hash table or a trie with release.
+An agent's writes through bpf(2) count as plain stores, because the system call is no barrier on arm64. There is one
+exception: the kernel publishes a new element of a hash table or a trie with release.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ STRONG_ONLY, WEAK_ONLY = frozenset({TSO}), frozenset({WEAK})
 
 @dataclass(frozen=True)
 class Ordering:
-    """``there``: the machines on which the product has it; ``needed``: those on which the outcome is wrong without it.
+    """An ordering.
 
-    One that is there and not needed is that of code for both machines, such as the order of a program's loads, where a grace
-    period makes it idle.
+    ``there``: machines on which the product has it. ``needed``: machines on which an outcome is wrong without it.
+
+    An ordering may be there without being needed if both machines run the same code. An example is the order of a
+    program's loads on a machine where a grace period has the same effect.
     """
 
     name: str
@@ -40,7 +42,11 @@ Has = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class Model:
-    """``build`` asks of each ordering by its name whether it is kept. ``wrong``: what must not be, for people."""
+    """A model.
+
+    ``build``: gets a function that says for an ordering's name whether it is kept. ``wrong``: the wrong outcome, as
+    text.
+    """
 
     name: str
     wrong: str
@@ -49,12 +55,12 @@ class Model:
 
 
 def ordered(kept: bool, *parts: Sequence[Op]) -> list[Op]:  # noqa: FBT001 - reads as: ordered(has("..."), first, then)
-    """The parts one behind the other, or, if their order is not kept, the other way round."""
+    """The parts in order; in the reverse order if their order is not kept."""
     return [op for part in (parts if kept else parts[::-1]) for op in part]
 
 
 def behind(name: str, register: str, *, kept: bool = True) -> Op:
-    """A load whose address is made of a register."""
+    """A load with an address that is computed from a register."""
     return load(name, (lambda _: name) if kept else name, uses=(register,) if kept else (), among=(name,))
 
 
@@ -71,7 +77,7 @@ OWNED = Ordering("a slot is owned by compare-and-swap", BOTH, BOTH)
 
 
 def publish(data: Sequence[Op], flag: Sequence[Op], has: Has) -> list[Op]:
-    """What the agent does everywhere: data, on weakly ordered machines a grace period, flag."""
+    """The agent's usual sequence: data; on weakly ordered machines a grace period; flag."""
     return ordered(has(DATA_FIRST.name), data, grace(wanted=has(GRACE_BEFORE_FLAG.name)), flag)
 
 
@@ -79,7 +85,7 @@ def publish(data: Sequence[Op], flag: Sequence[Op], has: Has) -> list[Op]:
 
 
 def _address(has: Has) -> Scene:
-    """A bucket's row that has held another address before; `AddressMap.put`, `np_addr4_seek`."""
+    """A bucket's row that had another address before; `AddressMap.put`, `np_addr4_seek`."""
     flag, data = [load("used", "used")], [load("key", "key"), load("row", "row")]
     return Scene(
         {
@@ -92,7 +98,7 @@ def _address(has: Has) -> Scene:
 
 
 def _address6(has: Has) -> Scene:
-    """A key of several words: half of the old and half of the new one is a third address's."""
+    """A key of several words: half of the old key and half of the new one are together the key of a third address."""
     flag, data = [load("used", "used")], [load("low", "low"), load("high", "high")]
     return Scene(
         {
@@ -105,7 +111,7 @@ def _address6(has: Has) -> Scene:
 
 
 def _address_reuse(has: Has) -> Scene:
-    """A row goes, and another takes its place; `AddressMap.delete`, `end_grace_period`, `put`."""
+    """A row is removed, and another one takes its place; `AddressMap.delete`, `end_grace_period`, `put`."""
     return Scene(
         {
             "agent": [
@@ -121,7 +127,7 @@ def _address_reuse(has: Has) -> Scene:
 
 
 def _class_line(has: Has) -> Scene:
-    """A line of classes gets its set; `ClassMap._claim`, `np_class_seek`."""
+    """A line of classes gets its policy set; `ClassMap._claim`, `np_class_seek`."""
     flag, data = [load("set", "set")], [load("block", "block"), load("class", "class")]
     return Scene(
         {
@@ -134,7 +140,10 @@ def _class_line(has: Has) -> Scene:
 
 
 def _class_line_reuse(has: Has) -> Scene:
-    """The last class of a line goes, and another set takes the line; `ClassMap.delete`, `end_grace_period`, `_claim`."""
+    """The last class of a line is removed; another set takes the line.
+
+    `ClassMap.delete`, `end_grace_period`, `_claim`.
+    """
     return Scene(
         {
             "agent": [
@@ -179,7 +188,10 @@ GRACE_BEFORE_FLIP = Ordering("grace period between what grows and what flips", W
 
 
 def _atom_before_set(has: Has) -> Scene:
-    """A policy set that tells a new atom apart; its endpoint's row is published with release, which the reader does not match."""
+    """A new policy set distinguishes a new atom.
+
+    Its endpoint's row is published with release, but the reader has no acquire.
+    """
     row, atom = [load("set", "endpoint")], [load("atom", "port")]
     return Scene(
         {
@@ -201,7 +213,7 @@ FROM_ROW = Ordering("the verdict's address is made of the row", BOTH, WEAK_ONLY)
 
 
 def _verdict_before_endpoint(has: Has) -> Scene:
-    """Verdicts lie behind the endpoint's row that points at them; this pair needs no grace period."""
+    """An endpoint's row points at verdicts, so a packet reads them after it. This pair needs no grace period."""
     return Scene(
         {
             "agent": ordered(
@@ -220,7 +232,10 @@ ANY_ORDER = Ordering("a bit is set before its row is written", BOTH, NONE)
 
 
 def _special(has: Has) -> Scene:
-    """An address becomes the node's own; `SurroundingsWriter.write`, `np_is_local`. Bit and row are asked both."""
+    """An address becomes the node's own; `SurroundingsWriter.write`, `np_is_local`.
+
+    The program reads both bit and row.
+    """
     data = ordered(has(ANY_ORDER.name), [store("bit", 1)], [store("row", 1, release=True)])
     return Scene(
         {
@@ -242,7 +257,7 @@ def _special(has: Has) -> Scene:
 
 
 def _generation(has: Has) -> Scene:
-    """A verdict is recorded under the generation that was loaded; `Applier.bump_generation`, `np_tc`."""
+    """A verdict is recorded under the generation that the program loaded; `Applier.bump_generation`, `np_tc`."""
     flag, data = [load("generation", "generation")], [load("row", "row")]
     return Scene(
         {
@@ -259,10 +274,10 @@ EPOCH_FIRST = Ordering("the epoch is stored before the generation", BOTH, BOTH)
 
 
 def _epoch(has: Has) -> Scene:
-    """The same through the endpoint cache, which holds a row for an epoch: two packets of a processor.
+    """The same through the endpoint cache, which keeps a row for an epoch: two packets on one processor.
 
-    The kernel copies a row of an array in any order, so what is in one row is not written at once (generation, epoch).  Of two
-    loads the compiler may have the second first, and so may a weakly ordered processor.
+    The kernel copies a row of an array in any order, so two values in one row (generation, epoch) are not written at
+    once. The compiler may also exchange two loads, and so may a weakly ordered processor.
     """
     config = [load("generation", "config")]
     if not has(ONE_WORD.name):
@@ -304,7 +319,7 @@ GRACE_BEFORE_EPOCH = Ordering("grace period before the epoch", WEAK_ONLY, WEAK_O
 
 
 def _range_reuse(has: Has) -> Scene:
-    """A range of verdicts is given up when no packet has the endpoint's row that points at it, not from the cache either."""
+    """A range of verdicts is reused when no packet has the old endpoint row that points at it (also in the cache)."""
 
     def at(has: Values) -> str:
         epoch, row = has["cached"]
@@ -347,7 +362,7 @@ READ_ONCE = Ordering("what was checked is what is used", BOTH, BOTH)
 
 
 def _check_words(has: Has) -> Scene:
-    """A host endpoint's row that goes, and whose memory the kernel gives to another row at once; `np_host_read`."""
+    """A host endpoint's row is removed, and the kernel reuses its memory for another row at once; `np_host_read`."""
 
     def written(key: str, word: int) -> list[Op]:
         check = (key if has(KEY_CHECKED.name) else "", word, word if has(CHECKED.name) else 0)
@@ -372,9 +387,9 @@ def _check_words(has: Has) -> Scene:
 
 
 def _own(name: str, has: Has, *, only: str = "") -> list[Op]:
-    """A program takes a slot, writes the entry, publishes it; `np_ct_reserve`, `np_conn_open`, `np_ct_commit`.
+    """A program reserves a slot, writes the entry, publishes it; `np_ct_reserve`, `np_conn_open`, `np_ct_commit`.
 
-    ``only``: the one tag that it would take; else any that is nobody's mark.
+    ``only``: the one tag that it would replace; "": any tag that is not a reservation.
     """
 
     def is_taken(was: object) -> bool:
@@ -400,13 +415,13 @@ def _own(name: str, has: Has, *, only: str = "") -> list[Op]:
 
 
 def _find(has: Has) -> list[Op]:
-    """A program looks for a connection; `np_ct_probe`, `np_ct_lookup`."""
+    """A program looks up a connection; `np_ct_probe`, `np_ct_lookup`."""
     kept = has(FROM_TAG.name)
     return section(load("tag", "tag"), behind("key", "tag", kept=kept), behind("conn", "tag", kept=kept))
 
 
 def _is_mixed(end: Values) -> bool:
-    """Whether a packet found its tag and key, and another's connection."""
+    """Whether a packet found its own tag and key with the entry of another connection."""
     tag, key, conn = (end[f"packet.{one}"] for one in ("tag", "key", "conn"))
     return tag in ("one", "two", "agent") and tag == key != conn
 
@@ -421,7 +436,7 @@ def _publish(has: Has) -> Scene:
 
 
 def _own_twice(has: Has) -> Scene:
-    """Two processors take the same slot; what is there in the end is one connection."""
+    """Two processors reserve the same slot. At the end, the slot has one whole connection."""
 
     def wrong(end: Values) -> bool:
         return end["tag"] in ("one", "two") and not end["tag"] == end["key"] == end["conn"]
@@ -436,7 +451,7 @@ GRACE_BEFORE_TAG = Ordering("grace period before the tag", WEAK_ONLY, WEAK_ONLY)
 
 
 def _agent_adds(has: Has) -> Scene:
-    """The agent adds a connection while a program takes the slot; `ConnectionMap.put_many`."""
+    """The agent adds a connection while a program reserves the slot; `ConnectionMap.put_many`."""
     asks = {"asks": ("seen",), "when": lambda has: has["seen"] == "marked"} if has(MARK_CHECKED.name) else {}
     return Scene(
         {
@@ -466,7 +481,10 @@ GRACE_BEFORE_OLD_GO = Ordering("grace period before the old array's pin goes", B
 
 
 def _program_set(has: Has) -> Scene:
-    """Hooks and the programs they call are exchanged as one; the branch into a program is no dependency of its loads."""
+    """Hooks and the programs that they call are exchanged as one.
+
+    The jump into a program is no dependency of its loads.
+    """
     new = "slot 2" if has(OWN_ARRAY.name) else "slot 1"
     fill = [store("rows 2", 2), store(new, 2)]
 
@@ -497,7 +515,7 @@ AGAIN_BEHIND = Ordering("its address is made of what the entry gave", WEAK_ONLY,
 
 
 def _given_away(has: Has) -> Scene:
-    """A packet's slot is given to another connection while it reads the entry."""
+    """A packet's slot is given to another connection while the packet reads the entry."""
     again = [load("again", (lambda _: "tag") if has(AGAIN_BEHIND.name) else "tag", among=("tag",),
                   uses=("key", "conn") if has(AGAIN_BEHIND.name) else ())]  # fmt: skip
 
@@ -525,7 +543,7 @@ FLAGS_BEHIND = Ordering("the flags' address is made of the generation that was r
 
 
 def _judged_again(has: Has) -> Scene:
-    """A connection is judged again: its flags say more under the new generation; `np_ip_again`, `np_ip_known`, `np_ip`."""
+    """A connection is evaluated again, and its flags change; `np_ip_again`, `np_ip_known`, `np_ip`."""
     generation = exchange("generation", 2) if has(BY_EXCHANGE.name) else store("generation", 2)
     is_behind = has(FLAGS_BEHIND.name) and has(GENERATION_FIRST.name)
     return Scene(
@@ -549,7 +567,7 @@ DATA_BEHIND = Ordering("the data's address is made of the flag", WEAK_ONLY, WEAK
 
 
 def _without_grace(has: Has) -> Scene:
-    """What a barrier of the agent and an artificial dependency of the program would do instead of a grace period."""
+    """A barrier of the agent and an artificial dependency of the program, in place of a grace period."""
     kept = has(DATA_BEHIND.name)
     return Scene(
         {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The explorer is held to outcomes that are published for x86-64, arm64 and RCU: those it must find, and those it must not."""
+"""The explorer agrees with published outcomes for x86-64, arm64 and RCU: it finds the allowed ones and no others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def message_passing(writer: Sequence[Op], reader: Sequence[Op]) -> Scene:
 
 
 def plain(name: str, *, uses: tuple[str, ...] = ()) -> Op:
-    """A load; with ``uses`` its address is made of what those gave."""
+    """A load. ``uses``: registers from which its address is computed."""
     return load(name, (lambda _: name) if uses else name, uses=uses, among=(name,))
 
 
@@ -189,13 +189,13 @@ for _scene, _ in LITMUS.values():
 @pytest.mark.parametrize("machine", Machine)
 @pytest.mark.parametrize("name", LITMUS)
 def test_published_outcomes(name: str, machine: Machine) -> None:
-    """What a machine allows is found, and what it forbids is not."""
+    """The explorer finds the outcomes that a machine allows, and none that it forbids."""
     scene, allowed = LITMUS[name]
     assert (find_wrong(scene, machine) is not None) is (machine in allowed)
 
 
 def test_way_is_told_step_by_step() -> None:
-    """A wrong outcome comes with an execution that has it: every operation once, and then what is wrong."""
+    """A wrong outcome comes with its execution: every operation once, and then what is wrong."""
     way = find_wrong(message_passing(WRITE, READ), WEAK)
     assert way is not None
     assert sorted(way[:-1]) == ["a: store data := 1", "a: store flag := 1", "b: load data = 0", "b: load flag = 1"]
@@ -203,7 +203,7 @@ def test_way_is_told_step_by_step() -> None:
 
 
 def test_model_in_which_everything_waits_is_refused() -> None:
-    """A grace period inside of a section waits for itself; nothing would be found, and nothing proved."""
+    """A grace period inside a section waits for itself. Such a model would find nothing and prove nothing."""
     scene = Scene({"a": section(*grace(), store("x", 1))}, {"x": 0}, lambda end: end["x"] == 0)
     assert not list(executions(scene, WEAK))
     with pytest.raises(AssertionError, match="comes to its end"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grace periods: `wait_for_readers` outlasts every packet that is being judged, and `order_stores` costs x86-64 nothing."""
+"""Grace periods: `wait_for_readers` waits for all packets being judged; `order_stores` costs x86-64 nothing."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from netpol_loader.kernel import grace, syscall
 
 DEADLINE_S = 60.0
 ROUNDS = 40_000
-"""Calls of a helper in each program of a chain: many enough to last, few enough for the verifier to walk."""
+"""Calls of a helper in each program of a chain: enough that a run takes some time, and few enough for the verifier."""
 CHAIN = 34
-"""Programs that a tail call chain runs: the kernel allows 33 calls."""
+"""Number of programs in a chain of tail calls: the kernel allows 33 calls."""
 
 
 def _raw(code: int, dst: int = 0, src: int = 0, offset: int = 0, imm: int = 0) -> bytes:
@@ -30,7 +30,7 @@ def _raw(code: int, dst: int = 0, src: int = 0, offset: int = 0, imm: int = 0) -
 
 
 def _map(kind: int, name: str, value_size: int, flags: int) -> int:
-    """Made here, so that the test needs nothing of what it tests."""
+    """Make a map without the loader, which is under test."""
     room = struct.pack("=6I", kind, 4, value_size, 1, flags, 0) + bytes(4) + name.encode().ljust(16, b"\0")
     attr = syscall.buffer(room.ljust(syscall.ATTR_BYTES, b"\0"))
     fd: int = syscall._libc().syscall(syscall._syscall_number(), 0, attr, syscall.ATTR_BYTES)
@@ -39,7 +39,7 @@ def _map(kind: int, name: str, value_size: int, flags: int) -> int:
 
 
 class LongRun:
-    """A program that says when it begins and when it ends, and takes some ten milliseconds between."""
+    """A program that records its begin and its end, with some ten milliseconds between them."""
 
     def __init__(self) -> None:
         self.words = _map(2, "np_test_words", 8, 1 << 10)  # an array, BPF_F_MMAPABLE
@@ -94,9 +94,9 @@ def long_run() -> Iterator[LongRun]:
 
 @pytest.fixture
 def apart() -> Iterator[int]:
-    """This thread stays on one CPU; the number of another one, for what must run at the same time.
+    """Pin this thread to one CPU. Yields the number of another CPU for work at the same time.
 
-    A run is not interrupted: who was woken on its CPU would see it only when it is over.
+    A run is not interrupted, so a thread that is woken on the same CPU would continue only after the run.
     """
     cpus = os.sched_getaffinity(0)
     own, *others = sorted(cpus)
@@ -109,17 +109,20 @@ def apart() -> Iterator[int]:
 
 @pytest.mark.kernel
 def test_wait_outlasts_a_packet_that_is_being_judged(long_run: LongRun, apart: int) -> None:
-    """A run that had begun when the wait began, and not ended, has ended when the wait ends."""
+    """A run that had begun before the wait, and not ended, has ended when the wait ends."""
     deadline = time.monotonic() + DEADLINE_S
     while not waited_for_a_run(long_run, apart):
         assert time.monotonic() < deadline, "this process was never scheduled while the program ran"
 
 
 def waited_for_a_run(long_run: LongRun, cpu: int) -> bool:
-    """Whether the wait began within a run on a CPU: CPUs are shared, and a run may be over before it is seen to have begun."""
+    """Whether the wait began within a run on a CPU.
+
+    A run may be over before it is seen to have begun, as CPUs are shared.
+    """
 
     def run() -> None:
-        os.sched_setaffinity(0, {cpu})  # of this thread alone
+        os.sched_setaffinity(0, {cpu})  # only for this thread
         long_run.run()
 
     long_run.forget()
@@ -138,7 +141,7 @@ def waited_for_a_run(long_run: LongRun, cpu: int) -> bool:
 
 @pytest.mark.kernel
 def test_wait_makes_its_maps_once() -> None:
-    """A process waits as often as it likes with two descriptors."""
+    """A process waits any number of times with two descriptors."""
     grace.wait_for_readers()
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
@@ -148,7 +151,7 @@ def test_wait_makes_its_maps_once() -> None:
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
-    """A kernel that refuses bpf(2) with an errno."""
+    """A kernel that rejects bpf(2) with an errno."""
 
     def refuse(_command: int, _attr: object) -> int:
         raise OSError(request.param, os.strerror(request.param))
@@ -160,7 +163,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
 
 
 class Membarrier:
-    """libc, whose membarrier(2) answers as it is told; the calls are noted."""
+    """A libc with a membarrier(2) that returns a given answer. The calls are recorded."""
 
     def __init__(self, answer: int) -> None:
         self.answer = answer
@@ -174,7 +177,7 @@ class Membarrier:
 @pytest.mark.usefixtures("refused")
 @pytest.mark.parametrize("refused", [errno.EPERM], indirect=True)
 def test_who_may_make_no_maps_waits_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By membarrier, whose grace period is the kernel's, too."""
+    """A process that may not make maps waits by membarrier(2), which also waits for a grace period of the kernel."""
     libc = Membarrier(0)
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: libc)
     grace.wait_for_readers()
@@ -187,7 +190,7 @@ def test_who_may_make_no_maps_waits_all_the_same(monkeypatch: pytest.MonkeyPatch
     ("refused", "raised"), [(errno.EPERM, PrivilegeError), (errno.ENOMEM, PlatformError)], indirect=["refused"]
 )
 def test_refused_wait_is_an_error(monkeypatch: pytest.MonkeyPatch, raised: type[PlatformError]) -> None:
-    """Nobody goes on as if there had been a grace period."""
+    """The caller gets an error, and does not continue without a grace period."""
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: Membarrier(-1))
     with pytest.raises(PlatformError, match="cannot wait for a grace period|that grace periods need") as found:
         grace.wait_for_readers()
@@ -198,7 +201,7 @@ def test_refused_wait_is_an_error(monkeypatch: pytest.MonkeyPatch, raised: type[
 def test_order_costs_a_grace_period_on_weakly_ordered_machines_only(
     monkeypatch: pytest.MonkeyPatch, *, is_strong: bool
 ) -> None:
-    """x86-64 goes on at once."""
+    """x86-64 does not wait."""
     waits: list[None] = []
     monkeypatch.setattr(grace, "IS_STRONGLY_ORDERED", is_strong)
     monkeypatch.setattr(grace, "wait_for_readers", lambda: waits.append(None))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each pair of stores and loads that policy relies on: right in every execution, and wrong without any ordering it needs."""
+"""Each model is right in every execution with all orderings, and wrong without an ordering that it needs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def search(model: Model, machine: Machine, without: Ordering | None = None) -> l
 
 @pytest.mark.parametrize(("model", "machine"), PAIRS)
 def test_no_execution_goes_wrong(model: Model, machine: Machine) -> None:
-    """With what the product does on that machine."""
+    """With the orderings that the product has on the machine, no execution is wrong."""
     assert search(model, machine) is None
 
 
 @pytest.mark.parametrize(("model", "ordering", "machine"), CASES)
 def test_each_ordering_is_needed_where_the_model_says_so(model: Model, ordering: Ordering, machine: Machine) -> None:
-    """Without it the explorer finds a wrong outcome; without one that is not needed there, none."""
+    """Without a needed ordering the explorer finds a wrong outcome; without one that is not needed there, none."""
     assert (search(model, machine, ordering) is not None) is (machine in ordering.needed)

@@ -22,11 +22,11 @@ mount -t bpf bpf "$INSIDE/sys/fs/bpf" # an instance of its own: pins are nobody 
 mount -t tmpfs tmpfs "$INSIDE/run"
 mkdir "$INSIDE/results" "$INSIDE/repository"
 mount --bind "$RESULTS" "$INSIDE/results"
-# A copy: somebody may be editing, and tests write caches.
+# A copy, because the repository may be edited meanwhile, and tests write caches.
 tar --create --directory="$REPOSITORY" --exclude-vcs --exclude='./.*' --exclude=__pycache__ . |
     tar --extract --no-same-owner --directory="$INSIDE/repository"
 ip link set lo up
 
-# Not exec: the first process of the namespace has to collect children that lost their parents, as bash does.
+# Not exec: the first process of the namespace must reap orphaned children, as bash does.
 chroot "$INSIDE" /usr/bin/env --ignore-environment --chdir=/repository PATH=/usr/sbin:/usr/bin:/sbin:/bin \
     HOME=/root LANG=C.UTF-8 PYTHONPATH=/repository:/repository/loader "$@"

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the packages of one suite make of the project; run by that suite's Python inside a root of it (scripts/suites.sh).
+"""Tests the project with the packages of one suite.
+
+The suite's Python runs it in a root of the suite (scripts/suites.sh).
 
     python3 -m tests.suites.in_suite SUITE [--compile-only]
 
-Writes what it saw to /results/result.json and the compiled files to /results/compiled, step by step, so that a step that
-fails leaves what came before.  Exit code 1 when a program is not accepted or is too costly to verify, or when a probe or
-a test fails.
+Writes results to /results/result.json and compiled files to /results/compiled after each step, so that a failing step
+loses nothing of the earlier ones. Exit code 1 if a program is rejected or is too costly to verify, or if a probe or a
+test fails.
 """
 
 from __future__ import annotations
@@ -35,14 +37,16 @@ from netpol_loader.pins.programs import ProgramSet
 
 RESULTS = Path("/results")
 MOST_VERIFIED = 250_000
-"""Instructions a program may cost the verifier; more is a failure.  The kernel refuses at a million."""
+"""Largest number of instructions that the verifier may process for a program. The kernel's limit is a million."""
 MANY_VERIFIED = 150_000
-"""More is remarked on."""
+"""Number of instructions from which a remark is printed."""
 OTHER_MACHINE = "aarch64"
-"""Compiled and verified as well: the instructions are BPF's on every machine, but a flag differs."""
+"""Another architecture for which the program is compiled and verified. BPF has the same instructions on every machine,
+but one flag differs."""
 PROCESSES = 2
 ACCEPTED_SKIPS = frozenset({"clang-format is not installed", "systemd-analyze is not installed"})
-"""One version of clang-format, and one of systemd, checks the sources and the unit: those that CI has."""
+"""Reasons of accepted skips: only one version of clang-format and one of systemd check the sources and the unit, in
+CI."""
 WARNINGS = (
     # Structures of pyroute2 0.8 on Python 3.14, at its import.  Python shows users nothing of it, and 3.19 refuses them.
     "ignore:Due to '_pack_':DeprecationWarning",
@@ -50,12 +54,12 @@ WARNINGS = (
 
 
 OF_KUBERNETES_EXTRA = re.compile(r"\b(apiserver_traces|fake_apiserver|writable_api|sources\.kubernetes)\b")
-"""A test file that names one of these needs the extra ``[kubernetes]``: no suite has to offer its packages, and the core must
-not need them."""
+"""A test file that names one of these needs the extra ``[kubernetes]``. A suite need not have its packages, and the
+core must work without them."""
 
 
 def main() -> int:
-    """Run the steps; what failed is printed."""
+    """Run the steps. Failures are printed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("suite")
     parser.add_argument("--compile-only", action="store_true")
@@ -72,7 +76,7 @@ def main() -> int:
         compiled, seen["compile_s"] = timed(lambda: compile_both(seen["versions"]["llvm"]))
         seen["verified"] = {machine: verify(one, seen["failed"]) for machine, one in compiled.items()}
         if not arguments.compile_only:
-            save_compiled(compiled[platform.machine()], CACHE_DIR)  # for the steps below, which would compile again
+            save_compiled(compiled[platform.machine()], CACHE_DIR)  # the steps below would compile again
             seen["cases"], seen["cases_s"] = timed(lambda: run_cases(seen["failed"]))
             seen["tests"], seen["tests_s"] = timed(lambda: run_tests(seen["failed"]))
     except LoadError as error:
@@ -84,13 +88,13 @@ def main() -> int:
 
 
 def timed(step: Any) -> tuple[Any, float]:
-    """What a step returns, and its seconds."""
+    """The result of a step, and its seconds."""
     began = time.monotonic()
     return step(), round(time.monotonic() - began, 1)
 
 
 def versions() -> dict[str, str]:
-    """Of what the suite brings; those of libraries as the packages say that the loaded files belong to."""
+    """The versions of the suite's packages. The version of a library is that of the package with the loaded file."""
     importlib.import_module("bcc")  # loads libbcc, and so LLVM and libbpf
     loaded = {Path(path) for path in re.findall(r"(/\S+\.so\S*)", Path("/proc/self/maps").read_text())}
 
@@ -117,7 +121,7 @@ def versions() -> dict[str, str]:
 
 
 def compile_both(llvm: str) -> dict[str, Compiled]:
-    """The product by machine; kept as LLVM.json and LLVM-MACHINE.json, by LLVM's first number."""
+    """The product compiled for each machine; stored as LLVM.json and LLVM-MACHINE.json with LLVM's major version."""
     directory = RESULTS / "compiled"
     directory.mkdir()
     compiled = {}
@@ -129,7 +133,7 @@ def compile_both(llvm: str) -> dict[str, Compiled]:
 
 
 def verify(compiled: Compiled, failed: list[str]) -> dict[str, int]:
-    """Instructions that the verifier walked, by program."""
+    """The number of instructions that the verifier processed, by program."""
     with tempfile.TemporaryDirectory(dir="/sys/fs/bpf", prefix="netpol-suite-") as pins:
         maps = build.make_maps(Path(pins), {})
         programs = ProgramSet.load(compiled, maps)
@@ -149,7 +153,7 @@ def verify(compiled: Compiled, failed: list[str]) -> dict[str, int]:
 
 
 def run_cases(failed: list[str]) -> dict[str, int]:
-    """The case files on the kernel engine."""
+    """Run the case files on the kernel engine."""
     command = [sys.executable, "-m", "netpol_ebpf.cli.main", "test", "tests/cases", "examples/cases"]
     done = subprocess.run([*command, "--engine", "kernel", "--output", "json"], capture_output=True, check=False)
     try:
@@ -166,11 +170,14 @@ def run_cases(failed: list[str]) -> dict[str, int]:
 
 
 def run_tests(failed: list[str]) -> dict[str, int]:
-    """The unit, abi and kernel tests; a test that is skipped for a reason that is not expected has failed."""
+    """Run the tests of the directories unit, abi and kernel.
+
+    A test that is skipped for an unexpected reason counts as failed.
+    """
     report = RESULTS / "pytest.xml"
     command = [sys.executable, "-m", "pytest", "--quiet", f"--numprocesses={PROCESSES}", "--dist=loadfile"]
     command += ["--durations=5", f"--junit-xml={report}", "tests/unit", "tests/abi", "tests/kernel"]
-    command += ["--ignore=tests/unit/test_docs_commands.py"]  # it collects tests that need scapy, and knows no versions
+    command += ["--ignore=tests/unit/test_docs_commands.py"]  # it needs scapy, and depends on no versions
     if importlib.util.find_spec("msgspec") is None:
         files = sorted(Path("tests/unit").glob("test_*.py"))
         command += [f"--ignore={one}" for one in files if OF_KUBERNETES_EXTRA.search(one.read_text(encoding="utf-8"))]

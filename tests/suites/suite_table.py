@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The results of suites (tests.suites.in_suite) as a table for people and for docs/versions.md.
+"""Render the results of suites (tests.suites.in_suite) as a table, for a terminal and for docs/versions.md.
 
     python3 -m tests.suites.suite_table [--record PAGE] RESULT.json...
 
-With --record the table replaces the one between the marks of the page; rows of suites that were not run stay as they are.
+With --record the table replaces the one between the markers of the page. Rows of suites that were not run stay.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HEAD = (
 
 
 def main() -> int:
-    """Print the table; write it into a page when told to."""
+    """Print the table, and with --record also write it into the page."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--record", type=Path, metavar="PAGE")
     parser.add_argument("results", nargs="+", type=Path)
@@ -37,7 +37,7 @@ def main() -> int:
 
 
 def render_row(result: dict[str, Any]) -> str:
-    """A suite's row; "not run" where a step before it failed."""
+    """The row of a suite; "not run" for steps after a failed one."""
     versions = result["versions"]
     verified = [max(programs.items(), key=lambda item: item[1]) for programs in result.get("verified", {}).values()]
     costs = " / ".join(f"{count} ({name})" for name, count in verified)
@@ -53,7 +53,7 @@ def render_row(result: dict[str, Any]) -> str:
 
 
 def replace_rows(page: str, rows: dict[str, str]) -> str:
-    """The page with these rows, by suite, in place of those it has. Raises ValueError without the marks."""
+    """The page with these rows, by suite, in place of its own. Raises ValueError if the page has no markers."""
     before, table, after = page.partition(BEGIN)[0], page.partition(BEGIN)[2].partition(END)[0], page.partition(END)[2]
     if BEGIN not in page or END not in page:
         raise ValueError(f"the page has no line {BEGIN.strip()} before a line {END.strip()}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recorded answers of a kube-apiserver (tests/data/apiserver), and answers made up in their form, for a transport without a network."""
+"""A transport without a network: recorded answers of a kube-apiserver (tests/data/apiserver), and made-up ones."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def exchanges(trace: str) -> list[dict[str, Any]]:
 
 @dataclass
 class Clock:
-    """Seconds that pass when somebody says so."""
+    """A clock that only the test moves, in seconds."""
 
     now_s: float = 1000.0
 
@@ -47,7 +47,7 @@ class Clock:
 
 @dataclass
 class Reply:
-    """One answer: chunks, each at so many seconds after the request, and whether the connection is cut after them."""
+    """One answer: chunks, each at a time in seconds after the request, and whether the connection is cut after them."""
 
     status: int = 200
     chunks: list[tuple[float, bytes]] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Reply:
     retry_after_s: float | None = None
     clock: Clock | None = None
     end_s: float | None = None
-    meanwhile: Callable[[], None] = lambda: None  # before the end, while the reader is reading
+    meanwhile: Callable[[], None] = lambda: None  # called before the end, while the reader reads
 
     def body(self) -> bytes:
         if self.is_cut:
@@ -86,7 +86,7 @@ class Reply:
 
 
 def recorded(trace: str, number: int) -> Reply:
-    """The answer of one exchange."""
+    """The recorded answer of one exchange."""
     one = exchanges(trace)[number]
     head = one["response_head"].split("\r\n")
     fields = {name.lower(): text.strip() for name, _, text in (line.partition(":") for line in head[1:])}
@@ -117,13 +117,13 @@ def page(*objects: dict[str, Any], version: str, more: str = "") -> Reply:
 
 
 def mark(version: str, *, ends_list: bool = False) -> tuple[str, dict[str, Any]]:
-    """A BOOKMARK."""
+    """A BOOKMARK event."""
     annotations = {"annotations": {"k8s.io/initial-events-end": "true"}} if ends_list else {}
     return "BOOKMARK", {"metadata": {"resourceVersion": version, **annotations}}
 
 
 def failure(code: int, message: str = "no", retry_after_s: float | None = None) -> Reply:
-    """A refusal with a Status."""
+    """An error answer with a Status."""
     body = json.dumps({"kind": "Status", "message": message, "reason": "Made", "code": code}).encode()
     return Reply(code, [(0.0, body)], retry_after_s=retry_after_s)
 
@@ -157,7 +157,7 @@ def definition(uid: str = "d1", *, is_ending: bool = False) -> Reply:
 
 @dataclass
 class Script:
-    """A transport that answers from lists: one for the kind, one for its definition (the last of which goes on for ever)."""
+    """A transport that answers from two lists: for the kind, and for its definition (whose last answer is repeated)."""
 
     clock: Clock
     replies: list[Reply | Exception] = field(default_factory=list)
@@ -170,7 +170,7 @@ class Script:
             assert metadata_only
             reply = self.definitions[0] if len(self.definitions) == 1 else self.definitions.pop(0)
         else:
-            assert not metadata_only  # a list of that form is another type, and 406
+            assert not metadata_only  # a list would be of another type then, and a server answers 406
             self.targets.append(target)
             reply = self.replies.pop(0)
         if isinstance(reply, Exception):
@@ -180,7 +180,7 @@ class Script:
 
 
 class Bench:
-    """A watcher of one kind over a script, and the cache that it fills."""
+    """A watcher of one kind that reads a script, and the cache that the watcher fills."""
 
     def __init__(self, kind: WatchedKind, *replies: Reply | Exception) -> None:
         self.clock = Clock()
@@ -190,7 +190,7 @@ class Bench:
         self.watcher = KindWatcher(kind, self.script, self.store, lambda: 60.0, self.clock, lambda: 0.5)
 
     def steps(self, count: int = 1) -> float:
-        """Make steps, waiting between them as they say; what the last one says."""
+        """Make steps, with the pauses that they request. Returns the last requested pause."""
         delay_s = 0.0
         for _ in range(count):
             self.clock.now_s += delay_s
@@ -198,9 +198,9 @@ class Bench:
         return delay_s
 
     def names(self) -> list[str]:
-        """Of the objects known."""
+        """The names of the known objects."""
         return sorted(name.name for name in self.store.entries)
 
     def slugs(self) -> list[str]:
-        """Of the problems of the kind."""
+        """The slugs of the kind's problems."""
         return [problem.slug for problem in self.store.problems()]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of an agent as plain values, with something in every field that metrics are made of."""
+"""The state of an agent as plain values, with a value in every field that metrics use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KIND = {"lists": 2, "watches": 3, "gaps": 1, "last_sync": "2026-01-02T03:04:05Z"
 
 
 def histogram() -> dict[str, Any]:
-    """Of two changes: one of 20 ms, one of two minutes."""
+    """The histogram of two changes: one of 20 ms, one of two minutes."""
     now_s = 0.0
     record = ChangeRecord(lambda: now_s)
     for took_s in (0.02, 120.0):
@@ -24,7 +24,7 @@ def histogram() -> dict[str, Any]:
 
 
 def full_state() -> dict[str, Any]:
-    """A node at a cluster, with one problem, and one rejected object."""
+    """The state of a node of a cluster, with one problem and one rejected object."""
     cluster, manifests = SOURCES
     cluster = {
         **cluster,
@@ -48,7 +48,7 @@ def full_state() -> dict[str, Any]:
 
 
 def waiting_state() -> dict[str, Any]:
-    """A node on which nothing is in force yet."""
+    """The state of a node on which nothing is in force yet."""
     state = full_state()
     kept = ("version", "pid", "node", "manifests", "pin_dir", "problems", "sources", "readiness")
     return {**{name: state[name] for name in kept}, "in_force": False, "waiting": "it waits"}

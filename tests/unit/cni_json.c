@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What cni/json.h makes of texts: reads texts from standard input, each behind its length in four bytes of host order,
-// and writes a line for each: `no`, or the document in one notation that says every value, strings as hexadecimal UTF-8.
+// Shows how cni/json.h parses texts. Reads texts from standard input, each after its length in four bytes of host
+// order. Writes a line for each: `no`, or all values of the document in one notation, strings as hexadecimal UTF-8.
 #include "json.h"
 
 #include <stdio.h>
@@ -15,7 +15,7 @@ static void show(json_ref value)
     static char room[1 << 20];
     if (value->type == JSON_STRING) {
         putchar('"');
-        // One with a NUL is no string of C: it is shown as the text that it is.
+        // A string with a NUL is not a C string. It is shown as its source text.
         if (!json_copy(&json, value, room, sizeof(room)))
             printf("%.*s", (int)(value->end - value->begin), json.text + value->begin);
         else
@@ -36,7 +36,7 @@ int main(void)
 {
     uint32_t length;
     while (fread(&length, sizeof(length), 1, stdin) == 1) {
-        char *text = malloc(length ? length : 1); // of its very size, so that what is read beyond is seen
+        char *text = malloc(length ? length : 1); // exactly this size, so that a read beyond the end is detected
         if (!text || fread(text, 1, length, stdin) != length)
             return EXIT_FAILURE;
         if (json_parse(&json, text, length)) {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An HTTP server on a real socket that sends what a test says, byte by byte, and ends as the test says."""
+"""An HTTP server on a real socket. The test determines the bytes that it sends, and how a connection ends."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write_kubeconfig(path: Path, url: str) -> Path:
 
 @dataclass
 class Request:
-    """What was asked: ``target`` with its query, ``headers`` by lower-case name."""
+    """A request. ``target``: with its query. ``headers``: by lower-case name."""
 
     target: str
     headers: dict[str, str]
@@ -44,10 +44,11 @@ class Request:
 
 @dataclass
 class Wire:
-    """A `Reply` as it goes over the wire.
+    """A `Reply` in the form in which it is sent.
 
-    ``end``: "clean", "cut" (closed without the final chunk), "reset", "hold" (open, silent, until the server is closed), "feed" (open,
-    sends what is put into ``feed``, until that is None).  ``length``: Content-Length in place of chunks.
+    ``end``: "clean"; "cut" (closed without the final chunk); "reset"; "hold" (open and silent until the server is
+    closed); "feed" (open; sends what is put into ``feed``, until that is None). ``length``: send Content-Length, and no
+    chunks.
     """
 
     reply: Reply
@@ -60,7 +61,7 @@ class Wire:
 
 
 class FakeServer:
-    """Listens on a port of its own; ``answer`` makes a `Wire` of a `Request`. Use it as a context manager."""
+    """A server at a port of its own. ``answer``: makes a `Wire` for a `Request`. A context manager."""
 
     def __init__(self, answer: Callable[[Request], Wire], context: ssl.SSLContext | None = None, port: int = 0) -> None:
         self._answer = answer
@@ -100,7 +101,7 @@ class FakeServer:
 
     def _serve(self, connection: socket.socket) -> None:
         connection.settimeout(10)
-        with suppress(OSError):  # a client that goes, or that does not like the certificate
+        with suppress(OSError):  # a client that disconnects, or rejects the certificate
             if self._context is not None:
                 connection = self._context.wrap_socket(connection, server_side=True)
             request = self._read(connection)
@@ -168,12 +169,12 @@ class FakeServer:
 
 @dataclass(frozen=True)
 class Certificates:
-    """A certificate authority, a certificate of 127.0.0.1 and one of a client, made for one test run."""
+    """A certificate authority, a certificate of 127.0.0.1, and one of a client, made for one test run."""
 
     directory: Path
 
     def context(self, *, asks: bool = False) -> ssl.SSLContext:
-        """The server's."""
+        """The TLS context of the server. ``asks``: it requires a client certificate."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.directory / "server.crt", self.directory / "server.key")
         if asks:
@@ -186,7 +187,7 @@ class Certificates:
 
 
 def make_certificates(directory: Path) -> Certificates:
-    """With openssl."""
+    """Make the certificates with openssl."""
 
     def openssl(*arguments: str) -> None:
         subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True)

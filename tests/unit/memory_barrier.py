@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of the second barrier in memory, with a log of what is done to them and to the programs' marks."""
+"""The tables of the second barrier in memory, with a log of the changes to them and to the programs' marks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from netpol_loader.host.barrier import BarrierSpec, Counts, Difference, Marks
 
 @dataclass
 class MemoryTables:
-    """``layout``: what the tables hold, None: there are none.  ``refuses``: why nothing can be done.  ``log``: every change."""
+    """The tables.
+
+    ``layout``: their content; None: there are none. ``refuses``: the reason why every call fails. ``log``: all changes.
+    """
 
     families: tuple[str, ...] = ("inet", "bridge")
     is_held: bool = True
@@ -63,7 +66,7 @@ class MemoryTables:
 
 @dataclass
 class MemoryMarks:
-    """The programs' marks; each change goes into the tables' log as well."""
+    """The programs' marks. Each change is also in the tables' log."""
 
     log: list[object]
     marks: Marks = Marks()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maps in memory, with the kernel's manners: fixed sizes, arrays that are always full, an order of writes that can be read."""
+"""Maps in memory that behave as the kernel's: fixed sizes, arrays that are always full, and a log of the writes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ CONNECTION_BYTES = ctypes.sizeof(abi.np_conn)
 
 @dataclass
 class MemoryMap:
-    """A map in memory. ``hard_limit``: what the kernel would refuse at, where that is less than ``max_entries``."""
+    """A map in memory.
+
+    ``hard_limit``: the size at which the kernel would reject an element, if less than ``max_entries``.
+    """
 
     name: str
     max_entries: int
@@ -50,7 +53,7 @@ class MemoryMap:
         return self.rows.pop(key, None) is not None
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
-        return iter(list(self.rows.items()))  # it may be changed meanwhile, as in the kernel
+        return iter(list(self.rows.items()))  # a copy, because the map may change meanwhile, as in the kernel
 
     def put_many(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
         for key, value in pairs:
@@ -65,7 +68,7 @@ class MemoryMap:
 
 
 def memory_maps(log: list[tuple[str, str, bytes]]) -> dict[str, MemoryMap]:
-    """All maps of the program, empty; they note their writes in one log."""
+    """All maps of the program, empty. They record their writes in one log."""
     specs = {name: abi.MAP_SPECS[abi.OVERFLOW_MAPS.get(name, name)] for name in abi.MAP_SPECS}
     specs |= {unreplied: specs[name] for name, unreplied in abi.UNREPLIED_VIEWS.items()}
     sizes = {

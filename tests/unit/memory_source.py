@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A source in memory: what a test has it report."""
+"""A source in memory that reports what a test gives to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from netpol_ebpf.sources.source import ObjectEvent, Remove, SourceUpdate, Upsert
 
 
 def upsert(name: str, source: str, state: int = 0) -> Upsert:
-    """A Namespace as a source has it; ``state`` is a label of it."""
+    """A Namespace as an event of a source. ``state``: a value of one of its labels."""
     text = f"apiVersion: v1\nkind: Namespace\nmetadata: {{name: {name}, labels: {{state: s{state}}}}}\n"
     (resource,) = parse_documents(text, f"{source}.yaml").resources
     return Upsert(resource, key_of(resource), f"{source}-{state}")
@@ -22,7 +22,10 @@ def upsert(name: str, source: str, state: int = 0) -> Upsert:
 
 @dataclass
 class MemorySource:
-    """``batches``: what the next steps return, () included; ``syncs_after``: number of batches until all objects are known."""
+    """A source.
+
+    ``batches``: the results of its next steps, also (). ``syncs_after``: the number of batches until it has synced.
+    """
 
     name: str
     batches: list[Sequence[ObjectEvent]] = field(default_factory=list)

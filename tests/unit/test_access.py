@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modes of pins: what the group may open, and what nobody but the owner may."""
+"""Modes of pins: what the group may open, and what only the owner may open."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from netpol_loader.pins.programs import CURRENT
 
 @dataclass
 class Pins:
-    """Files in place of pins, which any user may give modes."""
+    """Files in place of pins, whose modes any user may set."""
 
     pin_root: Path
 
@@ -46,7 +46,10 @@ def pins(tmp_path: Path) -> Pins:
 
 
 def test_group_gets_neither_the_secret_nor_what_tells_it(pins: Pins) -> None:
-    """The secret of the connection tables, and the tables whose order gives it away, are the owner's; all else the group reads."""
+    """Only the owner can read the secret of the connection tables, and the tables whose order reveals it.
+
+    The group reads all others.
+    """
     access.grant(pins, os.getegid())  # type: ignore[arg-type]
     private = {
         "np_secret", "np_conn4", "np_conn6", "np_conn4_tag", "np_conn6_tag", "np_scratch", "np_dns_scratch", "np_asked",
@@ -57,7 +60,7 @@ def test_group_gets_neither_the_secret_nor_what_tells_it(pins: Pins) -> None:
 
 
 def test_secret_that_a_group_could_read_is_taken_back(pins: Pins) -> None:
-    """What an earlier agent gave is taken, and told; a second look changes nothing."""
+    """A permission that an earlier agent gave is removed and reported. A second call changes nothing."""
     access.grant(pins, os.getegid())  # type: ignore[arg-type]
     (pins.pin_dir / "np_secret").chmod(0o640)
     assert access.grant(pins, os.getegid()) == [pins.pin_dir / "np_secret"]  # type: ignore[arg-type]
@@ -65,6 +68,6 @@ def test_secret_that_a_group_could_read_is_taken_back(pins: Pins) -> None:
 
 
 def test_without_a_group_everything_is_the_owner_s(pins: Pins) -> None:
-    """No mode has a part for anybody else."""
+    """No mode gives others any permission."""
     access.grant(pins, None)  # type: ignore[arg-type]
     assert {pins.mode(name) & 0o077 for name in pins.pinned} == {0}

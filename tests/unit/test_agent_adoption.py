@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows become of what a node knows of its connections."""
+"""The rows that the agent makes from the connections that a node knows."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def ends(source: object, destination: object, source_port: int = 4000, destinati
 
 
 def plain(one: Ends, protocol: int = TCP) -> Tracked:
-    """A connection without translation that went both ways."""
+    """A connection without translation, with packets in both directions."""
     return Tracked(protocol, one, one.reversed(), is_replied=True)
 
 
 @dataclass
 class Node:
-    """Knows what it is told to."""
+    """A node that knows the given connections."""
 
     live: LiveConnections
     maps: Mapping[str, MemoryMap] = field(default_factory=lambda: memory_maps([]))
@@ -54,13 +54,13 @@ class Node:
 
 
 def seen(*tracked: Tracked, opened: Collection[Opened] = ()) -> set[tuple[int, int, Ends, int]]:
-    """(number, direction, ends, flags) of what becomes of them."""
+    """The rows made from the connections, as (number, direction, ends, flags)."""
     found = old_connections(LiveConnections(tracked, opened), WORKLOADS.values(), PLACE)
     return {(one.number, one.direction, one.ends, one.flags) for one in found}
 
 
 def rows(node: Node) -> dict[str, int]:
-    """How many rows each table of connections has."""
+    """The number of rows in each table of connections."""
     return {
         name: len(one.rows)
         for name, one in node.maps.items()
@@ -69,7 +69,7 @@ def rows(node: Node) -> dict[str, int]:
 
 
 def test_both_ends_see_a_connection_each_in_its_direction() -> None:
-    """Between two workloads there are two rows; of one with the outside only the workload's."""
+    """A connection between two workloads gets two rows, one with the outside only the workload's row."""
     assert seen(plain(ends(WEB, DB))) == {(11, OUT, ends(WEB, DB), 0), (12, IN, ends(WEB, DB), 0)}
     assert seen(plain(ends(OUTSIDE, DB))) == {(12, IN, ends(OUTSIDE, DB), 0)}
     assert seen(plain(ends(OUTSIDE, NODE))) == set()
@@ -77,28 +77,31 @@ def test_both_ends_see_a_connection_each_in_its_direction() -> None:
 
 
 def test_each_end_sees_its_side_of_a_translation() -> None:
-    """The sender sees the service, whose verdict is deferred; the receiver the backend and the node's address."""
+    """The sender's row has the service, with a deferred verdict.
+
+    The receiver's row has the backend and the node's address.
+    """
     one = Tracked(TCP, ends(WEB, VIP), ends(DB, NODE, 7000, 61000), is_replied=True)
     deferred = abi.NP_CONN_DEFERRED | abi.NP_CONN_TAGGED
     assert seen(one) == {(11, OUT, ends(WEB, VIP), deferred), (12, IN, ends(NODE, DB, 61000, 7000), 0)}
 
 
 def test_what_the_node_or_the_workload_itself_opened_is_exempt() -> None:
-    """As it is for connections that the program sees from the beginning."""
+    """Such connections are exempt, as for a program that sees them from the beginning."""
     assert seen(plain(ends(NODE, DB))) == {(12, IN, ends(NODE, DB), abi.NP_CONN_EXEMPT)}
     hairpin = Tracked(TCP, ends(DB, VIP), ends(DB, NODE, 7000, 61000), is_replied=True)
     assert (12, IN, ends(NODE, DB, 61000, 7000), abi.NP_CONN_EXEMPT) in seen(hairpin)
 
 
 def test_sockets_of_a_workload_speak_of_no_other() -> None:
-    """A namespace's sockets make rows for the workload in it alone, the node's for all."""
+    """The sockets of a namespace make rows only for the workload in it, those of the node for all workloads."""
     assert seen(opened=[Opened(ends(WEB, DB), 1)]) == {(11, OUT, ends(WEB, DB), 0)}
     assert seen(opened=[Opened(ends(OUTSIDE, DB), 1)]) == set()
     assert seen(opened=[Opened(ends(NODE, DB))]) == {(12, IN, ends(NODE, DB), abi.NP_CONN_EXEMPT)}
 
 
 def test_rows_are_of_no_generation_and_tracking_goes_before_sockets() -> None:
-    """Policy is asked at the next packet, in the direction that tracking tells; what had no answer yet is an unreplied one."""
+    """Policy judges the next packet, in the direction from tracking. A connection without an answer is unreplied."""
     unreplied = Tracked(UDP, ends(OUTSIDE, DB), ends(DB, OUTSIDE, 80, 4000), is_replied=False)
     lie = Opened(ends(DB, WEB, 80, 4000), 2)
     node = Node(LiveConnections([plain(ends(WEB, DB)), unreplied], [lie], 77))
@@ -114,7 +117,10 @@ def test_rows_are_of_no_generation_and_tracking_goes_before_sockets() -> None:
 
 
 def test_connections_to_services_come_last() -> None:
-    """Ahead of the programs they are left out, since the program takes services up last; each interface has both turns once."""
+    """Before the programs are attached they are left out, because the program adopts services last.
+
+    Each interface has both turns once.
+    """
     node = Node(LiveConnections([Tracked(TCP, ends(WEB, VIP), ends(DB, WEB, 7000, 4000), is_replied=True)]))
     old = Adoption({5})
     old.go_behind(node, WORKLOADS, PLACE)
@@ -129,7 +135,7 @@ def test_connections_to_services_come_last() -> None:
 
 
 def test_what_the_program_learned_is_kept_unless_it_took_an_answer_for_a_request() -> None:
-    """Behind the programs a row of the same direction stays as it is, one of the other direction is replaced."""
+    """After the programs are attached, a row of the same direction stays. One of the other direction is replaced."""
     node = Node(LiveConnections([plain(ends(WEB, DB))]))
     old = Adoption({6})
     old.go_ahead(node, WORKLOADS, PLACE)
@@ -143,7 +149,7 @@ def test_what_the_program_learned_is_kept_unless_it_took_an_answer_for_a_request
 
 
 def test_no_more_than_a_share_of_a_table_is_filled_and_the_rest_is_told() -> None:
-    """Too many connections, and what the kernel did not tell, are warnings."""
+    """Too many connections, and connections that the kernel does not report, are warnings."""
     flood = [plain(ends(OUTSIDE, DB, port)) for port in range(1, 11)]
     node = Node(LiveConnections(flood, unknown=["no tracking"]))
     node.maps["np_conn4"].max_entries = 8
@@ -157,7 +163,7 @@ def test_no_more_than_a_share_of_a_table_is_filled_and_the_rest_is_told() -> Non
 
 
 def test_kernel_that_cannot_tell_is_reported_and_no_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without tracking, what sockets could not be seen matters; with it, they are no loss."""
+    """Without tracking, unreadable sockets are a loss and are reported. With tracking, they are none."""
 
     def refuse() -> Iterator[Tracked]:
         raise PlatformError("no tracking here")

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose interface is which: by what evidence, for how long, against whom; and what is in doubt."""
+"""The assignment of interfaces to endpoints: by which evidence, for how long, in which conflicts.
+
+And doubtful cases.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,10 @@ def wiring(
     subnets: Mapping[str, int] | None = None,
     shared: Collection[int] = (),
 ) -> Wiring:
-    """A node with a default route by eth0. ``peers``: addresses at other ends; ``shared``: interfaces with an address of the node."""
+    """A node with a default route by eth0.
+
+    ``peers``: addresses at other ends. ``shared``: interfaces with an address of the node.
+    """
     return Wiring(
         LINKS,
         {ip_address(address): ifindex for address, ifindex in (routes or {}).items()},
@@ -65,13 +71,19 @@ def found(snapshot: Wiring, *endpoints: Endpoint) -> dict[str, int]:
 
 
 def test_host_route_leads_to_the_interface() -> None:
-    """A pod is where the node's route to one of its addresses goes; a family without a route does no harm."""
+    """The interface of a pod is that of the node's route to one of its addresses.
+
+    A family without a route changes nothing.
+    """
     located = InterfaceAssignments().look(wiring({"10.0.0.1": 5}), [endpoint("web", "10.0.0.1", "fd00::1")])
     assert (names(located), located.evidence) == ({"web": 5}, {key("web"): Evidence.ROUTE})
 
 
 def test_other_end_of_the_pair_leads_to_the_interface() -> None:
-    """Without a route, the veth whose other end has the address; the same address index in two namespaces is no confusion."""
+    """Without a route, it is the veth whose other end has the address.
+
+    Equal indices in two namespaces are not confused.
+    """
     snapshot = wiring(peers={(1, 2): ["10.0.0.1", "fe80::1"], (2, 2): ["10.0.0.2", "fe80::1"]})
     located = InterfaceAssignments().look(snapshot, [endpoint("web", "10.0.0.1"), endpoint("db", "10.0.0.2")])
     assert names(located) == {"web": 5, "db": 6}
@@ -79,7 +91,7 @@ def test_other_end_of_the_pair_leads_to_the_interface() -> None:
 
 
 def test_subnet_on_the_node_s_end_leads_to_the_interface() -> None:
-    """A node end with a prefix of its own, be it /24 or /31, by the first address behind it: which of the prefix's it is, the pod says."""
+    """An end on the node has a prefix of its own, /24 or /31. The first address behind it shows which pod it is."""
     snapshot = wiring(subnets={"10.0.0.0/31": 5, "10.0.0.0/8": 2}, peers={(1, 2): ["10.0.0.1"]}, shared=[5])
     assignments = InterfaceAssignments()
     located = assignments.look(snapshot, [endpoint("web", "10.0.0.1")])
@@ -92,7 +104,7 @@ def test_subnet_on_the_node_s_end_leads_to_the_interface() -> None:
 def test_later_address_in_the_node_s_prefix_makes_nobody_of_a_pod_that_is_to_come(
     tmp_path: Path, *, born: bool
 ) -> None:
-    """On an end of the node with a prefix the first address counts alone, for the interface's life, also for the next agent."""
+    """On a node's end with a prefix only the first address counts, for the interface's life and all agents."""
     assignments = InterfaceAssignments()
     if born:
         assignments.close_newborn(WEB)
@@ -107,7 +119,7 @@ def test_later_address_in_the_node_s_prefix_makes_nobody_of_a_pod_that_is_to_com
 
 
 def test_first_address_behind_an_end_in_doubt_is_looked_for() -> None:
-    """Nothing tells when it comes, and without it nobody is known to be there."""
+    """No notification tells when the address comes, and without it the interface has no known pod."""
     assignments = InterfaceAssignments()
     empty = wiring(subnets={"10.0.0.0/24": 5}, peers={(2, 2): ["10.0.0.9"]}, shared=[5])
     assignments.look(empty, [])
@@ -119,28 +131,28 @@ def test_first_address_behind_an_end_in_doubt_is_looked_for() -> None:
 
 
 def test_subnet_of_a_link_without_the_pod_is_no_trace() -> None:
-    """A further link of a node that is a container: its pods there may be macvlan devices, whose packets are not that link's alone."""
+    """On a node that is a container, another link's pods may be macvlan devices, whose packets pass others as well."""
     snapshot = wiring(subnets={"10.0.0.0/24": 5}, peers={(1, 2): ["10.0.0.254"]}, shared=[5])
     assignments = InterfaceAssignments()
     assert names(assignments.look(snapshot, [endpoint("web", "10.0.0.1")])) == {}
     assert (assignments.is_workload(5), list(assignments.doubts)) == (False, [5])
-    virtual_machine = wiring(subnets={"10.0.0.0/24": 7}, shared=[7])  # nobody can look behind a tap
+    virtual_machine = wiring(subnets={"10.0.0.0/24": 7}, shared=[7])  # the other end of a tap cannot be read
     assert found(virtual_machine, endpoint("web", "10.0.0.1")) == {"web": 7}
 
 
 def test_subnet_of_a_bridge_is_no_trace() -> None:
-    """What a bridge's prefix leads to may be any of its ports."""
+    """The prefix of a bridge may lead to any of its ports."""
     assert found(wiring(subnets={"10.0.0.0/24": 8}), endpoint("web", "10.0.0.1")) == {}
 
 
 def test_route_tells_more_than_a_peer() -> None:
-    """Where both lead somewhere, the route counts."""
+    """If route and peer lead to different interfaces, the route counts."""
     assert found(wiring({"10.0.0.1": 6}, {(1, 2): ["10.0.0.1"]}), endpoint("web", "10.0.0.1")) == {"web": 6}
 
 
 @pytest.mark.parametrize("kind", ["macvlan", "bridge", "vxlan"])
 def test_route_by_an_interface_that_no_workload_has_is_no_trace(kind: str) -> None:
-    """The node's own way to a pod: its packets to others do not pass there, so policy there would be none."""
+    """Packets of the pod to other hosts do not pass the node's own path to it, so policy there would have no effect."""
     own = Interface(9, "shim0", kind)
     snapshot = replace(wiring({"10.0.0.1": 9}), links={**LINKS, 9: own})
     assignments = InterfaceAssignments()
@@ -151,7 +163,7 @@ def test_route_by_an_interface_that_no_workload_has_is_no_trace(kind: str) -> No
 
 @pytest.mark.parametrize("name", ["vethweb", f"cali{derived_hash(key('web'))}"])
 def test_interface_that_an_option_calls_the_node_s_is_no_trace(name: str) -> None:
-    """Neither a route to it nor the node's prefix there, a plugin's result or its name makes it a workload's."""
+    """Neither a route, nor the node's prefix there, a plugin's result or the name makes it a workload's interface."""
     own = replace(WEB, name=name)
     links = {**LINKS, own.ifindex: own}
     for snapshot, results in (
@@ -167,7 +179,7 @@ def test_interface_that_an_option_calls_the_node_s_is_no_trace(name: str) -> Non
 
 @pytest.mark.parametrize("is_kept", [True, False], ids=["by the file", "by the rows"])
 def test_option_that_was_given_since_frees_what_an_earlier_agent_bound(tmp_path: Path, *, is_kept: bool) -> None:
-    """A bond outlives the agent, but not the operator's word; what an object names stays."""
+    """A binding outlives the agent, but an operator's option ends it. A binding by an object's field stays."""
     pods = [endpoint("web", "10.0.0.1"), endpoint("db", interface="vethdb")]
     earlier = InterfaceAssignments()
     assert names(earlier.look(wiring({"10.0.0.1": 5}), pods)) == {"web": 5, "db": 6}
@@ -182,7 +194,10 @@ def test_option_that_was_given_since_frees_what_an_earlier_agent_bound(tmp_path:
 
 
 def test_plugin_that_left_nothing_on_the_node_speaks_against_all_else() -> None:
-    """A macvlan pod's address is in the prefix of the interface below it, and perhaps at the other end of one of the node's."""
+    """A macvlan pod's address is in the prefix of the interface below it.
+
+    It may be at the other end of a node's interface.
+    """
     snapshot = wiring({"fd00::1": 6}, {(1, 2): ["10.0.0.1"]}, subnets={"10.0.0.0/24": 5}, shared=[5])
     located = InterfaceAssignments().look(
         snapshot, [endpoint("web", "10.0.0.1", "fd00::1")], results={key("web"): set()}
@@ -191,7 +206,7 @@ def test_plugin_that_left_nothing_on_the_node_speaks_against_all_else() -> None:
 
 
 def test_plugin_s_result_tells_more_than_a_route() -> None:
-    """What the plugin left on the node names the interface; a bridge that it names as well is none."""
+    """The plugin's result on the node names the interface. A bridge that the result also names is not assigned."""
     located = InterfaceAssignments().look(
         wiring({"10.0.0.1": 6}), [endpoint("web", "10.0.0.1")], results={key("web"): {"vethweb", "cni0"}}
     )
@@ -200,7 +215,7 @@ def test_plugin_s_result_tells_more_than_a_route() -> None:
 
 @pytest.mark.parametrize("prefix", ["cali", "eni", "vlan", "gke", "azv"])
 def test_name_made_of_the_pod_s_is_evidence(prefix: str) -> None:
-    """As Calico, AWS (also for pods with security groups), GKE and Azure name interfaces."""
+    """The names that Calico, AWS (also for pods with security groups), GKE and Azure give to interfaces."""
     named = Interface(9, f"{prefix}{derived_hash(key('web'))}", "veth", (3, 2))
     snapshot = replace(wiring(peers={(1, 2): ["10.0.0.1"]}), links={**LINKS, 9: named})
     located = InterfaceAssignments().look(snapshot, [endpoint("web", "10.0.0.1")])
@@ -209,14 +224,14 @@ def test_name_made_of_the_pod_s_is_evidence(prefix: str) -> None:
 
 
 def test_named_interface_needs_no_address() -> None:
-    """An endpoint that names its interface has that one, and none while it does not exist."""
+    """An endpoint that names an interface has that one, and none while that one does not exist."""
     snapshot = wiring({"10.0.0.1": 5})
     assert found(snapshot, endpoint("vm", "10.0.0.1", interface="tap0")) == {"vm": 7}
     assert found(snapshot, endpoint("vm", "10.0.0.1", interface="tap9")) == {}
 
 
 def test_interface_that_was_named_is_free_with_its_name() -> None:
-    """Objects are written by those who decide; another name, or none, and the interface is what it would be without."""
+    """If the object names another interface, or none, the first one is assigned as without the name."""
     assignments = InterfaceAssignments()
     assignments.look(wiring(), [endpoint("vm", "10.0.0.1", interface="eth0")])
     assert assignments.is_workload(2)
@@ -228,19 +243,19 @@ def test_interface_that_was_named_is_free_with_its_name() -> None:
 
 
 def test_route_to_a_vanished_interface_is_no_trace() -> None:
-    """A route whose interface is not in the snapshot leads nowhere."""
+    """A route whose interface is not in the snapshot is no evidence."""
     assert found(wiring({"10.0.0.1": 99}), endpoint("web", "10.0.0.1")) == {}
 
 
 def test_uplink_is_nobody_s_by_address() -> None:
-    """Neither a route nor a peer's address makes an uplink a workload's interface; an endpoint that names it does."""
+    """Neither a route nor a peer's address makes an uplink a workload's interface. An endpoint that names it does."""
     snapshot = wiring({"10.0.0.1": 2}, {(0, 2): ["10.0.0.2"]})
     assert found(snapshot, endpoint("a", "10.0.0.1"), endpoint("b", "10.0.0.2")) == {}
     assert found(snapshot, endpoint("c", interface="eth0")) == {"c": 2}
 
 
 def test_pod_that_is_not_here_is_no_problem() -> None:
-    """An endpoint without a trace is neither found nor a problem."""
+    """An endpoint without evidence is neither found nor a problem."""
     assert InterfaceAssignments().look(wiring(), [endpoint("web", "10.0.0.1")]) == LocatedEndpoints()
 
 
@@ -253,14 +268,14 @@ def test_pod_that_is_not_here_is_no_problem() -> None:
     ids=["by family", "one address twice"],
 )
 def test_endpoint_with_two_interfaces_has_none(routes: dict[str, int], peers: dict[tuple[int, int], list[str]]) -> None:
-    """Addresses that lead to several interfaces from the first are a problem that names them, not a guess."""
+    """If a pod's addresses lead to several interfaces from the start, a problem names them, and nothing is guessed."""
     located = InterfaceAssignments().look(wiring(routes, peers), [endpoint("web", "10.0.0.1", "fd00::1")])
     assert located.interfaces == {}
     assert list(located.problems.values()) == ["its addresses lead to several interfaces: vethdb, vethweb"]
 
 
 def test_interface_of_two_endpoints_is_neither_s() -> None:
-    """Two endpoints that lead to one interface from the first are both left out; a third is not affected."""
+    """Two endpoints that lead to one interface from the start get neither. A third endpoint is not affected."""
     snapshot = wiring({"10.0.0.1": 5, "10.0.0.2": 5, "10.0.0.3": 6})
     located = InterfaceAssignments().look(
         snapshot, [endpoint("a", "10.0.0.1"), endpoint("b", "10.0.0.2"), endpoint("c", "10.0.0.3")]
@@ -273,13 +288,13 @@ def test_interface_of_two_endpoints_is_neither_s() -> None:
 
 
 def test_of_several_with_an_address_it_is_the_one_whose_first_it_is() -> None:
-    """Who adds a neighbour's address behind its own harms nobody, not even an agent that sees both for the first time."""
+    """A pod that adds a neighbour's address after its own harms nobody, even if the agent is new to both."""
     snapshot = wiring(peers={(1, 2): ["10.0.0.1", "10.0.0.2"], (2, 2): ["10.0.0.2"]})
     assert found(snapshot, endpoint("web", "10.0.0.1"), endpoint("db", "10.0.0.2")) == {"web": 5, "db": 6}
 
 
 def test_neighbour_s_address_closes_no_neighbour() -> None:
-    """Of an interface that is bound, nothing at the other end of another one changes anything."""
+    """Addresses at the other end of another interface do not change a bound interface."""
     assignments = InterfaceAssignments()
     pods = [endpoint("web", "10.0.0.1"), endpoint("db", "10.0.0.2")]
     assignments.look(wiring(peers={(1, 2): ["10.0.0.1"], (2, 2): ["10.0.0.2"]}), pods)
@@ -288,7 +303,7 @@ def test_neighbour_s_address_closes_no_neighbour() -> None:
 
 
 def test_address_at_another_interface_moves_no_bond() -> None:
-    """Though nothing else leads to the interface any more, and the address is the other one's first."""
+    """The binding stays even if nothing else leads to its interface, and the address is the other interface's first."""
     assignments = InterfaceAssignments()
     assignments.look(wiring({"10.0.0.1": 5}), [endpoint("web", "10.0.0.1")])
     located = assignments.look(wiring(peers={(2, 2): ["10.0.0.1"]}), [endpoint("web", "10.0.0.1")])
@@ -304,7 +319,7 @@ def test_address_at_another_interface_moves_no_bond() -> None:
 def test_bound_pod_closes_no_pod_that_is_to_come(
     routes: dict[str, int], first: list[str], evidence: Evidence, subnets: dict[str, int]
 ) -> None:
-    """Neither by an address that it takes later nor by one that was there first: its interface is no trace of a third one's."""
+    """Neither a later address nor a first one of a bound interface is evidence for another pod."""
     assignments = InterfaceAssignments()
     late, vic = endpoint("late", "10.0.0.9"), endpoint("vic", "10.0.0.10", "fd00::10")
     shared = list(subnets.values())
@@ -318,7 +333,7 @@ def test_bound_pod_closes_no_pod_that_is_to_come(
 
 
 def test_first_address_that_contradicts_makes_nobody_of_a_pod_that_is_to_come() -> None:
-    """Of each family that the pod has, in either order; the pod gets its own."""
+    """A first address of either family may contradict, in either order. The pod gets its own interface."""
     pod = endpoint("web", "10.0.0.1", "fd00::1")
     for first in (["10.0.0.66", "fd00::1"], ["10.0.0.1", "fd00::66"], ["fd00::1", "10.0.0.66"]):
         assignments = InterfaceAssignments()
@@ -341,7 +356,7 @@ def test_first_address_that_contradicts_makes_nobody_of_a_pod_that_is_to_come() 
     ids=["second family later", "first family later", "link-local", "further ones beside", "SLAAC beside IPv4", "IPv4 beside IPv6"],
 )  # fmt: skip
 def test_address_of_a_family_that_a_pod_lacks_contradicts_nothing(first: list[str], addresses: list[str]) -> None:
-    """A pod's second family comes later, a router announces it one that its object does not have, temporary ones come on top."""
+    """A second family may come later, by a router without the object, and so may temporary addresses."""
     assignments = InterfaceAssignments()
     assignments.look(wiring(peers={(1, 2): first}), [])
     late = [*first, *(one for one in addresses if one not in first)]
@@ -350,7 +365,7 @@ def test_address_of_a_family_that_a_pod_lacks_contradicts_nothing(first: list[st
 
 @pytest.mark.parametrize("later", [["10.0.0.9", "10.0.0.1"], ["10.0.0.1"]], ids=["beside the first", "in its place"])
 def test_address_that_comes_later_makes_nobody_of_a_pod_that_is_to_come(later: list[str]) -> None:
-    """An interface that is nobody's stays so, whatever address comes at its other end; the pod gets its own."""
+    """An unknown interface stays unknown, whatever address comes at its other end. The pod gets its own interface."""
     assignments = InterfaceAssignments()
     assignments.look(wiring(peers={(1, 2): ["10.0.0.9"]}), [])
     assert names(assignments.look(wiring(peers={(1, 2): later}), [endpoint("web", "10.0.0.1")])) == {}
@@ -359,7 +374,7 @@ def test_address_that_comes_later_makes_nobody_of_a_pod_that_is_to_come(later: l
 
 
 def test_interface_of_a_pod_that_went_is_no_other_s_by_an_address() -> None:
-    """Nor that of a pod whose object is gone, though the new one has its address; a route of the node makes it the new one's."""
+    """The interface of a deleted pod is not another pod's by an address. A route of the node makes it the new pod's."""
     assignments = InterfaceAssignments()
     snapshot = wiring(peers={(1, 2): ["10.0.0.1"]})
     assignments.look(snapshot, [endpoint("old", "10.0.0.1")])
@@ -375,7 +390,7 @@ def test_interface_of_a_pod_that_went_is_no_other_s_by_an_address() -> None:
 
 
 def test_bond_outlives_what_made_it() -> None:
-    """Neither a route that went nor an address that the pod gave up lets the interface go."""
+    """Neither a deleted route nor an address that the pod gave up ends the binding."""
     assignments = InterfaceAssignments()
     assignments.look(wiring({"10.0.0.1": 5}), [endpoint("web", "10.0.0.1")])
     located = assignments.look(wiring(), [endpoint("web", "10.0.0.1")])
@@ -383,7 +398,10 @@ def test_bond_outlives_what_made_it() -> None:
 
 
 def test_stronger_evidence_takes_an_interface_from_a_weaker() -> None:
-    """The node's route says that the interface is another's than its first address said; who had it learns so."""
+    """The node's route shows that the interface is another's than its first address showed.
+
+    The earlier owner gets a problem.
+    """
     assignments = InterfaceAssignments()
     peers = {(1, 2): ["10.0.0.2"]}
     assignments.look(wiring(peers=peers), [endpoint("thief", "10.0.0.2")])
@@ -398,7 +416,7 @@ def test_stronger_evidence_takes_an_interface_from_a_weaker() -> None:
 
 
 def test_pod_under_its_old_name_gets_its_new_interface() -> None:
-    """With another address: by the new one, though the old interface is still there."""
+    """The pod has another address, so it gets the new interface, although the old one still exists."""
     assignments = InterfaceAssignments()
     assignments.look(wiring(peers={(1, 2): ["10.0.0.1"]}), [endpoint("web", "10.0.0.1")])
     snapshot = wiring(peers={(1, 2): ["10.0.0.1"], (2, 2): ["10.0.0.7"]})
@@ -406,7 +424,7 @@ def test_pod_under_its_old_name_gets_its_new_interface() -> None:
 
 
 def test_pod_that_keeps_its_address_gets_its_new_interface_when_the_old_one_is_gone() -> None:
-    """As a StatefulSet's does where addresses are fixed; while both are there, the first one has it."""
+    """A pod of a StatefulSet with a fixed address. While both interfaces exist, it has the first one."""
     assignments = InterfaceAssignments()
     pod = endpoint("web", "10.0.0.1")
     assignments.look(wiring(peers={(1, 2): ["10.0.0.1"]}), [pod])
@@ -418,7 +436,7 @@ def test_pod_that_keeps_its_address_gets_its_new_interface_when_the_old_one_is_g
 
 
 def test_contested_pod_gets_no_other_interface() -> None:
-    """While another object claims its address, it keeps what it has; when that is gone, it has none."""
+    """While another object claims its address, it keeps its interface. When the interface is gone, it has none."""
     assignments = InterfaceAssignments()
     pod = endpoint("web", "10.0.0.1")
     assignments.look(wiring({"10.0.0.1": 5}), [pod])
@@ -440,14 +458,17 @@ def workloads(assignments: InterfaceAssignments) -> list[str]:
 
 
 def test_workload_interfaces_are_told_from_the_node_s_own() -> None:
-    """Veths into other namespaces and taps are workloads'; loopback, bridges and what a default route leads through are not."""
+    """Veths into other namespaces and taps are workloads'.
+
+    Loopback, bridges, and interfaces of default routes are not.
+    """
     assignments = InterfaceAssignments()
     assignments.look(wiring(), [])
     assert workloads(assignments) == ["vethweb", "vethdb", "tap0"]
 
 
 def test_netkit_is_a_workload_s_kind() -> None:
-    """As a veth is; a tunnel of the node's own is none, whatever its addresses."""
+    """A netkit device is, like a veth. A tunnel of the node is not, whatever its addresses are."""
     assignments = InterfaceAssignments()
     netkit, tun = Interface(9, "nk0", "netkit", (3, 2)), Interface(10, "tun0", "tun", hardware=65534)
     assignments.look(replace(wiring(), links={9: netkit, 10: tun}), [])
@@ -455,7 +476,10 @@ def test_netkit_is_a_workload_s_kind() -> None:
 
 
 def test_patterns_decide_alone() -> None:
-    """With patterns given, they say what is a workload's interface; those of own ones take from what kinds say."""
+    """With patterns, only they determine workloads' interfaces.
+
+    Patterns of own interfaces are exceptions from the kinds.
+    """
     assignments = InterfaceAssignments(workloads=("tap*", "eth0"))
     assignments.look(wiring(), [])
     assert workloads(assignments) == ["eth0", "tap0"]
@@ -466,7 +490,7 @@ def test_patterns_decide_alone() -> None:
 
 
 def test_address_of_the_node_s_object_speaks_for_its_own() -> None:
-    """A node that is a container: its uplink is a veth as pods' are."""
+    """On a node that is a container, the uplink is a veth like those of pods."""
     assignments = InterfaceAssignments()
     snapshot = replace(wiring(), uplinks=frozenset(), addresses={ip_address("192.0.2.1"): 2}, shared=frozenset({2}))
     assignments.look(snapshot, [], node_addresses=[ip_address("192.0.2.1")])
@@ -476,7 +500,10 @@ def test_address_of_the_node_s_object_speaks_for_its_own() -> None:
 
 @pytest.mark.parametrize("born", [True, False], ids=["born under the agent", "there before"])
 def test_doubt_is_told_and_changes_nothing(*, born: bool) -> None:
-    """The node has an address there and no route on: what was closed stays closed, what was open stays open, both loudly."""
+    """The node has an address on the interface, and no route.
+
+    Closed interfaces stay closed, open ones open, with a problem each.
+    """
     assignments = InterfaceAssignments()
     if born:
         assert assignments.close_newborn(WEB)
@@ -490,7 +517,7 @@ def test_doubt_is_told_and_changes_nothing(*, born: bool) -> None:
 
 
 def test_bound_interface_is_never_let_go() -> None:
-    """Not for an address, nor for a route, that makes it look like the node's own."""
+    """Neither an address nor a route that makes it look like the node's own ends the binding."""
     assignments = InterfaceAssignments()
     pod = endpoint("web", "10.0.0.1")
     assignments.look(wiring({"10.0.0.1": 5}), [pod])
@@ -502,7 +529,7 @@ def test_bound_interface_is_never_let_go() -> None:
 
 
 def test_own_interface_stays_the_node_s() -> None:
-    """An uplink whose route goes for a while is not closed."""
+    """An uplink whose route is missing for a while is not closed."""
     assignments = InterfaceAssignments()
     assignments.look(wiring(), [])
     assignments.look(replace(wiring(), uplinks=frozenset()), [])
@@ -513,7 +540,10 @@ def test_own_interface_stays_the_node_s() -> None:
 
 
 def test_what_was_decided_outlives_the_agent(tmp_path: Path) -> None:
-    """Assignments, first addresses and roles; of an interface that has another's number by now, nothing."""
+    """Assignments, first addresses and roles are stored.
+
+    If an index belongs to another interface by now, nothing is used.
+    """
     path = tmp_path / "interfaces"
     assignments = InterfaceAssignments()
     assignments.close_newborn(DB)
@@ -541,7 +571,7 @@ WHOLE = {
 
 @pytest.mark.parametrize("text", WHOLE.values(), ids=WHOLE)
 def test_damaged_file_is_told(tmp_path: Path, text: str) -> None:
-    """It is kept aside, and everything decided anew."""
+    """The file is kept under another name, and everything is decided anew."""
     path = tmp_path / "interfaces"
     path.write_bytes(text.encode("latin-1"))
     assignments = InterfaceAssignments()
@@ -564,7 +594,10 @@ ENTRIES: dict[str, Any] = {
 @pytest.mark.parametrize("damage", ENTRIES.values(), ids=ENTRIES)
 @pytest.mark.parametrize("number", ["5", "0", "-5", "05x", "\u0665", "99999999999999999999999", ""])
 def test_damaged_entry_is_told_and_the_others_count(tmp_path: Path, damage: Any, number: str) -> None:
-    """Also where it is still JSON: what it says is decided anew, what is right is kept, and the next agent finds a file that is."""
+    """This includes valid JSON.
+
+    The entry is decided anew, all others are kept, and the next agent finds a correct file.
+    """
     path = tmp_path / "interfaces"
     earlier = InterfaceAssignments()
     pods = [endpoint("web", "10.0.0.1"), endpoint("db", "10.0.0.2")]
@@ -609,7 +642,7 @@ def directory(path: Path) -> None:
 def test_what_is_no_file_of_interfaces_keeps_nobody_waiting(
     tmp_path: Path, make: Callable[[Path], None], before: Callable[[Path], None] | None
 ) -> None:
-    """Neither where it is read nor where it is written; it is told, and the next agent finds a file."""
+    """It blocks neither a read nor a write and is reported. The next agent finds a regular file."""
     path = tmp_path / "interfaces"
     make(path)
     if before is not None:
@@ -628,7 +661,7 @@ def test_what_is_no_file_of_interfaces_keeps_nobody_waiting(
 
 
 def test_workload_cannot_make_the_file_grow(tmp_path: Path) -> None:
-    """Of all addresses behind an interface the oldest of each family is kept."""
+    """Of all addresses behind an interface, only the oldest of each family is stored."""
     assignments = InterfaceAssignments()
     assignments.look(wiring(peers={(1, 2): [f"10.{one >> 8}.{one & 255}.1" for one in range(3000)]}), [])
     assignments.save(tmp_path / "interfaces")
@@ -636,7 +669,7 @@ def test_workload_cannot_make_the_file_grow(tmp_path: Path) -> None:
 
 
 def test_rows_of_the_kernel_stand_in_for_the_file() -> None:
-    """Whose interface it was is known from its row, and nothing at its other end changes that."""
+    """The row names the endpoint of the interface, and nothing at the other end changes that."""
     assignments = InterfaceAssignments()
     assignments.expect(key("web"), 5)
     located = assignments.look(

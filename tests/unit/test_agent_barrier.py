@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second barrier as the agent goes about it: in which order, and what is told when it cannot be."""
+"""The agent's work on the second barrier: the order of its changes, and the reports of failures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WIRING = Wiring(links=LINKS)
 
 @dataclass
 class Bench:
-    """Agents' barriers one after the other, on the same tables and programs."""
+    """Barriers of successive agents, on the same tables and programs."""
 
     tables: MemoryTables = field(default_factory=MemoryTables)
     now_s: float = 100.0
@@ -40,7 +40,7 @@ class Bench:
         self.writer = MemoryMarks(self.tables.log)
 
     def barrier(self, settings: BarrierSettings | None = None) -> Barrier:
-        """One that has gone through the start of an agent."""
+        """A barrier after the start of an agent."""
         one = Barrier(
             settings or BarrierSettings(), self.tables, lambda: self.now_s, lambda number: [f"program at {number}"]
         )
@@ -62,7 +62,7 @@ def full(*names: str, marks: Marks = ALL) -> BarrierSpec:
 
 
 def test_programs_sign_before_the_table_closes(bench: Bench) -> None:
-    """First what shows that tables can be made, then the marks, then the names."""
+    """First a test that tables can be made, then the marks, then the names."""
     barrier = bench.barrier()
     assert bench.tables.log == [BarrierSpec(OPEN), ALL, full("cali1", "cali2")]
     assert barrier.problems == []
@@ -70,7 +70,7 @@ def test_programs_sign_before_the_table_closes(bench: Bench) -> None:
 
 
 def test_what_an_earlier_agent_left_stays_closed(bench: Bench) -> None:
-    """The next one has the programs sign likewise and writes the names that there are now."""
+    """The next agent lets the programs set the same sign, and writes the present names."""
     bench.barrier()
     bench.tables.log.clear()
     bench.barrier()
@@ -78,7 +78,7 @@ def test_what_an_earlier_agent_left_stays_closed(bench: Bench) -> None:
 
 
 def test_the_sign_ends_after_the_table(bench: Bench) -> None:
-    """Where nothing is to close any more, the tables say so before the programs stop signing."""
+    """If nothing must be closed any more, the tables change before the programs stop setting the sign."""
     bench.barrier()
     bench.tables.log.clear()
     barrier = bench.barrier(BarrierSettings(is_on=False))
@@ -88,7 +88,7 @@ def test_the_sign_ends_after_the_table(bench: Bench) -> None:
 
 
 def test_another_sign_takes_over(bench: Bench) -> None:
-    """While programs pass from one bit to the other, both count, for the names that were closed before."""
+    """While programs change from one bit to the other, both count, for the names that were closed before."""
     bench.barrier()
     bench.tables.log.clear()
     other = Marks(0x100, 0x40, 0x10)
@@ -98,7 +98,7 @@ def test_another_sign_takes_over(bench: Bench) -> None:
 
 
 def test_without_tables_nothing_signs_and_it_is_told(bench: Bench) -> None:
-    """The bits are not used, the problem names what is open, and it is tried again after a while."""
+    """The bits are not used, a problem names what is open, and the agent tries again after a while."""
     bench.tables.refuses = "no nf_tables"
     barrier = bench.barrier()
     assert bench.writer.marks == Marks()
@@ -119,7 +119,7 @@ def test_without_tables_nothing_signs_and_it_is_told(bench: Bench) -> None:
 
 
 def test_the_sign_stays_while_an_older_table_may_want_it(bench: Bench) -> None:
-    """A next agent that cannot reach the tables leaves the marks as they are: without the sign, pods would be cut."""
+    """If the next agent cannot reach the tables, it keeps the marks: without the sign, pods would be cut off."""
     bench.barrier()
     bench.tables.refuses = "no permission"
     barrier = bench.barrier(BarrierSettings(marks=Marks(0x100, 0x200, 0x400)))
@@ -128,7 +128,7 @@ def test_the_sign_stays_while_an_older_table_may_want_it(bench: Bench) -> None:
 
 
 def test_names_follow_the_interfaces(bench: Bench) -> None:
-    """Workloads' interfaces that bear the programs are named, and no others; what does not change is not written."""
+    """Workloads' interfaces with programs are named, and no others. An unchanged set is not written."""
     barrier = bench.barrier()
     bench.tables.log.clear()
     barrier.reconcile(WIRING, {5, 6}, {2, 5, 6})
@@ -138,7 +138,7 @@ def test_names_follow_the_interfaces(bench: Bench) -> None:
 
 
 def test_with_patterns_interfaces_are_known_that_have_programs_or_are_the_nodes(bench: Bench) -> None:
-    """A workload's interface that could not be given the programs stays as a new one is."""
+    """A workload's interface to which no program could be attached is treated as new."""
     barrier = bench.barrier(BarrierSettings(patterns=("cali*",)))
     barrier.reconcile(WIRING, {5, 6}, {2, 5})
     assert bench.tables.layout == BarrierSpec(ALL, 0, ("cali*",), frozenset({"cali1"}), frozenset({1, 2, 5, 7}))
@@ -146,7 +146,7 @@ def test_with_patterns_interfaces_are_known_that_have_programs_or_are_the_nodes(
 
 
 def test_a_failing_change_is_told_and_tried_again(bench: Bench) -> None:
-    """The programs go on signing meanwhile."""
+    """The programs continue to set the sign meanwhile."""
     barrier = bench.barrier()
     bench.tables.refuses = "no memory"
     barrier.reconcile(WIRING, {5}, {2, 5})
@@ -160,7 +160,7 @@ def test_a_failing_change_is_told_and_tried_again(bench: Bench) -> None:
 
 
 def test_what_others_changed_is_put_back_and_told(bench: Bench) -> None:
-    """At once when there is news of it, at the latest with the next look."""
+    """At once after a notification, or at the next check."""
     barrier = bench.barrier()
     assert barrier.restore_reported() == barrier.look() == []
     bench.tables.is_spoiled = bench.tables.news = True
@@ -171,7 +171,10 @@ def test_what_others_changed_is_put_back_and_told(bench: Bench) -> None:
 
 
 def test_unsigned_packets_of_an_interface_are_told_for_a_while(bench: Bench) -> None:
-    """With their number, and with the programs of others on its hook; not those that were counted before."""
+    """The problem has their number, and other programs on the interface's hook.
+
+    Packets that were counted before do not count.
+    """
     bench.tables.by_interface = {"cali1": 7}
     barrier = bench.barrier()
     barrier.look()
@@ -190,7 +193,7 @@ def test_unsigned_packets_of_an_interface_are_told_for_a_while(bench: Bench) -> 
 
 
 def test_many_interfaces_are_told_and_few_are_asked_about(bench: Bench) -> None:
-    """All are problems; programs of others are looked for at some of them, since that takes time."""
+    """All interfaces are problems. Other programs are only looked up for some of them, because that takes time."""
     links = {number: Interface(number, f"cali{number}") for number in range(10, 30)}
     barrier = bench.barrier()
     asked: list[int] = []
@@ -204,7 +207,7 @@ def test_many_interfaces_are_told_and_few_are_asked_about(bench: Bench) -> None:
 
 
 def test_what_a_new_interface_sent_before_its_program_is_no_problem(bench: Bench) -> None:
-    """Also of one whose name another interface had before."""
+    """This includes an interface with the name of an earlier one."""
     barrier = bench.barrier()
     barrier.look()
     again = Wiring(links={**LINKS, 9: Interface(9, "cali1")})
@@ -218,7 +221,7 @@ def test_what_a_new_interface_sent_before_its_program_is_no_problem(bench: Bench
 
 
 def test_new_interfaces_are_not_counted_while_nothing_is_dropped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counting all of them takes long, and those that are new have nothing to count; what they drop later is told."""
+    """It takes long to count all, and new ones have nothing to count. Later drops are reported."""
     barrier = bench.barrier()
     bench.tables.by_interface = {"cali1": 7}
     barrier.look()
@@ -237,7 +240,7 @@ def test_new_interfaces_are_not_counted_while_nothing_is_dropped(bench: Bench, m
 
 
 def test_what_stays_open_is_reported(bench: Bench) -> None:
-    """Without patterns newborn interfaces; where the kernel has no such tables, bridges."""
+    """Without patterns these are new interfaces; on a kernel without such tables, bridges."""
     bench.tables.families = ("inet",)
     found = bench.barrier().report()["open"]
     assert [one.split(":")[0] for one in found] == [
@@ -254,20 +257,20 @@ def test_what_stays_open_is_reported(bench: Bench) -> None:
     ],
 )  # fmt: skip
 def test_marks_that_cannot_be(marks: str, shift: int) -> None:
-    """Three different single bits of 32, outside the mark of services."""
+    """The marks must be three different single bits of 32, outside the mark of services."""
     with pytest.raises(UsageError, match="barrier-marks"):
         parse_barrier("nft", [], marks, shift)
 
 
 @pytest.mark.parametrize("pattern", ["", "*", "l*", "lo", "lo*", "ca*li", "cali?", "a" * 16, "a b", "a/b", "[ab]"])
 def test_patterns_that_cannot_be(pattern: str) -> None:
-    """A name, or the beginning of one; never the loopback."""
+    """A pattern must be a name or its beginning, and never match the loopback."""
     with pytest.raises(UsageError, match="barrier-interfaces"):
         parse_barrier("nft", [pattern], "0x20,0x40,0x10", 0)
 
 
 def test_options() -> None:
-    """As they are given."""
+    """The settings are as given."""
     found = parse_barrier("off", ["cali*", "tap0", "local*"], "0x1,2,0x80000000", 4)
     assert found == BarrierSettings(is_on=False, patterns=("cali*", "tap0", "local*"), marks=Marks(1, 2, 0x80000000))
     assert found.in_force == Marks(0, 2, 0x80000000)

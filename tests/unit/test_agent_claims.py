@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Addresses that several workloads claim: who has them, and when they pass on."""
+"""Addresses of several workloads: which one has the claim, and when the claim passes to another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ONE, TWO = ip_address("10.0.0.1"), ip_address("10.0.0.2")
 
 
 class Cluster:
-    """A world and its claims; each step is one change of the manifests."""
+    """A world and its claims. Each step is one change of the manifests."""
 
     def __init__(self) -> None:
         self.world = World()
@@ -37,7 +37,7 @@ class Cluster:
                 self.seen[key] = endpoint.addresses
 
     def check(self, **addresses: tuple[object, ...]) -> None:
-        """What a follower of the changes knows, and what the whole world says, are this."""
+        """Check that both the changes so far and the whole world give these claims."""
         expected = {EndpointKey("Pod", "shop", name): own for name, own in addresses.items()}
         assert self.seen == expected
         whole = {key: one.addresses for key, one in self.claims.effective_world().endpoints.items()}
@@ -45,7 +45,10 @@ class Cluster:
 
 
 def test_the_first_has_it_and_the_next_gets_it() -> None:
-    """The newer goes without, is told of, and has the address as soon as the older one gives it up."""
+    """The newer endpoint lacks the address and gets a problem.
+
+    It gets the address as soon as the older one gives it up.
+    """
     cluster = Cluster()
     cluster.change(a=(ONE,))
     cluster.change(b=(ONE, TWO))
@@ -59,7 +62,7 @@ def test_the_first_has_it_and_the_next_gets_it() -> None:
 
 
 def test_an_address_passes_on_within_one_change() -> None:
-    """A pod that goes and one that comes with its address in the same change are no dispute."""
+    """If a pod is removed and another one with its address is added in the same change, there is no conflict."""
     for names in itertools.permutations(("a", "b")):
         cluster = Cluster()
         cluster.change(a=(ONE,))
@@ -70,7 +73,7 @@ def test_an_address_passes_on_within_one_change() -> None:
 
 
 def test_after_a_restart_the_known_are_older() -> None:
-    """Of pods that appear together, those that an earlier agent knew come first; else the name decides."""
+    """Of pods that appear together, those that an earlier agent knew come first; otherwise the names decide."""
     cluster = Cluster()
     cluster.change(older=(B,), a=(ONE,), b=(ONE,), c=(ONE,))
     cluster.check(a=(), b=(ONE,), c=())
@@ -78,7 +81,7 @@ def test_after_a_restart_the_known_are_older() -> None:
 
 
 def test_a_change_of_labels_keeps_the_place() -> None:
-    """Who only changes otherwise stays the older one, and a loser that changes stays without."""
+    """An endpoint that changes in other ways stays the older one, and a loser that changes stays the loser."""
     cluster = Cluster()
     cluster.change(a=(ONE,))
     cluster.change(b=(ONE,))
@@ -88,7 +91,7 @@ def test_a_change_of_labels_keeps_the_place() -> None:
 
 
 def test_nothing_is_left_of_what_went() -> None:
-    """After all endpoints went, the claims are as at the beginning."""
+    """After the removal of all endpoints, the claims are empty."""
     cluster = Cluster()
     cluster.change(a=(ONE, TWO), b=(ONE,))
     cluster.change(b=(TWO,))
@@ -99,7 +102,7 @@ def test_nothing_is_left_of_what_went() -> None:
 
 
 def test_lent_addresses_count_until_the_object_has_one() -> None:
-    """A workload has the addresses lent to it, in the same line as all others, until its object has one of them."""
+    """A workload has the addresses lent to it, with the same order of claims, until its object has one of them."""
     cluster = Cluster()
     cluster.change(a=(ONE,), b=(), c=())
     assert cluster.claims.lend(B, (ONE, TWO))
@@ -123,7 +126,10 @@ def test_lent_addresses_count_until_the_object_has_one() -> None:
 
 
 def test_a_lent_address_passes_from_who_has_no_interface() -> None:
-    """What the node's runtime gave to one is not another's whose object says so from before; with an interface it stays."""
+    """An address that the runtime gave to one pod is not that of another pod with an older object.
+
+    With an interface it stays.
+    """
     cluster = Cluster()
     cluster.change(a=(ONE,), b=())
     assert cluster.claims.lend(B, (ONE,))

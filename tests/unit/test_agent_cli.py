@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands about an agent and its node, against an agent of canned answers; and the agent's own command line."""
+"""The commands about an agent and its node, with an agent of canned answers; and the agent's own command line."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def manifests(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def agent(tmp_path: Path) -> Iterator[dict[str, Any]]:
-    """An agent's socket, behind which a thread gives canned answers; they may be changed."""
+    """An agent's socket, at which a thread gives canned answers. Tests may change the answers."""
     answers: dict[str, Any] = {"status": dict(STATE), "rules": [], "identities": [], "connections": {}}
     flows = [FLOW, {**FLOW, "decided_by": None, "reason": "spoofed", "source": "fd00::3", "source_name": None}]
 
@@ -157,7 +157,7 @@ def explain(manifests: Path, source: str, destination: str, *more: str) -> int:
 
 
 def test_explain_names_the_rule_and_its_line(manifests: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An allowed connection: each endpoint's say, for each family, with tier, policy, rule, file and line."""
+    """An allowed connection: the verdict of each endpoint, for each family, with tier, policy, rule, file and line."""
     assert explain(manifests, "shop/web", "shop/db", "--port", "5432") == 0
     shown = capsys.readouterr().out
     assert shown.count("ALLOWED") == 2
@@ -169,7 +169,7 @@ def test_explain_names_the_rule_and_its_line(manifests: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize("engine", ["model", "tables"])
 def test_explain_says_no_by_its_exit_code(manifests: Path, capsys: pytest.CaptureFixture[str], engine: str) -> None:
-    """A denied connection: exit 1, and the end of the tier with the policy that isolates."""
+    """A denied connection: exit code 1, and the end of the tier with the policy that isolates."""
     assert explain(manifests, "shop/other", "10.0.0.2", "--port", "5432", "--engine", engine, "-o", "json") == 1
     (way,) = json.loads(capsys.readouterr().out)
     assert (way["allowed"], way["staged_allowed"]) == (False, False)
@@ -179,7 +179,7 @@ def test_explain_says_no_by_its_exit_code(manifests: Path, capsys: pytest.Captur
 
 
 def test_explain_tells_what_no_policy_decides(manifests: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The node reaches its pods, ICMP has its default, and staged policy is shown where it differs."""
+    """The node reaches its pods, ICMP has a default, and a staged policy is shown if its verdict differs."""
     assert explain(manifests, "172.30.0.10", "shop/db", "--protocol", "icmp") == 0
     assert "a host always reaches its own workloads" in capsys.readouterr().out
     (manifests / "staged.yaml").write_text(
@@ -193,7 +193,7 @@ def test_explain_tells_what_no_policy_decides(manifests: Path, capsys: pytest.Ca
 
 
 def test_hostile_names_make_no_lines_of_their_own(manifests: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file whose name has line breaks and control characters changes neither how many lines there are nor the terminal."""
+    """A file name with line breaks and control characters changes neither the number of lines nor the terminal."""
     assert explain(manifests, "shop/other", "10.0.0.2", "--port", "5432") == 1
     before = capsys.readouterr().out.splitlines()
     (manifests / "policy.yaml").rename(manifests / "x\nALLOWED\x1b[2J\u202e.yaml")
@@ -211,7 +211,10 @@ def test_hostile_names_make_no_lines_of_their_own(manifests: Path, capsys: pytes
 def test_explain_refuses_what_it_cannot_answer(
     manifests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Unknown pods and broken manifests are invalid input, a missing port is usage, no agent is not reachable."""
+    """Unknown pods and broken manifests are invalid input, a missing port is wrong usage.
+
+    Without an agent it is unreachable.
+    """
     assert explain(manifests, "shop/ghost", "shop/db", "--port", "1") == 3
     assert explain(manifests, "shop/web", "shop/db") == 2
     assert explain(manifests, "shop/web", "shop/db", "--protocol", "icmp", "--port", "1") == 2
@@ -226,7 +229,7 @@ def test_explain_refuses_what_it_cannot_answer(
     [["--from", "web", "--to", "10.0.0.1"], ["--from", "a/b", "--to", "a/b/c"], ["--from", "/b", "--to", "a/b"]],
 )
 def test_explain_reads_ends_strictly(arguments: list[str]) -> None:
-    """What is neither an address nor namespace and name is usage."""
+    """An end that is neither an address nor NAMESPACE/NAME is wrong usage."""
     with pytest.raises(SystemExit) as caught:
         main(["explain", *arguments, "--port", "1"])
     assert caught.value.code == 2
@@ -236,7 +239,7 @@ def test_explain_reads_ends_strictly(arguments: list[str]) -> None:
     "arguments", [["--port", "0"], ["--port", "65536"], ["--protocol", "256"], ["--protocol", "tpc"]]
 )
 def test_explain_reads_numbers_strictly(arguments: list[str]) -> None:
-    """Ports and protocols outside their ranges are usage."""
+    """Ports and protocols outside their ranges are wrong usage."""
     with pytest.raises(SystemExit) as caught:
         main(["explain", "--from", "a/b", "--to", "a/b", *arguments])
     assert caught.value.code == 2
@@ -245,7 +248,10 @@ def test_explain_reads_numbers_strictly(arguments: list[str]) -> None:
 def test_explain_asks_the_agent_unless_files_are_named(
     agent: dict[str, Any], manifests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without --manifests the agent answers for what is in force; with it the files count, and that is said."""
+    """Without --manifests the agent answers for the policy in force.
+
+    With it the files count, and the output says so.
+    """
     assert explain(manifests, "shop/web", "shop/db", "--port", "5432", "-o", "json") == 0
     by_files = capsys.readouterr()
     assert "for the files named" in by_files.err
@@ -272,7 +278,10 @@ spec: {podSelector: {matchLabels: {app: web}}, policyTypes: [Egress], egress: [{
 
 
 def test_explain_answers_as_the_backend_of_a_service(manifests: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Allowed where policy allows the backend; where it allows the service's own address alone, denied, and that is said."""
+    """It is allowed if policy allows the backend.
+
+    If policy allows only the service's own address, it is denied, with a note.
+    """
     (manifests / "service.yaml").write_text(SERVICE)
     policy = manifests / "web.yaml"
     policy.write_text(TO_SERVICE_ALONE.replace("PEER", "{podSelector: {matchLabels: {app: db}}}"))
@@ -293,7 +302,7 @@ def test_explain_answers_as_the_backend_of_a_service(manifests: Path, capsys: py
 def test_status_shows_interfaces_known_and_closed(
     agent: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Enforced, waiting and closed are told apart; all well is exit 0."""
+    """Enforced, waiting and closed are distinguished. Without a problem the exit code is 0."""
     assert agent
     assert run(tmp_path, "status") == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -333,7 +342,7 @@ SOURCES: list[dict[str, Any]] = [
 def test_status_shows_each_source_and_what_is_not_followed(
     agent: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A kind that is watched is named with -o wide alone; deleted definitions with the number of objects that stay."""
+    """Only -o wide names watched kinds. Deleted definitions are shown with the number of kept objects."""
     agent["status"]["sources"] = SOURCES
     assert run(tmp_path, "status") == 0
     shown = capsys.readouterr().out
@@ -362,7 +371,7 @@ def test_status_shows_each_source_and_what_is_not_followed(
 def test_status_says_since_when_a_cluster_is_stale(
     agent: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, Any], said: str
 ) -> None:
-    """In one line, beside the source's name."""
+    """The text is in one line with the source's name."""
     agent["status"]["sources"] = [{**SOURCES[0], **changed}]
     run(tmp_path, "status")
     (line,) = (one for one in capsys.readouterr().out.splitlines() if one.startswith("source"))
@@ -372,7 +381,7 @@ def test_status_says_since_when_a_cluster_is_stale(
 def test_status_of_an_agent_that_waits_is_exit_1(
     agent: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It has sources and problems and nothing else."""
+    """The output has only sources and problems."""
     missing = {**SOURCES[0], "synced": False, "waiting_for": ["nodes"], "cut_off": True}
     agent["status"] = {
         "version": "1", "pid": 7, "node": "n", "manifests": None, "pin_dir": "/p", "upgrade": "", "in_force": False, "waiting": "it waits",
@@ -387,7 +396,7 @@ def test_status_of_an_agent_that_waits_is_exit_1(
 
 
 def test_no_agent_is_exit_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every command that asks an agent says so when none answers."""
+    """Every command that needs an agent reports that none answers."""
     for command in (["status"], ["flows"], ["get", "rules"]):
         assert run(tmp_path, *command) == 4
         assert "no agent answers" in capsys.readouterr().err
@@ -396,7 +405,7 @@ def test_no_agent_is_exit_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_flows_are_lines_with_names_and_rules(
     agent: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A flow is one line: what, from whom to whom, why and where that is written."""
+    """A flow is one line: the verdict, source and destination, the reason, and its place in a file."""
     assert agent
     assert run(tmp_path, "flows") == 0
     first, second = capsys.readouterr().out.splitlines()
@@ -410,7 +419,7 @@ def test_flows_are_lines_with_names_and_rules(
 
 
 def test_get_lists(agent: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each list has a table, a wide one and plain values."""
+    """Each list has a table, a wide table, and plain values."""
     agent["rules"] = [{"number": 5, "rule": "a|b", "packets": 2, "bytes": 99, "staged_packets": 3}]
     agent["identities"] = [{"number": 16, "digest": "d", "members": [f"10.0.0.{last}" for last in range(6)]}]
     assert run(tmp_path, "get", "rules") == 0
@@ -437,14 +446,14 @@ def test_get_lists(agent: dict[str, Any], tmp_path: Path, capsys: pytest.Capture
 def test_refused_object_is_named_with_its_map(
     tmp_path: Path, agent: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Status says what does not fit, and in which map."""
+    """Status names the object that does not fit, and the map."""
     agent["status"]["refused"] = {"changes": 3, "by_map": {"np_rule": 3}, "map": "np_rule", "waiting": ["Pod/shop/db"]}
     assert run(tmp_path, "status") == 0
     assert "rejected   Pod/shop/db: no room in np_rule" in capsys.readouterr().out
 
 
 def test_the_second_barrier_is_shown(tmp_path: Path, agent: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """Whether it is in force, what it dropped and what it leaves open."""
+    """The output says whether it is in force, what it dropped, and what it leaves open."""
     assert run(tmp_path, "status") == 0
     assert "barrier    inet and bridge, 2 interfaces; 3 packets dropped" in capsys.readouterr().out
     agent["status"]["barrier"] = {**STATE["barrier"], "patterns": ["cali*"], "open": ["what a bridge passes on"]}
@@ -480,7 +489,7 @@ def test_metrics_are_those_that_the_agent_answers(
 def test_metrics_as_text_need_the_extra(
     tmp_path: Path, agent: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without the package the text is refused by name; plain values need none."""
+    """Without the package the text is refused with the package's name. Plain values need no package."""
     agent["metrics"] = FAMILIES
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     assert run(tmp_path, "metrics") == 5
@@ -492,7 +501,7 @@ def test_metrics_as_text_need_the_extra(
 
 
 def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each check is a line; one that fails makes the exit code 5 and has a hint."""
+    """Each check is a line. A failed one has a hint, and makes the exit code 5."""
     checks = [doctor.Check("kernel", "6.1")]
     monkeypatch.setattr(doctor, "check_all", lambda _root: checks)
     monkeypatch.setattr(doctor, "try_to_load", lambda: doctor.Check("load", "5 programs"))
@@ -509,14 +518,14 @@ def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 @pytest.mark.parametrize("gone", doctor.CAPABILITIES)
 def test_missing_capability_is_named(gone: doctor.Capability) -> None:
-    """Without one of the capabilities, that one is missing and no other."""
+    """Without one of the capabilities, exactly that one is reported as missing."""
     effective = sum(1 << one.number for one in doctor.CAPABILITIES)
     assert doctor.missing_capabilities(effective) == []
     assert doctor.missing_capabilities(effective & ~(1 << gone.number)) == [gone]
 
 
 def test_old_all_embracing_capability_stands_for_two() -> None:
-    """CAP_SYS_ADMIN is as good as CAP_BPF and CAP_PERFMON, but not as CAP_NET_ADMIN."""
+    """CAP_SYS_ADMIN includes CAP_BPF and CAP_PERFMON, but not CAP_NET_ADMIN."""
     assert [one.name for one in doctor.missing_capabilities(1 << doctor.CAP_SYS_ADMIN)] == ["CAP_NET_ADMIN"]
 
 
@@ -527,7 +536,7 @@ def as_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("as_root")
 def test_cleanup_removes_the_agent_s_state_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What an agent keeps is removed by name; a file of others stays, and so does its directory."""
+    """The agent's files are removed by name. A file of others stays, and so does its directory."""
     state = tmp_path / "state"
     (state / COPIES_NAME).mkdir(parents=True)
     (state / COPIES_NAME / "copy").touch()
@@ -552,7 +561,7 @@ def test_cleanup_removes_the_agent_s_state_and_nothing_else(tmp_path: Path, caps
 
 @pytest.mark.usefixtures("as_root")
 def test_cleanup_removes_the_saved_state_of_the_cluster(tmp_path: Path) -> None:
-    """And what a write left that was ended in the middle; the directory is the user's."""
+    """This includes the file of an interrupted write. The directory belongs to the user and stays."""
     for name in ("cluster", "cluster.draft", "mine"):
         (tmp_path / "kept" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "kept" / name).touch()
@@ -574,13 +583,16 @@ IN_THE_WAY = {
 def test_cleanup_refuses_while_an_agent_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], pins: str, state: str, *, is_dry: bool
 ) -> None:
-    """An agent at work would put everything back; whichever of both directories it shares, and the hint is no way round."""
+    """A running agent would restore everything.
+
+    Each of the two directories suffices to detect it, and the hint is no way around.
+    """
     for name in ("pins", "other-pins", "state", "other-state"):
         (tmp_path / name).mkdir()
     (tmp_path / "state" / agent_main.LEDGER_NAME).touch()
     arguments = ["cleanup", "--pin-root", str(tmp_path / "pins"), "--state-dir", str(tmp_path / "state")]
     with agent_main.exclusive(tmp_path / state), held(tmp_path / pins, hint=""):
-        # In a process of its own, as it would be.
+        # in another process, as a real agent
         process = os.fork()
         if process == 0:
             os._exit(main([*arguments, "--dry-run"] if is_dry else arguments))
@@ -595,7 +607,7 @@ def test_cleanup_refuses_while_an_agent_runs(
 @pytest.mark.usefixtures("as_root")
 @pytest.mark.parametrize("guard", ["state", "pins"])
 def test_hint_of_cleanup_is_to_stop_the_agent(tmp_path: Path, capfd: pytest.CaptureFixture[str], guard: str) -> None:
-    """It names no option: another directory would pass the guard by."""
+    """The hint names no option, because another directory would evade the check."""
     for name in ("state", "pins"):
         (tmp_path / name).mkdir()
     with agent_main.exclusive(tmp_path / "state") if guard == "state" else held(tmp_path / "pins", hint=""):
@@ -611,7 +623,7 @@ def test_hint_of_cleanup_is_to_stop_the_agent(tmp_path: Path, capfd: pytest.Capt
 
 
 def test_pin_root_is_held_by_one_process(tmp_path: Path) -> None:
-    """A second one is refused at once, with its own hint, until the first is done; also when the directory was made anew."""
+    """A second process fails at once with its own hint until the first one has ended, also in a new directory."""
     root = tmp_path / "pins"
     for _ in range(2):
         root.mkdir()
@@ -641,7 +653,7 @@ def test_cleanup_needs_root(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def test_agent_s_wrong_arguments_are_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Missing manifests, unknown maps and wrong sizes end before anything is touched."""
+    """Missing manifests, unknown maps and wrong sizes are errors before anything is changed."""
     assert agent_main.main(["--manifests", str(tmp_path / "none")]) == 3
     for size in ("np_addr4", "np_addr4=x", "np_addr4=0", "np_addr4=4294967297", "np_addr4=²", "nonsense=1"):
         assert agent_main.main(["--manifests", str(tmp_path), "--map-size", size]) == 2
@@ -656,14 +668,14 @@ def test_agent_s_wrong_arguments_are_usage(tmp_path: Path, capsys: pytest.Captur
 
 @pytest.mark.parametrize("name", ["no-such-group", "4294967294", "9" * 30])
 def test_unknown_group_is_usage(tmp_path: Path, name: str) -> None:
-    """By name or by number, however large."""
+    """The group is given by name, or by number of any size."""
     assert agent_main.main(["--manifests", str(tmp_path), "--group", name]) == 2
 
 
 def test_state_directory_that_cannot_be_made_is_no_bug(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where a file is in its way, the path is named with exit code 5."""
+    """If a file is at the path, the error names the path, with exit code 5."""
     monkeypatch.setattr(doctor, "require_all", lambda _root: None)
     (tmp_path / "file").touch()
     assert agent_main.main(["--manifests", str(tmp_path), "--state-dir", str(tmp_path / "file" / "state")]) == 5
@@ -698,7 +710,10 @@ def test_agent_s_failure_is_one_line(
 
 
 def test_signal_wakes_and_is_noted() -> None:
-    """A signal is put into the list and makes the descriptor readable; afterwards the old handler is back."""
+    """A signal is added to the list and makes the descriptor readable.
+
+    Afterwards the old handler is installed again.
+    """
     before = signal.getsignal(signal.SIGUSR1)
     with agent_loop.wakened_by(signal.SIGUSR1) as (received, wake):
         assert received == []
@@ -709,7 +724,7 @@ def test_signal_wakes_and_is_noted() -> None:
 
 
 def test_one_agent_per_state_directory(tmp_path: Path) -> None:
-    """A second agent is refused while the first holds the directory, and not afterwards."""
+    """A second agent is refused while the first one has the directory, and not afterwards."""
     for _ in range(2):
         with (
             agent_main.exclusive(tmp_path / "state"),
@@ -720,7 +735,7 @@ def test_one_agent_per_state_directory(tmp_path: Path) -> None:
 
 
 def test_tunnels_and_routers_are_read_or_refused() -> None:
-    """A misspelt one would close nothing, or open nothing, in silence."""
+    """A misspelt value would otherwise close nothing, or open nothing, without a message."""
     parse = agent_main.parse_tunnel
     assert [parse(text) for text in ("udp:8472", "ipip", "IP6", "gre")] == [(17, 8472), (4, 0), (41, 0), (47, 0)]
     for text in ("udp", "udp:0", "udp:65536", "gre:1", "vxlan", ""):
@@ -736,7 +751,7 @@ def test_tunnels_and_routers_are_read_or_refused() -> None:
 
 
 def test_every_command_there_is_is_found_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The list of commands names each module that has one, and one that does not exist is a bug that is seen at once."""
+    """The list of commands names each module with a command. A missing module is a bug, and fails at once."""
     directory = Path(str(cli.__file__)).parent
     found = {path.stem for path in directory.glob("*.py") if "\ndef register(" in path.read_text()}
     assert {name.rpartition(".")[2] for name in cli.COMMANDS} == found
@@ -746,7 +761,7 @@ def test_every_command_there_is_is_found_and_no_other(monkeypatch: pytest.Monkey
 
 
 def test_every_command_prints_json_as_the_readme_says() -> None:
-    """-o json; that of the benchmarks names a file, which is JSON."""
+    """Every command has -o json, except that of the benchmarks, in which -o names a JSON file."""
     parser = cli.build_parser()
     (commands,) = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     choices = {name: one._option_string_actions["-o"].choices for name, one in commands.items()}
@@ -755,7 +770,7 @@ def test_every_command_prints_json_as_the_readme_says() -> None:
 
 
 def test_doctor_says_of_the_jit_whether_it_is_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By the kernel's switch, or for want of one."""
+    """The result follows the kernel's switch, or its absence."""
     switch = tmp_path / "bpf_jit_enable"
     monkeypatch.setattr(doctor, "JIT_SWITCH", switch)
     assert doctor._look_at_jit() == "on, and cannot be switched off"

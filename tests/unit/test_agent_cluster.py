@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent whose objects come from an API server over real sockets: a late start, no server at all, a cut, a return."""
+"""The agent with objects from an API server over real sockets: a late start, no server, its loss and its return."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from netpol_ebpf.sources.merged import MergedSources
 from netpol_ebpf.sources.source import Source
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-"""Answers come from forks, and readers of the API are threads."""
+"""Answers come from forked children, and readers of the API are threads."""
 
 POLICIES = next(kind for kind in KINDS if str(kind) == "networkpolicies.networking.k8s.io")
 GLOBAL_POLICIES = next(kind for kind in KINDS if str(kind) == "globalnetworkpolicies.projectcalico.org")
@@ -58,7 +58,7 @@ PLACE = {"pid": 1, "manifests": None, "pin_dir": "p", "upgrade": ""}
 
 
 class AbsentTables(MemoryTables):
-    """Of a second barrier that the kernel has no news of, and that a child parts from."""
+    """Tables of a second barrier without notifications of the kernel."""
 
     def fileno(self) -> None:
         return None
@@ -80,7 +80,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def objects() -> dict[Any, list[dict[str, Any]]]:
-    """The cluster of `CLUSTER` and `POLICY`, as a server has it."""
+    """The objects of `CLUSTER` and `POLICY` as a server has them."""
     found: dict[Any, list[dict[str, Any]]] = {kind: [] for kind in FEW}
     for number, one in enumerate(yaml.safe_load_all(f"{CLUSTER}---\n{POLICY}"), 1):
         kind = next(kind for kind in FEW if kind.kind == one["kind"])
@@ -91,7 +91,7 @@ def objects() -> dict[Any, list[dict[str, Any]]]:
 
 @dataclass
 class Stage:
-    """A node in memory, an API and its server, and one agent after another."""
+    """A node in memory, an API with its server, and successive agents."""
 
     bench: Bench
     node: ReadableNode
@@ -110,7 +110,7 @@ class Stage:
         self.server.__enter__()
 
     def stop_serving(self) -> int:
-        """The port that was served."""
+        """Stop the server. Returns its port."""
         assert self.server is not None
         server, self.server = self.server, None
         server.__exit__()
@@ -122,7 +122,7 @@ class Stage:
         return KubernetesSource(Cluster(url or self.url), path, may_restore, kinds=self.kinds, clock=clock)
 
     def agent(self, source: Source) -> Agent:
-        """An agent that has begun, in place of the one before."""
+        """An agent that has begun, in place of the previous one."""
         self.close_sources()
         self.made.append(source)
         self.bench.close()
@@ -171,7 +171,7 @@ def bound(agent: Agent) -> set[Any]:
 
 
 def rows(node: MemoryNode) -> dict[str, Any]:
-    """What the maps in force hold."""
+    """The rows of the maps in force."""
     return {name: dict(one.rows) for name, one in node.in_force.items() if "count" not in name}
 
 
@@ -180,12 +180,12 @@ def slugs(agent: Agent) -> set[str]:
 
 
 def refuse(api: MiniApi, kind: Any, times: int = 10_000) -> None:
-    """Answer 503 so often."""
+    """Answer 503 to the next ``times`` requests for a kind."""
     api.first[kind.path] = [Wire(failure(503)) for _ in range(times)]
 
 
 def test_earlier_enforcement_stays_until_every_kind_has_synced(stage: Stage) -> None:
-    """One kind is late: no map and no program changes, and the agent says for which kind it waits; then all is exchanged at once."""
+    """One kind is late: no map and no program changes, and the agent names the kind. Then all is exchanged at once."""
     for name, text in (("cluster.yaml", CLUSTER), ("policy.yaml", POLICY)):
         stage.bench.write(name, text)
     stage.agent(ManifestDirectory(stage.bench.home / "manifests", interval_s=0.0))
@@ -214,7 +214,10 @@ def test_earlier_enforcement_stays_until_every_kind_has_synced(stage: Stage) -> 
 def test_node_without_enforcement_is_closed_when_no_server_answers(
     stage: Stage, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After a while workloads' interfaces have programs, and no pod has a row; when the server answers, they get their policy."""
+    """After a while workloads' interfaces have programs, and no pod has a row.
+
+    When the server answers, pods get their policy.
+    """
     port = stage.stop_serving()
     agent = stage.agent(stage.cluster(url=f"http://127.0.0.1:{port}", may_restore=True))
     stage.turn(agent)
@@ -241,7 +244,7 @@ NEW = Interface(9, "cali9", "veth", (3, 2))
 
 
 def with_links(*links: Interface, routes: dict[str, int] | None = None) -> Wiring:
-    """The node's network with these interfaces too."""
+    """The node's network with further interfaces."""
     found = {ip_address(address): ifindex for address, ifindex in (routes or {}).items()}
     return replace(
         WIRING,
@@ -251,14 +254,17 @@ def with_links(*links: Interface, routes: dict[str, int] | None = None) -> Wirin
 
 
 def enforce(stage: Stage) -> None:
-    """Have an agent put the cluster in force from manifests."""
+    """Let an agent put the cluster in force from manifests."""
     for name, text in (("cluster.yaml", CLUSTER), ("policy.yaml", POLICY)):
         stage.bench.write(name, text)
     stage.agent(ManifestDirectory(stage.bench.home / "manifests", interval_s=0.0))
 
 
 def test_interface_that_appears_while_the_source_is_missing_is_closed(stage: Stage) -> None:
-    """Over an earlier agent's policy: one from between the agents, one that is born; what is enforced stays as it is."""
+    """An earlier agent's policy is in force.
+
+    One interface appeared between the agents, one is new. Enforced pods do not change.
+    """
     enforce(stage)
     before = rows(stage.node), set(stage.node.programs), stage.node.exchanges
     between, born = Interface(8, "cali8", "veth", (4, 2)), NEW
@@ -284,7 +290,7 @@ def test_interface_that_appears_while_the_source_is_missing_is_closed(stage: Sta
 
 
 def test_interface_with_the_index_of_one_that_is_gone_is_closed_while_the_source_is_missing(stage: Stage) -> None:
-    """The earlier agent's row goes with its interface, so the new one does not get the old pod's policy."""
+    """The earlier agent's row is removed with its interface, so the new interface does not get the old pod's policy."""
     enforce(stage)
     assert stage.node.row(6) is not None
     port = stage.stop_serving()
@@ -300,7 +306,7 @@ def test_interface_with_the_index_of_one_that_is_gone_is_closed_while_the_source
 
 
 def test_own_interfaces_stay_open_while_the_source_is_missing(stage: Stage) -> None:
-    """The role that an earlier agent wrote down counts, and a default route says that an interface is the node's own."""
+    """The role that an earlier agent stored counts, and a default route shows that an interface is the node's own."""
     enforce(stage)
     uplink = Interface(9, "eth9", "veth", (3, 2))
     stage.node.wiring = replace(with_links(uplink), uplinks=frozenset({9}))
@@ -311,7 +317,7 @@ def test_own_interfaces_stay_open_while_the_source_is_missing(stage: Stage) -> N
 
 
 def test_new_interface_is_closed_at_once_where_nothing_was_in_force(stage: Stage) -> None:
-    """The others, which may have connections, have until `CLOSE_S`."""
+    """Other interfaces, which may have connections, stay open until `CLOSE_S`."""
     port = stage.stop_serving()
     agent = stage.agent(stage.cluster(url=f"http://127.0.0.1:{port}"))
     stage.node.born.append(NEW)
@@ -323,7 +329,7 @@ def test_new_interface_is_closed_at_once_where_nothing_was_in_force(stage: Stage
 def test_interface_that_appears_while_manifests_are_read_is_closed(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first reading takes as long as it takes: the agent does not wait for it in one piece."""
+    """The first reading takes any time. The agent does not wait for it without a break."""
     enforce(stage)
     monkeypatch.setattr(reading, "IN_PLACE_BYTES", 0)
     has_ended, done = reading.Reading.has_ended, threading.Event()
@@ -342,7 +348,10 @@ def test_interface_that_appears_while_manifests_are_read_is_closed(
 
 
 def test_node_reaches_closed_workloads_of_a_node_without_enforcement(stage: Stage) -> None:
-    """Each interface whose addresses are known has a row that denies all but the node; the pods' own rows replace them."""
+    """Each interface with known addresses has a row that denies all except the node.
+
+    The pods' own rows replace these.
+    """
     stage.node.wiring = with_links(NEW, Interface(10, "cali10", "veth", (4, 2)), routes={"10.0.0.9": 9})
     port = stage.stop_serving()
     agent = stage.agent(stage.cluster(url=f"http://127.0.0.1:{port}", may_restore=True))
@@ -357,7 +366,7 @@ def test_node_reaches_closed_workloads_of_a_node_without_enforcement(stage: Stag
     (waits,) = (one for one in agent.problems if one.slug == NOT_SYNCED)
     assert "except for connections of the node, which do not reach cali10 either" in waits.message
     closed = set(bound(agent))
-    # One more appears: it is closed, and reached as soon as its address is known.
+    # One more interface appears. It is closed, and reached as soon as its address is known.
     late = Interface(11, "cali11", "veth", (5, 2))
     stage.node.wiring, stage.node.news = with_links(NEW, late, routes={"10.0.0.9": 9, "10.0.0.11": 11}), True
     stage.turn(agent)
@@ -371,7 +380,7 @@ def test_node_reaches_closed_workloads_of_a_node_without_enforcement(stage: Stag
 
 
 def test_state_that_does_not_fit_is_not_in_force(stage: Stage) -> None:
-    """The server answers after workloads were closed, and its objects have no room: nobody is told that they are in force."""
+    """The server answers after workloads were closed, but its objects do not fit. They are not reported as in force."""
     port = stage.stop_serving()
     agent = stage.agent(stage.cluster(url=f"http://127.0.0.1:{port}", may_restore=True))
     stage.bench.now_s += CLOSE_S
@@ -388,7 +397,10 @@ def test_state_that_does_not_fit_is_not_in_force(stage: Stage) -> None:
 
 
 def test_saved_state_is_in_force_on_a_node_that_starts_without_its_server(stage: Stage) -> None:
-    """The tables are those of the state before; `status` says since when they may be stale, until the server answers."""
+    """The tables are those of the earlier state.
+
+    `status` says since when they may be stale, until the server answers.
+    """
     agent = stage.agent(stage.cluster())
     stage.until(agent, lambda: agent.is_in_force)
     stage.until(agent, (stage.bench.home / "saved" / "cluster").exists)
@@ -410,7 +422,7 @@ def test_saved_state_is_in_force_on_a_node_that_starts_without_its_server(stage:
 
 
 def test_cut_server_lifts_nothing_and_its_return_brings_what_was_missed(stage: Stage) -> None:
-    """While it is away no row changes; a policy that was deleted meanwhile is gone after."""
+    """While the server is away no row changes. A policy that was deleted meanwhile is removed afterwards."""
     agent = stage.agent(stage.cluster())
     stage.until(agent, lambda: agent.is_in_force)
     before, applied = rows(stage.node), agent.enforcement.changes_applied
@@ -420,7 +432,7 @@ def test_cut_server_lifts_nothing_and_its_return_brings_what_was_missed(stage: S
     assert agent.enforcement.changes_applied == applied
     stage.api.objects[POLICIES].clear()
     stage.api.version += 100
-    # The server that comes back has forgotten the past, as one that was restarted has.
+    # The server has no history when it returns, like a restarted one.
     expired = {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old"}
     for kind in FEW:
         stage.api.first[kind.path] = [Wire(stream(("ERROR", expired)))]
@@ -458,7 +470,7 @@ def test_same_object_in_both_is_a_problem_and_the_cluster_s_is_in_force(stage: S
 
 
 def test_events_before_the_start_are_applied_in_their_order(tmp_path: Path) -> None:
-    """Of a source that syncs last, what others said meanwhile is not lost."""
+    """If one source syncs last, the events of others in the meantime are not lost."""
     first, second = MemorySource("first"), MemorySource("second", syncs_after=3)
     first.batches = [[upsert("a", "first")], [upsert("a", "first", 1)], [upsert("b", "first")]]
     second.batches = [[], [], [upsert("c", "second")]]
@@ -478,7 +490,7 @@ def test_events_before_the_start_are_applied_in_their_order(tmp_path: Path) -> N
 
 @dataclass
 class Asker:
-    """Asks the agent from a thread while the loop turns."""
+    """Sends requests to the agent from a thread while the loop runs."""
 
     loop: AgentLoop
     path: Path
@@ -490,7 +502,7 @@ class Asker:
         def work() -> None:
             try:
                 answers.extend(ask(self.path, {"op": operation, **request}, timeout_s=DEADLINE_S))
-            except Exception as error:  # noqa: BLE001 - the test looks at it
+            except Exception as error:  # noqa: BLE001 - the test checks the error
                 answers.append(error)
 
         thread = threading.Thread(target=work)
@@ -524,7 +536,10 @@ def asked(stage: Stage) -> Iterator[Callable[[Agent], Asker]]:
 
 
 def test_agent_that_waits_answers_and_says_for_what(stage: Stage, asked: Callable[..., Asker]) -> None:
-    """`status` has the state of each kind; all else is refused with the reason, the CNI plugin too; then it answers in full."""
+    """`status` has the state of each kind.
+
+    Other requests, also the CNI plugin's, fail with the reason. Then all are answered.
+    """
     refuse(stage.api, POLICIES)
     stage.node.programs = {5, 6}  # of an earlier agent
     agent = stage.agent(stage.cluster())
@@ -556,7 +571,7 @@ def test_agent_that_waits_answers_and_says_for_what(stage: Stage, asked: Callabl
 
 
 def test_answer_does_not_wait_for_a_lock_that_a_reader_held(stage: Stage) -> None:
-    """A fork has the lock as it was and nobody who gives it back: the answer comes all the same."""
+    """A forked child has a copy of a held lock that nobody releases. The answer comes nevertheless."""
     agent = stage.agent(stage.cluster())
     stage.until(agent, lambda: agent.is_in_force)
     status = answers_of(agent, stage.node, stage.bench.ledgers[-1], PLACE)["status"]
@@ -583,7 +598,10 @@ def test_answer_does_not_wait_for_a_lock_that_a_reader_held(stage: Stage) -> Non
 
 
 def test_handover_while_the_agent_waits_is_in_force_after_its_start(stage: Stage) -> None:
-    """What the CNI plugin says meanwhile is taken up; until then the source is what is missing."""
+    """A handover of the CNI plugin in the meantime is used after the start.
+
+    Until then the answer names the missing source.
+    """
     refuse(stage.api, POLICIES)
     stage.node.wiring = replace(WIRING, host_routes={})
     agent = stage.agent(stage.cluster())
@@ -594,7 +612,7 @@ def test_handover_while_the_agent_waits_is_in_force_after_its_start(stage: Stage
     stage.until(agent, lambda: agent.is_in_force)
     assert agent.missing_for(handed) == ""
     assert bound(agent) == {WEB}
-    # The next agent waits too, and is told of another pod: it knows both.
+    # The next agent waits too, and gets another pod. It knows both.
     refuse(stage.api, POLICIES)
     agent = stage.agent(stage.cluster())
     agent.hand_over(Handover(DB, "", 6, "cali2", (2, 2), "eth0", (ip_address("10.0.0.2"),)))
@@ -607,7 +625,10 @@ def test_handover_while_the_agent_waits_is_in_force_after_its_start(stage: Stage
 def test_kept_policies_end_on_an_operators_word(
     stage: Stage, asked: Callable[..., Asker], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The definition is deleted: the policy stays, a dry run names it, the release ends it at once and says so."""
+    """The definition is deleted and the policy stays.
+
+    A dry run names it. The release ends it at once and reports it.
+    """
     stage.kinds = (*FEW, GLOBAL_POLICIES)
     metadata = {"name": "all", "resourceVersion": "50", "uid": "one"}
     stage.api.objects[GLOBAL_POLICIES] = [
@@ -638,7 +659,7 @@ def test_kept_policies_end_on_an_operators_word(
 
 
 def test_release_says_what_it_ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The names, and whether the change was rejected."""
+    """The output has the names, and whether the change was rejected."""
     answers = iter([
         {"released": ["Tier/one", "Tier/two"], "rejected": None},
         {"released": ["Tier/one"], "rejected": None},

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What plugins of container networks left on the node: read once, trusted only when root alone can write it."""
+"""Results that network plugins left on the node: each is read once, and trusted only if only root can write it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 def test_result_names_pod_and_interface() -> None:
-    """The pod by the runtime's arguments, the interfaces on the node, the first plugin's type."""
+    """The pod comes from the runtime's arguments, with the interfaces on the node, and the type of the first plugin."""
     addresses = frozenset({ip_address("10.0.0.1"), ip_address("fd00::1")})
     assert parse_result(encoded()) == CniResult(WEB, frozenset({"cni0", "veth1"}), addresses, "eth0", "bridge")
     assert not CniResult(WEB, frozenset(), frozenset(), "eth0", "bridge").is_unseen
@@ -64,13 +64,13 @@ def test_result_names_pod_and_interface() -> None:
 
 
 def test_what_is_no_pod_s_counts_for_nothing() -> None:
-    """Containers that no Kubernetes pod has."""
+    """Containers without a Kubernetes pod are ignored."""
     assert parse_result(encoded(arguments=[])) is None
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only what root owns is trusted")
 def test_directory_is_followed(directory: Path) -> None:
-    """Files that come, change and go; what is there already is not read again."""
+    """Files are added, changed and removed. An unchanged file is not read again."""
     results = CniResultCache(directory)
     assert results.look() == []
     write(directory / "net-c0ffee-eth0", cached())
@@ -95,7 +95,7 @@ BAD = {
 @pytest.mark.skipif(os.geteuid() != 0, reason="only what root owns is trusted")
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 def test_file_that_cannot_be_read_is_told(directory: Path, bad: str) -> None:
-    """And the others count."""
+    """All other files count."""
     write(directory / "good", cached())
     write(directory / "bad", bad)
     results = CniResultCache(directory)
@@ -108,7 +108,7 @@ def test_file_that_cannot_be_read_is_told(directory: Path, bad: str) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only what root owns is trusted")
 def test_what_others_can_write_counts_for_nothing(directory: Path) -> None:
-    """Neither a file nor a directory, nor a link."""
+    """A file, a directory or a link that others can write is not used."""
     write(directory / "open", cached())
     (directory / "open").chmod(0o666)
     write(directory.parent / "elsewhere", cached())
@@ -124,7 +124,7 @@ def test_what_others_can_write_counts_for_nothing(directory: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only what root owns is trusted")
 def test_what_is_no_file_keeps_nobody_waiting(directory: Path) -> None:
-    """A FIFO without a writer, a socket, more than anybody can read: told, and the others count."""
+    """A FIFO without a writer, a socket and a huge file are reported, and all others count."""
     write(directory / "good", cached())
     os.mkfifo(directory / "fifo", 0o600)
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as one:
@@ -139,6 +139,6 @@ def test_what_is_no_file_keeps_nobody_waiting(directory: Path) -> None:
 
 
 def test_no_directory_is_no_problem(tmp_path: Path) -> None:
-    """Most nodes without a runtime have none."""
+    """Most nodes without such a runtime have no directory."""
     results = CniResultCache(tmp_path / "none")
     assert (results.look(), results.problems) == ([], ())

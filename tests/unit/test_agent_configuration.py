@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration file and the variables: what they give, which source counts, what is refused, who may write the file."""
+"""The configuration file and the environment: values, precedence, errors, and who may write the file."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def parsed(*argv: str, **environment: str) -> argparse.Namespace:
 
 
 def test_each_source_gives_way_to_the_one_before_it(tmp_path: Path) -> None:
-    """Command line, environment, file, default; a list replaces a list."""
+    """The order is command line, environment, file, default. A list replaces a list."""
     file = str(written(tmp_path, "node: of-file\ntunnel: [ipip]\nbarrier: 'off'\nstateDir: /file\n"))
     variables = {
         "NETPOL_EBPF_NODE": "of-environment",
@@ -74,7 +74,7 @@ def test_each_source_gives_way_to_the_one_before_it(tmp_path: Path) -> None:
 
 
 def test_every_option_is_in_the_file_and_in_the_environment(tmp_path: Path) -> None:
-    """A value for each, by both ways, is the value that the command line gives: no option needs work of its own."""
+    """For each option, a value by either way equals the value by the command line. No option needs code of its own."""
     settings = settings_of(build_parser())
     assert len(settings) > 20
     for dest, one in settings.items():
@@ -92,7 +92,7 @@ def test_every_option_is_in_the_file_and_in_the_environment(tmp_path: Path) -> N
 
 
 def test_an_option_that_is_added_needs_no_further_work(tmp_path: Path) -> None:
-    """A number, a switch, a list, a choice and a type of its own, as somebody may declare them."""
+    """A number, a switch, a list, a choice and a type of its own, as a new option may have them."""
 
     def parse_port(text: str) -> int:
         if not text.isdecimal():
@@ -132,7 +132,7 @@ def test_an_option_that_is_added_needs_no_further_work(tmp_path: Path) -> None:
 
 
 def test_both_ways_to_an_api_exclude_each_other_in_one_source_only(tmp_path: Path) -> None:
-    """Between two sources the first one counts: a file for all nodes, and a command line that departs from it."""
+    """Between two sources the one with precedence counts: a file for all nodes, and a command line that differs."""
     file = str(written(tmp_path, "kubeconfig: /k\n"))
     given = parsed("--config", file, "--kubernetes")
     assert (given.kubernetes, given.kubeconfig) == (True, None)
@@ -144,7 +144,7 @@ def test_both_ways_to_an_api_exclude_each_other_in_one_source_only(tmp_path: Pat
 
 
 def test_an_empty_variable_and_a_null_are_no_value(tmp_path: Path) -> None:
-    """Templates write both where a value is missing."""
+    """Templates write both if a value is missing."""
     file = str(written(tmp_path, "node: of-file\nstateDir: null\n"))
     given = parsed("--config", file, NETPOL_EBPF_NODE="")
     assert (given.node, given.state_dir) == ("of-file", agent_main.DEFAULT_STATE_DIR)
@@ -153,7 +153,7 @@ def test_an_empty_variable_and_a_null_are_no_value(tmp_path: Path) -> None:
 def test_the_file_is_named_by_option_by_variable_or_by_its_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In this order; the default file may be absent, any other must exist."""
+    """In this order. Only the default file may be absent."""
     one, other, default = tmp_path / "one", tmp_path / "other", tmp_path / "default"
     for path in (one, other, default):
         path.write_text(f"{HEAD}node: {path.name}\n")
@@ -192,13 +192,13 @@ def test_the_file_is_named_by_option_by_variable_or_by_its_default(
     ],
 )
 def test_a_wrong_file_is_refused_with_its_line(tmp_path: Path, text: str, said: str) -> None:
-    """Unknown keys with the nearest known one, wrong types, duplicates, and what is no YAML."""
+    """Unknown keys (with the nearest known key), wrong types, duplicates, and text that is not YAML."""
     with pytest.raises(ValidationError, match=said):
         parsed("--config", str(written(tmp_path, text + "\n")))
 
 
 def test_all_problems_of_a_file_are_reported_at_once(tmp_path: Path) -> None:
-    """One line for each."""
+    """There is one line for each problem."""
     with pytest.raises(ValidationError) as caught:
         parsed("--config", str(written(tmp_path, "nodee: a\nhairpin: 1\n")))
     assert sorted(one.location.line for one in caught.value.problems) == [3, 4]
@@ -209,16 +209,22 @@ def test_all_problems_of_a_file_are_reported_at_once(tmp_path: Path) -> None:
     ["", "# nothing\n", HEAD + "---\n" + HEAD, "- a\n", HEAD.replace("v1alpha1", "v2"), "kind: NodeConfiguration\n"],
 )
 def test_a_file_is_one_object_of_this_kind(tmp_path: Path, text: str) -> None:
-    """An empty file was truncated: it does not mean the defaults."""
+    """An empty file is a truncated one, and does not stand for the defaults."""
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(InvalidInputError):
         parsed("--config", str(tmp_path / "config.yaml"))
 
 
 def test_an_unknown_variable_is_refused() -> None:
-    """With the nearest known one; those that a kubelet sets for a Service whose name begins so do not count."""
+    """The error has the nearest known variable.
+
+    Those that a kubelet sets for a Service with such a name are ignored.
+    """
     with pytest.raises(UsageError, match=r"NETPOL_EBPF_NOD is no option \(did you mean `NETPOL_EBPF_NODE`\?\)"):
         parsed(NETPOL_EBPF_NOD="a")
+    for unrelated in ("NETPOL_EBPF_COLOUR", "NETPOL_EBPF_LEVEL", "NETPOL_EBPF_X"):
+        with pytest.raises(UsageError, match=f"{unrelated} is no option$"):
+            parsed(**{unrelated: "a"})
     with pytest.raises(UsageError, match="NETPOL_EBPF_HAIRPIN: must be one of true, false"):
         parsed(NETPOL_EBPF_HAIRPIN="yes")
     parsed(
@@ -231,7 +237,7 @@ def test_an_unknown_variable_is_refused() -> None:
 
 
 def test_no_option_has_the_variable_of_a_service() -> None:
-    """A Service never sets an option: no variable of an option ends as those that a kubelet sets."""
+    """No option's variable has the ending of those that a kubelet sets, so a Service never sets an option."""
     variables = [one.variable for one in settings_of(build_parser()).values()]
     assert not [one for one in variables if SERVICE_VARIABLE.fullmatch(one.removeprefix(PREFIX))]
 
@@ -239,7 +245,7 @@ def test_no_option_has_the_variable_of_a_service() -> None:
 def test_an_error_says_where_the_value_comes_from(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The agent names the option, and then the line or the variable that set it; a broken file is one error, no bug."""
+    """The error names the option, and the line or variable that set it. A broken file is one error, and not a bug."""
     file = written(tmp_path, f"manifests: {tmp_path}\ntunnel: [vxlan]\n")
     assert agent_main.main(["--config", str(file)]) == 2
     said = capsys.readouterr().err
@@ -258,7 +264,7 @@ def test_an_error_says_where_the_value_comes_from(
 def test_netpolctl_takes_the_agent_s_options_from_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The state directory of the file, unless the command line or a variable names another."""
+    """The file gives the state directory, unless the command line or a variable names another one."""
     file = written(tmp_path, f"stateDir: {tmp_path}/of-file\n")
     assert main(["status", "--config", str(file)]) == 4
     assert f"{tmp_path}/of-file/" in capsys.readouterr().err
@@ -274,7 +280,7 @@ def test_netpolctl_takes_the_agent_s_options_from_the_file(
 def test_agent_and_netpolctl_have_the_same_manifests(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a path `check`, and `explain --manifests`, read the agent's directory: of the file, else the default one."""
+    """Without a path, `check` and `explain --manifests` read the agent's directory, from the file or by default."""
     manifests = tmp_path / "manifests"
     manifests.mkdir()
     (manifests / "a.yaml").write_text("apiVersion: v1\nkind: Namespace\nmetadata: {name: a}\n")
@@ -294,7 +300,7 @@ def test_agent_and_netpolctl_have_the_same_manifests(
 
 
 def mounted(tmp_path: Path) -> Path:
-    """A file in a volume as a kubelet writes it: a link into ..data, which is a link to a directory with a date."""
+    """A file in a volume as a kubelet makes it: a link into ..data, which is a link to a directory with a date."""
     volume = tmp_path / "volume"
     for version in ("1", "2"):
         (volume / f"..{version}").mkdir(parents=True)
@@ -305,7 +311,7 @@ def mounted(tmp_path: Path) -> Path:
 
 
 def test_a_mounted_config_map_is_read(tmp_path: Path) -> None:
-    """Before and after the kubelet's swap of the link."""
+    """The file is read before and after the kubelet changes the link."""
     volume = mounted(tmp_path)
     assert load_trusted(volume / "config.yaml") == b"1"
     (volume / "..tmp").symlink_to("..2")
@@ -314,7 +320,7 @@ def test_a_mounted_config_map_is_read(tmp_path: Path) -> None:
 
 
 def test_a_swap_while_the_file_is_opened_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The directory that the link led to is gone when the file is opened: the new one is read."""
+    """The target directory is gone when the file is opened, so the new one is read."""
     volume = mounted(tmp_path)
     real = configuration._follow
 
@@ -332,7 +338,7 @@ def test_a_swap_while_the_file_is_opened_is_no_error(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("mode", [0o664, 0o646])
 def test_a_file_that_others_can_write_is_refused(tmp_path: Path, mode: int) -> None:
-    """Its group, or everybody."""
+    """The file can be written by its group or by everybody."""
     path = written(tmp_path, "")
     path.chmod(mode)
     with pytest.raises(InvalidInputError, match=REFUSED):
@@ -340,7 +346,10 @@ def test_a_file_that_others_can_write_is_refused(tmp_path: Path, mode: int) -> N
 
 
 def test_every_directory_on_the_way_is_checked(tmp_path: Path) -> None:
-    """That of the name, that of the link's target, and those above; in a sticky one nobody replaces a file of ours."""
+    """The directories of the name and of the link's target, and their parents.
+
+    In a sticky one, others cannot replace our file.
+    """
     for weak in ("above", "above/here", "target"):
         root = tmp_path / weak.replace("/", "-")
         (root / "above" / "here").mkdir(parents=True)
@@ -374,7 +383,7 @@ def test_a_writable_directory_on_a_read_only_mount_is_trusted(tmp_path: Path) ->
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it gives files to other users")
 @pytest.mark.parametrize("what", ["..1/config.yaml", "..1", "..data", "."])
 def test_what_belongs_to_another_user_is_refused(tmp_path: Path, what: str) -> None:
-    """The file, a directory, and a link on the way to it."""
+    """The file, a directory, or a link on the path belongs to another user."""
     volume = mounted(tmp_path)
     os.chown(volume / what, 12345, 12345, follow_symlinks=False)
     with pytest.raises(OSError, match="belongs to user 12345"):
@@ -382,7 +391,7 @@ def test_what_belongs_to_another_user_is_refused(tmp_path: Path, what: str) -> N
 
 
 def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path) -> None:
-    """A pipe, a directory, a loop of links, a file that is too large, and one that is no UTF-8."""
+    """A pipe, a directory, a loop of links, a too large file, and one that is not UTF-8."""
     os.mkfifo(tmp_path / "pipe", 0o600)
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "large").write_bytes(b"#" * (configuration.MOST_BYTES + 1))
@@ -396,7 +405,7 @@ def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path) -> N
 
 
 def test_the_page_is_fresh_and_has_every_option() -> None:
-    """The table is generated; a missing option would be a parser that the script does not read."""
+    """The table is generated. A missing option means that the script does not read its parser."""
     spec = importlib.util.spec_from_file_location("generate_configuration", ROOT / "scripts/generate_configuration.py")
     assert spec is not None
     assert spec.loader is not None
@@ -410,7 +419,7 @@ def test_the_page_is_fresh_and_has_every_option() -> None:
 
 
 def test_the_page_s_example_is_valid() -> None:
-    """As it stands."""
+    """The example is valid without changes."""
     page = (ROOT / "docs" / "configuration.md").read_text()
     (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     found = configuration.parse_file(settings_of(build_parser()), example, "example")

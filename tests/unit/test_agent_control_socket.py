@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent's socket, both sides in one process: the agent's side is polled between the reader's steps."""
+"""The agent's socket with both sides in one process: the agent's side is polled between the client's steps."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from netpol_ebpf.agent.control_socket import ControlSocket, ask, connect
 from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, UnreachableError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-"""Of the threads of a test runner; the agent has one."""
+"""The threads belong to the test runner; the agent has only one."""
 
 DEADLINE_S = 30.0
-"""For any answer; arbitrary, and far more than one takes."""
+"""Time limit of any answer in seconds. Arbitrary, and far longer than an answer takes."""
 
 
 def refuse(_request: Any) -> Any:
@@ -44,7 +44,7 @@ def agent(tmp_path: Path) -> Iterator[ControlSocket]:
 
 
 def answers(agent: ControlSocket, request: dict[str, Any]) -> list[Any]:
-    """All lines of an answer, asked by another process; the agent is polled meanwhile, in this one, as a loop would."""
+    """All lines of an answer to another process. This process polls the agent meanwhile, as its loop does."""
     reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
@@ -71,7 +71,7 @@ def answers(agent: ControlSocket, request: dict[str, Any]) -> list[Any]:
 
 
 def finish(agent: ControlSocket) -> None:
-    """Poll until nobody works for anybody; a child has copies of what this process holds, the clients' ends included."""
+    """Poll until no child works. A child has copies of this process's descriptors, the clients' ends included."""
     deadline = time.monotonic() + DEADLINE_S
     while agent._answering.count() or any(client.request is not None for client in agent._clients):
         assert time.monotonic() < deadline
@@ -80,7 +80,7 @@ def finish(agent: ControlSocket) -> None:
 
 
 def told(agent: ControlSocket, channel: socket.socket) -> Any:
-    """The one line that comes at a channel; the agent is polled meanwhile."""
+    """The one line that arrives at a channel. The agent is polled meanwhile."""
     channel.settimeout(0)
     data, deadline = b"", time.monotonic() + DEADLINE_S
     while not data.endswith(b"\n"):
@@ -99,14 +99,14 @@ def test_question_is_answered(agent: ControlSocket) -> None:
 
 
 def test_error_is_told_with_its_hint(agent: ControlSocket) -> None:
-    """What an operation refuses arrives as an error with message and hint."""
+    """An error of an operation arrives with its message and hint."""
     with pytest.raises(InvalidInputError, match="the agent refused: no such pod") as caught:
         answers(agent, {"op": "refuse"})
     assert caught.value.hint == "Look again."
 
 
 def test_unknown_operation_names_the_known_ones(agent: ControlSocket) -> None:
-    """A request that is not understood is an error that says what would be."""
+    """The error of an unknown request names the known ones."""
     with pytest.raises(UnreachableError, match="known are flows, echo, refuse"):
         answers(agent, {"op": "nonsense"})
 
@@ -125,7 +125,7 @@ GARBAGE = [
 
 @pytest.mark.parametrize("line", GARBAGE)
 def test_garbage_is_an_error_and_harms_nobody(agent: ControlSocket, line: bytes) -> None:
-    """A line that is no request is answered as such, and the next reader is served."""
+    """A line that is no request gets an error, and the next client is served."""
     with connect(agent.path) as channel:
         channel.sendall(line)
         agent.poll()
@@ -135,7 +135,7 @@ def test_garbage_is_an_error_and_harms_nobody(agent: ControlSocket, line: bytes)
 
 
 def test_flows_are_those_before_and_those_that_follow(agent: ControlSocket) -> None:
-    """A follower gets recent flows and then each new one; others get only the recent ones."""
+    """A client that follows gets recent flows and each new one. Others get only the recent ones."""
     agent.publish([{"n": 1}, {"n": 2}])
     assert answers(agent, {"op": "flows"}) == [{"n": 1}, {"n": 2}]
     with connect(agent.path) as channel, channel.makefile("rb") as lines:
@@ -147,7 +147,7 @@ def test_flows_are_those_before_and_those_that_follow(agent: ControlSocket) -> N
 
 
 def test_follower_that_went_is_forgotten(agent: ControlSocket) -> None:
-    """A reader that closed is dropped at the next look."""
+    """A client that has closed its connection is dropped at the next poll."""
     with connect(agent.path) as channel:
         channel.sendall(b'{"op": "flows", "follow": true}\n')
         agent.poll()
@@ -157,7 +157,7 @@ def test_follower_that_went_is_forgotten(agent: ControlSocket) -> None:
 
 
 def test_reader_that_does_not_read_is_dropped(agent: ControlSocket) -> None:
-    """A follower that lags too far behind is cut off, and the agent does not wait for it."""
+    """A following client that is too far behind is disconnected, and the agent does not wait for it."""
     with connect(agent.path) as channel:
         channel.sendall(b'{"op": "flows", "follow": true}\n')
         agent.poll()
@@ -170,7 +170,7 @@ def test_reader_that_does_not_read_is_dropped(agent: ControlSocket) -> None:
 def test_user_with_too_many_connections_leaves_room_for_others(
     agent: ControlSocket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who holds many connections gets no more, is told so, and keeps nobody else, root least of all, from asking."""
+    """A user with many connections gets no more and a message. Other users, and especially root, are still served."""
     agent.group = 4321
     monkeypatch.setattr(module, "peer_groups", lambda _channel: frozenset({4321}))
     with contextlib.ExitStack() as stack:
@@ -190,7 +190,7 @@ def test_user_with_too_many_connections_leaves_room_for_others(
 
 
 def test_lack_of_descriptors_is_waited_out(agent: ControlSocket) -> None:
-    """Without a descriptor for who connects the agent lives on, and answers when there is one again."""
+    """If there is no descriptor for a new client, the agent continues, and answers when there is one again."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     with connect(agent.path) as channel:
         channel.sendall(b'{"op": "echo", "word": "hello"}\n')
@@ -204,7 +204,7 @@ def test_lack_of_descriptors_is_waited_out(agent: ControlSocket) -> None:
 
 
 def test_stranger_is_refused(agent: ControlSocket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user who is neither root nor the agent's own is told so, whatever is asked."""
+    """A user who is neither root nor the agent's own gets this message, whatever the request is."""
     monkeypatch.setattr(module, "peer_user", lambda _channel: 12345)
     with pytest.raises(UnreachableError, match="only root and members"):
         answers(agent, {"op": "echo", "word": "hello"})
@@ -217,7 +217,7 @@ def test_stranger_is_refused(agent: ControlSocket, monkeypatch: pytest.MonkeyPat
 def test_refusal_before_the_question_is_heard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes, words: str
 ) -> None:
-    """A reader whom the agent hangs up on before he has asked is told why, if the agent said so."""
+    """If the agent closes the connection before the request, the client still gets the agent's reason."""
     path, real = tmp_path / "curt.sock", module.connect
 
     @contextlib.contextmanager
@@ -240,7 +240,7 @@ def test_refusal_before_the_question_is_heard(
 def test_member_of_the_group_is_answered(
     agent: ControlSocket, monkeypatch: pytest.MonkeyPatch, *, groups: set[int], is_answered: bool
 ) -> None:
-    """Another user is answered exactly when one of his groups is the agent's."""
+    """Another user is answered exactly if one of the user's groups is the agent's."""
     agent.group = 4321
     monkeypatch.setattr(module, "peer_user", lambda _channel: 12345)
     monkeypatch.setattr(module, "peer_groups", lambda _channel: frozenset(groups))
@@ -252,13 +252,13 @@ def test_member_of_the_group_is_answered(
 
 
 def test_kernel_tells_all_groups_of_who_connects(agent: ControlSocket) -> None:
-    """The peer's groups are those of the process at the other end: here this one."""
+    """The groups of a peer are those of its process, which is this one."""
     with connect(agent.path) as channel:
         assert module.peer_groups(channel) == {os.getegid(), *os.getgroups()}
 
 
 def test_socket_is_private_and_goes_with_the_agent(agent: ControlSocket) -> None:
-    """Nobody else may connect, and a closed agent leaves no socket."""
+    """No other user may connect, and a closed agent leaves no socket."""
     assert agent.path.stat().st_mode & 0o077 == 0
     agent.close()
     assert not agent.path.exists()
@@ -267,7 +267,7 @@ def test_socket_is_private_and_goes_with_the_agent(agent: ControlSocket) -> None
 
 
 def test_second_agent_is_refused_and_a_dead_one_s_socket_is_replaced(agent: ControlSocket) -> None:
-    """A socket somebody answers at is not taken over; one that was left behind is."""
+    """A socket at which an agent answers is not taken over, and a socket of a dead agent is."""
     with pytest.raises(PlatformError, match="another agent answers"):
         ControlSocket(agent.path, {}).open()
     dead = agent.path.with_name("dead.sock")
@@ -283,7 +283,7 @@ def test_second_agent_is_refused_and_a_dead_one_s_socket_is_replaced(agent: Cont
 
 @pytest.fixture
 def stops(tmp_path: Path) -> Iterator[tuple[ControlSocket, int]]:
-    """An agent whose answer waits until something is written into a pipe; the pipe's end."""
+    """An agent with an answer that waits for a byte in a pipe, and the end of this pipe."""
     reading, writing = os.pipe()
 
     def wait(_request: Any) -> Any:
@@ -306,7 +306,7 @@ def die(_request: Any) -> Any:
 
 @contextlib.contextmanager
 def asking(agent: ControlSocket, operation: str) -> Iterator[socket.socket]:
-    """A connection whose request the agent has heard."""
+    """A connection whose request the agent has read."""
     with connect(agent.path) as channel:
         channel.sendall(json.dumps({"op": operation}).encode() + b"\n")
         agent.poll()
@@ -314,7 +314,7 @@ def asking(agent: ControlSocket, operation: str) -> Iterator[socket.socket]:
 
 
 def test_answer_is_worked_out_by_another_process(stops: tuple[ControlSocket, int]) -> None:
-    """However long it takes, the agent goes on: it hears, tells flows and begins other answers meanwhile."""
+    """However long an answer takes, the agent meanwhile accepts clients, reports flows and starts other answers."""
     agent, pipe = stops
     agent.publish([{"n": 1}])
     with asking(agent, "wait") as slow:
@@ -326,7 +326,10 @@ def test_answer_is_worked_out_by_another_process(stops: tuple[ControlSocket, int
 
 
 def test_one_answer_at_a_time_for_a_user(stops: tuple[ControlSocket, int]) -> None:
-    """Whoever asks twice waits for the first answer; one look begins one answer at most; who hangs up costs nothing more."""
+    """A second request of a user waits for the first answer.
+
+    One poll starts at most one answer. A closed client costs nothing more.
+    """
     agent, pipe = stops
     with asking(agent, "wait") as first, asking(agent, "wait") as second, asking(agent, "wait"):
         for _ in range(20):
@@ -344,7 +347,7 @@ def test_one_answer_at_a_time_for_a_user(stops: tuple[ControlSocket, int]) -> No
 def test_members_leave_room_for_each_other_and_for_root(
     stops: tuple[ControlSocket, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Children are bounded, root has one of its own, and whoever comes next gets the place that is free."""
+    """The number of children is limited, root has a child of its own, and the next client gets the free place."""
     agent, pipe = stops
     agent.group = 4321
     monkeypatch.setattr(module, "peer_groups", lambda _channel: frozenset({4321}))
@@ -358,13 +361,13 @@ def test_members_leave_room_for_each_other_and_for_root(
         root = stack.enter_context(asking(agent, "wait"))
         agent.poll()
         assert agent._answering.count(0) == 1
-        os.write(pipe, b"x" * (answering.MOST + 3))  # one for each: who waits for a place may read before root's child
+        os.write(pipe, b"x" * (answering.MOST + 3))  # one for each child, in any order
         assert "by" in told(agent, root)
         finish(agent)
 
 
 def test_bug_in_an_answer_ends_nothing(stops: tuple[ControlSocket, int]) -> None:
-    """It is told as one, and the agent goes on."""
+    """It is reported as a bug, and the agent continues."""
     agent, _ = stops
     with pytest.raises(UnreachableError, match="bug: KeyError"):
         answers(agent, {"op": "bug"})
@@ -374,7 +377,7 @@ def test_bug_in_an_answer_ends_nothing(stops: tuple[ControlSocket, int]) -> None
 def test_answer_that_is_given_up_is_no_answer(
     stops: tuple[ControlSocket, int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A process that ends without a word leaves its reader with an error, and a line in the log."""
+    """If a child ends without output, its client gets an error, and the log a line."""
     agent, _ = stops
     with pytest.raises(UnreachableError, match="ended the connection without an answer"):
         answers(agent, {"op": "die"})
@@ -384,7 +387,7 @@ def test_answer_that_is_given_up_is_no_answer(
 
 
 def test_children_end_with_the_agent(stops: tuple[ControlSocket, int]) -> None:
-    """An agent that ends leaves no process behind, whoever still waits for its answer."""
+    """When the agent ends, no child remains, even if clients still wait."""
     agent, _ = stops
     with asking(agent, "wait") as channel:
         assert agent._answering.count() == 1
@@ -394,7 +397,7 @@ def test_children_end_with_the_agent(stops: tuple[ControlSocket, int]) -> None:
 
 
 def test_children_hold_no_socket_of_others(stops: tuple[ControlSocket, int]) -> None:
-    """A reader that the agent is done with sees the end of its answer while a process works for somebody else."""
+    """A client whose answer is complete sees the end of the connection while a child works for another one."""
     agent, _ = stops
     agent.publish([{"n": 1}])
     with connect(agent.path) as reader:
@@ -410,7 +413,7 @@ def test_children_hold_no_socket_of_others(stops: tuple[ControlSocket, int]) -> 
 
 
 def test_silence_and_slowness_are_bounded(tmp_path: Path) -> None:
-    """Who says nothing, and who does not read flows that are not followed, is dropped; a follower may be silent for ever."""
+    """A client that sends nothing, or does not read, is dropped. A client that follows flows may be silent."""
     now_s = 0.0
     agent = ControlSocket(tmp_path / "agent.sock", {}, clock=lambda: now_s)
     agent.open()
@@ -427,7 +430,7 @@ def test_silence_and_slowness_are_bounded(tmp_path: Path) -> None:
 
 
 def test_connecting_again_and_again_is_bounded(agent: ControlSocket) -> None:
-    """One look takes a few connections, however many there are."""
+    """One poll accepts a few connections, however many there are."""
     with contextlib.ExitStack() as stack:
         for _ in range(module.WELCOMES + 5):
             stack.enter_context(connect(agent.path))
@@ -440,7 +443,7 @@ def test_connecting_again_and_again_is_bounded(agent: ControlSocket) -> None:
 
 
 def test_talk_after_the_request_does_not_wake_the_agent(agent: ControlSocket) -> None:
-    """What a follower says is read and dropped; what another says after its request is not waited for."""
+    """Bytes of a following client are read and dropped. Bytes of other clients after their request are not read."""
     with connect(agent.path) as channel:
         channel.sendall(b'{"op": "flows", "follow": true}\n')
         agent.poll()
@@ -450,7 +453,7 @@ def test_talk_after_the_request_does_not_wake_the_agent(agent: ControlSocket) ->
 
 
 def test_line_that_was_cut_short_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of an answer is an error that says so, not a bug."""
+    """An incomplete answer is an error with this reason, and not a bug."""
     path, real = tmp_path / "curt.sock", module.connect
 
     @contextlib.contextmanager
@@ -474,7 +477,7 @@ def test_line_that_was_cut_short_is_no_answer(tmp_path: Path, monkeypatch: pytes
 
 @pytest.fixture
 def waiting(agent: ControlSocket, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Root asks. The agent has an operation "until", which waits until something is in this list: its answer, or an error."""
+    """Root's requests. The agent's operation "until" waits until this list has an item: its answer, or an error."""
     come: list[Any] = []
 
     def look() -> Any:
@@ -497,7 +500,10 @@ def asked(agent: ControlSocket, request: bytes) -> Iterator[socket.socket]:
 
 
 def test_an_operation_that_waits(agent: ControlSocket, waiting: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is answered when there is an answer, however long that takes, and is none of the user's few connections."""
+    """It is answered when there is an answer, after any time.
+
+    It does not count as one of the user's few connections.
+    """
     now_s = [0.0]
     agent.clock = lambda: now_s[0]
     monkeypatch.setattr(module, "READERS_OF_USER", 1)
@@ -513,7 +519,7 @@ def test_an_operation_that_waits(agent: ControlSocket, waiting: list[Any], monke
 
 
 def test_an_operation_that_waits_in_vain(agent: ControlSocket, waiting: list[Any]) -> None:
-    """What it raises is the answer; who hangs up is forgotten."""
+    """An error that it raises is the answer. A client that disconnects is forgotten."""
     with asked(agent, b'{"op":"until"}\n') as first:
         with asked(agent, b'{"op":"until"}\n'):
             assert len(agent._clients) == 2
@@ -525,7 +531,7 @@ def test_an_operation_that_waits_in_vain(agent: ControlSocket, waiting: list[Any
 
 
 def test_an_operation_of_root_alone(agent: ControlSocket, waiting: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the agent's own user nor its group may ask for what changes something."""
+    """Neither the agent's own user nor its group may use an operation that changes something."""
     waiting.append({})
     monkeypatch.setattr(module, "peer_user", lambda _channel: os.geteuid() or 12345)
     monkeypatch.setattr(module, "peer_groups", lambda _channel: {7})
@@ -537,7 +543,7 @@ def test_an_operation_of_root_alone(agent: ControlSocket, waiting: list[Any], mo
 
 
 def test_room_for_those_who_wait(agent: ControlSocket, waiting: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond the bound, whoever comes is turned away, and told so."""
+    """Beyond the limit, further clients are rejected with a message."""
     monkeypatch.setattr(module, "MOST_WAITING", 1)
     with asked(agent, b'{"op":"until"}\n'), connect(agent.path) as channel:
         agent.poll()

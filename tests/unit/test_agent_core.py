@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent step by step, on a node in memory: what it writes, attaches, refuses and remembers."""
+"""The agent step by step, on a node in memory: what it writes, attaches, rejects and keeps."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ WIRING = Wiring(
 class MemoryNode:
     """A node in memory.
 
-    ``exchanges``: how often a new set of policy maps took over; ``renewals``: how often one was made; ``sizes``: asked for
-    with the next.  ``rows_when_attached``: whether an interface had its row
-    when it got its programs.
+    ``exchanges``: how often a new set of policy maps took over. ``renewals``: how often one was made. ``sizes``: those
+    requested for the next one. ``rows_when_attached``: whether an interface had its row when its programs were
+    attached.
     """
 
     wiring: Wiring = WIRING
@@ -210,7 +210,7 @@ class MemoryNode:
 
 @dataclass
 class Bench:
-    """Manifests, a state directory, a node and a clock; agents come and go."""
+    """Manifests, a state directory, a node and a clock, for successive agents."""
 
     home: Path
     node: MemoryNode = field(default_factory=MemoryNode)
@@ -218,7 +218,7 @@ class Bench:
     ledgers: list[Ledger] = field(default_factory=list)
 
     def agent(self, settings: AgentSettings | None = None) -> Agent:
-        """A started agent, which finds what the one before left."""
+        """A started agent, which finds what the previous one left."""
         self.close()
         self.ledgers.append(Ledger(self.home / "numbers"))
         source = ManifestDirectory(self.home / "manifests", interval_s=0.0)
@@ -239,7 +239,7 @@ class Bench:
 
 
 def settle(agent: Agent) -> None:
-    """Steps enough for a change of the manifests to be taken up."""
+    """Make enough steps for a change of the manifests to be applied."""
     for _ in range(3):
         agent.step()
 
@@ -254,7 +254,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def test_start_fills_binds_and_attaches(bench: Bench) -> None:
-    """Local pods and the uplink have their rows before any program is attached; remote pods have none."""
+    """Local pods and the uplink have their rows before any program is attached. Remote pods have no rows."""
     agent = bench.agent()
     assert bench.node.exchanges == 1
     assert bench.node.rows_when_attached == {2: True, 5: True, 6: True}
@@ -264,7 +264,10 @@ def test_start_fills_binds_and_attaches(bench: Bench) -> None:
 
 
 def test_only_the_first_agent_asks_for_old_connections(bench: Bench) -> None:
-    """Before and behind the programs; one that finds them in place, or an interface that appears, asks nothing."""
+    """Before and after the programs are attached.
+
+    If they exist already, or for a new interface, the agent does not ask.
+    """
     bench.agent()
     assert bench.node.asked == [{1, 2}, {1, 2}]
     settle(bench.agent())
@@ -275,7 +278,7 @@ def test_only_the_first_agent_asks_for_old_connections(bench: Bench) -> None:
 def test_audit_of_assignments_restores_and_reports_a_difference(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, *, is_faulty: bool
 ) -> None:
-    """Whatever a look at changes missed, a look at everything finds within AUDIT_S, also without another change."""
+    """A difference that the handling of changes missed is found within AUDIT_S, even without a further change."""
     agent = bench.agent()
     for _ in range(3):
         bench.node.news = True
@@ -297,11 +300,11 @@ def test_audit_of_assignments_restores_and_reports_a_difference(
     assert all(str(WEB) in one and one in caplog.text for one in found)
     monkeypatch.setattr(assignments.InterfaceAssignments, "unsettled", None)
     bench.now_s += AUDIT_OF_ASSIGNMENTS_S
-    agent.step()  # no audit: nothing was located since
+    agent.step()  # no audit, because nothing was located since
 
 
 def test_interface_of_nobody_is_closed(bench: Bench) -> None:
-    """A workload interface without a known pod has programs and no row."""
+    """A workload's interface without a known pod has programs and no row."""
     stranger = Interface(9, "cali9", "veth", (7, 2))
     bench.node.wiring = replace(WIRING, links={**WIRING.links, 9: stranger})
     bench.agent()
@@ -310,7 +313,7 @@ def test_interface_of_nobody_is_closed(bench: Bench) -> None:
 
 
 def test_new_interface_is_closed_before_it_is_opened(bench: Bench) -> None:
-    """News of an interface attaches the programs first and writes the row afterwards."""
+    """For a new interface the programs are attached first, and the row is written afterwards."""
     bench.write("more.yaml", POD.format(name="late", node="here", last=9))
     agent = bench.agent()
     bench.node.wiring = replace(
@@ -327,11 +330,11 @@ def test_new_interface_is_closed_before_it_is_opened(bench: Bench) -> None:
 
 
 def test_newborn_interface_is_closed_before_anything_is_looked_at(bench: Bench) -> None:
-    """Of what the kernel tells of, a workload's new interface gets programs at once; the node's own and known ones do not."""
+    """A workload's new interface gets programs at once after its notification. Own and known interfaces do not."""
     agent = bench.agent()
     before, known = set(bench.node.programs), next(iter(bench.node.wiring.links.values()))
     bench.node.born = [Interface(77, "new77", "veth", (7, 2)), Interface(78, "plain78", "dummy"), known]
-    bench.node.snapshot = pytest.fail  # type: ignore[method-assign]  # it takes long
+    bench.node.snapshot = pytest.fail  # a snapshot takes long
     agent.close_newborn()
     assert bench.node.programs == before | {77}
     assert bench.node.row(77) is None
@@ -339,7 +342,7 @@ def test_newborn_interface_is_closed_before_anything_is_looked_at(bench: Bench) 
 
 
 def test_newborn_interface_that_is_the_node_s_is_opened(bench: Bench) -> None:
-    """An interface that was closed at birth and has an uplink's address when it is looked at gets an uplink's row."""
+    """An interface that was closed when it appeared gets an uplink's row if it has an uplink's address."""
     agent = bench.agent()
     link = Interface(77, "new77", "veth", (7, 2))
     bench.node.born = [link]
@@ -354,7 +357,7 @@ def test_newborn_interface_that_is_the_node_s_is_opened(bench: Bench) -> None:
 
 
 def test_search_finds_what_nobody_announces(bench: Bench) -> None:
-    """A pod whose address appears inside its own namespace is found by looking again after a while."""
+    """A pod whose address appears inside its namespace, without a notification, is found by a later look."""
     bench.node.wiring = replace(WIRING, host_routes={ip_address("10.0.0.1"): 5})
     agent = bench.agent()
     assert bench.node.row(6) is None
@@ -367,7 +370,7 @@ def test_search_finds_what_nobody_announces(bench: Bench) -> None:
 
 
 def test_interface_that_goes_takes_its_row(bench: Bench) -> None:
-    """A vanished interface leaves neither row nor memory; the next of its pod is taken."""
+    """A removed interface leaves neither a row nor other state. The next interface of its pod is used."""
     agent = bench.agent()
     bench.node.wiring = replace(WIRING, links={2: UPLINK, 6: DB_LINK}, host_routes={ip_address("10.0.0.2"): 6})
     bench.node.news = True
@@ -382,7 +385,7 @@ def test_interface_that_goes_takes_its_row(bench: Bench) -> None:
 
 
 def test_interface_that_turns_out_to_be_the_node_s_is_opened(bench: Bench) -> None:
-    """An interface that gets the default route is closed no longer, as while it looked like a workload's."""
+    """An interface that gets the default route is no longer closed as a workload's."""
     stranger = Interface(9, "wan0", "veth", (7, 2))
     bench.node.wiring = replace(WIRING, links={**WIRING.links, 9: stranger})
     agent = bench.agent()
@@ -397,7 +400,7 @@ def test_interface_that_turns_out_to_be_the_node_s_is_opened(bench: Bench) -> No
 
 
 def test_pod_that_leaves_the_manifests_is_closed(bench: Bench) -> None:
-    """Without its manifest a pod's interface keeps its programs and loses its row."""
+    """Without its manifest, a pod's interface keeps its programs and loses its row."""
     agent = bench.agent()
     bench.write("cluster.yaml", CLUSTER.replace("name: web", "name: gone").replace("10.0.0.1", "10.0.0.99"))
     settle(agent)
@@ -406,7 +409,7 @@ def test_pod_that_leaves_the_manifests_is_closed(bench: Bench) -> None:
 
 
 def test_change_is_applied_without_an_exchange(bench: Bench) -> None:
-    """A policy that goes is a change to the maps in force: the row flips, the generation moves on."""
+    """The removal of a policy changes the maps in force: the row flips, and the generation increases."""
     agent = bench.agent()
     before, generation = bench.node.row(6), agent.enforcement.applier.generation
     bench.remove("policy.yaml")
@@ -420,7 +423,7 @@ def test_change_is_applied_without_an_exchange(bench: Bench) -> None:
 
 
 def test_next_agent_keeps_every_number(bench: Bench) -> None:
-    """Endpoints and rules keep their numbers over a restart, whatever came and went before it."""
+    """Endpoints and rules keep their numbers over a restart, whatever was added and removed before."""
     agent = bench.agent()
     bench.write("a.yaml", POLICY.replace("name: db,", "name: a,").replace("5432", "1"))
     settle(agent)
@@ -438,7 +441,7 @@ def test_next_agent_keeps_every_number(bench: Bench) -> None:
 
 
 def test_lost_ledger_is_made_up_for_from_the_rows_in_force(bench: Bench) -> None:
-    """Without the ledger, an endpoint keeps the number that its interface's row has, and so its connections."""
+    """Without the ledger, an endpoint keeps the number in its interface's row, and so its connections."""
     agent = bench.agent()
     bench.write("cluster.yaml", CLUSTER.replace("name: web", "name: aaa"))
     settle(agent)
@@ -451,7 +454,10 @@ def test_lost_ledger_is_made_up_for_from_the_rows_in_force(bench: Bench) -> None
 
 @pytest.mark.parametrize("number", [2, 1 << 15, 0])
 def test_number_that_the_ledger_gives_to_several_is_nobody_s(bench: Bench, number: int) -> None:
-    """With one number, a pod could speak with another's address: each keeps its row's, rules and identities get new ones, and it is told."""
+    """With a shared number, a pod could send from another pod's address.
+
+    Each keeps its row's number; rules and identities get new ones.
+    """
     agent = bench.agent()
     bench.write("cluster.yaml", CLUSTER.replace("name: web", "name: aaa"))
     settle(agent)
@@ -471,7 +477,7 @@ def test_number_that_the_ledger_gives_to_several_is_nobody_s(bench: Bench, numbe
 
 
 def test_number_that_the_rows_give_to_several_is_nobody_s(bench: Bench) -> None:
-    """What an agent left that believed such a ledger is not kept by the next one."""
+    """The numbers that an agent wrote from such a ledger are not kept by the next agent."""
     agent = bench.agent()
     rows = bench.node.in_force["np_endpoint"].rows
     for name, value in rows.items():
@@ -489,7 +495,7 @@ def test_number_that_the_rows_give_to_several_is_nobody_s(bench: Bench) -> None:
 
 
 def test_numbers_are_in_the_ledger_before_the_kernel_sees_them(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An agent that dies while it writes a change has told the next one every number in it."""
+    """If an agent dies while it writes a change, the ledger already has every number of the change."""
     agent = bench.agent()
     bench.write("more.yaml", POD.format(name="late", node="here", last=9))
     agent.step()
@@ -502,7 +508,7 @@ def test_numbers_are_in_the_ledger_before_the_kernel_sees_them(bench: Bench, mon
 
 
 def test_numbers_of_what_went_are_given_away_again_only_after_a_restart(bench: Bench) -> None:
-    """The ledger forgets pods and rules that went, so that it does not grow for ever."""
+    """The ledger forgets removed pods and rules, so that it does not grow forever."""
     agent = bench.agent()
     bench.remove("policy.yaml")
     bench.write("cluster.yaml", NAMESPACE + POD.format(name="web", node="here", last=1))
@@ -515,7 +521,7 @@ def test_numbers_of_what_went_are_given_away_again_only_after_a_restart(bench: B
 
 
 def test_counters_are_kept_with_their_rule_and_zeroed_for_another(bench: Bench) -> None:
-    """A rule's counter outlives the agent; a number that comes to stand for another rule starts at zero."""
+    """A rule's counter outlives the agent. A number that is reused for another rule begins at zero."""
     agent = bench.agent()
     counters = bench.node.in_force["np_rule_count"]
     others = [number for number, cause in agent.enforcement.tables.rules.items() if not cause.policy]
@@ -540,7 +546,7 @@ def test_new_generation_after_a_take_over(bench: Bench) -> None:
 
 
 def test_limit_refuses_the_change_and_the_next_one_is_whole(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change the compiler refuses is a problem until a later one fits, which then brings everything."""
+    """A change that the compiler rejects is a problem until a later change fits, which then applies everything."""
     agent = bench.agent()
     compiler = agent.enforcement._compiler
     commit = compiler.commit
@@ -563,7 +569,7 @@ def test_limit_refuses_the_change_and_the_next_one_is_whole(bench: Bench, monkey
 
 
 def test_full_map_refuses_the_change_and_the_next_one_starts_over(bench: Bench) -> None:
-    """A change that the kernel has no room for leaves the maps as they were; the next one is written to new maps."""
+    """A change without room in the kernel leaves the maps unchanged. The next change is written to new maps."""
     agent = bench.agent()
     bench.node.in_force["np_addr4"].hard_limit = len(bench.node.in_force["np_addr4"].rows)
     before = {name: dict(one.rows) for name, one in bench.node.in_force.items() if name in POLICY_MAPS}
@@ -579,7 +585,7 @@ def test_full_map_refuses_the_change_and_the_next_one_starts_over(bench: Bench) 
 
 
 def test_broken_manifest_is_a_problem_and_changes_nothing(bench: Bench) -> None:
-    """What is wrong with a file is told as the parser told it."""
+    """The problem of a file is reported in the parser's words."""
     agent = bench.agent()
     bench.write("policy.yaml", "kind: [")
     settle(agent)
@@ -589,7 +595,7 @@ def test_broken_manifest_is_a_problem_and_changes_nothing(bench: Bench) -> None:
 
 
 def test_ambiguous_interface_is_a_problem(bench: Bench) -> None:
-    """A pod whose interface cannot be told has none, and that is said."""
+    """A pod with several possible interfaces gets none, and a problem."""
     bench.node.wiring = replace(WIRING, host_routes={ip_address("10.0.0.1"): 6, ip_address("10.0.0.2"): 6})
     agent = bench.agent()
     assert bench.node.row(6) is None
@@ -597,14 +603,14 @@ def test_ambiguous_interface_is_a_problem(bench: Bench) -> None:
 
 
 def test_without_a_node_every_workload_is_local(bench: Bench) -> None:
-    """An agent without a node's name compiles for all pods and binds those that are here."""
+    """An agent without a node's name compiles for all pods, and binds those on its node."""
     agent = bench.agent(AgentSettings(None))
     assert set(agent.enforcement.tables.endpoints) == {WEB, DB, FAR}
     assert set(agent.enforcement.applier.bindings) == {WEB, DB}
 
 
 def test_interface_that_moves_to_another_namespace_goes_without_the_programs(bench: Bench) -> None:
-    """The kernel leaves them on it; they are taken off, also where an earlier agent did not get to it."""
+    """The kernel leaves the programs on it. They are removed, even if an earlier agent did not do so."""
     agent = bench.agent()
     moving = Interface(9, "dev0", "veth", (7, 2))
     bench.node.born.append(moving)
@@ -620,7 +626,10 @@ def test_interface_that_moves_to_another_namespace_goes_without_the_programs(ben
 
 @pytest.mark.parametrize("plugin", sorted(UNSEEN_TYPES))
 def test_pod_of_a_plugin_without_an_interface_on_the_node_is_named(bench: Bench, plugin: str) -> None:
-    """Nothing binds it, though a route leads to an interface of a workload's kind; both what is missing and why is an error."""
+    """Nothing binds the pod, even if a route leads to a workload's interface.
+
+    The error names what is missing and why.
+    """
     result = CniResult(DB, frozenset(), frozenset({ip_address("10.0.0.2")}), "eth0", plugin)
     bench.node.wiring = replace(WIRING, results=(result,))
     agent = bench.agent()
@@ -632,7 +641,7 @@ def test_pod_of_a_plugin_without_an_interface_on_the_node_is_named(bench: Bench,
 
 
 def test_patterns_choose_the_interfaces(bench: Bench) -> None:
-    """With patterns only matching interfaces, and those of known pods, are closed; all others are the node's own."""
+    """With patterns, only matching interfaces and those of known pods are closed. All others are the node's own."""
     stranger = Interface(9, "vnet9", "veth", (7, 2))
     bench.node.wiring = replace(WIRING, links={**WIRING.links, 9: stranger})
     bench.agent(AgentSettings("here", interfaces=("nothing*",)))
@@ -641,7 +650,7 @@ def test_patterns_choose_the_interfaces(bench: Bench) -> None:
 
 
 def test_flow_names_endpoint_and_rule_even_after_they_went(bench: Bench) -> None:
-    """An event that waited in the ring while its rule was removed is still told with it."""
+    """An event that was in the ring while its rule was removed is still reported with the rule."""
     agent = bench.agent()
     rule = next(number for number, cause in agent.enforcement.tables.rules.items() if cause.policy and cause.index < 0)
     event = abi.np_event(
@@ -679,7 +688,7 @@ def test_report_holds_all_of_it(bench: Bench) -> None:
 
 
 def test_report_counts_what_is_skipped(bench: Bench) -> None:
-    """A policy beside a Deployment is in force, and the Deployment, whose pods come from elsewhere, is no endpoint."""
+    """A policy beside a Deployment is in force. The Deployment is no endpoint, because its pods come from elsewhere."""
     bench.write(
         "more.yaml",
         "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: d}\n---\n" + POLICY.replace("name: db", "name: more"),
@@ -692,7 +701,10 @@ def test_report_counts_what_is_skipped(bench: Bench) -> None:
 
 
 def test_report_of_connections_says_who_opened_them(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The source is the side of the first packet, whichever side the workload is; what is left out is counted."""
+    """The source is the sender of the first packet, whichever side the workload is.
+
+    Left out connections are counted.
+    """
     agent = bench.agent()
     number = agent.enforcement.tables.endpoints[DB].number
     rule = next(iter(agent.enforcement.tables.rules))
@@ -723,7 +735,7 @@ TWIN_KEY = EndpointKey("Pod", "shop", "twin")
 
 
 def _with_twin_link(bench: Bench) -> None:
-    """A third interface, to which the database's address leads from now on."""
+    """A third interface, to which the database's address now leads."""
     bench.node.wiring = replace(
         WIRING, links={**WIRING.links, 9: Interface(9, "cali9", "veth", (7, 2))},
         host_routes={**WIRING.host_routes, ip_address("10.0.0.2"): 9},
@@ -732,7 +744,10 @@ def _with_twin_link(bench: Bench) -> None:
 
 
 def test_two_pods_with_one_address_are_named_and_the_newer_is_closed(bench: Bench) -> None:
-    """A warning names both; the older keeps its interface; nobody gets the one that the address leads to now."""
+    """A warning names both.
+
+    The older pod keeps its interface. The interface to which the address now leads gets no pod.
+    """
     agent = bench.agent()
     bench.write("twin.yaml", TWIN)
     settle(agent)
@@ -757,7 +772,7 @@ def test_two_pods_with_one_address_are_named_and_the_newer_is_closed(bench: Benc
 
 
 def test_dispute_outlives_the_agent(bench: Bench) -> None:
-    """The next agent takes the same side, and does not hand the older pod the new interface."""
+    """The next agent decides the same, and does not give the new interface to the older pod."""
     agent = bench.agent()
     bench.write("a-twin.yaml", TWIN)
     settle(agent)
@@ -768,7 +783,7 @@ def test_dispute_outlives_the_agent(bench: Bench) -> None:
 
 
 def test_interface_reborn_under_its_number_is_a_stranger(bench: Bench) -> None:
-    """An interface that went and came back between two looks gets programs again, without the former pod's row."""
+    """An interface that was removed and created again between two looks gets programs, without the former pod's row."""
     agent = bench.agent()
     bench.node.wiring = replace(
         WIRING, links={**WIRING.links, 6: Interface(6, "other", "veth", (8, 2))},
@@ -785,7 +800,7 @@ def test_interface_reborn_under_its_number_is_a_stranger(bench: Bench) -> None:
 
 
 def test_lost_news_are_made_up_for(bench: Bench) -> None:
-    """When nobody knows what went, interfaces without our programs are taken for new."""
+    """If it is unknown what was removed, interfaces without our programs count as new."""
     agent = bench.agent()
     bench.node.news, bench.node.gone = True, None
     bench.node.programs.discard(6)
@@ -795,7 +810,7 @@ def test_lost_news_are_made_up_for(bench: Bench) -> None:
 
 
 def test_row_that_something_else_changed_is_put_back(bench: Bench) -> None:
-    """Rows missing, changed and foreign are mended in one round, counted, and open connections are judged again."""
+    """Missing, changed and foreign rows are corrected in one round and counted. Open connections are judged again."""
     agent = bench.agent()
     before = {name: dict(one.rows) for name, one in bench.node.in_force.items() if name in POLICY_MAPS}
     generation = agent.enforcement.applier.generation
@@ -818,7 +833,7 @@ def test_row_that_something_else_changed_is_put_back(bench: Bench) -> None:
 def test_endpoint_that_is_bound_during_a_round_keeps_its_rows(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, compared: int
 ) -> None:
-    """Whenever it comes, and without another encoding of the rows of the others."""
+    """This holds whenever it is bound, without a second encoding of the other rows."""
     agent = bench.agent()
     audit, applier = agent.enforcement.audit, agent.enforcement.applier
     assert audit is not None
@@ -835,7 +850,7 @@ def test_endpoint_that_is_bound_during_a_round_keeps_its_rows(
 
 
 def test_configuration_that_something_else_changed_is_put_back(bench: Bench) -> None:
-    """A generation changed by somebody is one step ahead of the former again."""
+    """After a foreign change of the generation, it is one above the former one."""
     agent = bench.agent()
     generation = agent.enforcement.applier.generation
     bench.node.in_force["np_config"].rows[bytes(4)] = bytes(abi.np_config(generation=99))
@@ -846,7 +861,7 @@ def test_configuration_that_something_else_changed_is_put_back(bench: Bench) -> 
 
 
 def test_programs_that_something_else_removed_are_put_back(bench: Bench) -> None:
-    """A missing program is put back at the next audit and told in the status."""
+    """A missing program is restored at the next audit, and reported in the status."""
     agent = bench.agent()
     bench.node.programs.discard(5)
     bench.now_s += AUDIT_S
@@ -860,7 +875,7 @@ def test_programs_that_something_else_removed_are_put_back(bench: Bench) -> None
 
 
 def test_refused_change_is_tried_again_when_memory_may_be_back(bench: Bench) -> None:
-    """What the kernel had no memory for is named with its map, and put in force later without being asked for."""
+    """A change without kernel memory is named with its map, and applied later without a request."""
     agent = bench.agent()
     peers = bench.node.in_force["np_addr4"]
     peers.hard_limit = len(peers.rows)

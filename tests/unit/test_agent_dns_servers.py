@@ -11,9 +11,10 @@ from ipaddress import ip_address, ip_network
 import pytest
 from memory_maps import MemoryMap
 
-from netpol_ebpf.agent.dns_servers import NO_DNS, DnsInputs, DnsServer, DnsServers, parse_dns_server
+from netpol_ebpf.agent.dns_servers import NEVER_LEARNED, NO_DNS, DnsInputs, DnsServer, DnsServers, parse_dns_server
 from netpol_ebpf.agent.name_learners import NameLearners, may_use_names
 from netpol_ebpf.errors import Location, UsageError
+from netpol_ebpf.policy.domain_names import is_never_learned
 from netpol_ebpf.policy.types import (
     TCP,
     UDP,
@@ -103,6 +104,25 @@ def test_nodes_and_the_like_are_never_learned() -> None:
     assert {ip_network(text) for text in ("127.0.0.0/8", "fe80::/10", "::1/128")} <= found.unlearned
     assert found.own == {ip_address("192.0.2.7"), CLUSTER_IP}
     assert not any(ip_address("192.0.2.8") in net for net in found.unlearned)
+
+
+def test_the_policy_model_refuses_the_same_addresses() -> None:
+    """Both ends of each refused prefix are never learned in the model, and their neighbours are."""
+    for net in NEVER_LEARNED:
+        assert is_never_learned(net[0])
+        assert is_never_learned(net[-1])
+    for text in (
+        "0.0.0.1",
+        "126.255.255.255",
+        "128.0.0.0",
+        "169.253.255.255",
+        "223.255.255.255",
+        "240.0.0.0",
+        "::2",
+        "fec0::",
+    ):
+        assert not is_never_learned(ip_address(text))
+        assert not any(ip_address(text) in net for net in NEVER_LEARNED)
 
 
 def test_missing_servers_are_a_problem_only_if_names_are_used() -> None:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the agent does to stay small. In processes of their own, as it is for good."""
+"""Measures by which the agent needs little memory.
+
+Each runs in a process of its own, because it lasts for the process's life.
+"""
 
 from __future__ import annotations
 
@@ -29,20 +32,20 @@ def _run(program: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc, whose allocator it is about")
 def test_freed_tables_are_given_back() -> None:
-    """Those below one that stays, after a larger one was freed: glibc by itself keeps them."""
+    """Freed blocks below one that stays are returned, after a larger one was freed. glibc alone keeps them."""
     kept = _run(_RESIDENT.format(call=""))
     assert _run(_RESIDENT.format(call="footprint.give_back_large_blocks()")) < kept - 30
 
 
 def test_what_has_settled_is_not_looked_through_again() -> None:
-    """The collector leaves it out, and still finds what comes later."""
+    """The garbage collector skips old objects, and still finds later garbage."""
     assert (
         _run("import gc; from netpol_ebpf.agent import footprint; footprint.freeze(); print(gc.get_freeze_count())") > 0
     )
 
 
 def test_garbage_is_collected_rarely_until_the_objects_are_there() -> None:
-    """Fewer collections for the same objects; afterwards as many as by default."""
+    """There are fewer collections for the same objects, and afterwards as many as by default."""
     program = """
 import gc
 from netpol_ebpf.agent import footprint

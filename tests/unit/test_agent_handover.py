@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the CNI plugin hands over: whose interface it is before the cluster says so, and when the answer is yes."""
+"""Handovers of the CNI plugin: whose an interface is before the cluster says so, and when the plugin is answered."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from netpol_ebpf.sources.files import ManifestDirectory
 NEW = EndpointKey("Pod", "shop", "new")
 ADDRESS = ip_address("10.0.0.9")
 LINK = Interface(9, "veth9", "veth", (9, 2))
-"""Of no name, and with no route: nothing but the plugin says whose it is."""
+"""An interface without a name or route that identifies its pod. Only the plugin knows the pod."""
 POD = """\
 ---
 apiVersion: v1
@@ -47,7 +47,7 @@ def pod(uid: str = "u-1", *addresses: str, app: str = "db") -> str:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
-    """A node with the new interface, which is nobody's."""
+    """A node with the new interface, which has no known pod."""
     bench = Bench(tmp_path)
     bench.write("cluster.yaml", CLUSTER)
     bench.write("policy.yaml", POLICY)
@@ -66,7 +66,10 @@ def is_bound(bench: Bench, agent: Agent) -> bool:
 
 
 def test_the_answer_waits_for_the_pod(bench: Bench) -> None:
-    """Closed and unanswered until the Pod object arrives; then bound, with the address that the object does not have yet."""
+    """It stays closed and unanswered until the Pod object arrives.
+
+    Then it is bound, with an address that the object lacks.
+    """
     agent = bench.agent()
     agent.hand_over(handed())
     settle(agent)
@@ -86,7 +89,7 @@ def test_the_answer_waits_for_the_pod(bench: Bench) -> None:
 
 
 def test_the_pod_is_there_first(bench: Bench) -> None:
-    """Where the object came before, the next step is enough."""
+    """If the object exists already, the next step suffices."""
     bench.write("new.yaml", pod())
     agent = bench.agent()
     assert not is_bound(bench, agent)
@@ -100,7 +103,7 @@ def test_the_pod_is_there_first(bench: Bench) -> None:
 
 
 def test_the_objects_addresses_take_over(bench: Bench) -> None:
-    """When the object has addresses, they count, and not those that were handed over."""
+    """When the object has addresses, these count, and not those of the handover."""
     bench.write("new.yaml", pod())
     agent = bench.agent()
     agent.hand_over(handed(addresses=["10.0.0.9/24", "fd00::9/64"]))
@@ -113,7 +116,7 @@ def test_the_objects_addresses_take_over(bench: Bench) -> None:
 
 
 def test_a_sandbox_made_anew(bench: Bench) -> None:
-    """A pod whose object has the address of a sandbox that is gone, as after a reboot of the node, has the new one's."""
+    """After a reboot, a pod's object has the address of a former sandbox. The pod has the address of the new one."""
     bench.write("new.yaml", pod("u-1", "10.0.0.8"))
     agent = bench.agent()
     agent.hand_over(handed())
@@ -136,7 +139,7 @@ def test_a_sandbox_made_anew(bench: Bench) -> None:
 
 
 def test_an_older_pod_of_that_name(bench: Bench) -> None:
-    """The object of the pod before, of another UID, is not taken for it: neither its interface nor its policy is the new one's."""
+    """An object with another UID is of an earlier pod. Neither its interface nor its policy becomes the new pod's."""
     bench.write("new.yaml", pod("u-0"))
     agent = bench.agent()
     agent.hand_over(handed())
@@ -154,7 +157,7 @@ def test_an_older_pod_of_that_name(bench: Bench) -> None:
 
 
 def test_without_a_uid_the_name_counts(bench: Bench) -> None:
-    """Runtimes that do not hand over a UID, and objects without one, are known by their names."""
+    """If the runtime gives no UID, or the object has none, the name identifies the pod."""
     bench.write("new.yaml", pod("u-7"))
     agent = bench.agent()
     agent.hand_over(handed(uid=""))
@@ -178,7 +181,7 @@ def test_without_a_uid_the_name_counts(bench: Bench) -> None:
     ],
 )
 def test_an_interface_that_is_not_as_handed_over(bench: Bench, link: Interface | None) -> None:
-    """Nothing is bound, and nothing answered, unless the node has this very interface with its other end in that namespace."""
+    """Nothing is bound or answered unless the node has exactly this interface, with its other end in that namespace."""
     bench.write("new.yaml", pod())
     bench.node.wiring = replace(WIRING, links={**WIRING.links, **({} if link is None else {9: link})})
     agent = bench.agent()
@@ -189,7 +192,7 @@ def test_an_interface_that_is_not_as_handed_over(bench: Bench, link: Interface |
 
 
 def test_it_takes_an_interface_from_weaker_evidence(bench: Bench) -> None:
-    """What the plugin hands over is as strong as a result that it left on the node."""
+    """A handover is as strong as a plugin's result on the node."""
     agent = bench.agent()
     assert agent.interfaces.evidence[DB] is Evidence.ROUTE
     mine = handed(name="db", uid="", addresses=["10.0.0.2/32"])
@@ -201,7 +204,7 @@ def test_it_takes_an_interface_from_weaker_evidence(bench: Bench) -> None:
 
 
 def test_it_ends_with_the_interface(bench: Bench) -> None:
-    """Neither the address nor the interface outlives the interface."""
+    """Neither the address nor the binding outlives the interface."""
     bench.write("new.yaml", pod())
     agent = bench.agent()
     agent.hand_over(handed())
@@ -217,7 +220,7 @@ def test_it_ends_with_the_interface(bench: Bench) -> None:
 
 
 def test_an_address_that_another_has(bench: Bench) -> None:
-    """The older holder keeps it, and the answer says who it is."""
+    """The older holder keeps it, and the answer names the holder."""
     bench.write("new.yaml", pod())
     agent = bench.agent()
     mine = handed(addresses=["10.0.0.1/24"])
@@ -228,7 +231,7 @@ def test_an_address_that_another_has(bench: Bench) -> None:
 
 
 def test_addresses_that_changed_places(bench: Bench) -> None:
-    """After a reboot, the addresses that objects still have may be others' already: each pod gets what the runtime gave it."""
+    """After a reboot, addresses in objects may belong to other pods. Each pod gets the address from the runtime."""
     bench.write("new.yaml", pod("u-1", "10.0.0.9") + pod("u-2", "10.0.0.8").replace("name: new", "name: old"))
     agent = bench.agent()
     mine = handed(addresses=["10.0.0.8/24"])
@@ -247,7 +250,7 @@ def test_addresses_that_changed_places(bench: Bench) -> None:
 
 
 def test_what_no_policy_waits_for(bench: Bench) -> None:
-    """A pod of another node, one of the host's network, and one without its Namespace get no yes, and are told why."""
+    """A pod of another node, one in the host's network, and one without its Namespace get an error with the reason."""
     bench.write("new.yaml", pod().replace("nodeName: here", "nodeName: there"))
     agent = bench.agent()
     agent.hand_over(handed())
@@ -264,7 +267,7 @@ def test_what_no_policy_waits_for(bench: Bench) -> None:
 
 
 def test_a_further_interface(bench: Bench) -> None:
-    """Any interface but the first stays closed, and its addresses are not the pod's."""
+    """Any interface except the first stays closed, and its addresses are not the pod's."""
     bench.write("new.yaml", pod())
     agent = bench.agent()
     further = handed(inside="net1", addresses=["10.7.0.9/24"])
@@ -276,7 +279,7 @@ def test_a_further_interface(bench: Bench) -> None:
 
 
 def test_programs_that_cannot_be_put_on(bench: Bench) -> None:
-    """An interface that refuses the programs is no yes."""
+    """If the programs cannot be attached, the answer is an error."""
     bench.write("new.yaml", pod())
     bench.node.refuses = {9}
     agent = bench.agent()
@@ -286,7 +289,7 @@ def test_programs_that_cannot_be_put_on(bench: Bench) -> None:
 
 
 def test_a_change_that_was_refused(bench: Bench) -> None:
-    """While the kernel has no room, the answer is why."""
+    """While the kernel has no room, the answer is the reason."""
     agent = bench.agent()
     bench.write("new.yaml", pod())
     agent.hand_over(handed())
@@ -296,7 +299,7 @@ def test_a_change_that_was_refused(bench: Bench) -> None:
 
 
 def test_attach_answers_when_it_is_so(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    """The operation begins, waits, and says yes; at the end of its time it says what was missing, in the log too."""
+    """The operation begins, waits, and answers. If its time is over, answer and log state what was missing."""
     now_s = 0.0
     agent = bench.agent()
     attach = waits_of(agent, lambda: now_s)["attach"]
@@ -333,13 +336,13 @@ def test_attach_answers_when_it_is_so(bench: Bench, caplog: pytest.LogCaptureFix
     ],
 )
 def test_a_request_that_is_none(change: dict[str, Any]) -> None:
-    """What the plugin would not ask is an error."""
+    """A request that the plugin would not make is an error."""
     with pytest.raises(UsageError, match="not an interface to attach"):
         parse_attach({**REQUEST, **change})
 
 
 def test_handovers_of_a_pod() -> None:
-    """An interface made anew takes the place of the one before; a number given away again ends what was known of it."""
+    """A new handover for an interface replaces the earlier one. A reused index ends the earlier handover."""
     known = Handovers()
     first, again, other = handed(), handed(ifindex=11, interface="veth11"), handed(ifindex=11, name="other")
     known.add(first)
@@ -359,7 +362,7 @@ def test_handovers_of_a_pod() -> None:
 
 
 def lasting_agent(bench: Bench) -> Agent:
-    """An agent that keeps what it is told beside the manifests."""
+    """An agent that stores handovers beside the manifests."""
     bench.close()
     bench.ledgers.append(Ledger(bench.home / "numbers"))
     agent = Agent(
@@ -371,7 +374,10 @@ def lasting_agent(bench: Bench) -> Agent:
 
 
 def test_the_next_agent_knows_it(bench: Bench) -> None:
-    """A pod that the cluster has no address of yet stays open under the next agent; one that has gone meanwhile does not."""
+    """A pod without an address in the cluster stays open with the next agent.
+
+    One that was removed meanwhile does not.
+    """
     bench.write("new.yaml", pod())
     agent = lasting_agent(bench)
     agent.hand_over(handed())
@@ -400,7 +406,7 @@ def test_the_next_agent_knows_it(bench: Bench) -> None:
     ],
 )
 def test_a_damaged_file(bench: Bench, text: str) -> None:
-    """It is kept aside and told, and the agent starts."""
+    """The file is kept under another name and reported, and the agent starts."""
     (bench.home / "handovers").write_text(text)
     agent = lasting_agent(bench)
     (problem,) = agent.problems
@@ -409,7 +415,7 @@ def test_a_damaged_file(bench: Bench, text: str) -> None:
 
 
 def test_what_is_right_in_a_damaged_file_counts(bench: Bench) -> None:
-    """Each handover is read by itself."""
+    """Each handover is read separately."""
     bench.write("new.yaml", pod())
     lines = [{"namespace": 7}, {**REQUEST, "op": None}]
     (bench.home / "handovers").write_text(json.dumps({"format": 1, "handovers": lines}))
@@ -419,7 +425,7 @@ def test_what_is_right_in_a_damaged_file_counts(bench: Bench) -> None:
 
 
 def test_no_room_for_the_file(bench: Bench) -> None:
-    """A file that cannot be written is a warning, and the pod starts all the same."""
+    """A file that cannot be written is a warning, and the pod starts nevertheless."""
     bench.write("new.yaml", pod())
     agent = lasting_agent(bench)
     (bench.home / "handovers.draft").mkdir()
@@ -434,7 +440,7 @@ def test_no_room_for_the_file(bench: Bench) -> None:
 
 
 def test_a_dispute_outlives_the_agent(bench: Bench) -> None:
-    """Who had an address before the restart, and has its interface, has it afterwards."""
+    """An endpoint that had an address before the restart, and still has its interface, keeps the address."""
     bench.write("new.yaml", pod())
     mine = handed(addresses=["10.0.0.1/24"])
     for _ in range(2):

@@ -36,7 +36,7 @@ READY = {"synced": "", "programmed": "", "fresh": ""}
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> Any:
-    """Poll until the condition is true; its value."""
+    """Poll until the condition is true, and return its value."""
     deadline = time.monotonic() + DEADLINE_S
     while time.monotonic() < deadline:
         if value := condition():
@@ -47,7 +47,7 @@ def wait_for(condition: Callable[[], Any], what: str) -> Any:
 
 @dataclass
 class Endpoint:
-    """A health endpoint with a clock that the test moves, and the agent's control socket behind it."""
+    """A health endpoint with a clock that the test moves, and the agent's control socket."""
 
     health: Health
     asked: list[dict[str, Any]] = field(default_factory=list)
@@ -83,7 +83,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def endpoint(tmp_path: Path) -> Iterator[Endpoint]:
-    """A running server. The agent behind it answers after `may_answer`."""
+    """A running server. Its agent answers after `may_answer`."""
     path = tmp_path / "agent.sock"
     found = Endpoint(Health(("127.0.0.1", free_port()), path))
     found.health.clock = lambda: found.now_s
@@ -141,7 +141,7 @@ def test_addresses_of_the_node(text: str | None, address: tuple[str, int] | None
      "[::ffff:0.0.0.0]:9976", "[::ffff:127.0.0.1]:9976", "[::ffff:192.0.2.7]:9976"],
 )  # fmt: skip
 def test_anything_but_one_address_is_refused(text: str) -> None:
-    """Names, wildcards and groups could be reached from where nobody meant."""
+    """Names, wildcards and groups could be reachable from unintended places."""
     with pytest.raises(UsageError):
         parse_health_address(text)
 
@@ -150,7 +150,7 @@ def test_anything_but_one_address_is_refused(text: str) -> None:
 
 
 def agent(**changes: Any) -> Any:
-    """An agent that is ready, but for the changes."""
+    """A ready agent, with some changes."""
     report = {"source": "api", "synced": True, "waiting_for": [], "behind": [], **changes.pop("report", {})}
     whole = {
         "source": SimpleNamespace(report=lambda: (report,)), "is_started": True, "is_in_force": True, "keeps_enforcement": True,
@@ -175,14 +175,14 @@ PROBLEM = Problem(Location("a"), "", "no room in np_rule", slug="map-full")
     ],
 )
 def test_a_check_names_why_it_fails(changes: dict[str, Any], failed: str, reason: str) -> None:
-    """Each state fails its own check and no other."""
+    """Each state fails its own check, and no other."""
     checks = readiness(agent(**changes))
     assert [name for name, why in checks.items() if why] == [failed]
     assert reason in checks[failed]
 
 
 def test_a_ready_agent_fails_no_check() -> None:
-    """Every check has an entry."""
+    """Every check has an entry in the table."""
     assert readiness(agent()) == READY
 
 
@@ -190,7 +190,7 @@ def test_a_ready_agent_fails_no_check() -> None:
 
 
 def test_states_of_an_agent(endpoint: Endpoint) -> None:
-    """Live from the start; ready with the first good beat; a failed check is named; HEAD has the same status."""
+    """Live from the start, ready with the first good beat. A failed check is named. HEAD has the same status."""
     assert endpoint.get("/livez") == (200, "[+]loop ok\n")
     status, body = endpoint.get("/readyz")
     assert (status, "the agent is starting" in body) == (503, True)
@@ -205,7 +205,7 @@ def test_states_of_an_agent(endpoint: Endpoint) -> None:
 
 
 def test_a_loop_that_stands_still_is_neither_live_nor_ready() -> None:
-    """The server needs no beat to see that none comes."""
+    """The server notices missing beats without the agent."""
     now_s = 0.0
     server = HealthServer(lambda: error_page(health_server.HTTPStatus.OK), clock=lambda: now_s)
     server.note_beat(json.dumps(READY).encode())
@@ -222,7 +222,7 @@ def test_a_loop_that_stands_still_is_neither_live_nor_ready() -> None:
 
 
 def test_metrics_are_the_agents(endpoint: Endpoint) -> None:
-    """The text of what the agent answers."""
+    """The page has the text of the agent's answer."""
     status, body = endpoint.get("/metrics")
     assert status == 200
     assert "netpol_generation 3.0" in body.splitlines()
@@ -230,7 +230,7 @@ def test_metrics_are_the_agents(endpoint: Endpoint) -> None:
 
 
 def test_clients_that_scrape_at_once_make_one_question(endpoint: Endpoint) -> None:
-    """However many ask while the agent works on its answer: it has one fork; probes are answered meanwhile."""
+    """The agent has one fork, however many clients ask while it answers. Probes are answered meanwhile."""
     endpoint.may_answer.clear()
     with ThreadPoolExecutor(8) as pool:
         scrapes = [pool.submit(endpoint.get, "/metrics") for _ in range(8)]
@@ -239,18 +239,18 @@ def test_clients_that_scrape_at_once_make_one_question(endpoint: Endpoint) -> No
         assert not any(one.done() for one in scrapes)
         endpoint.may_answer.set()
         assert {one.result(DEADLINE_S)[0] for one in scrapes} == {200}
-    assert len(endpoint.asked) < 8  # those that came more than METRICS_AGE_S after the answer ask again
+    assert len(endpoint.asked) < 8  # clients that came more than METRICS_AGE_S after the answer ask again
 
 
 def test_metrics_of_an_agent_that_does_not_answer(tmp_path: Path) -> None:
-    """503 with the reason, not an empty page: Prometheus then sees that the scrape failed."""
+    """503 with the reason, and not an empty page, so that Prometheus sees a failed scrape."""
     page = health_server.load_metrics(tmp_path / "agent.sock")
     assert page.status == 503
     assert b"no agent answers" in page.body
 
 
 def test_only_get_and_head(endpoint: Endpoint) -> None:
-    """Other methods, paths and what is no HTTP get an answer that says so."""
+    """Other methods, other paths and other protocols get an answer with the reason."""
     for method in ("POST", "PUT", "DELETE", "OPTIONS", "get"):
         assert endpoint.get("/livez", method)[0] == 405
     assert endpoint.get("/")[0] == 404
@@ -276,7 +276,7 @@ def served_here(monkeypatch: pytest.MonkeyPatch, **limits: float) -> Iterator[tu
     try:
         yield listener.getsockname()
     finally:
-        ours.close()  # as when the agent ends
+        ours.close()  # as at the end of the agent
         thread.join(DEADLINE_S)
         theirs.close()
     assert not thread.is_alive()
@@ -294,7 +294,7 @@ def is_closed(channel: socket.socket) -> bool:
 
 
 def test_slow_clients_keep_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of more silent connections than are permitted the oldest are closed, and a probe is answered at once."""
+    """If there are too many silent connections, the oldest are closed, and a probe is answered at once."""
     with served_here(monkeypatch, REQUEST_S=1e6, CONNECTION_S=1e6) as address, contextlib.ExitStack() as stack:
         silent = []
         for number in range(CONNECTIONS + 5):
@@ -308,7 +308,7 @@ def test_slow_clients_keep_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_request_that_never_ends_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that sends a byte from time to time is cut off all the same."""
+    """A client that sends a byte now and then is also disconnected."""
     with served_here(monkeypatch, REQUEST_S=0.05) as address, socket.create_connection(address) as channel:
 
         def is_cut_off() -> bool:
@@ -323,7 +323,7 @@ def test_a_request_that_never_ends_is_closed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_server_has_no_capability_and_no_file_of_the_agent(endpoint: Endpoint) -> None:
-    """It cannot get any by execution either; of the agent's descriptors it has the two sockets and standard error."""
+    """It cannot get one by execution either. Of the agent's descriptors it has only two sockets and standard error."""
     endpoint.beat()
     server = endpoint.health._server
     assert server is not None
@@ -349,7 +349,7 @@ def _is_socket(descriptor: int) -> bool:
 
 
 def test_a_server_that_ended_is_started_again(endpoint: Endpoint, caplog: pytest.LogCaptureFixture) -> None:
-    """At a later beat, and not more often than every RETRY_S."""
+    """It is started at a later beat, at most every RETRY_S."""
     endpoint.beat()
     first = endpoint.health._server
     assert first is not None
@@ -364,7 +364,7 @@ def test_a_server_that_ended_is_started_again(endpoint: Endpoint, caplog: pytest
 
 
 def test_a_server_that_stands_still_does_not_stop_the_agent(endpoint: Endpoint) -> None:
-    """Beats that find no room are left out, and a closed endpoint leaves no process behind."""
+    """Beats without room are left out, and a closed endpoint leaves no process."""
     server = endpoint.health._server
     assert server is not None
     os.kill(server.pid, 19)  # SIGSTOP
@@ -375,7 +375,7 @@ def test_a_server_that_stands_still_does_not_stop_the_agent(endpoint: Endpoint) 
 
 
 def test_an_address_that_cannot_be_bound_is_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The agent goes on without the endpoint, says so once, and serves when it can."""
+    """The agent continues without the endpoint, reports it once, and serves when it can."""
     now_s = 0.0
     with socket.create_server(("127.0.0.1", 0)) as taken:
         health = Health(taken.getsockname(), tmp_path / "agent.sock", clock=lambda: now_s)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of the node's own interfaces bear the programs, and for which host endpoint."""
+"""Which of the node's own interfaces get the programs, and for which host endpoint."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def host(name: str, interface: str | None, *addresses: str) -> Endpoint:
 
 
 def test_every_own_interface_bears_the_programs() -> None:
-    """But for the loopback, bridges and pods' interfaces."""
+    """All own interfaces, except the loopback, bridges and pods' interfaces."""
     assert plan_hosts(WIRING, [], POD_LINKS).interfaces == {2: None, 3: None}
 
 
 def test_by_name_and_by_address() -> None:
-    """A host endpoint has the interface it names, bridges included, or those with its addresses."""
+    """A host endpoint has the interface that it names, also a bridge, or those with its addresses."""
     endpoints = [host("a", "eth0"), host("b", None, str(ADDRESS)), host("c", "br0")]
     plan = plan_hosts(WIRING, endpoints, POD_LINKS)
     assert {ifindex: key and key.name for ifindex, key in plan.interfaces.items()} == {2: "a", 3: "b", 4: "c"}
@@ -41,7 +41,7 @@ def test_by_name_and_by_address() -> None:
 
 
 def test_wildcard_has_what_no_other_has() -> None:
-    """The wildcard's interfaces are those that are left; it is in force even where none is left, for workloads."""
+    """The wildcard has the remaining interfaces. It is also in force for workloads if no interface remains."""
     wildcard = host("all", "*")
     plan = plan_hosts(WIRING, [wildcard, host("a", "eth0")], POD_LINKS)
     assert {ifindex: key and key.name for ifindex, key in plan.interfaces.items()} == {2: "a", 3: "all"}
@@ -61,7 +61,10 @@ def test_wildcard_has_what_no_other_has() -> None:
     ],
 )
 def test_order_of_claims(endpoints: list[Endpoint], eth0: str | None, eth1: str) -> None:
-    """A name of the interface before an address of it before the wildcard; by name among equals, however they came."""
+    """The interface's name comes before an address, an address before the wildcard.
+
+    Equal claims are ordered by endpoint name.
+    """
     for order in permutations(endpoints):
         plan = plan_hosts(WIRING, order, POD_LINKS)
         names = {ifindex: None if key is None else key.name for ifindex, key in plan.interfaces.items()}
@@ -70,7 +73,7 @@ def test_order_of_claims(endpoints: list[Endpoint], eth0: str | None, eth1: str)
 
 
 def test_what_cannot_be_is_told() -> None:
-    """Interfaces that are not there, that are pods' or somebody else's already, and second wildcards are told by name."""
+    """Missing interfaces, those of pods or of other endpoints, and second wildcards are reported by name."""
     endpoints = [
         host("a", "eth0"), host("b", "eth0"), host("c", "eth9"), host("d", "cali1"), host("e", None, "192.0.2.9"),
         host("w1", "*"), host("w2", "*"),

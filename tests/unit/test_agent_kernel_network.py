@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the node makes of the interfaces that it watches, without a kernel: when it looks behind them, and what counts as news."""
+"""The node's handling of its interfaces, without a kernel: when it reads their other ends, and what counts as news."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class MemoryFollower:
 
 @dataclass
 class Bench:
-    """A node over a follower in memory. ``asked``: the other ends that were asked for, look by look."""
+    """A node with a follower in memory. ``asked``: the other ends that were read, by look."""
 
     node: KernelNetwork
     follower: MemoryFollower
@@ -54,7 +54,7 @@ class Bench:
     groups: frozenset[IPAddress] = frozenset()
 
     def look(self, *bound: int) -> set[int]:
-        """The interfaces that a snapshot looks behind."""
+        """The interfaces whose other ends a snapshot reads."""
         self.asked.clear()
         self.node.snapshot(set(bound))
         peers = {(one.peer_nsid, one.peer_ifindex): number for number, one in self.follower.links.items()}
@@ -78,7 +78,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
 
 
 def test_only_what_is_nobody_s_yet_is_looked_behind_again(bench: Bench) -> None:
-    """At first all pods' interfaces, then those that are not bound, now and then; never the node's own."""
+    """First all pods' interfaces, then now and then those that are not bound, and never the node's own."""
     assert bench.look() == {5, 6}
     assert bench.look() == set(), "news of others are none of theirs"
     bench.now_s += PEERS_S
@@ -89,7 +89,7 @@ def test_only_what_is_nobody_s_yet_is_looked_behind_again(bench: Bench) -> None:
 
 
 def test_many_that_are_nobody_s_are_looked_behind_in_turn(bench: Bench) -> None:
-    """Those first that were asked longest ago; what is new does not wait for them."""
+    """Those whose last read is oldest come first. New interfaces do not wait for them."""
     crowd = {number: replace(WEB, ifindex=number, peer_nsid=number) for number in range(100, 100 + 2 * PEERS_A_LOOK)}
     bench.follower.links.update(crowd)
     assert crowd.keys() <= bench.look(5, 6)
@@ -102,7 +102,7 @@ def test_many_that_are_nobody_s_are_looked_behind_in_turn(bench: Bench) -> None:
 
 
 def test_something_new_about_an_interface_has_it_looked_behind(bench: Bench) -> None:
-    """At once, and it alone; but not when it is bound: whatever is done at the other end then, nothing is asked."""
+    """It is read at once, and no other. For a bound interface nothing is read, whatever happens at the other end."""
     bench.look()
     bench.follower.links[5] = replace(WEB, is_running=False)
     assert bench.look(6) == {5}
@@ -115,7 +115,7 @@ def test_something_new_about_an_interface_has_it_looked_behind(bench: Bench) -> 
 
 
 def test_a_host_route_that_goes_has_the_other_end_asked(bench: Bench) -> None:
-    """A route tells more than addresses at the other end, which count when it has gone."""
+    """A route is stronger than addresses at the other end, which count after its removal."""
     bench.follower.host_routes[WEB_ADDRESS] = 5
     assert bench.look() == {5, 6}
     del bench.follower.host_routes[WEB_ADDRESS]
@@ -124,7 +124,7 @@ def test_a_host_route_that_goes_has_the_other_end_asked(bench: Bench) -> None:
 
 
 def test_interfaces_that_went_are_forgotten(bench: Bench) -> None:
-    """With what was behind them; another one with the number is new."""
+    """Their addresses are forgotten, too. Another interface with the index is new."""
     bench.look()
     del bench.follower.links[5]
     assert bench.node.snapshot({6}).peer_addresses == {(1, 2): (DB_ADDRESS,)}
@@ -133,7 +133,7 @@ def test_interfaces_that_went_are_forgotten(bench: Bench) -> None:
 
 
 def test_news(bench: Bench) -> None:
-    """Interfaces that came and went are told once; what changes nothing is no news."""
+    """Added and removed interfaces are reported once. A change without effect is not reported."""
     node, follower = bench.node, bench.follower
     node.has_news()
     assert not node.has_news()
@@ -147,7 +147,7 @@ def test_news(bench: Bench) -> None:
 
 
 def test_lost_news(bench: Bench) -> None:
-    """All interfaces may be new, and which went is not known."""
+    """All interfaces may be new, and the removed ones are unknown."""
     node, follower = bench.node, bench.follower
     node.has_news()
     follower.version, follower.news = (1, 0), [None]
@@ -157,7 +157,7 @@ def test_lost_news(bench: Bench) -> None:
 
 
 def test_groups(bench: Bench) -> None:
-    """Those that processes joined are looked for now and then; those of an IPv6 address are there with it, and no news of their own."""
+    """Groups of processes are read now and then. The groups of an IPv6 address are there with it, and are no news."""
     node, address, of_address = bench.node, ip_address("fe80::12:3456"), ip_address("ff02::1:ff12:3456")
     bench.groups = frozenset({ip_address("ff02::fb"), of_address})
     bench.follower.addresses = {address: 5, ip_address("10.0.0.9"): 5, ip_address("::1"): 1}
@@ -176,7 +176,10 @@ def test_groups(bench: Bench) -> None:
 
 
 def test_what_the_node_takes_for_its_own(bench: Bench) -> None:
-    """Single addresses by what they mean, an own one before a group; prefixes apart, but for the loopback's, which the program knows."""
+    """Single addresses with their meaning, an own one before a group.
+
+    And prefixes, except the loopback's, which the program knows.
+    """
     own, group, both = ip_address("10.0.0.9"), ip_address("ff02::1"), ip_address("224.0.0.2")
     bench.groups = frozenset({group, both})
     bench.follower.local_routes = [
@@ -193,7 +196,7 @@ def test_what_the_node_takes_for_its_own(bench: Bench) -> None:
 
 
 def test_each_snapshot_has_the_present_addresses_routes_and_groups(bench: Bench) -> None:
-    """Whichever of them changed since the snapshot before, also if only one did."""
+    """This holds whichever of them changed since the snapshot before."""
 
     def known() -> set[str]:
         bench.now_s += GROUPS_S

@@ -12,7 +12,7 @@ import pytest
 from memory_maps import MemoryMap
 
 from netpol_ebpf.agent import learned_names
-from netpol_ebpf.agent.learned_names import LearnedName, NameStore, classes_in_use, teach
+from netpol_ebpf.agent.learned_names import LearnedName, NameStore, classes_in_use, names_in_kernel, teach
 from netpol_ebpf.apply.encode import learned_element
 from netpol_ebpf.apply.events import LearnedAddress, decode_labels
 from netpol_ebpf.compiler.tables import CompiledTables, EndpointRow
@@ -185,6 +185,17 @@ def test_classes_that_the_program_wrote_are_kept(clock: Clock) -> None:
     maps.teach(names, tables_with("*.example.com", 3))
     assert maps.row().keys() == {1, 2, 3, 9}
     assert classes_in_use(maps.maps) == {1, 2, 3, 9}  # type: ignore[arg-type]
+
+
+def test_patterns_stand_for_the_names_that_only_the_kernel_knows() -> None:
+    """A name of a CNAME chain is in no report, but its class is in the row, and the class has the patterns that match it."""
+    maps, tables = Maps(), tables_with("*.cdn.net", 3)
+    tables.name_classes.set(3, frozenset({frozenset({"*.cdn.net", "x.*.org"}), frozenset({"*.net"})}))
+    name, key, value = learned_element(7, ADDRESS, {3: 1100, 4: 900})
+    maps.maps[name].put(key, value)
+    ((endpoint, address, names),) = names_in_kernel(maps.maps, tables, now_jiffies=64_000)  # type: ignore[arg-type]
+    assert (endpoint, address) == (WEB, ADDRESS)
+    assert names == {"*.cdn.net", "x.any.org", "*.net"}
 
 
 @pytest.mark.parametrize(

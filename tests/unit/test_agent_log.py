@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent's log: a line for each change in force, one for the begin and the end of each problem, and its two formats."""
+"""The agent's log: a line for each change in force, for the begin and for the end of each problem.
+
+And its two formats.
+"""
 
 from __future__ import annotations
 
@@ -40,14 +43,14 @@ def _every_line(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 def lines(caplog: pytest.LogCaptureFixture, log_format: str = "text") -> list[str]:
-    """The lines so far, in a format; and forget them."""
+    """The lines since the last call, in a format."""
     found = [LOG_FORMATS[log_format].format(one) for one in caplog.records]
     caplog.clear()
     return found
 
 
 def test_each_change_has_its_line_and_its_time(caplog: pytest.LogCaptureFixture) -> None:
-    """Objects by what happened to them, the generation, the milliseconds; and the same time in the histogram."""
+    """The objects by kind of change, the generation, and the milliseconds. The histogram has the same time."""
     clock = Watch()
     record = ChangeRecord(clock)
     record.begin()
@@ -63,7 +66,7 @@ def test_each_change_has_its_line_and_its_time(caplog: pytest.LogCaptureFixture)
 
 
 def test_changes_in_a_row_share_a_line(caplog: pytest.LogCaptureFixture) -> None:
-    """No change is left out of the log, however many there are in a second; the longest time is told."""
+    """No change is left out, however many there are in a second. The line has the longest time."""
     clock = Watch()
     record = ChangeRecord(clock)
     for took_s in (0.01, 0.03, 0.02):
@@ -83,7 +86,7 @@ def test_changes_in_a_row_share_a_line(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_the_time_of_a_change_begins_when_it_is_taken_up(caplog: pytest.LogCaptureFixture) -> None:
-    """What changes nothing stops the clock; what waits for room goes on counting."""
+    """A change without effect stops the clock. A change that waits for room keeps counting."""
     clock = Watch()
     record = ChangeRecord(clock)
     record.begin()
@@ -98,7 +101,7 @@ def test_the_time_of_a_change_begins_when_it_is_taken_up(caplog: pytest.LogCaptu
 
 
 def test_agent_tells_what_came_into_force(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Of a real agent: its start, a new policy, a changed one, a removed one."""
+    """The log of a real agent: its start, a new, a changed and a removed policy."""
     bench = Bench(tmp_path)
     bench.write("cluster.yaml", CLUSTER)
     bench.write("policy.yaml", POLICY)
@@ -131,7 +134,10 @@ def test_agent_tells_what_came_into_force(tmp_path: Path, caplog: pytest.LogCapt
 
 
 def test_a_problem_is_told_when_it_begins_and_when_it_ends(caplog: pytest.LogCaptureFixture) -> None:
-    """Once each, whatever happens to its message meanwhile; another problem of the same object is another one."""
+    """There is one line each, even if the message changes meanwhile.
+
+    Another problem of the same object is a different one.
+    """
     objects = ClusterObjects(AgentSettings())
     other = replace(PROBLEM, path="metadata", severity="warning")
     objects.note_problems((PROBLEM,))
@@ -150,7 +156,7 @@ def test_a_problem_is_told_when_it_begins_and_when_it_ends(caplog: pytest.LogCap
 
 
 def test_many_problems_at_once_have_few_lines(caplog: pytest.LogCaptureFixture) -> None:
-    """The rest is counted, both ways."""
+    """The others are counted, for begins and ends."""
     objects = ClusterObjects(AgentSettings())
     objects.note_problems(tuple(replace(PROBLEM, obj=f"Pod/x/{number}") for number in range(MOST_LINES + 5)))
     told = lines(caplog)
@@ -163,12 +169,12 @@ def test_many_problems_at_once_have_few_lines(caplog: pytest.LogCaptureFixture) 
 
 
 def test_json_lines_have_the_same_fields(caplog: pytest.LogCaptureFixture) -> None:
-    """One object a line, in ASCII, with the fields as values; a traceback is one of them."""
+    """One JSON object for each line, in ASCII, with the fields as values, also the traceback."""
     record = ChangeRecord(lambda: 0.0)
     record.note({"policies": ObjectCounts(1, 0, 0)}, 7)
     logging.getLogger("x").warning("odd \x1b[2J\n\u202e%s", "name")
     try:
-        raise ValueError("boom")  # noqa: TRY301 - for its traceback
+        raise ValueError("boom")  # noqa: TRY301 - the log has its traceback
     except ValueError:
         logging.getLogger("x").exception("bug")
     text = lines(caplog, "json")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent's loop while others ask it without a pause: what it does itself, in which order, and what others do for it."""
+"""The agent's loop while clients send requests without a pause: its own work, its order, and the work of children."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from netpol_ebpf.resources import manifest_files
 from netpol_ebpf.sources import reading
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-"""Of the threads of a test runner; the agent has one."""
+"""The threads belong to the test runner; the agent has only one."""
 
 OPERATIONS = ("status", "rules", "identities", "connections", "flows")
 CLIENTS = 6
 
 
 class ReadableTables(MemoryTables):
-    """Tables that a child parts from; the kernel has no news of them."""
+    """Tables that a forked child can leave, without notifications of the kernel."""
 
     def fileno(self) -> None:
         return None
@@ -72,7 +72,7 @@ class ReadableNode(MemoryNode):
 
 @dataclass
 class Stage:
-    """The loop, and what happened in it since the last turn began."""
+    """The loop, and the events since the last turn began."""
 
     bench: Bench
     agent: Agent
@@ -116,7 +116,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     noted(agent, "step", "step")
     noted(Answering, "begin", "begin")
 
-    # Nothing that an answer reads is read by the loop's own process while it serves.
+    # While the loop's own process serves clients, it reads no data for an answer.
     serving = [False]
     poll = control_socket_module.ControlSocket.poll
 
@@ -151,7 +151,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
 
 
 class Crowd:
-    """Clients that ask one thing after another, each as soon as it is answered."""
+    """Clients that send the next request as soon as one is answered."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -170,7 +170,7 @@ class Crowd:
         return channel, operation, bytearray()
 
     def go_on(self) -> None:
-        """Read what there is; whoever has its answer asks the next thing."""
+        """Read all available bytes. A client with a complete answer sends its next request."""
         for at, (channel, operation, received) in enumerate(self._asked):
             with contextlib.suppress(BlockingIOError):
                 while data := channel.recv(1 << 16):
@@ -189,14 +189,14 @@ class Crowd:
 
 
 def test_policy_and_interfaces_are_dealt_with_while_everybody_asks(stage: Stage) -> None:
-    """With clients that loop over every request: no turn walks a table for them, a new interface comes first, policy takes two steps."""
+    """No turn walks a table for the clients, a new interface comes first, and policy takes two steps."""
     crowd = Crowd(stage.loop.control_socket.path)
     try:
         while min(crowd.answered[operation] for operation in OPERATIONS) < 2:
             stage.turn()
             crowd.go_on()
 
-        # A policy that allows nothing to db, in the steps that a directory takes to settle.
+        # The policy denies everything to db. It is applied in the steps that a directory needs to settle.
         before = stage.agent.enforcement.changes_applied
         stage.bench.write("policy.yaml", POLICY.replace("ingress: [{", "# ingress: [{"))
         begun, asked = stage.steps, sum(crowd.answered.values())
@@ -204,11 +204,11 @@ def test_policy_and_interfaces_are_dealt_with_while_everybody_asks(stage: Stage)
             stage.turn()
             crowd.go_on()
             assert stage.steps - begun <= 3, "a change is taken up by the second look that sees it"
-        while sum(crowd.answered.values()) < asked + CLIENTS:  # and they were answered all the while
+        while sum(crowd.answered.values()) < asked + CLIENTS:  # the clients were answered meanwhile
             stage.turn()
             crowd.go_on()
 
-        # A new interface: its programs before anything is done for those who ask.
+        # A new interface gets its programs before any work for clients.
         node = stage.bench.node
         assert isinstance(node, ReadableNode)
         late = Interface(9, "cali9", "veth", (7, 2))
@@ -228,7 +228,7 @@ def test_policy_and_interfaces_are_dealt_with_while_everybody_asks(stage: Stage)
 
 
 def bear(node: MemoryNode) -> None:
-    """A new interface, of a pod that the manifests do not know."""
+    """Add the interface of a pod that the manifests do not have."""
     late = Interface(9, "cali9", "veth", (7, 2))
     node.wiring = replace(WIRING, links={**WIRING.links, 9: late})
     node.born.append(late)
@@ -238,7 +238,10 @@ def bear(node: MemoryNode) -> None:
 def test_interfaces_and_questions_do_not_wait_for_large_manifests(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While a child reads them, what is born is closed at once and who asks is answered; then they are in force together."""
+    """While a child reads them, new interfaces are closed at once and clients are answered.
+
+    Then all files are in force together.
+    """
     in_child(monkeypatch, stop, "more.yaml")
     before = stage.agent.enforcement.changes_applied
     stage.bench.write("policy.yaml", POLICY.replace("ingress: [{", "# ingress: [{"))
@@ -268,7 +271,7 @@ def test_interfaces_and_questions_do_not_wait_for_large_manifests(
 def test_interface_that_is_born_during_a_look_is_closed_before_it_ends(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A search of many files stops for it; the step goes on, and finds out whose it is."""
+    """A search of many files is interrupted for it. The step then continues and finds its endpoint."""
     monkeypatch.setattr(manifest_files, "PAUSE_ENTRIES", 1)
     closed: list[bool] = []
     real = manifest_files._Search._look_at
@@ -288,7 +291,7 @@ def test_interface_that_is_born_during_a_look_is_closed_before_it_ends(
 
 
 def test_one_step_reads_news_of_the_network_that_come_together(stage: Stage) -> None:
-    """New interfaces are closed at once; the step waits SETTLE_S from the first news, however many follow."""
+    """New interfaces are closed at once. The step waits SETTLE_S after the first notification, however many follow."""
     now_s = [1000.0]
     stage.loop.clock = lambda: now_s[0]
     assert "step" in stage.turn()
@@ -304,7 +307,10 @@ def test_one_step_reads_news_of_the_network_that_come_together(stage: Stage) -> 
 
 @pytest.mark.parametrize("took_s", [0.0, 0.005, 0.1])
 def test_news_of_a_source_makes_a_step_due(stage: Stage, monkeypatch: pytest.MonkeyPatch, took_s: float) -> None:
-    """A readable descriptor of the source wakes the loop; the step follows at once, but the rest after one that took long."""
+    """A readable descriptor of the source wakes the loop.
+
+    The step follows at once, or after a pause if the last one took long.
+    """
     source, now_s = MemorySource("objects", has_descriptor=True), [1000.0]
     stage.agent.source, stage.loop.clock = source, lambda: now_s[0]
     step = stage.agent.step
@@ -329,7 +335,7 @@ def test_news_of_a_source_makes_a_step_due(stage: Stage, monkeypatch: pytest.Mon
 
 
 def test_answers_are_those_of_the_agent(stage: Stage) -> None:
-    """A child answers with the agent's state at that moment, and under the agent's own process number."""
+    """A child answers with the agent's state at that moment, and with the agent's own process id."""
     stage.bench.write("late.yaml", POD.format(name="late", node="here", last=9))
     before = stage.agent.enforcement.changes_applied
     while stage.agent.enforcement.changes_applied == before:
@@ -352,7 +358,7 @@ def test_answers_are_those_of_the_agent(stage: Stage) -> None:
 def test_no_room_for_the_socket_ends_nothing(
     stage: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A full state directory keeps others from asking, until there is room; the agent steps on."""
+    """With a full state directory nobody can connect until there is room. The agent continues."""
     service = stage.loop.control_socket
     service.close()
     full = [True]
@@ -378,7 +384,10 @@ def test_no_room_for_the_socket_ends_nothing(
 
 
 def test_source_that_is_due_gets_its_step_at_once(stage: Stage) -> None:
-    """Though time goes on between two looks at the clock: else the loop turns without a step until its longest wait is over."""
+    """Time passes between two reads of the clock.
+
+    Without this, the loop would turn without a step until its longest wait.
+    """
     source, now_s, ticks = MemorySource("objects", has_descriptor=True), [1000.0], itertools.count()
     stage.agent.source, stage.loop.clock = source, lambda: now_s[0] + 1e-6 * next(ticks)
     source.fileno()

@@ -25,17 +25,17 @@ from netpol_ebpf.policy.types import Action, Cause, CauseKind, Direction, Policy
 parser = pytest.importorskip("prometheus_client.parser", reason="the extra [metrics] is not installed")
 NAME = re.compile(r"netpol(_[a-z0-9]+)+")
 BASE_UNITS = {"milliseconds", "microseconds", "nanoseconds", "ms", "kilobytes", "kib", "mib", "percent"}
-"""Words that stand for units that are no base units, or for ratios times 100."""
+"""Words for units that are no base units, or for ratios times 100."""
 
 
 def read(found: list[Family]) -> dict[str, Any]:
-    """The families as Prometheus reads them, by the names of their samples' metric."""
+    """The families as Prometheus reads them, by the names of their metrics."""
     text = render(found).decode()
     return {one.name: one for one in parser.text_string_to_metric_families(text)}
 
 
 def samples(found: list[Family], name: str) -> dict[tuple[tuple[str, str], ...], float]:
-    """Values of a metric by labels."""
+    """The values of a metric, by labels."""
     every = (one for family in read(found).values() for one in family.samples)
     return {tuple(sorted(one.labels.items())): one.value for one in every if one.name == name}
 
@@ -56,7 +56,7 @@ def test_prometheus_reads_every_metric(state: dict[str, Any]) -> None:
 
 
 def test_names_follow_the_conventions() -> None:
-    """Counters alone end in _total; words stand for base units; labels have names of one form."""
+    """Only counters end in _total. Names have base units. Labels have names of one form."""
     for family in families(full_state(), [rule(1)]):
         assert NAME.fullmatch(family.name)
         assert family.name.endswith("_total") == (family.kind == "counter"), family.name
@@ -67,7 +67,7 @@ def test_names_follow_the_conventions() -> None:
 
 
 def test_values_of_a_state() -> None:
-    """Each number of the state is in the metric that is named after it."""
+    """Each number of the state is in the metric with its name."""
     found = families(full_state(), [rule(4, packets=7)])
     assert samples(found, "netpol_packets_total") == {(("reason", "policy-deny"),): 4}
     assert samples(found, "netpol_events_lost_total") == {(): 5}
@@ -97,7 +97,10 @@ def test_values_of_a_state() -> None:
 
 
 def test_number_of_series_has_a_limit_that_is_told() -> None:
-    """However many rules, objects and interfaces: the limit holds, the remainder is counted, and used rules come first."""
+    """The limit holds for any number of rules, objects and interfaces.
+
+    The rest is counted, and used rules come first.
+    """
     state = full_state()
     state["refused"]["waiting"] = [f"Pod/shop/{number}" for number in range(OBJECTS + 2)]
     state["barrier"] = {**state["barrier"], "unsigned": {f"cali{number}": 1 for number in range(INTERFACES + 3)}}
@@ -117,14 +120,14 @@ def test_number_of_series_has_a_limit_that_is_told() -> None:
 
 
 def test_strange_names_are_read_as_they_are() -> None:
-    """Quotes, backslashes and line breaks of a label come back from the parser; what is unprintable is an escape."""
+    """The parser returns quotes, backslashes and line breaks of a label. Unprintable characters are escaped."""
     strange = 'a "b" \\c\nd'
     found = families(full_state(), [rule(1, policy=strange), rule(2, policy="x\x1b[2J")])
     assert {dict(key)["policy"] for key in samples(found, "netpol_rule_packets_total")} == {strange, "x\\x1b[2J"}
 
 
 def test_different_causes_have_different_labels() -> None:
-    """No two causes of one node share a series: Prometheus would refuse the whole scrape."""
+    """No two causes of one node have the same series, because Prometheus would reject the whole scrape."""
     keys = [PolicyKey(kind, "shop", "db") for kind in ("NetworkPolicy", "KubernetesNetworkPolicy")]
     causes = [
         Cause(kind, direction, tier, policy, "", index, action)
@@ -142,6 +145,6 @@ def test_different_causes_have_different_labels() -> None:
 
 
 def test_plain_values_make_the_same_metric() -> None:
-    """What goes over the control socket is rendered as what was sent."""
+    """Values that were sent over the control socket are rendered like the original ones."""
     found = families(full_state(), [rule(1)])
     assert render(Family.from_dict(one.as_dict()) for one in found) == render(found)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which programs of others are told, and how badly: by where they run and what they can do."""
+"""Which programs of others are reported, and with which severity: by their position and by what they can do."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def name_of(ifindex: int) -> str:
     ],
 )
 def test_told(found: Other, expected: tuple[str, str]) -> None:
-    """By interface, hook, number and name; without a program of ours on the interface XDP counts as behind."""
+    """The problem has interface, hook, number and name.
+
+    Without a program of ours on the interface, XDP counts as after it.
+    """
     (problem,) = problems_of([found], name_of)
     assert (problem.slug, problem.severity) == expected
     assert f"cali5 {found.hook} program 7 (cil)" in problem.message
@@ -43,12 +46,15 @@ def test_told(found: Other, expected: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("hook", [TC, XDP])
 def test_what_cannot_redirect_is_no_problem_behind_ours(hook: str) -> None:
-    """It sees what policy let pass; and on an interface without policy, what it lets pass meets policy where it arrives."""
+    """It only sees packets that policy allows.
+
+    On an interface without policy, its packets meet policy where they arrive.
+    """
     assert problems_of([one(hook, BEHIND, Reach.NONE)], name_of) == []
 
 
 def test_programs_of_which_the_same_is_true_are_one_problem() -> None:
-    """Some are named, the others counted."""
+    """Some are named, and the others counted."""
     found = [one(TC, BEHIND, Reach.REDIRECTS, number) for number in range(SHOWN + 3)]
     (problem,) = problems_of([*found, one(TC, BEHIND, Reach.NONE, 999)], name_of)
     assert problem.message.count("cali5") == SHOWN

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The node's own interfaces under an agent, on a node in memory: rows before programs, and nothing of what was refused."""
+"""The node's own interfaces with an agent, on a node in memory: rows come before programs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def test_uplink_has_its_row_before_it_gets_programs(bench: Bench) -> None:
-    """The node's own interface is closed at no moment, whoever's policy is for it."""
+    """The node's own interface is never closed, whichever policy applies to it."""
     agent = bench.agent()
     bench.write("host.yaml", HOST.replace("NAME", "eth0"))
     settle(agent)
@@ -74,7 +74,7 @@ def test_uplink_has_its_row_before_it_gets_programs(bench: Bench) -> None:
 def test_gateway_within_the_node_is_not_outside(bench: Bench) -> None:
     """Packets from a bridge, or from a pair within the node, were judged before.
 
-    So were those of a device on top of them.
+    The same is true for a device on top of them.
     """
     links = {
         8: Interface(8, "cni0", "bridge"), 9: Interface(9, "gw0", "veth"), 10: Interface(10, "gw1", "veth", master=8),
@@ -82,7 +82,7 @@ def test_gateway_within_the_node_is_not_outside(bench: Bench) -> None:
         14: Interface(14, "eth0.5", "vlan", lower=2),
     }  # fmt: skip
     bench.node.wiring = replace(WIRING, links={**WIRING.links, **links})
-    bench.write("service.yaml", SERVICE)  # programs at every exit
+    bench.write("service.yaml", SERVICE)  # every exit gets the programs
     bench.agent()
     flags = {ifindex: row.flags for ifindex in (2, *links) if (row := bench.node.row(ifindex)) is not None}
     assert [ifindex for ifindex, one in flags.items() if one & abi.NP_ENDPOINT_OUTSIDE] == [2, 14]
@@ -90,7 +90,7 @@ def test_gateway_within_the_node_is_not_outside(bench: Bench) -> None:
 
 
 def test_services_are_closed_while_an_exit_has_no_program(bench: Bench) -> None:
-    """An own interface that cannot get the programs closes services, and says so."""
+    """If an own interface cannot get the programs, services are closed, and this is reported."""
     bench.node.refuses = {2}
     bench.write("service.yaml", SERVICE)
     agent = bench.agent()
@@ -100,7 +100,7 @@ def test_services_are_closed_while_an_exit_has_no_program(bench: Bench) -> None:
 
 
 def test_host_endpoint_without_its_interface_is_told(bench: Bench) -> None:
-    """An object this agent cannot act on is named as a warning, with its place."""
+    """An object without its interface is a warning with its place."""
     bench.write("host.yaml", HOST.replace("NAME", "eth9"))
     (problem,) = bench.agent().problems
     assert (problem.severity, problem.slug, problem.obj) == ("warning", "host-endpoint", "HostEndpoint/h")
@@ -108,7 +108,7 @@ def test_host_endpoint_without_its_interface_is_told(bench: Bench) -> None:
 
 
 def test_node_with_more_addresses_than_room_is_told(bench: Bench) -> None:
-    """The addresses that were there stay known; the agent lives, and takes them up when there is room."""
+    """The earlier addresses stay known. The agent continues, and adds the others when there is room."""
     agent = bench.agent()
     wiring = bench.node.wiring
     bench.node.in_force["np_local4"].max_entries = 2
@@ -128,7 +128,7 @@ def test_node_with_more_addresses_than_room_is_told(bench: Bench) -> None:
 
 @pytest.mark.parametrize("is_external", [True, False])
 def test_tunnel_that_tells_who_sent_a_packet_is_marked(bench: Bench, is_external: bool) -> None:  # noqa: FBT001
-    """Others are own interfaces like any other."""
+    """All other tunnels are ordinary own interfaces."""
     tunnel = Interface(9, "vx0", "vxlan", is_external=is_external)
     bench.node.wiring = replace(bench.node.wiring, links={**bench.node.wiring.links, 9: tunnel})
     bench.agent()
@@ -139,7 +139,10 @@ def test_tunnel_that_tells_who_sent_a_packet_is_marked(bench: Bench, is_external
 
 
 def node_numbers(bench: Bench) -> tuple[int, dict[str, int]]:
-    """Of the node that the pod elsewhere is on, by the row of its address; and of nodes, by their addresses in the kernel."""
+    """The number of the node that another node's pod is on, from the row of the pod's address.
+
+    And the numbers of nodes, by the addresses in the kernel.
+    """
     maps = bench.node.in_force
     pod = abi.np_addr.from_buffer_copy(maps["np_addr4"].rows[ip_address("10.0.0.3").packed])
     rows = {str(ip_address(key)): abi.np_local.from_buffer_copy(value) for key, value in maps["np_local4"].rows.items()}
@@ -147,7 +150,7 @@ def node_numbers(bench: Bench) -> tuple[int, dict[str, int]]:
 
 
 def test_addresses_of_nodes_and_of_their_pods_have_one_number(bench: Bench) -> None:
-    """Also when the pod moves, the node changes its address, or loses it; and after a restart."""
+    """This holds also if the pod moves, if the node changes or loses its address, and after a restart."""
     nodes = NODE.replace("NAME", "there").replace("ADDRESS", "172.16.0.2") + NODE.replace("NAME", "yonder").replace(
         "ADDRESS", "172.16.0.3"
     )
@@ -172,7 +175,7 @@ def test_addresses_of_nodes_and_of_their_pods_have_one_number(bench: Bench) -> N
 
 
 def test_node_keeps_its_addresses_until_rows_of_its_pods_are_written(bench: Bench) -> None:
-    """So no packet of a pod is compared with a node that is just losing its number."""
+    """So no packet of a pod is compared with a node that has just lost its number."""
     nodes = NODE.replace("NAME", "there").replace("ADDRESS", "172.16.0.2")
     bench.write("nodes.yaml", nodes)
     agent = bench.agent()
@@ -188,7 +191,7 @@ def test_node_keeps_its_addresses_until_rows_of_its_pods_are_written(bench: Benc
 
 
 def test_refused_host_endpoint_leaves_the_node_s_interface_alone(bench: Bench) -> None:
-    """Its row is not in force, so neither programs nor a row that names it may come to its interface with the next news."""
+    """Its row is not in force, so its interface may get neither programs nor a row with its number at the next news."""
     agent = bench.agent()
     peers = bench.node.in_force["np_addr4"]
     peers.hard_limit = len(peers.rows)
@@ -208,7 +211,7 @@ def test_refused_host_endpoint_leaves_the_node_s_interface_alone(bench: Bench) -
 
 
 def test_host_endpoint_whose_end_was_refused_stays_in_force(bench: Bench) -> None:
-    """What was to go together with what does not fit has not gone: not at once, and not with the next news."""
+    """Removals that belong to a change without room are not applied, neither at once nor at the next news."""
     bench.write("host.yaml", HOST.replace("NAME", "eth0"))
     agent = bench.agent()
     row, rows = bench.node.row(2), dict(bench.node.in_force["np_host"].rows)
@@ -254,14 +257,14 @@ spec: {failsafeInboundHostPorts: [{protocol: TCP, port: 2222, net: 192.0.2.0/24}
 
 
 def passes(agent: Agent, source: str, protocol: int, port: int) -> bool:
-    """Whether the host endpoint's tables let a packet to the node in."""
+    """Whether the host endpoint's tables allow a packet to the node."""
     about = packet(source, "172.16.0.1", protocol, port)
     question = Question(EndpointKey("HostEndpoint", "", "h"), Direction.INGRESS, Stage.NORMAL, about)
     return Interpreter(agent.enforcement.tables).decide(question).outcome is Outcome.ALLOW
 
 
 def test_failsafe_ports_follow_the_manifests(bench: Bench) -> None:
-    """Those of this node are in force while they are written, the built-in ones before and after."""
+    """The ports of this node are in force while a manifest has them, and the built-in ones before and after."""
     bench.write("host.yaml", HOST.replace("NAME", "'*'"))
     agent = bench.agent()
     ports = [("192.0.2.1", TCP, 22), ("192.0.2.1", TCP, 2222), ("198.51.100.1", TCP, 2222)]
@@ -279,7 +282,10 @@ def test_failsafe_ports_follow_the_manifests(bench: Bench) -> None:
 
 
 def test_tunnels_of_devices_and_of_the_option_pass_between_nodes(bench: Bench) -> None:
-    """A device that comes or goes changes what policy never blocks; a start brings it into force at once."""
+    """A device that is added or removed changes the tunnels that policy never blocks.
+
+    At a start they are in force at once.
+    """
     bench.write("host.yaml", HOST.replace("NAME", "'*'"))
     bench.write("nodes.yaml", NODES)
     agent = bench.agent(AgentSettings("here", tunnels=frozenset({(UDP, 8472)})))
@@ -304,7 +310,7 @@ def test_tunnels_of_devices_and_of_the_option_pass_between_nodes(bench: Bench) -
 
 
 def test_automatic_host_endpoint_is_in_force(bench: Bench) -> None:
-    """It is the host endpoint of the node's interfaces like one that is written, and goes with its configuration."""
+    """It is the host endpoint of the node's interfaces, like a written one, and is removed with its configuration."""
     bench.write("nodes.yaml", NODES)
     agent = bench.agent()
     bench.write(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent answers `netpolctl explain` for the policy in force with its own settings, or not at all."""
+"""The agent's answers to `netpolctl explain`: for the policy in force with its own settings, or none."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def ways(agent: Agent, source: str, destination: str, **more: Any) -> list[dict[str, Any]]:
-    """The agent's answer to a question about TCP port 5432, unless another is given."""
+    """The agent's answer to a question, by default about TCP port 5432."""
     request = {"op": "explain", "source": source, "destination": destination, "protocol": 6, "port": 5432, **more}
     return list(answer_question(agent, request)["ways"])
 
@@ -72,7 +72,7 @@ def allowed(agent: Agent, source: str, destination: str, **more: Any) -> bool:
 
 @pytest.mark.parametrize("engine", ["model", "tables"])
 def test_answer_names_the_rule(bench: Bench, engine: str) -> None:
-    """As of files: each step with its rule, and where that is written."""
+    """As for files, each step has its rule, and the rule's place in a file."""
     agent = bench.agent()
     assert allowed(agent, "shop/web", "shop/db", engine=engine)
     (way,) = ways(agent, "shop/far", "10.0.0.2", engine=engine)
@@ -92,7 +92,10 @@ def test_broken_file_and_directory_that_cannot_be_read_change_no_answer(bench: B
 
 
 def test_refused_change_is_not_in_force(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the compiler refuses changes no answer until a later change brings it; so for an endpoint that is not known yet."""
+    """A change that the compiler rejects changes no answer until a later change applies it.
+
+    So for an unknown endpoint.
+    """
     agent = bench.agent()
     compiler = agent.enforcement._compiler
     commit = compiler.commit
@@ -116,7 +119,7 @@ def test_refused_change_is_not_in_force(bench: Bench, monkeypatch: pytest.Monkey
 
 
 def test_full_map_leaves_the_answers_of_before(bench: Bench) -> None:
-    """A change without room in the kernel is not in force, though the compiler has it."""
+    """A change without room in the kernel is not in force, although the compiler has it."""
     agent = bench.agent()
     bench.node.in_force["np_addr4"].hard_limit = len(bench.node.in_force["np_addr4"].rows)
     bench.write(
@@ -128,7 +131,7 @@ def test_full_map_leaves_the_answers_of_before(bench: Bench) -> None:
 
 
 def test_workload_that_nothing_is_enforced_for_is_no_answer(bench: Bench) -> None:
-    """A pod of this node without an interface is not under its policy: what becomes of its packets is not for policy to say."""
+    """A pod of this node without an interface is not enforced, so policy does not decide about its packets."""
     bench.node.wiring = replace(WIRING, host_routes={ip_address("10.0.0.2"): 6})
     agent = bench.agent()
     with pytest.raises(InvalidInputError, match="policy of Pod/shop/web is NOT enforced"):
@@ -137,7 +140,7 @@ def test_workload_that_nothing_is_enforced_for_is_no_answer(bench: Bench) -> Non
 
 
 def test_interface_that_refuses_the_programs_is_no_answer(bench: Bench) -> None:
-    """A workload's, and the node's own where a host endpoint is: what passes there meets no policy."""
+    """Packets there meet no policy, at a workload's interface or at an own one with a host endpoint."""
     bench.node.refuses = {2, 5}
     bench.write("host.yaml", HOST_ENDPOINT.replace("INTERFACE", "eth0"))
     agent = bench.agent()
@@ -149,7 +152,7 @@ def test_interface_that_refuses_the_programs_is_no_answer(bench: Bench) -> None:
 
 
 def test_service_that_no_exit_is_guarded_for_is_no_answer(bench: Bench) -> None:
-    """While an interface of the node has no program, what a workload sends to services is denied where it enters."""
+    """While an interface of the node has no program, packets of workloads to services are denied where they enter."""
     bench.node.refuses = {2}
     bench.write("service.yaml", SERVICE)
     agent = bench.agent()
@@ -162,14 +165,14 @@ def test_service_that_no_exit_is_guarded_for_is_no_answer(bench: Bench) -> None:
 
 @pytest.mark.parametrize(("action", "expected"), [(Action.ALLOW, True), (Action.DENY, False), (Action.PASS, True)])
 def test_setting_of_workloads_to_their_node(bench: Bench, action: Action, expected: bool) -> None:  # noqa: FBT001 - a parameter
-    """The agent's options decide."""
+    """The agent's options decide the answer."""
     agent = bench.agent(AgentSettings("here", workload_to_host=action))
     assert allowed(agent, "shop/web", "172.30.0.10") == expected
 
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_addresses_of_the_node_that_no_object_states_are_the_node(bench: Bench, version: int) -> None:
-    """A bridge's or a gateway's: a workload's packet there is one to its own node."""
+    """Addresses of a bridge or a gateway count: a workload's packet to them is one to its own node."""
     gateway = ip_address("169.254.1.1" if version == 4 else "fe80::1")
     bench.node.wiring = replace(WIRING, addresses={gateway: 2})
     web = POD.format(name="web", node="here", last=1)
@@ -181,7 +184,10 @@ def test_addresses_of_the_node_that_no_object_states_are_the_node(bench: Bench, 
 
 
 def test_encapsulation_that_nodes_take_is_dropped(bench: Bench) -> None:
-    """What a workload sends to a node in it, by an option or for a device of this node; between others it is a packet like any."""
+    """Such packets from a workload to a node are dropped, for an option or a device of this node.
+
+    Between others they are ordinary.
+    """
     tunnel = {"protocol": 17, "port": 8472}
     assert allowed(bench.agent(), "shop/web", "172.30.0.10", **tunnel)
     agent = bench.agent(AgentSettings("here", tunnels=frozenset({(17, 8472)})))
@@ -198,7 +204,7 @@ def test_encapsulation_that_nodes_take_is_dropped(bench: Bench) -> None:
 
 @pytest.mark.parametrize(("protocol", "kind"), [(1, 3), (1, 11), (58, 2)])
 def test_error_begins_no_connection(bench: Bench, protocol: int, kind: int) -> None:
-    """An ICMP error passes with the connection that it is about, and otherwise not: the question is refused with that."""
+    """An ICMP error only passes as part of its connection, so the question gets an error that says so."""
     agent = bench.agent()
     ends = ("shop/web", "shop/db") if protocol == 1 else ("fd00::9", "fd00::8")
     with pytest.raises(InvalidInputError, match="passes with the connection that it is about"):
@@ -209,7 +215,7 @@ def test_error_begins_no_connection(bench: Bench, protocol: int, kind: int) -> N
 
 
 def test_borrowed_sources_have_another_sender(bench: Bench) -> None:
-    """An address that a pod may use as its source is answered for both, from outside and from the pod; unless that is off."""
+    """The answer is for both senders of such an address, from outside and from the pod; unless the option is off."""
     borrowing = POD.format(name="web", node="here", last=1).replace(
         "metadata: {", 'metadata: {annotations: {cni.projectcalico.org/allowedSourcePrefixes: "[\\"192.0.2.0/24\\"]"}, '
     )
@@ -221,7 +227,7 @@ def test_borrowed_sources_have_another_sender(bench: Bench) -> None:
 
 
 def test_host_endpoint_without_an_interface_here_has_no_say(bench: Bench) -> None:
-    """One that is written and names no interface of the node is not in force."""
+    """A host endpoint that names no interface of the node is not in force."""
     bench.write("host.yaml", HOST_ENDPOINT.replace("INTERFACE", "eth0"))
     assert not allowed(bench.agent(), "192.0.2.1", "172.30.0.10")
     bench.write("host.yaml", HOST_ENDPOINT.replace("INTERFACE", "eth7"))
@@ -229,7 +235,7 @@ def test_host_endpoint_without_an_interface_here_has_no_say(bench: Bench) -> Non
 
 
 def test_host_endpoint_of_another_interface_has_no_say(bench: Bench) -> None:
-    """What leaves by a tunnel of the node is not judged by the endpoint of its uplink, and the other way round."""
+    """The endpoint of the uplink does not judge packets that leave by a tunnel of the node, and vice versa."""
     tunnel = Interface(9, "vxlan.calico", "vxlan")
     bench.node.wiring = replace(WIRING, links={**WIRING.links, 9: tunnel})
     bench.node.routes[ip_address("10.0.0.3")] = 9
@@ -245,7 +251,7 @@ def test_host_endpoint_of_another_interface_has_no_say(bench: Bench) -> None:
 
 
 def test_address_of_a_service_is_answered_by_backend(bench: Bench) -> None:
-    """The selector tells where no EndpointSlice does."""
+    """The selector gives the backends if there is no EndpointSlice."""
     bench.write("service.yaml", SERVICE)
     agent = bench.agent()
     (way,) = ways(agent, "shop/web", "10.96.0.5", port=80)
@@ -263,7 +269,7 @@ def test_address_of_a_service_is_answered_by_backend(bench: Bench) -> None:
     ],
 )  # fmt: skip
 def test_request_of_anybody_is_read_strictly(bench: Bench, wrong: dict[str, Any]) -> None:
-    """Whatever is sent to the socket, it is answered or refused."""
+    """Every request to the socket gets an answer or an error."""
     agent = bench.agent()
     with pytest.raises(UsageError):
         ways(agent, **{"source": "shop/web", "destination": "shop/db", **wrong})
@@ -275,7 +281,7 @@ VIP = ip_address("10.96.0.5")
 def bound_answer(
     bench: Bench, wiring: Wiring, bound: frozenset[Any] | None, source: str = "shop/web"
 ) -> dict[str, Any]:
-    """The one way to port 80 of the service, with these addresses and sockets of the node."""
+    """The answer for port 80 of the service, with these addresses and sockets of the node."""
     bench.write("service.yaml", SERVICE)
     bench.node.wiring, bench.node.bound = wiring, bound
     (way,) = ways(bench.agent(AgentSettings("here")), source, str(VIP), port=80)
@@ -283,7 +289,7 @@ def bound_answer(
 
 
 def test_a_service_address_that_a_process_has_bound_is_judged_itself(bench: Bench) -> None:
-    """No backend is judged, as on the node: the packet goes to that process. The answer says so."""
+    """As on the node, no backend is judged, because the packet goes to that process. The answer says so."""
     local = replace(WIRING, addresses={**WIRING.addresses, VIP: 1})
     way = bound_answer(bench, local, frozenset({(6, VIP, 80)}))
     assert (way["backend"], way["service"]) == (None, [])
@@ -292,7 +298,10 @@ def test_a_service_address_that_a_process_has_bound_is_judged_itself(bench: Benc
 
 @pytest.mark.parametrize("bound", [(17, VIP, 80), (6, VIP, 81), (6, ip_address("10.96.0.6"), 80)])
 def test_another_socket_changes_no_answer(bench: Bench, bound: Any) -> None:
-    """Of another protocol, port or address; nor does an address alone, as IPVS gives all of them to the node."""
+    """A socket of another protocol, port or address.
+
+    Or an address without a socket, as IPVS gives all of them to the node.
+    """
     local = replace(WIRING, addresses={**WIRING.addresses, VIP: 1})
     way = bound_answer(bench, local, frozenset({bound}))
     assert (way["backend"], way["note"]) == ({"address": "10.0.0.2", "port": 5432}, None)
@@ -306,7 +315,7 @@ def test_sockets_are_read_only_where_they_count(bench: Bench) -> None:
 
 
 def test_without_the_sockets_there_is_no_answer(bench: Bench) -> None:
-    """Whether the backends or the address itself is judged is not known then."""
+    """It is then unknown whether the backends or the address itself is judged."""
     local = replace(WIRING, addresses={**WIRING.addresses, VIP: 1})
     with pytest.raises(PlatformError, match="does not list this node's sockets"):
         bound_answer(bench, local, None)

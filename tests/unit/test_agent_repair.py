@@ -39,7 +39,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 def test_interface_that_refuses_programs_is_named_and_the_others_are_served(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is an error as long as it lasts, and tried again by itself; the agent lives."""
+    """It is an error while it lasts, and the agent tries again and continues."""
     real = bench.node.attach
 
     def attach(ifindex: int, *, is_newborn: bool = False) -> bool:
@@ -63,7 +63,7 @@ def test_interface_that_refuses_programs_is_named_and_the_others_are_served(
 
 
 def test_interface_that_keeps_programs_is_named_and_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What cannot be taken off an interface that nobody's policy is for any more is an error until it can."""
+    """Programs that cannot be removed from an interface without policy are an error until they can be."""
     wiring = bench.node.wiring
     bench.node.wiring = replace(wiring, links={**wiring.links, 9: Interface(9, "br9", "bridge")})
     bench.write("host.yaml", BRIDGE_HOST)
@@ -88,7 +88,7 @@ def test_interface_that_keeps_programs_is_named_and_tried_again(bench: Bench, mo
 
 
 def test_directory_that_cannot_be_read_is_no_empty_policy(bench: Bench) -> None:
-    """An agent that starts without its manifests says so and leaves in force what is."""
+    """An agent that starts without its manifests reports this, and keeps the policy in force."""
     bench.agent()
     before = bench.node.exchanges
     manifests = bench.home / "manifests"
@@ -100,7 +100,7 @@ def test_directory_that_cannot_be_read_is_no_empty_policy(bench: Bench) -> None:
 
 
 def test_pod_that_goes_while_memory_is_short_is_forgotten_with_its_sources(bench: Bench) -> None:
-    """What makes room by going is not looked for in what replaces the maps."""
+    """A removed pod makes room, and is not looked up in the maps that replace the old ones."""
     agent = bench.agent(AgentSettings("here", borrow_sources=True))
     peers = bench.node.in_force["np_addr4"]
     peers.hard_limit = len(peers.rows)
@@ -115,7 +115,10 @@ def test_pod_that_goes_while_memory_is_short_is_forgotten_with_its_sources(bench
 
 
 def test_limit_is_not_tried_again_by_itself(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a full map a change may exceed a limit: then the whole is compiled with the next change, not at each step."""
+    """After a full map, a change may exceed a limit.
+
+    Then the whole is compiled with the next change, and not at each step.
+    """
     agent = bench.agent()
     peers = bench.node.in_force["np_addr4"]
     peers.hard_limit = len(peers.rows)
@@ -140,7 +143,7 @@ def test_limit_is_not_tried_again_by_itself(bench: Bench, monkeypatch: pytest.Mo
 
 
 def test_retries_grow_rare_and_begin_anew() -> None:
-    """Each rejection for lack of memory doubles the time to the next attempt; success resets it."""
+    """Each rejection for lack of memory doubles the time to the next attempt. A success resets it."""
     refusals = RejectedChanges()
     full = MapFullError("full", map_name="np_rule")
     refusals.reject(full, 0.0)
@@ -156,7 +159,10 @@ def test_retries_grow_rare_and_begin_anew() -> None:
 def test_what_could_be_put_back_counts_although_something_could_not(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one is counted, and connections are judged again for it; the other is a problem until it can be."""
+    """The restored row is counted, and connections are judged again.
+
+    The other one is a problem until it is restored.
+    """
     agent = bench.agent()
     generation = agent.enforcement.applier.generation
 
@@ -185,7 +191,7 @@ def services(*last: int) -> str:
 
 
 def test_refused_services_come_into_force_by_no_way(bench: Bench) -> None:
-    """What a map has no room for is neither written with the next news of the node, nor does it end the agent."""
+    """Services without room are not written with the next news of the node, and do not end the agent."""
     bench.write("services.yaml", services(1))
     agent = bench.agent()
     vips = bench.node.in_force["np_vip4"]
@@ -206,7 +212,7 @@ def test_refused_services_come_into_force_by_no_way(bench: Bench) -> None:
 
 
 def test_services_refused_for_a_limit_come_into_force_by_no_way(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole change waits: also what of it would fit."""
+    """The whole change waits, even the parts that would fit."""
     agent = bench.agent()
 
     def commit(_self: Compiler) -> None:
@@ -225,7 +231,7 @@ def test_services_refused_for_a_limit_come_into_force_by_no_way(bench: Bench, mo
 
 
 def test_program_of_others_before_ours_is_a_warning_as_long_as_it_is(bench: Bench) -> None:
-    """The interface is named; nothing is done about it."""
+    """The problem names the interface. The agent changes nothing."""
     agent = bench.agent()
     bench.node.behind = {5, 77}
     bench.now_s += AUDIT_S

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an agent reports of its node: revisions in force, refusals, workloads without policy; and its threads at a server."""
+"""An agent's report of its node: revisions in force, rejections, workloads without policy.
+
+And its threads at a server.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,10 @@ def written(generation: int = 1, uid: str = "u1", text: str = POLICY) -> str:
 
 
 def test_revision_in_force_follows_the_policy(bench: Bench) -> None:
-    """Also where a new generation means the same, and where the object is made anew; a policy of other nodes is not told."""
+    """This includes a new generation with the same meaning, and a new object.
+
+    Policies of other nodes are not reported.
+    """
     bench.write("policy.yaml", written())
     elsewhere = written(1, "u2", POLICY.replace("name: db", "name: far").replace("{app: db}", "{app: far}"))
     bench.write("far.yaml", elsewhere)
@@ -63,7 +69,7 @@ def test_revision_in_force_follows_the_policy(bench: Bench) -> None:
 
 
 def test_policy_of_a_manifest_has_no_revision(bench: Bench) -> None:
-    """It is no object of a server, and no report names it; `status --local` tells of it."""
+    """The policy is no object of a server, so no report names it. `status --local` shows it."""
     agent = bench.agent()
     assert PoliciesInForce(agent).look().in_force == {}
     found = standing_here(agent, {"key": KEY})
@@ -76,7 +82,7 @@ def test_policy_of_a_manifest_has_no_revision(bench: Bench) -> None:
 
 
 def test_refused_change_keeps_the_revision_before(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The older generation is in force and reported as such; the newer one is a shortfall with the map's name."""
+    """The older generation is in force and reported. The newer one is a shortfall with the map's name."""
     bench.write("policy.yaml", written())
     agent = bench.agent()
     policies = PoliciesInForce(agent)
@@ -85,7 +91,7 @@ def test_refused_change_keeps_the_revision_before(bench: Bench, monkeypatch: pyt
     def full(_changes: object) -> None:
         raise MapFullError("np_verdict has no room", map_name="np_verdict")
 
-    for name in ("_compile", "install"):  # a change, and the attempts after it
+    for name in ("_compile", "install"):  # a change, and the later attempts
         monkeypatch.setattr(agent.enforcement, name, full if name == "_compile" else lambda: full(None))
     bench.write("policy.yaml", written(2, text=POLICY.replace("5432", "5433")))
     new = written(1, "u2", POLICY.replace("name: db", "name: new"))
@@ -106,7 +112,7 @@ def test_refused_change_keeps_the_revision_before(bench: Bench, monkeypatch: pyt
 
 
 def test_workload_without_its_interface_is_a_shortfall(bench: Bench) -> None:
-    """Its policies are not in force on this node, whatever the maps hold."""
+    """Its policies are not in force on this node, whatever the maps have."""
     bench.write("policy.yaml", written())
     bench.node.wiring = replace(WIRING, links={2: WIRING.links[2], 5: WIRING.links[5]})
     agent = bench.agent()
@@ -122,7 +128,7 @@ def test_workload_without_its_interface_is_a_shortfall(bench: Bench) -> None:
 
 
 def test_invalid_policy_is_told_here(bench: Bench) -> None:
-    """With the fault; its last good state stays in force."""
+    """The report has the fault. The last good state stays in force."""
     agent = bench.agent()
     bench.write("policy.yaml", POLICY.replace("port: 5432", "port: -1"))
     settle(agent)
@@ -154,7 +160,7 @@ def until(is_so: Callable[[], bool], what: str) -> None:
 
 
 def test_agent_reports_and_takes_the_lease(bench: Bench, server: FakeServer, api: WritableApi) -> None:
-    """Without waiting in the agent's loop; a server that refuses is a warning, and closing ends the threads."""
+    """The agent's loop does not wait. A server that refuses is a warning. Closing ends the threads."""
     bench.write("policy.yaml", written())
     agent = bench.agent()
     api.refusals["PATCH"] = [failure(403, "user may not patch nodereports")]
@@ -178,7 +184,7 @@ def test_agent_reports_and_takes_the_lease(bench: Bench, server: FakeServer, api
 def test_bug_in_a_look_is_told_and_ends_no_loop(
     bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is tried again after a while."""
+    """The look is repeated after a while."""
     reporting = Reporting(bench.agent(), Cluster(server.url), "here", lambda: bench.now_s)
     with monkeypatch.context() as broken:
         broken.setattr(reporting._policies, "look", lambda: {}["a bug"])
@@ -192,7 +198,7 @@ def test_bug_in_a_look_is_told_and_ends_no_loop(
 
 
 def test_look_is_rare_and_sees_each_change(bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most one in a moment after changes, and one now and then without."""
+    """There is at most one look in a period after changes, and one now and then without changes."""
     agent = bench.agent()
     reporting = Reporting(agent, Cluster(server.url), "here", lambda: bench.now_s)
     looks = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What does not fit is refused before anything is made or written, whichever table it is; on a node in memory."""
+"""A change that does not fit is rejected before anything is made or written, for every table, on a node in memory."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def content(bench: Bench) -> Mapping[str, Mapping[bytes, bytes]]:
-    """All maps."""
+    """The content of all maps."""
     return {name: dict(one.rows) for name, one in bench.node.in_force.items()}
 
 
 def needed(bench: Bench, name: str) -> int:
-    """What size would be just enough for what is in force."""
+    """The smallest sufficient size of a map for what is in force."""
     rows = bench.node.in_force[name].rows
     return max(int.from_bytes(key, "little") for key in rows) + 1 if name in ARRAYS else len(rows)
 
@@ -98,13 +98,13 @@ def test_new_set_of_maps_is_not_made_in_vain(bench: Bench, name: str) -> None:
     assert name in (error.map_name if isinstance(error, MapFullError) else MAPS_BY_LIMIT[error.limit])
     assert node.renewals == 1
     assert content(bench) == before
-    node.sizes = {name: need * 2 if name == "np_verdict" else need}  # verdicts lie in ranges that may yet grow
+    node.sizes = {name: need * 2 if name == "np_verdict" else need}  # verdicts are in ranges that may still grow
     assert bench.agent(SETTINGS).problems == []
     assert needed(bench, name) == need
 
 
 def refused(bench: Bench, agent: Agent, full: str) -> None:
-    """The agent says that the map is full, did nothing, and does nothing the next time."""
+    """Check that the agent reports the full map, changed nothing, and changes nothing at the next step."""
     for retry in range(3):
         assert [(one.slug, full in one.message) for one in agent.problems] == [("map-full", True)], retry
         assert agent.rejected.by_map == {full: retry + 1}
@@ -122,7 +122,10 @@ def refused(bench: Bench, agent: Agent, full: str) -> None:
     ],
 )
 def test_change_of_the_node_s_own_interfaces_is_refused_whole(bench: Bench, full: str, size: int, text: str) -> None:
-    """No row, no program, no flag and no new set of maps, at once or later; nor what came with it."""
+    """No row, program or flag, and no new set of maps, at once or later.
+
+    Other parts of the change are not applied either.
+    """
     agent = bench.agent()
     before, programs = content(bench), set(bench.node.programs)
     bench.node.in_force[full].max_entries = size
@@ -138,7 +141,7 @@ def test_change_of_the_node_s_own_interfaces_is_refused_whole(bench: Bench, full
 
 
 def test_endpoint_that_does_not_fit_is_found_before_maps_are_made(bench: Bench) -> None:
-    """Rows of a workload that would be bound for the first time count when maps must be made for another reason."""
+    """New rows of a workload count if maps must be made for another reason."""
     agent = bench.agent(SETTINGS)
     bench.node.in_force["np_addr4"].hard_limit = len(bench.node.in_force["np_addr4"].rows)
     bench.node.sizes = {"np_source4": 0}
@@ -152,7 +155,7 @@ def test_endpoint_that_does_not_fit_is_found_before_maps_are_made(bench: Bench) 
 
 
 def test_larger_map_that_the_next_agent_asks_for_is_room(bench: Bench) -> None:
-    """What it is going to make counts, not what an earlier agent left."""
+    """The requested size counts, and not the size of an earlier agent's map."""
     bench.node.in_force["np_addr4"].max_entries = 3
     agent = bench.agent()
     bench.write("sender.yaml", SENDER)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the agent tells the service manager: readiness once, a sign of life with each pass that is due, the end."""
+"""The agent's messages to the service manager: readiness once, a sign of life with each due pass, the end."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def of(environment: dict[str, str], **fields: Any) -> ServiceManager:
 
 
 def test_readiness_goes_to_the_socket_that_is_named(tmp_path: Path, manager: socket.socket) -> None:
-    """And nowhere where none is; an abstract name begins with @."""
+    """Without a socket's name nothing is sent. An abstract name begins with @."""
     of({"NOTIFY_SOCKET": str(tmp_path / "notify")}).ready()
     assert said(manager) == [b"READY=1"]
     of({}).ready()
@@ -57,7 +57,7 @@ def test_readiness_goes_to_the_socket_that_is_named(tmp_path: Path, manager: soc
 
 
 def test_signs_of_life_come_often_enough_and_no_oftener(tmp_path: Path, manager: socket.socket) -> None:
-    """At the first pass, then each part of the watchdog's time, however many passes there are."""
+    """The first pass sends one, and then each part of the watchdog's period, however many passes there are."""
     now = 100.0
     watched = of(
         {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "8000000", "WATCHDOG_PID": str(os.getpid())},
@@ -79,7 +79,7 @@ def test_signs_of_life_come_often_enough_and_no_oftener(tmp_path: Path, manager:
 def test_without_a_watchdog_of_this_process_there_is_no_sign(
     tmp_path: Path, manager: socket.socket, variables: dict[str, str]
 ) -> None:
-    """None asked for, one of another process, and no number."""
+    """There is no watchdog, or one of another process, or the value is no number."""
     of({"NOTIFY_SOCKET": str(tmp_path / "notify"), **variables}).tick()
     assert said(manager) == []
 
@@ -87,7 +87,7 @@ def test_without_a_watchdog_of_this_process_there_is_no_sign(
 def test_a_service_manager_that_takes_nothing_ends_nobody(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, manager: socket.socket
 ) -> None:
-    """A full queue does not block; one line says so; readiness is sent again until it is taken."""
+    """A full queue does not block. One line reports it. Readiness is sent again until it is accepted."""
     told = of({"NOTIFY_SOCKET": str(tmp_path / "notify")})
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as other:
         other.connect(str(tmp_path / "notify"))
@@ -105,7 +105,7 @@ def test_a_service_manager_that_takes_nothing_ends_nobody(
 
 @dataclass
 class Passes:
-    """An agent that is ready, and that ends the process's loop after some passes."""
+    """A ready agent that ends the process's loop after some passes."""
 
     left: int = 3
     is_started: bool = False
@@ -122,7 +122,7 @@ class Passes:
 
 
 def test_the_loop_tells_of_its_beginning_its_passes_and_its_end(tmp_path: Path, manager: socket.socket) -> None:
-    """In this order; a loop that hangs gives no sign."""
+    """The messages are in this order. A loop that hangs sends none."""
     now = 0.0
 
     def clock() -> float:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settled assignments: which changes unsettle them, so that a look decides as one from nothing."""
+"""Settled assignments: which changes unsettle them, so that a look decides as if it decided everything anew."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ BY_ROUTE, BY_ADDRESS = wiring(routes={"10.0.0.1": 5}), wiring(peers={1: ["10.0.0
 
 @dataclass
 class Looks:
-    """Assignments, and for each look the same look from nothing."""
+    """Assignments, and for each look the same look with new assignments."""
 
     assignments: InterfaceAssignments = field(default_factory=InterfaceAssignments)
     endpoints: Collection[Endpoint] = (pod(WEB, "10.0.0.1"),)
@@ -61,7 +61,7 @@ class Looks:
     contested: Collection[EndpointKey] = ()
 
     def look(self, snapshot: Wiring, times: int = 1) -> dict[str, int]:
-        """The interfaces of pods, by the name of the pod."""
+        """The interfaces of pods, by the pod's name."""
         for _ in range(times):
             afresh = self.assignments.unsettled()
             expected, located = self._look(afresh, snapshot), self._look(self.assignments, snapshot)
@@ -89,7 +89,7 @@ def looks() -> Looks:
 
 
 def test_new_pod_s_steps_decide_nothing_again_of_others(monkeypatch: pytest.MonkeyPatch, looks: Looks) -> None:
-    """Its object, its interface, its route, and a look without change: a settled pod's evidence is not looked for again."""
+    """The pod's object, interface and route come, and a look without change: settled pods are not searched again."""
     looked_for: list[str] = []
     trusted = assignments_module._TrustedEvidence
 
@@ -152,13 +152,13 @@ def test_new_pod_s_steps_decide_nothing_again_of_others(monkeypatch: pytest.Monk
     ],
 )
 def test_change_that_leads_a_settled_pod_elsewhere(looks: Looks, before: Wiring, after: Wiring, interface: int) -> None:
-    """Evidence that is stronger, or newer, than the one by which it settled."""
+    """The new evidence is stronger, or newer, than that by which the pod settled."""
     assert looks.look(before, times=3) == {"web": 5}
     assert looks.look(after) == {"web": interface}
 
 
 def test_address_of_the_node_object(looks: Looks) -> None:
-    """While the Node object states an address of the tap, no prefix leads a pod there; afterwards it does."""
+    """While the Node object has an address of the tap, no prefix is evidence for a pod there. Afterwards it is."""
     looks.stated = addresses("192.0.2.1")
     snapshot = replace(BY_ADDRESS, subnets=AT_TAP)
     assert looks.look(snapshot, times=3) == {"web": 5}
@@ -167,7 +167,7 @@ def test_address_of_the_node_object(looks: Looks) -> None:
 
 
 def test_second_route_to_an_interface_that_comes_later(looks: Looks) -> None:
-    """An endpoint claims both interfaces that its routes lead to, also the one that comes later than the route."""
+    """An endpoint has both interfaces of its routes, even one that is created after the route."""
     looks.endpoints = [pod(WEB, "10.0.0.1", "10.0.0.2")]
     assert looks.look(wiring(routes={"10.0.0.1": 5, "10.0.0.2": 9}), times=3) == {"web": 5}
     both = replace(wiring(NEW, routes={"10.0.0.1": 5, "10.0.0.2": 9}), next_hops=frozenset({9}))
@@ -198,7 +198,7 @@ def test_result_of_a_plugin(
 
 
 def test_further_interface_of_a_plugin_s_result_stays_a_workload_s(looks: Looks) -> None:
-    """An endpoint whose evidence names two interfaces claims both, in every look."""
+    """An endpoint whose evidence names two interfaces has both in every look."""
     looks.look(BY_ADDRESS)
     looks.results = {WEB: ["vethweb", "vethdb"]}
     assert looks.look(BY_ADDRESS, times=3) == {"web": 5}
@@ -207,7 +207,7 @@ def test_further_interface_of_a_plugin_s_result_stays_a_workload_s(looks: Looks)
 
 
 def test_endpoint_that_went_or_changed(looks: Looks) -> None:
-    """A settled endpoint without object has no interface; with another address it has that of the address."""
+    """A settled endpoint without an object has no interface. With another address it has that address's interface."""
     looks.look(BY_ROUTE, times=3)
     settled, looks.endpoints = looks.endpoints, []
     assert looks.look(BY_ROUTE) == {}
@@ -218,14 +218,14 @@ def test_endpoint_that_went_or_changed(looks: Looks) -> None:
 
 
 def test_named_interface_does_not_settle(looks: Looks) -> None:
-    """The name in the object decides in each look, also when another interface has it."""
+    """The name in the object decides in each look, even if another interface has it by now."""
     looks.endpoints = [pod(WEB, "10.0.0.1", interface="vethweb")]
     assert looks.look(wiring(), times=3) == {"web": 5}
     assert looks.look(wiring(replace(NEW, name="vethweb"))) == {"web": 9}
 
 
 def test_interface_that_got_another_s_index(looks: Looks) -> None:
-    """The assignment ends with the interface, although a new one has the index at the next look."""
+    """The assignment ends with the interface, even if a new one has the index at the next look."""
     looks.look(BY_ADDRESS, times=3)
     looks.assignments.forget([5])
     assert looks.look(wiring(peers={1: ["10.0.0.77"]})) == {}
@@ -240,7 +240,7 @@ def test_interface_that_got_another_name(looks: Looks, tmp_path: Path) -> None:
 
 
 def test_first_address_behind_a_settled_interface(looks: Looks, tmp_path: Path) -> None:
-    """It is recorded when it is first seen."""
+    """The address is recorded when it is first seen."""
     looks.look(BY_ROUTE, times=3)
     looks.look(wiring(routes={"10.0.0.1": 5}, peers={1: ["10.0.0.1"]}))
     looks.assignments.save(tmp_path / "interfaces")
@@ -248,7 +248,7 @@ def test_first_address_behind_a_settled_interface(looks: Looks, tmp_path: Path) 
 
 
 def test_other_endpoint_that_leads_to_a_settled_interface(looks: Looks) -> None:
-    """The two conflict: the older assignment stays, and the agent reports the newer endpoint."""
+    """The two conflict. The older assignment stays, and the agent reports the newer endpoint."""
     looks.look(BY_ROUTE, times=3)
     looks.endpoints = [*looks.endpoints, pod(DB, "10.0.0.2")]
     both = wiring(routes={"10.0.0.1": 5, "10.0.0.2": 5})
@@ -259,7 +259,7 @@ def test_other_endpoint_that_leads_to_a_settled_interface(looks: Looks) -> None:
 
 
 def test_contested_endpoint_with_a_former_interface(looks: Looks) -> None:
-    """An endpoint that moved by a route settles only if the interface before is forgotten: a dispute sends it back."""
+    """An endpoint that moved by a route settles when its former interface is forgotten: a conflict moves it back."""
     looks.look(wiring(routes={"10.0.0.1": 6}), times=3)
     assert looks.look(BY_ROUTE, times=3) == {"web": 5}
     looks.contested = {WEB}
@@ -267,7 +267,7 @@ def test_contested_endpoint_with_a_former_interface(looks: Looks) -> None:
 
 
 def test_former_interface_that_goes(looks: Looks) -> None:
-    """An endpoint with an interface has lost none, whichever of its former ones goes."""
+    """The removal of a former interface changes nothing for an endpoint with an interface."""
     looks.look(BY_ROUTE, times=3)
     moved = wiring(routes={"10.0.0.1": 6})
     assert looks.look(moved, times=3) == {"web": 6}
@@ -276,14 +276,14 @@ def test_former_interface_that_goes(looks: Looks) -> None:
 
 
 def test_assignment_of_an_earlier_agent_that_is_restored_later(looks: Looks) -> None:
-    """A row of the kernel that names another interface for a settled endpoint counts."""
+    """A row of the kernel with another interface for a settled endpoint counts."""
     looks.look(BY_ADDRESS, times=3)
     looks.assignments.expect(WEB, 6)
     assert looks.look(BY_ADDRESS) == {"web": 6}
 
 
 def test_interface_whose_record_changes_in_each_look_does_not_settle() -> None:
-    """A pod on an interface that the operator's patterns exclude: the look takes it away from the pod, and gives it back."""
+    """The operator's patterns exclude the pod's interface, so each look takes it away and gives it back."""
     looks = Looks(InterfaceAssignments(["cali*"]))
     looks.look(BY_ROUTE, times=3)
     looks.assignments.is_dirty = False
@@ -291,7 +291,7 @@ def test_interface_whose_record_changes_in_each_look_does_not_settle() -> None:
 
 
 def test_interface_with_a_new_name_has_the_traits_of_that_name() -> None:
-    """An interface that the operator's patterns exclude since it has another name is no workload's."""
+    """An interface that the operator's patterns exclude by its new name is no workload's."""
     looks = Looks(InterfaceAssignments((), ["own*"]))
     looks.endpoints = []
     looks.look(wiring(NEW), times=2)
@@ -304,7 +304,7 @@ def test_interface_with_a_new_name_has_the_traits_of_that_name() -> None:
 
 
 def test_differences_name_interfaces_and_endpoints() -> None:
-    """Whatever two agents decided differently."""
+    """Each different decision of two agents is named."""
     one, other = InterfaceAssignments(), InterfaceAssignments()
     endpoints: Iterable[Endpoint] = [pod(WEB, "10.0.0.1")]
     located = one.look(BY_ROUTE, [*endpoints]), other.look(wiring(routes={"10.0.0.1": 6}), [*endpoints])

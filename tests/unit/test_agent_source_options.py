@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options that say where the agent's objects come from: which source they make, and what is refused before anything is touched."""
+"""The options for the source of the agent's objects: the resulting source, and errors before any change."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def names(tmp_path: Path, *options: str) -> str:
 
 
 def test_options_make_their_sources(tmp_path: Path, kubeconfig: str) -> None:
-    """Manifests, the API of the current or the named context, or both, the API first."""
+    """Manifests, the API of the current or the named context, or both with the API first."""
     assert names(tmp_path, "--manifests", str(tmp_path)) == str(tmp_path)
     assert names(tmp_path, "--kubeconfig", kubeconfig) == "http://127.0.0.1:1"
     assert names(tmp_path, "--kubeconfig", kubeconfig, "--context", "two") == "http://127.0.0.1:2"
@@ -79,7 +79,7 @@ def test_wrong_options_end_before_anything_is_touched(
     code: int,
     said: str,
 ) -> None:
-    """With the exit code of what is wrong, and its name."""
+    """The error has the exit code of its cause, and names it."""
     monkeypatch.setattr(doctor, "require_all", lambda _root: pytest.fail("the machine was looked at"))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     given = [one.replace("FILE", kubeconfig).replace("DIR", str(tmp_path)) for one in options]
@@ -88,7 +88,7 @@ def test_wrong_options_end_before_anything_is_touched(
 
 
 def test_both_ways_to_an_api_exclude_each_other(kubeconfig: str) -> None:
-    """The parser says so, with its exit code."""
+    """The parser reports this, with its exit code."""
     with pytest.raises(SystemExit, match="2"):
         parsed("--kubernetes", "--kubeconfig", kubeconfig)
 
@@ -96,7 +96,7 @@ def test_both_ways_to_an_api_exclude_each_other(kubeconfig: str) -> None:
 def test_missing_extra_is_one_line_and_exit_5(
     kubeconfig: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It names the package, and the extra that brings it."""
+    """The error names the package, and the extra that has it."""
     real = builtins.__import__
 
     def without_msgspec(name: str, *arguments: Any, **options: Any) -> Any:
@@ -116,7 +116,10 @@ def test_missing_extra_is_one_line_and_exit_5(
 
 
 def test_node_s_name_is_needed_to_watch_a_cluster(kubeconfig: str) -> None:
-    """Of the option, else of the variable that a pod's downward API or the unit sets; manifests alone do without."""
+    """The name is that of the option, or of the variable that a pod's downward API or the unit sets.
+
+    Manifests need none.
+    """
     told = {NODE_VARIABLE: "of-the-pod"}
     assert node_name(parsed("--kubernetes", "--node", "given"), told) == "given"
     assert node_name(parsed("--kubernetes"), told) == "of-the-pod"

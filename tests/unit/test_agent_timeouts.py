@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time-outs by name: every state has one, and what is not asked for has its default."""
+"""Time-outs by name: every state has one, and without an option it has its default."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ JIFFIES_PER_SECOND = 250
 
 
 def test_every_state_has_a_name_and_is_in_the_help() -> None:
-    """The names stand for all states that the program knows, each once."""
+    """The names are those of all states of the program, each once."""
     assert sorted(STATES.values()) == list(range(abi.NP_CONN_STATES)) == sorted(TIMEOUTS_S)
-    shown = re.sub(r"\s+", "", build_parser().format_help())  # lines are broken at hyphens too
+    shown = re.sub(r"\s+", "", build_parser().format_help())  # lines are also broken at hyphens
     assert [state for state in STATES if state not in shown] == []
 
 
 def test_what_is_asked_for_is_set_and_the_rest_is_default() -> None:
-    """Also where an earlier agent had asked for something else."""
+    """This holds even if an earlier agent had other options."""
     config = default_config(JIFFIES_PER_SECOND)
     defaults = read_timeouts(config)
     assert defaults["tcp-open"] == 8100
@@ -36,7 +36,7 @@ def test_what_is_asked_for_is_set_and_the_rest_is_default() -> None:
 
 
 def test_limits_are_part_of_the_range() -> None:
-    """The shortest and the longest are taken, the next ones are refused by name."""
+    """The smallest and the largest value are accepted. The values beyond are errors that name the time-out."""
     assert parse_timeouts([f"udp={SHORTEST_S}", f"tcp-new={LONGEST_S}"]) == {"udp": SHORTEST_S, "tcp-new": LONGEST_S}
     for seconds in (SHORTEST_S - 1, LONGEST_S + 1):
         with pytest.raises(UsageError, match=f"--timeout udp={seconds}: expected"):
@@ -44,5 +44,5 @@ def test_limits_are_part_of_the_range() -> None:
 
 
 def test_overwritten_configuration_can_be_read() -> None:
-    """Zeros are no reason to fail: the agent answers while something else has changed its maps."""
+    """The agent can answer when another program has overwritten its maps with zeros."""
     assert set(read_timeouts(abi.np_config()).values()) == {0}

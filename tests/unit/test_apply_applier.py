@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The writer of the kernel's maps, against maps in memory that keep the order of writes and can be full."""
+"""The writer of the kernel's maps, with maps in memory that record the order of writes and can be full."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Kernel:
         return abi.np_config.from_buffer_copy(value).generation
 
     def order(self, *names: str) -> list[str]:
-        """Which of these maps (or "grace") were touched, in order, repetitions left out."""
+        """The accesses to these maps (or "grace"), in order, without repetitions."""
         found: list[str] = []
         for operation, name, _ in self.log:
             what = name or operation
@@ -124,7 +124,7 @@ def test_fill_writes_what_is_referred_to_first(kernel: Kernel) -> None:
 
 
 def test_endpoint_without_interface_is_written_when_it_is_found(kernel: Kernel) -> None:
-    """An endpoint's row waits for its interface, and for the tables, whichever comes last."""
+    """An endpoint's row is written when both its interface and its tables are known."""
     kernel.applier.fill(some_tables())
     assert row_of(kernel, 42) is None
     assert not kernel.applier.is_enforced(WEB)
@@ -139,7 +139,7 @@ def test_endpoint_without_interface_is_written_when_it_is_found(kernel: Kernel) 
 
 
 def test_moved_endpoint_leaves_no_row_behind(kernel: Kernel) -> None:
-    """A new interface gets the row before the old one loses it, and the program drops its cached rows."""
+    """The new interface gets its row before the old one loses it, and the program drops its cached rows."""
     kernel.applier.fill(some_tables())
     kernel.applier.bind(WEB, Binding(42, allowed_sources=(ip_network("192.0.2.0/24"),)))
     before = kernel.generation
@@ -153,7 +153,7 @@ def test_moved_endpoint_leaves_no_row_behind(kernel: Kernel) -> None:
 
 
 def test_unbound_endpoint_is_unknown_again(kernel: Kernel) -> None:
-    """An interface that went leaves no row; the endpoint's tables stay for when it is found again."""
+    """A removed interface leaves no row. The endpoint's tables stay, for when it is found again."""
     kernel.applier.fill(some_tables())
     kernel.applier.bind(WEB, Binding(42))
     before = kernel.generation
@@ -166,7 +166,7 @@ def test_unbound_endpoint_is_unknown_again(kernel: Kernel) -> None:
 
 
 def test_allowed_sources_are_told_in_the_row(kernel: Kernel) -> None:
-    """Whether other sources are allowed at an interface is in its row."""
+    """The row says whether an interface may have other sources."""
     kernel.applier.fill(some_tables())
     kernel.applier.bind(WEB, Binding(42, allowed_sources=(ip_network("192.0.2.0/24"),)))
     row = row_of(kernel, 42)
@@ -177,7 +177,7 @@ def test_allowed_sources_are_told_in_the_row(kernel: Kernel) -> None:
 
 
 def test_host_endpoint_has_one_row_for_all_its_lists(kernel: Kernel) -> None:
-    """A host endpoint's policy flips in one element of its own; no interface's row is touched."""
+    """A host endpoint's policy changes in one element. No interface's row is written."""
     kernel.applier.fill(some_tables())
     kernel.applier.bind(WEB, Binding(0, EndpointKind.HOST))
     (value,) = kernel.maps["np_host"].rows.values()
@@ -188,7 +188,7 @@ def test_host_endpoint_has_one_row_for_all_its_lists(kernel: Kernel) -> None:
 
 
 def a_change() -> Change:
-    """The web pod gets another policy set: a new verdict range and a new rule; the old ones go."""
+    """The web pod gets another policy set with a new range of verdicts and a new rule. The old ones are removed."""
     return Change(
         grow={
             "verdicts": delta({100: VerdictRow(Outcome.ALLOW, 2, Outcome.ALLOW, 2)}),
@@ -205,7 +205,7 @@ def a_change() -> Change:
 
 
 def test_change_grows_flips_and_shrinks_after_a_grace_period(kernel: Kernel) -> None:
-    """New rows first, then the flip, then the new generation, then a grace period, then what nothing refers to."""
+    """First the new rows, then the flip, the new generation, a grace period, and the removal of unreferenced rows."""
     kernel.applier.bind(WEB, Binding(42))
     kernel.applier.fill(some_tables())
     before = kernel.generation
@@ -285,7 +285,7 @@ def test_tables_of_names_that_do_not_fit_are_refused(kernel: Kernel, name: str, 
 
 
 def test_change_that_revokes_nothing_keeps_the_generation(kernel: Kernel) -> None:
-    """Open connections are not judged again without need, and there is no grace period for nothing."""
+    """Open connections are not judged again, and there is no grace period."""
     kernel.applier.bind(WEB, Binding(42))
     kernel.applier.fill(some_tables())
     before = kernel.generation
@@ -297,7 +297,7 @@ def test_change_that_revokes_nothing_keeps_the_generation(kernel: Kernel) -> Non
 
 
 def test_endpoint_that_goes_or_is_renumbered_needs_a_new_generation(kernel: Kernel) -> None:
-    """The program remembers an interface's number for a generation."""
+    """The program caches an interface's number for a generation."""
     kernel.applier.bind(WEB, Binding(42))
     kernel.applier.fill(some_tables())
     first = kernel.generation
@@ -309,13 +309,13 @@ def test_endpoint_that_goes_or_is_renumbered_needs_a_new_generation(kernel: Kern
 
 
 def test_generation_is_never_zero(kernel: Kernel) -> None:
-    """After the largest number comes 1."""
+    """After the largest number follows 1."""
     kernel.maps["np_config"].put(bytes(4), bytes(abi.np_config(generation=0xFFFF_FFFF)))
     assert kernel.applier.bump_generation() == 1
 
 
 def test_flags_of_the_configuration_are_switched_alone(kernel: Kernel) -> None:
-    """Switching a flag leaves the generation and the other flags."""
+    """A changed flag changes neither the generation nor the other flags."""
     kernel.applier.bump_generation()
     kernel.applier.set_flags(on=abi.NP_CONFIG_ALLOW_EVENTS | abi.NP_CONFIG_KEEP_REVOKED)
     kernel.applier.set_flags(off=abi.NP_CONFIG_ALLOW_EVENTS)
@@ -324,7 +324,7 @@ def test_flags_of_the_configuration_are_switched_alone(kernel: Kernel) -> None:
 
 
 def test_change_beyond_a_map_is_refused_before_any_write(kernel: Kernel) -> None:
-    """A change that does not fit names the map, its size and the need, and writes nothing."""
+    """The error names the map, its size and the needed size. Nothing is written."""
     kernel.applier.bind(WEB, Binding(42))
     kernel.applier.fill(some_tables())
     kernel.maps["np_peer_class"].max_entries = 1
@@ -337,7 +337,7 @@ def test_change_beyond_a_map_is_refused_before_any_write(kernel: Kernel) -> None
 
 
 def test_room_counts_rows_that_are_there_already_once(kernel: Kernel) -> None:
-    """Replacing a row in a full map is no need for room."""
+    """The replacement of a row in a full map needs no room."""
     kernel.applier.fill(some_tables())
     kernel.maps["np_addr4"].max_entries = 1
     address = ip_address("10.0.0.1")
@@ -347,7 +347,7 @@ def test_room_counts_rows_that_are_there_already_once(kernel: Kernel) -> None:
 
 
 def test_row_beyond_an_array_is_refused(kernel: Kernel) -> None:
-    """An index past the end of an array map is a map that is full."""
+    """An index beyond the end of an array means that the map is full."""
     row = VerdictRow(Outcome.ALLOW, 2, Outcome.ALLOW, 2)
     size = kernel.maps["np_verdict"].max_entries
     with pytest.raises(MapFullError, match=f"np_verdict has {size} rows; the change needs {size + 1}"):
@@ -356,7 +356,7 @@ def test_row_beyond_an_array_is_refused(kernel: Kernel) -> None:
 
 @pytest.mark.parametrize("full", ["np_peer_class", "np_rule", "np_endpoint", "np_addr4"])
 def test_kernel_that_refuses_midway_is_as_before(kernel: Kernel, full: str) -> None:
-    """When the kernel has no memory for a row in the middle of a change, all that was written is taken back."""
+    """If the kernel has no memory for a row in the middle of a change, all written rows are restored."""
     kernel.applier.bind(WEB, Binding(42))
     kernel.applier.bind(DB, Binding(43))
     kernel.applier.fill(some_tables())
@@ -367,10 +367,11 @@ def test_kernel_that_refuses_midway_is_as_before(kernel: Kernel, full: str) -> N
     content, counts = kernel.content, dict(kernel.applier.counts)
     with pytest.raises(MapFullError):
         kernel.applier.apply(change)
-    # An array element that was never written reads as zeros: the same to the program as one that is.
+    # An array element that was never written has zeros, and is the same to the program as one that was written with
+    # zeros.
     zeros = bytes(abi.MAP_SPECS["np_verdict"].value_size)
     assert {key: row for key, row in kernel.content["np_verdict"].items() if row != zeros} == content["np_verdict"]
-    other = {"np_verdict": {}, "np_config": {}}  # what was remembered of endpoint rows is void
+    other = {"np_verdict": {}, "np_config": {}}  # cached endpoint rows are invalid
     assert {**kernel.content, **other} == {**content, **other}
     assert dict(kernel.applier.counts) == counts
     assert not kernel.applier.is_enforced(DB)
@@ -409,7 +410,7 @@ def epoch(kernel: Kernel) -> int:
 def test_what_the_program_remembers_is_void_after_a_change_of_it(
     kernel: Kernel, flip: dict[str, dict[object, object]], *, is_new: bool
 ) -> None:
-    """A new epoch comes after the flip and before the grace period after which rows are given up."""
+    """A new epoch follows the flip, before the grace period after which rows are removed."""
     kernel.applier.bind(WEB, Binding(42))
     kernel.applier.fill(some_tables())
     before, generation = epoch(kernel), kernel.generation
@@ -422,7 +423,7 @@ def test_what_the_program_remembers_is_void_after_a_change_of_it(
 
 
 def test_set_that_moves_is_left_before_anything_grows(kernel: Kernel) -> None:
-    """Between the rows of a moved set and what grows for it lie a new epoch and a grace period."""
+    """Between the rows of a moved set and the rows that grow for it, there are a new epoch and a grace period."""
     kernel.applier.bind(WEB, Binding(42))
     kernel.applier.fill(some_tables())
     kernel.log.clear()
@@ -434,7 +435,7 @@ def test_set_that_moves_is_left_before_anything_grows(kernel: Kernel) -> None:
 
 
 def test_roll_back_leaves_new_rows_before_it_removes_what_they_refer_to(kernel: Kernel) -> None:
-    """Endpoint rows are put back first; then no packet has the newer ones any more; then the rest goes."""
+    """Endpoint rows are restored first. When no packet has the newer ones any more, the other rows are restored."""
     kernel.applier.bind(WEB, Binding(42))
     kernel.applier.fill(some_tables())
     change = a_change()
@@ -451,7 +452,7 @@ def test_roll_back_leaves_new_rows_before_it_removes_what_they_refer_to(kernel: 
 
 
 def test_roll_back_of_addresses_alone_makes_void_what_was_remembered_of_them(kernel: Kernel) -> None:
-    """An address that was a workload's for a moment is not taken for its own afterwards."""
+    """An address that belonged to a workload for a moment is not cached as its own afterwards."""
     kernel.applier.bind(WEB, Binding(42))
     kernel.applier.fill(some_tables())
     kernel.maps["np_addr4"].hard_limit = 2

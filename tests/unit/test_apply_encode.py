@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows as the bytes of the kernel's maps: read back through the declared structures, not through the packers."""
+"""Rows as the bytes of the kernel's maps.
+
+The tests decode them with the declared structures, and not with the packers.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def read(structure: type[ctypes.Structure], raw: bytes) -> dict[str, object]:
 
 
 def encoded(table: str, key: object, row: object) -> tuple[str, dict[str, object], dict[str, object]]:
-    """Map, key and value of one row, as the structures read them."""
+    """(map, key, value) of one row, decoded by the structures."""
     ((name, raw_key, raw_value),) = encode.elements(table, {key: row})
     spec = abi.MAP_SPECS[abi.OVERFLOW_MAPS.get(name, name)]
     assert (len(raw_key), len(raw_value)) == (spec.key_size, spec.value_size)
@@ -45,7 +48,7 @@ def encoded(table: str, key: object, row: object) -> tuple[str, dict[str, object
 
 
 def test_addresses_go_to_the_map_of_their_family() -> None:
-    """A known address is a key in network order, with identity and owner."""
+    """The key of a known address is in network order. The row has its identity and owner."""
     name, key, value = encoded("addresses", ip_address("10.1.2.3"), AddressRow(77, 5))
     assert (name, key, value) == ("np_addr4", {"address": [10, 1, 2, 3]}, {"identity": 77, "holder": 5})
     name, key, value = encoded("addresses", ip_address("fd00::7"), AddressRow(78))
@@ -54,7 +57,7 @@ def test_addresses_go_to_the_map_of_their_family() -> None:
 
 
 def test_address_elsewhere_is_held_by_its_node() -> None:
-    """Numbers of nodes begin where those of endpoints have ended."""
+    """The numbers of nodes begin after those of endpoints."""
     assert FIRST_NODE == abi.NP_NODE_FIRST > Limits().endpoints
     _, _, value = encoded("addresses", ip_address("10.1.2.3"), AddressRow(77, node=FIRST_NODE + 3))
     assert value == {"identity": 77, "holder": abi.NP_NODE_FIRST + 3}
@@ -63,7 +66,7 @@ def test_address_elsewhere_is_held_by_its_node() -> None:
 
 
 def test_prefixes_go_to_the_trie_of_their_family() -> None:
-    """A prefix is its length in bits and its address."""
+    """The key of a prefix is its length in bits and its address."""
     name, key, value = encoded("cidrs", ip_network("10.1.0.0/16"), 30)
     assert (name, key, value) == ("np_cidr4", {"prefix_bits": 16, "address": [10, 1, 0, 0]}, {"identity": 30})
     name, key, _ = encoded("cidrs", ip_network("fd00::/8"), 31)
@@ -71,7 +74,7 @@ def test_prefixes_go_to_the_trie_of_their_family() -> None:
 
 
 def test_allowed_source_has_the_endpoint_before_the_prefix() -> None:
-    """A prefix an endpoint may send from is matched after the endpoint's own 32 bits."""
+    """The prefix from which an endpoint may send follows the 32 bits of the endpoint."""
     name, key, value = encode.source_element(5, ip_network("192.0.2.0/24"))
     assert name == "np_source4"
     assert read(abi.np_source4_key, key) == {"prefix_bits": 56, "endpoint": 5, "address": [192, 0, 2, 0]}
@@ -81,7 +84,7 @@ def test_allowed_source_has_the_endpoint_before_the_prefix() -> None:
 
 
 def test_peer_class_is_keyed_by_set_and_identity() -> None:
-    """The key's parts keep their order."""
+    """The parts of the key are in this order."""
     assert encoded("peer_classes", (3, 77), 2) == ("np_peer_class", {"set": 3, "identity": 77}, {"peer_class": 2})
 
 
@@ -96,7 +99,7 @@ def test_blocks_keep_their_cells_in_order() -> None:
 
 
 def test_verdict_tells_actions_and_rules_of_both_evaluations() -> None:
-    """No outcome is encoded as 0, which is an unwritten entry."""
+    """Every outcome has a code other than 0, which means that the entry was never written."""
     row = VerdictRow(Outcome.ALLOW, 11, Outcome.DENY, 12, 13)
     name, key, value = encoded("verdicts", 70000, row)
     assert (name, key) == ("np_verdict", {"index": 70000})
@@ -117,7 +120,7 @@ def test_rule_is_readable() -> None:
 
 
 def test_long_rule_name_shows_that_it_was_shortened() -> None:
-    """A name beyond the map's room keeps both ends and is marked with a hash, so that two long names stay apart."""
+    """A name that is too long keeps both ends and gets a hash, so that two long names stay different."""
     causes = [
         Cause(CauseKind.RULE, Direction.EGRESS, "t", PolicyKey("NetworkPolicy", "n" * 63, "a" * 100 + middle), index=7)
         for middle in ("x" * 40, "y" * 40)
@@ -132,14 +135,14 @@ def test_long_rule_name_shows_that_it_was_shortened() -> None:
 
 
 def test_exact_fit_of_a_rule_name_is_not_shortened() -> None:
-    """The longest name that fits, with its terminating zero, is kept whole."""
+    """The longest name that fits with its terminating zero is kept."""
     cause = Cause(CauseKind.PROFILE, Direction.EGRESS, profile="p" * 96, index=0, action=Action.ALLOW)
     assert encode.render_rule_name(cause) == str(cause).encode()
     assert len(str(cause)) == abi.NP_RULE_NAME_BYTES - 1
 
 
 def test_endpoint_carries_both_sets_and_their_check() -> None:
-    """An endpoint row names its interface twice, has both sets in their places, and is sealed."""
+    """The row has its interface twice and both sets in their places, and its check words are set."""
     row = EndpointRow(5, {(Direction.EGRESS, Stage.NORMAL): SET})
     sets = encode.EndpointSets.of(row)
     name, key, value = encode.endpoint_element(42, 5, sets, encode.EndpointFlag.SOURCES)
@@ -153,7 +156,7 @@ def test_endpoint_carries_both_sets_and_their_check() -> None:
 
 
 def test_stage_selects_the_sets_of_a_host() -> None:
-    """The sets of another stage are taken when that stage is asked for."""
+    """The sets of the requested stage are taken."""
     row = EndpointRow(5, {(Direction.INGRESS, Stage.PRE_DNAT): SET})
     assert encode.EndpointSets.of(row, Stage.PRE_DNAT) == encode.EndpointSets(SET, None)
     assert encode.EndpointSets.of(row) == encode.EndpointSets(None, None)
@@ -161,12 +164,12 @@ def test_stage_selects_the_sets_of_a_host() -> None:
 
 @pytest.mark.parametrize("table", ["log_lists", "identities", "endpoints"])
 def test_tables_without_a_map_yield_no_element(table: str) -> None:
-    """What the kernel has no map for, or needs an interface for, is not written by table."""
+    """Tables without a map, or whose rows need an interface, are not written by table."""
     assert list(encode.elements(table, {1: object()})) == []
 
 
 def test_changed_layout_is_an_error() -> None:
-    """A structure with other fields than expected is rejected, rather than filled in another order."""
+    """A structure with unexpected fields is an error, and is not filled in another order."""
     assert encode.layout(abi.np_addr, "identity", "holder").size == 8
     with pytest.raises(NetpolError, match="np_addr has the fields identity, holder"):
         encode.layout(abi.np_addr, "holder", "identity")

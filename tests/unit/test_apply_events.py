@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records of the ring buffer in the policy's words."""
+"""Records of the ring buffer, decoded into the terms of the policy."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def decoded(**fields: object) -> FlowEvent:
 
 
 def test_denied_flow_is_told_in_full() -> None:
-    """Endpoint, packet, the rule that decided, what staged policy would have done, and the Log rules on the way."""
+    """The event has endpoint, packet, the deciding rule, the verdict of staged policy, and the Log rules before it."""
     event = decoded()
     assert (event.kind, event.reason, event.direction) == ("deny", "policy-deny", Direction.INGRESS)
     assert (event.endpoint, event.ifindex, event.peer_identity) == (WEB, 42, 16)
@@ -61,7 +61,7 @@ def test_denied_flow_is_told_in_full() -> None:
 
 
 def test_addresses_of_the_other_family() -> None:
-    """IPv6 addresses take all sixteen bytes."""
+    """IPv6 addresses use all sixteen bytes."""
     event = raw(ip_version=6)
     event.source[:] = list(ip_address("fd00::9").packed)
     event.destination[:] = list(ip_address("fd00::1").packed)
@@ -71,7 +71,7 @@ def test_addresses_of_the_other_family() -> None:
 
 
 def test_icmp_has_type_and_code_and_no_ports() -> None:
-    """The identifier that the program keeps in the ports of an echo request is not shown as a port."""
+    """The identifier of an echo request, which the program keeps in the ports, is not shown as a port."""
     event = decoded(protocol=ICMP, icmp_type=8, icmp_code=0, destination_port=0)
     assert event.packet == Packet(ip_address("10.0.0.9"), ip_address("10.0.0.1"), ICMP, icmp_type=8)
     assert "source_port" not in event.as_dict()
@@ -79,7 +79,7 @@ def test_icmp_has_type_and_code_and_no_ports() -> None:
 
 
 def test_what_is_not_known_is_not_guessed() -> None:
-    """Without an IP header there is no packet, and unknown numbers resolve to nothing."""
+    """Without an IP header there is no packet. Unknown numbers have no name."""
     event = decoded(ip_version=0, rule=99, endpoint=98, log_list=97, action=abi.NP_ACTION_NONE)
     assert (event.packet, event.cause, event.endpoint, event.logs, event.outcome) == (None, None, None, (), None)
     assert event.rule == 99
@@ -87,7 +87,7 @@ def test_what_is_not_known_is_not_guessed() -> None:
 
 
 def test_dictionary_is_json() -> None:
-    """The plain form can be written as JSON and names things as people do."""
+    """The plain form can be written as JSON, and has readable names."""
     plain = json.loads(json.dumps(decoded().as_dict()))
     assert plain["endpoint"] == "Pod/shop/web"
     assert plain["rule"] == str(DENY)
@@ -95,7 +95,7 @@ def test_dictionary_is_json() -> None:
 
 
 def test_every_kind_and_reason_of_the_registry_is_known() -> None:
-    """No record the program can write is without a name here."""
+    """Every record of the program has names here."""
     for kind in (abi.NP_EVENT_DENY, abi.NP_EVENT_ALLOW, abi.NP_EVENT_LOG):
         for reason in abi.REASONS:
             assert decoded(kind=kind, reason=reason).reason == abi.REASONS[reason].slug
@@ -112,7 +112,10 @@ def test_every_kind_and_reason_of_the_registry_is_known() -> None:
     ],
 )
 def test_what_is_dropped_is_never_told_as_allowed(reason: int) -> None:
-    """Dropped though a rule allows it, or with the number of a rule that is another one by now: the reason is told, and no rule."""
+    """A packet is dropped although a rule allows it, or its rule's number was reused.
+
+    The reason is shown, and no rule.
+    """
     event = decoded(reason=reason, rule=2)
     assert (event.reason, event.cause) == (abi.REASONS[reason].slug, None)
     assert event.as_dict()["rule"] is None
@@ -120,26 +123,26 @@ def test_what_is_dropped_is_never_told_as_allowed(reason: int) -> None:
 
 @pytest.mark.parametrize("reason", [abi.NP_REASON_TO_HOST, abi.NP_REASON_HIDDEN_SOURCE, abi.NP_REASON_SPOOFED])
 def test_what_no_rule_dropped_names_no_rule(reason: int) -> None:
-    """The rule that policy came to does not count where something else decided, whatever it says."""
+    """If something else decided, the rule of policy is not shown, whatever it says."""
     event = decoded(reason=reason)
     assert (event.cause, event.staged_cause) == (None, None)
 
 
 def test_what_is_allowed_is_never_told_as_denied() -> None:
-    """Nor is the rule of an allowed flow one that denies."""
+    """The rule of an allowed flow never denies."""
     passed = {"kind": abi.NP_EVENT_ALLOW, "reason": abi.NP_REASON_POLICY_ALLOW, "action": abi.NP_ACTION_ALLOW}
     assert decoded(**passed, rule=2).cause == ALLOW
     assert decoded(**passed, rule=1).cause is None
 
 
 def test_every_type_of_event_has_a_record_and_a_decoder() -> None:
-    """A type that the program may report and no decoder reads would be lost."""
+    """Every type that the program may report has a decoder; otherwise it would be lost."""
     kinds = {value for name, value in vars(abi).items() if name.startswith("NP_EVENT_")}
     assert kinds == set(events.RECORDS) == set(DECODERS)
 
 
 def test_record_is_read_by_its_type() -> None:
-    """The structure follows from the type number; a record of another version's type, or a short one, is none."""
+    """The type number gives the structure. Another version's type, or a short record, gives none."""
     whole = bytes(raw(kind=abi.NP_EVENT_ALLOW))
     record = events.parse_record(whole)
     assert record is not None
@@ -152,7 +155,7 @@ def test_record_is_read_by_its_type() -> None:
 
 
 def test_unknown_record_is_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    """What another version of the program left in the ring keeps nobody from what this one reports."""
+    """A record of another version of the program does not hide the records of this one."""
     seen: list[events.EventRecord] = []
     reader = object.__new__(events.EventReader)
     reader.unknown, reader._callback, reader._parse = 0, seen.append, events.parse_record

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames for questions: read back field by field, and their checksums summed by the receiver's rule."""
+"""Frames for questions, parsed field by field, with checksums verified as receivers do."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EVERY = [
 
 
 def ones_sum(data: bytes) -> int:
-    """The receiver's checksum: 0xFFFF when the checksum in the packet is right."""
+    """The receiver's sum: 0xFFFF if the checksum in the packet is correct."""
     total = sum(int.from_bytes(data[at : at + 2].ljust(2, b"\0"), "big") for at in range(0, len(data), 2))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
@@ -38,7 +38,7 @@ def transport(packet: Packet, frame: bytes) -> bytes:
 
 @pytest.mark.parametrize("packet", EVERY, ids=lambda packet: f"v{packet.source.version}-{packet.protocol}")
 def test_headers_say_what_the_packet_says(packet: Packet) -> None:
-    """Addresses, protocol and lengths are where the headers have them, and the IPv4 header sums up."""
+    """Addresses, protocol and lengths are in the fields of the headers, and the IPv4 checksum is correct."""
     frame = render_frame(packet)
     network = frame[ETHERNET_BYTES:]
     if packet.source.version == 4:
@@ -58,7 +58,7 @@ SUMMED = [packet for packet in EVERY if packet.protocol not in (SCTP, OTHER)]
 
 @pytest.mark.parametrize("packet", SUMMED, ids=lambda packet: f"v{packet.source.version}-{packet.protocol}")
 def test_transport_checksums_are_right(packet: Packet) -> None:
-    """TCP, UDP, UDPLite, ICMP and ICMPv6 sum up with their pseudo header."""
+    """The checksums of TCP, UDP, UDPLite, ICMP and ICMPv6 are correct with their pseudo-headers."""
     segment = transport(packet, render_frame(packet))
     pseudo = packet.source.packed + packet.destination.packed
     pseudo += struct.pack("!II", len(segment), packet.protocol)
@@ -69,7 +69,7 @@ def test_transport_checksums_are_right(packet: Packet) -> None:
 @pytest.mark.parametrize("pair", [V4, V6])
 @pytest.mark.parametrize("protocol", [TCP, UDP, SCTP])
 def test_ports_stand_first(protocol: int, pair: tuple[object, object]) -> None:
-    """Source and destination port, in network order; TCP is an initial SYN."""
+    """Source and destination port come first, in network order. TCP is an initial SYN."""
     packet = Packet(pair[0], pair[1], protocol, 1024, 65535)  # type: ignore[arg-type]  # one of V4, V6
     segment = transport(packet, render_frame(packet))
     assert segment[:4] == b"\x04\x00\xff\xff"
@@ -78,13 +78,13 @@ def test_ports_stand_first(protocol: int, pair: tuple[object, object]) -> None:
 
 
 def test_icmp_error_carries_no_packet() -> None:
-    """An error message ends after its header, so it is about no connection."""
+    """An error message ends after its header, so it belongs to no connection."""
     segment = transport(EVERY[0], render_frame(Packet(*V4, ICMP, icmp_type=3, icmp_code=1)))
     assert (segment[:2], len(segment)) == (b"\x03\x01", 8)
 
 
 def test_udp_checksum_is_never_zero() -> None:
-    """A UDP checksum that comes out as zero is sent as all ones: zero means none was computed."""
+    """A computed UDP checksum of zero is sent as all ones, because zero means that there is none."""
     for port in range(65536):
         segment = transport(EVERY[0], render_frame(Packet(*V4, UDP, port, 0)))
         assert segment[6:8] != b"\0\0"

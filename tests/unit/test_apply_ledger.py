@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers that outlive the agent: written before use, read back by the next, whatever instruction it died at."""
+"""The numbers in the ledger: written before use, and known to the next agent, wherever the previous one died."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_number_of_a_class_that_was_lost_is_not_given_again() -> None:
 
 
 def test_what_went_does_not_come_back(path: Path) -> None:
-    """A forgotten number is free for the next agent; a changed one has its last value."""
+    """A forgotten number is free for the next agent. A changed one has its last value."""
     ledger = recorded(path)
     ledger.forget("endpoint", [DB, DB])
     ledger.record("endpoint", {WEB: 9})
@@ -104,7 +104,7 @@ def test_what_went_does_not_come_back(path: Path) -> None:
 
 
 def test_released_number_frees_what_had_it(path: Path) -> None:
-    """A number that went takes its owner along, unless that has another number by now; unknown numbers are nobody's."""
+    """The owner of a released number is forgotten, unless it has another number by now. Unknown numbers are ignored."""
     recorded(path).close()
     ledger = Ledger(path)
     ledger.open()
@@ -115,7 +115,7 @@ def test_released_number_frees_what_had_it(path: Path) -> None:
 
 
 def test_known_number_is_not_written_again(path: Path) -> None:
-    """Recording what is recorded costs no line."""
+    """A known number adds no line."""
     ledger = recorded(path)
     size = path.stat().st_size
     ledger.record("endpoint", {WEB: 7})
@@ -124,7 +124,7 @@ def test_known_number_is_not_written_again(path: Path) -> None:
 
 
 def test_any_prefix_of_the_file_is_a_state(path: Path) -> None:
-    """Wherever the writer died, the file reads as all lines that were completed."""
+    """Wherever the writer died, the file has all completed lines."""
     recorded(path).close()
     whole = path.read_bytes()
     for end in range(len(whole) + 1):
@@ -134,7 +134,7 @@ def test_any_prefix_of_the_file_is_a_state(path: Path) -> None:
 
 
 def test_another_format_is_refused(path: Path) -> None:
-    """A file this program cannot read is not guessed at."""
+    """A file that this program cannot read is not interpreted."""
     path.parent.mkdir()
     path.write_text('{"format": 99}\n["rule", [], 1]\n')
     with pytest.raises(PlatformError, match="format 99"):
@@ -156,7 +156,10 @@ DAMAGE = {
 
 @pytest.mark.parametrize("line", DAMAGE.values(), ids=DAMAGE)
 def test_damaged_line_is_told_and_the_others_count(path: Path, line: bytes) -> None:
-    """A line that nobody wrote so ends nothing: it is named, the file is kept aside, a new one is written with what was right."""
+    """A damaged line is reported.
+
+    The file is kept under another name, and a new one is written with all valid lines.
+    """
     recorded(path).close()
     lines = path.read_bytes().split(b"\n")
     damaged = b"\n".join([lines[0], line, *lines[1:]])
@@ -179,7 +182,7 @@ def test_damaged_line_is_told_and_the_others_count(path: Path, line: bytes) -> N
 
 @pytest.mark.parametrize("first", [b"", b"x", b"[]", b"{}", b'{"format": "1"}', b'{"format": true}', b"[" * 1_000])
 def test_file_of_no_format_is_told_and_counts_as_lost(path: Path, first: bytes) -> None:
-    """What is behind a first line that nobody wrote so may mean anything."""
+    """The lines after an invalid first line could mean anything, so they are not used."""
     recorded(path).close()
     path.write_bytes(b"\n".join([first, *path.read_bytes().split(b"\n")[1:]]))
     ledger = Ledger(path)
@@ -190,7 +193,10 @@ def test_file_of_no_format_is_told_and_counts_as_lost(path: Path, first: bytes) 
 
 @pytest.mark.parametrize(("kind", "number"), [("endpoint", 8), ("rule", 2), ("identity", 16)])
 def test_number_of_several_is_nobody_s(path: Path, kind: str, number: int) -> None:
-    """Two pods with one number would be one pod to the program, two rules one name and counter: neither has it, all others keep theirs."""
+    """The program could not distinguish two pods, or two rules, with one number.
+
+    Neither has it; all others keep theirs.
+    """
     recorded(path).close()
     writer = Ledger(path)
     writer.open()
@@ -216,7 +222,10 @@ def test_number_of_several_is_nobody_s(path: Path, kind: str, number: int) -> No
 
 
 def test_number_that_passes_on_is_one_s_alone(path: Path) -> None:
-    """A number that was noted for what never came into force is the next one's, here and for the next agent; so are two that are exchanged."""
+    """A number that was recorded for a change that never came into force can be reused.
+
+    Two numbers can also be exchanged.
+    """
     ledger = recorded(path)
     other = EndpointKey("Pod", "shop", "other")
     ledger.record("endpoint", {other: 8})
@@ -232,7 +241,7 @@ def test_number_that_passes_on_is_one_s_alone(path: Path) -> None:
 
 
 def test_file_does_not_grow_by_what_went(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What comes and goes for years is not all kept: the next agent could not read it."""
+    """The file does not keep all that was added and removed over years, because the next agent could not read it."""
     monkeypatch.setattr(ledger_module, "SMALL_BYTES", 1000)
     ledger = recorded(path)
     for number in range(100, 400):
@@ -263,7 +272,7 @@ def link(path: Path) -> None:
 @pytest.mark.parametrize("make", [fifo, stream, sparse, link])
 @pytest.mark.parametrize("suffix", ["", ".draft"])
 def test_what_is_no_file_of_numbers_keeps_nobody_waiting(path: Path, make: Callable[[Path], None], suffix: str) -> None:
-    """Neither where the numbers are read nor where they are written; the next agent finds a file."""
+    """It blocks neither the reading nor the writing of numbers. The next agent finds a regular file."""
     recorded(path).close()
     place = path.with_suffix(suffix)
     place.unlink(missing_ok=True)
@@ -277,7 +286,7 @@ def test_what_is_no_file_of_numbers_keeps_nobody_waiting(path: Path, make: Calla
 
 
 def test_what_is_no_file_is_kept_aside_too(path: Path) -> None:
-    """A directory in the ledger's place is moved out of the way."""
+    """A directory at the ledger's path is renamed."""
     path.mkdir(parents=True)
     ledger = Ledger(path)
     assert ledger.open() == Numbers()
@@ -287,7 +296,7 @@ def test_what_is_no_file_is_kept_aside_too(path: Path) -> None:
 
 
 class Full:
-    """A file system that is full while ``is_full``: writing fails as the kernel says, opening and reading do not."""
+    """A file system that is full while ``is_full``: writes fail with the kernel's error, opening and reading do not."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.is_full = False
@@ -303,7 +312,7 @@ class Full:
 
 
 class _Guarded:
-    """A file that writes nothing while the disk is full."""
+    """A file whose writes fail while the disk is full."""
 
     def __init__(self, file: Any, disk: Full) -> None:
         self._real, self._disk = file, disk
@@ -340,7 +349,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Full:
 
 
 def test_full_disk_ends_nothing_and_is_made_up_for(path: Path, disk: Full) -> None:
-    """Numbers that cannot be written are a problem until they are: then all of them are in the file, in one rewriting."""
+    """Numbers that cannot be written are a problem. When there is room, all of them are written in one new file."""
     now_s = 0.0
     ledger = Ledger(path, lambda: now_s)
     ledger.open()
@@ -366,7 +375,7 @@ def test_full_disk_ends_nothing_and_is_made_up_for(path: Path, disk: Full) -> No
 
 
 def test_start_on_a_full_disk_knows_what_was_written(path: Path, disk: Full) -> None:
-    """The file of the agent before is read; that it cannot be rewritten is told, and it stays as it is."""
+    """The earlier agent's file is read. The failure to rewrite it is reported, and the file stays unchanged."""
     recorded(path).close()
     before = path.read_bytes()
     disk.is_full = True
@@ -380,7 +389,7 @@ def test_start_on_a_full_disk_knows_what_was_written(path: Path, disk: Full) -> 
 
 
 def test_really_full_file_system(tmp_path: Path) -> None:
-    """On a tmpfs of one page that others have filled, the ledger goes on, and writes when there is room."""
+    """On a full tmpfs of one page the ledger continues, and writes when there is room."""
     libc = ctypes.CDLL(None, use_errno=True)
     place = tmp_path / "small"
     place.mkdir()
@@ -390,7 +399,7 @@ def test_really_full_file_system(tmp_path: Path) -> None:
         now_s = 0.0
         ledger = Ledger(place / "numbers", lambda: now_s)
         ledger.open()
-        (place / "others").write_bytes(bytes((64 << 10) - 4096))  # a page is the ledger's
+        (place / "others").write_bytes(bytes((64 << 10) - 4096))  # one page is left for the ledger
         ledger.record("identity", {f"{number:064x}": number for number in range(1, 1000)})
         assert len(ledger.problems) == 1
         (place / "others").unlink()

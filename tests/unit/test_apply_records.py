@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State files with entries: what is written is read again; damage ends neither the reader nor the entries that are valid."""
+"""State files with entries: written entries are read back, and damage ends neither the reader nor the valid entries."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def file_at(path: Path, *, is_keyed: bool) -> EntryFile:
 def test_entries_come_back_as_they_were(
     tmp_path: Path, texts: list[str], entries: list[Any], *, is_keyed: bool
 ) -> None:
-    """Of a list and of an object; nothing but the file is left, and a file that is absent has none."""
+    """The entries are a list or an object. No other file remains, and a missing file has no entries."""
     file, found = file_at(tmp_path / "file", is_keyed=is_keyed), list[Any]()
     assert file.load(found.append) == ""
     assert found == []
@@ -49,7 +49,7 @@ def test_entries_come_back_as_they_were(
     ],
 )
 def test_a_damaged_file_is_set_aside(tmp_path: Path, text: str, said: str) -> None:
-    """It has no entries, the reason is returned, and no program reads it again."""
+    """The damaged file has no entries, the reason is returned, and no program reads it again."""
     file = file_at(tmp_path / "file", is_keyed=False)
     file.path.write_text(text)
     damage = file.load(lambda entry: pytest.fail(f"{entry} was taken"))
@@ -60,7 +60,7 @@ def test_a_damaged_file_is_set_aside(tmp_path: Path, text: str, said: str) -> No
 
 
 def test_a_faulty_entry_stops_no_other(tmp_path: Path) -> None:
-    """The valid ones are taken, the others are told; a copy of the file stays."""
+    """The valid entries are used, and the others are reported. A copy of the file is kept."""
     file, found = file_at(tmp_path / "file", is_keyed=False), list[int]()
     file.save(["1", '"two"', "3"])
     damage = file.load(lambda entry: found.append(checked(entry, int, "a thing")))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The node's addresses and services: each has its bit for as long as it has its row."""
+"""The node's addresses and services: each has its bit in the filter as long as it has its row."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def bits(maps: Mapping[str, MemoryMap]) -> set[tuple[int, int]]:
 
 
 def test_addresses_and_services_have_their_bits() -> None:
-    """Those of the node in both families, those of services, and none after they went; node ports have none of their own."""
+    """Addresses of both families and services have bits, and none after their removal.
+
+    Node ports have no bit of their own.
+    """
     maps = memory_maps([])
     writer = SurroundingsWriter(maps, lambda: None)
     service = Vip(VipKey(SERVICE, 6, 443), frozenset({(NODE, 6443)}))
@@ -47,7 +50,7 @@ def test_addresses_and_services_have_their_bits() -> None:
 
 
 def test_bit_is_there_before_the_row_and_goes_after_it() -> None:
-    """So no packet takes an address that has a row for one that has none."""
+    """So no packet treats an address with a row as one without."""
     log: list[tuple[str, str, bytes]] = []
     writer = SurroundingsWriter(memory_maps(log), lambda: None)
     writer.write(surroundings(NODE))
@@ -60,7 +63,7 @@ def test_bit_is_there_before_the_row_and_goes_after_it() -> None:
 
 
 def test_bits_of_neighbours_are_kept() -> None:
-    """Of two addresses whose bits are in one row, the other keeps its own when one goes."""
+    """If two addresses have bits in one row, the removal of one keeps the other's bit."""
     one = NODE
     row, bit = vip_filter_bit(one.packed)
     neighbours = (ip_address(number) for number in range(int(ip_address("10.0.0.1")), int(ip_address("10.9.0.1"))))
@@ -75,7 +78,7 @@ def test_bits_of_neighbours_are_kept() -> None:
 
 
 def test_what_does_not_fit_changes_nothing() -> None:
-    """When an interface finds no room midway, the addresses written before it go again, and so do their bits."""
+    """If an interface has no room midway, the addresses written before it are removed again, and so are their bits."""
     maps = memory_maps([])
     renewed: list[int] = []
     writer = SurroundingsWriter(maps, lambda: renewed.append(1))
@@ -106,7 +109,7 @@ def test_what_does_not_fit_changes_nothing() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_first_write(name: str, size: int, wanted: Surroundings) -> None:
-    """Rows that go last count, and workloads' rows where they are in the same map."""
+    """Rows that are removed last count, and so do workloads' rows in the same map."""
     log: list[tuple[str, str, bytes]] = []
     maps = memory_maps(log)
     writer = SurroundingsWriter(maps, lambda: None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Comparing two benchmark results: what counts as slower, and what is noise."""
+"""The comparison of two benchmark results: what counts as slower, and what as noise."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ def verdict_of(old: Run, new: Run) -> Change:
     ("center", "expected"), [(900, Change.SAME), (600, Change.SLOWER), (1400, Change.FASTER), (910, Change.SAME)]
 )
 def test_a_clear_change_is_told_from_none(center: float, expected: Change) -> None:
-    """Ratios that differ by a third are a change, ratios that differ by a hundredth are none."""
+    """Ratios that differ by a third are a change, and those that differ by a hundredth are not."""
     assert verdict_of(pair(900), pair(center, seed=2)) is expected
 
 
 def test_another_machine_is_no_regression() -> None:
-    """A case that is three times slower together with its base is unchanged."""
+    """A case that is three times slower, together with its base, is unchanged."""
     assert verdict_of(pair(900), pair(900, speed=1 / 3)) is Change.SAME
 
 
 def test_noise_is_unclear_and_not_slower() -> None:
-    """A median that fell, in samples that swing by more than it fell, is no verdict."""
+    """If the median falls by less than the samples vary, the result is unclear."""
     assert verdict_of(pair(900), pair(700, noise=0.6)) is Change.UNCLEAR
 
 
@@ -70,7 +70,7 @@ def test_less_is_faster_where_less_is_better() -> None:
 
 
 def test_exact_counts_are_judged_by_one_sample() -> None:
-    """Bytes do not depend on the weather: twice as many are slower, and that is judged."""
+    """The number of bytes has no noise, so twice as many are slower, and judged."""
     before = Case("s", "memory", "ours", "bytes", LESS, (1000.0,), exact=True)
     after = Case("s", "memory", "ours", "bytes", LESS, (2000.0,), exact=True)
     (found,) = compare_runs(make_run(before), make_run(after))
@@ -104,7 +104,7 @@ def test_few_rounds_never_fail() -> None:
 
 
 def test_a_base_of_nothing_is_not_divided_by() -> None:
-    """Differences of nanoseconds around zero, in base and case, end in numbers and not in an error."""
+    """Differences of nanoseconds around zero, in base and case, give numbers and no error."""
     base = Case("s", "hot", "b", "ns", LESS, (0.0, -1.0, 1.0, 0.0, 0.0))
     case = Case("s", "hot", "a", "ns", LESS, (1.0, 2.0, 1.0, 0.0, 1.0), {}, base.id)
     run = make_run(base, case)

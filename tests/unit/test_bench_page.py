@@ -11,7 +11,7 @@ from tests.unit.test_bench_report import example
 
 
 def test_targets_without_cases_are_said_to_be_not_measured() -> None:
-    """A target is never left out in silence, whatever the result lacks."""
+    """A target is never left out, whatever the result lacks."""
     rows = page.judged(example())
     assert "not measured" in {row.verdict for row in rows}
     assert any("cold start" in row.name for row in rows)
@@ -19,7 +19,7 @@ def test_targets_without_cases_are_said_to_be_not_measured() -> None:
 
 
 def test_figures_of_earlier_results_have_columns() -> None:
-    """Each with its machine and commit, in the rows of the same targets."""
+    """Each column has its machine and commit, with the rows of the same targets."""
     text = page.render(example(), [example()])
     heads, row = (line.split("|") for line in text.splitlines() if line.startswith(("| target |", "| cold start,")))
     assert "`c0ffee`" in heads[5]
@@ -27,7 +27,7 @@ def test_figures_of_earlier_results_have_columns() -> None:
 
 
 def test_only_the_section_is_replaced() -> None:
-    """What stands around the markers stays, and a second time changes nothing."""
+    """Text outside the markers stays, and a second run changes nothing."""
     text = f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n"
     once = page.with_section(text, "new")
     assert once == f"before\n{page.BEGIN}\nnew\n{page.END}\nafter\n"
@@ -35,6 +35,6 @@ def test_only_the_section_is_replaced() -> None:
 
 
 def test_a_page_without_markers_is_refused() -> None:
-    """Nothing is appended at a guess."""
+    """Nothing is appended."""
     with pytest.raises(InvalidInputError):
         page.with_section("nothing here", "new")

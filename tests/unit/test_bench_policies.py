@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policies that the benchmark's contenders share: what the others are given says what the model says."""
+"""The policies of the benchmark's contenders: the flat rules mean the same as the policy model."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def says(rules: list[FlatRule], packet: Packet, direction: Direction) -> bool:
 
 @BOTH
 def test_flat_rules_say_what_the_model_says(direction: Direction) -> None:
-    """For sampled packets, of which many are allowed and many denied, the flat rules give the model's verdicts."""
+    """The flat rules give the model's verdicts for sampled packets, of which many are allowed and many denied."""
     world = small_world(direction)
     answers = asked(world, direction)
     rules = flat_rules(world, MEASURED, direction)
@@ -65,7 +65,7 @@ def test_flat_rules_say_what_the_model_says(direction: Direction) -> None:
 
 @BOTH
 def test_the_folded_form_says_the_same(direction: Direction) -> None:
-    """One relation of (net, protocol) to ports answers every sampled packet as the rules do."""
+    """A mapping from (net, protocol) to ports gives the same answer for every sampled packet as the rules do."""
     world = small_world(direction)
     folded = [
         FlatRule("", "", (net,), protocol, tuple(ports))
@@ -77,7 +77,7 @@ def test_the_folded_form_says_the_same(direction: Direction) -> None:
 
 @BOTH
 def test_the_measured_traffic_is_allowed_by_the_middle_policy(direction: Direction) -> None:
-    """The one policy that lets the measured traffic through stands in the middle of the order."""
+    """The only policy that allows the measured traffic is in the middle of the order."""
     rules = flat_rules(small_world(direction), MEASURED, direction)
     ends = (PEER, OWN) if direction is Direction.INGRESS else (OWN, PEER)
     for protocol in (TCP, UDP):
@@ -98,7 +98,7 @@ def test_the_measured_traffic_is_allowed_by_the_middle_policy(direction: Directi
     ids=lambda change: next(iter(change)),
 )
 def test_what_not_every_contender_can_say_is_refused(change: dict[str, object]) -> None:
-    """A rule outside the subset is an error, lest the contenders get different policies."""
+    """A rule outside the subset is an error, because the contenders would get different policies."""
     world = small_world(Direction.INGRESS, 3)
     key, policy = next(iter(world.policies.items()))
     world.policies[key] = replace(policy, ingress=(replace(policy.ingress[0], **change),))  # type: ignore[arg-type]
@@ -107,14 +107,14 @@ def test_what_not_every_contender_can_say_is_refused(change: dict[str, object]) 
 
 
 def test_overlapping_nets_are_not_folded() -> None:
-    """One set cannot hold a net and a part of it."""
+    """One set cannot have both a net and a part of it."""
     rules = [FlatRule("a", "", (ip_network(net),), TCP, ((80, 80),)) for net in ("10.0.0.0/8", "10.1.0.0/16")]
     with pytest.raises(UsageError, match="overlap"):
         fold(rules)
 
 
 def test_folding_merges_ports() -> None:
-    """Ranges that touch or overlap become one."""
+    """Adjacent and overlapping ranges are merged."""
     net = ip_network("10.0.0.0/8")
     rules = [FlatRule("a", "", (net,), TCP, ((80, 90), (91, 95))), FlatRule("b", "", (net,), TCP, ((85, 88), (99, 99)))]
     assert fold(rules) == {(net, TCP): [(80, 95), (99, 99)]}
@@ -122,7 +122,7 @@ def test_folding_merges_ports() -> None:
 
 @BOTH
 def test_each_rule_is_a_rule_for_netfilter(direction: Direction) -> None:
-    """In the unfolded forms there are as many accepting rules in the endpoint's chain as there are flat rules."""
+    """In the unfolded forms the endpoint's chain has as many accepting rules as there are flat rules."""
     rules = flat_rules(small_world(direction), MEASURED, direction)
     nft = netfilter.nft_rules(rules, OWN, direction)
     _, table = netfilter.iptables_rules(rules, OWN, direction)

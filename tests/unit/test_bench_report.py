@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report on a benchmark's result."""
+"""The report of a benchmark's result."""
 
 from __future__ import annotations
 
@@ -64,12 +64,15 @@ def text(tmp_path: Path) -> str:
     ],
 )
 def test_every_sort_of_figure_is_shown(text: str, expected: str) -> None:
-    """Ratios, bytes for one more, percentiles, packets, and what no table of its own shows."""
+    """Ratios, bytes for one more, percentiles, packets, and the cases that have no table of their own."""
     assert expected in text
 
 
 def test_plots_are_text_without_a_date(tmp_path: Path) -> None:
-    """Plots are SVG, the same result makes the same file; without matplotlib there are none, and the text names none."""
+    """Plots are SVG files that are equal for the same result.
+
+    Without matplotlib there are none, and the text names none.
+    """
     has_plots = importlib.util.find_spec("matplotlib") is not None
     first, second = tmp_path / "a", tmp_path / "b"
     text = report.write(example(), first).read_text()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The packet path's targets: judged by medians, missed when over the limit, and never left out."""
+"""The packet path's targets: judged by medians, missed if over the limit, and never left out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def by_name(found: list[Row]) -> dict[str, str]:
 
 
 def test_a_limit_is_met_up_to_itself() -> None:
-    """By the median of the rounds, so one bad round does not miss it."""
+    """The median of the rounds counts, so one bad round does not miss the target."""
     verdicts = by_name(rows({BIG: FIGURES}))
     assert verdicts["established, one hot flow / parsing it"] == "met"
     assert verdicts["new flow denied, hot, with its event / parsing it"] == "met"
@@ -35,21 +35,21 @@ def test_a_limit_is_met_up_to_itself() -> None:
 
 
 def test_what_was_not_measured_is_said() -> None:
-    """No row is left out, and none is called met without a figure."""
+    """No row is left out, and none without a figure is met."""
     nothing = rows({})
     assert {row.verdict for row in nothing} == {"not measured"}
     assert [row.name for row in nothing] == [row.name for row in rows({BIG: FIGURES})]
 
 
 def test_growth_is_over_the_small_size() -> None:
-    """The ratio of the same case at both sizes."""
+    """The growth is the ratio of the same case at both sizes."""
     found = {row.name: row for row in rows({BIG: FIGURES, SMALL: {"SYN denied, v4": [50.0]}})}
     grown = found["SYN denied, v4, hot: 10 000 rules and 100 000 pods / 10 and 10"]
     assert (grown.figure, grown.verdict) == (2.0, MISSED)
 
 
 def test_growth_is_judged_by_sizes_that_took_turns() -> None:
-    """Where they were measured; else by the sizes that were measured one after the other."""
+    """If there are such measurements, they count; otherwise those of sizes that were measured one after the other."""
     apart = {BIG: FIGURES, SMALL: {"SYN denied, v4": [50.0], "established, v4": [11.0]}}
     in_turns = {BIG: {targets.GROWN_DENIED: [51.0, 52.0]}, SMALL: {targets.GROWN_DENIED: [50.0, 50.0]}}
     found = {row.name: row for row in rows(apart, in_turns)}
@@ -59,7 +59,7 @@ def test_growth_is_judged_by_sizes_that_took_turns() -> None:
 
 
 def test_the_report_marks_a_missed_target(tmp_path: Path) -> None:
-    """In bold, beside its limit."""
+    """It is bold, beside its limit."""
     machine = {
         "cpu": "c",
         "cpus": 1,

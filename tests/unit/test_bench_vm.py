@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark between two virtual machines: its manifests, and what it makes of the samples."""
+"""The benchmark between two virtual machines: its manifests, and the evaluation of its samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from netpol_ebpf.resources.load import parse_documents
 
 
 def test_policy_allows_what_is_measured_and_denies_what_proves_it() -> None:
-    """By the reference model, for the manifests of the two nodes; the other pair of pods is in no manifest."""
+    """The reference model says so for the manifests of the two nodes. The other pair of pods is in no manifest."""
     resources = parse_documents(MANIFESTS, "bench.yaml").check()
     prediction = Prediction(resources, plan_for(resources))
     target = SERVERS.pods[ENFORCED]
@@ -25,7 +25,7 @@ def test_policy_allows_what_is_measured_and_denies_what_proves_it() -> None:
 
 
 def test_ratios_are_of_rounds_and_nothing_is_judged() -> None:
-    """The median of the rounds' ratios, not the ratio of medians; every case says that it is not judged."""
+    """It is the median of the rounds' ratios, not the ratio of medians. Every case is marked as not judged."""
     samples = {
         STREAM: {ENFORCED: [90.0, 40.0, 80.0], FREE: [100.0, 50.0, 80.0]},
         TCP_REQUESTS: {ENFORCED: [2.0], FREE: [1.0]},

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The project's own conformance set, run on the engines that need neither root nor a kernel.
+"""The project's own conformance cases, run on the engines that need neither root nor a kernel.
 
 `tests/cases/shared` holds expectations from public suites, `tests/cases/decisions` one case for each point on which this
 project had to decide (docs/semantics-decisions.md), `tests/cases/names` rules with domain names, and `tests/cases/vectors` the short
@@ -27,7 +27,7 @@ FAMILIES = sorted(
 @pytest.mark.parametrize("family", [path for path in FAMILIES if any(path.glob("*.yaml"))], ids=lambda path: path.name)
 @pytest.mark.parametrize("engine", ["model", "tables"])
 def test_cases(engine: str, family: Path) -> None:
-    """Every probe of every case goes as expected."""
+    """Every probe of every case gives the expected result."""
     loaded = load_cases([family])
     report = run_cases(loaded, engine)
     assert not report.invalid
@@ -45,7 +45,7 @@ def test_cases_with_names(engine: str) -> None:
 
 
 def test_the_set_is_whole() -> None:
-    """A family that vanished, or a case that lost its probes, would pass unnoticed otherwise."""
+    """A missing family, or a case without probes, would otherwise not be noticed."""
     cases = load_cases([CASES]).cases
     assert len(cases) >= 199
     assert sum(len(case.probes) for case in cases) >= 8990

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl` and its `test` command: exit codes, output forms, and how failures end."""
+"""`netpolctl` and its command `test`: exit codes, output formats, and failures."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def broken(tmp_path: Path) -> Path:
 
 
 def test_exit_codes(good: Path, failing: Path, broken: Path) -> None:
-    """0 as expected, 1 not, 3 not valid (whatever else)."""
+    """0 as expected, 1 not as expected, 3 if any input is not valid."""
     assert main(["test", str(good)]) == 0
     assert main(["test", str(good), str(failing)]) == 1
     assert main(["test", str(good), str(broken)]) == 3
@@ -55,7 +55,7 @@ def test_exit_codes(good: Path, failing: Path, broken: Path) -> None:
 
 
 def test_json(failing: Path, broken: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The stable form, and nothing else on standard output."""
+    """The output is the stable format, and nothing else."""
     assert main(["test", str(failing), str(broken), "-o", "json"]) == 3
     shown = json.loads(capsys.readouterr().out)
     probe = {"from": "10.0.0.9", "to": "ns/p", "protocol": "TCP", "port": 80, "srcPort": 9, "expect": "deny"}
@@ -66,7 +66,7 @@ def test_json(failing: Path, broken: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_yaml_is_the_same(failing: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As JSON."""
+    """The YAML has the same values as the JSON."""
     main(["test", str(failing), "-o", "json"])
     as_json = json.loads(capsys.readouterr().out)
     main(["test", str(failing), "-o", "yaml"])
@@ -74,7 +74,7 @@ def test_yaml_is_the_same(failing: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_text_shows_failures_with_their_rule(failing: Path, broken: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where it stands, what was expected, what came, and why."""
+    """The output has the place, the expected and the actual result, and the reason."""
     main(["test", str(failing), str(broken)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "FAILED a case"
@@ -85,7 +85,7 @@ def test_text_shows_failures_with_their_rule(failing: Path, broken: Path, capsys
 
 
 def test_wide_shows_every_probe(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With verdict and rule."""
+    """Each probe has its verdict and rule."""
     assert main(["test", str(good), "-o", "wide"]) == 0
     assert capsys.readouterr().out.startswith("allow  10.0.0.9 -> ns/p TCP 80")
 
@@ -100,7 +100,7 @@ def test_a_directory_without_cases_is_no_success(tmp_path: Path, capsys: pytest.
 
 
 def test_usage_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
-    """Unknown commands, missing arguments, unknown engines."""
+    """Unknown commands, missing arguments and unknown engines."""
     for arguments in ([], ["nonsense"], ["test"], ["test", "x", "--engine", "y"]):
         with pytest.raises(SystemExit) as ending:
             main(arguments)
@@ -109,7 +109,7 @@ def test_usage_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_version_needs_neither_root_nor_bcc() -> None:
-    """Nothing of the kernel's side is imported to say it."""
+    """No module for the kernel is imported for it."""
     code = (
         "import sys; from netpol_ebpf.cli.main import build_parser; build_parser(); "
         "sys.exit(any(name.split('.')[0] in ('bcc', 'pyroute2', 'netpol_loader') for name in sys.modules))"
@@ -129,7 +129,7 @@ def arguments(*, debug: bool = False) -> argparse.Namespace:
     ("error", "code"), [(UsageError("u"), 2), (UnreachableError("u"), 4), (PlatformError("u", hint="do this"), 5)]
 )
 def test_known_errors_say_what_to_do(error: Exception, code: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line, the hint, the error's own exit code, no traceback."""
+    """The output is one line with the hint and the error's own exit code, without a traceback."""
 
     def command(_: argparse.Namespace) -> int:
         raise error
@@ -141,7 +141,7 @@ def test_known_errors_say_what_to_do(error: Exception, code: int, capsys: pytest
 
 
 def test_a_bug_is_one_line_and_exit_70(capsys: pytest.CaptureFixture[str]) -> None:
-    """The traceback is shown on request."""
+    """Only --debug shows the traceback."""
 
     def command(_: argparse.Namespace) -> int:
         raise KeyError("x")
@@ -155,7 +155,7 @@ def test_a_bug_is_one_line_and_exit_70(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_interruption_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
-    """Ctrl-C is no failure to explain."""
+    """After Ctrl-C there is no error message."""
 
     def command(_: argparse.Namespace) -> int:
         raise KeyboardInterrupt
@@ -165,7 +165,7 @@ def test_interruption_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_reader_that_goes_away_is_no_error(good: Path) -> None:
-    """As with `netpolctl ... | head -1`."""
+    """The reader ends early, as in `netpolctl ... | head -1`."""
     shell = f"'{sys.executable}' -m netpol_ebpf.cli.main test {' '.join([str(good)] * 1)} -o wide"
     done = subprocess.run(
         ["bash", "-c", f"({shell}; echo code $? >&2) | true"], check=False, capture_output=True, text=True
@@ -174,7 +174,7 @@ def test_a_reader_that_goes_away_is_no_error(good: Path) -> None:
 
 
 def test_every_command_sets_what_to_run() -> None:
-    """A subcommand that registers must be runnable."""
+    """Every registered subcommand can be run."""
     parser = build_parser()
     (action,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     assert "test" in action.choices

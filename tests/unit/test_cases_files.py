@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Case files: what is read, and that all that is wrong with one is said."""
+"""Case files: what is parsed, and that all their errors are reported."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def error(text: str) -> str:
 
 
 def test_a_case() -> None:
-    """Name, objects with an implied namespace, probes with their place in the file."""
+    """A case has a name, objects with an implied namespace, and probes with their place in the file."""
     (case,) = parse(GOOD).cases
     assert (case.name, case.sequence) == ("good", None)
     (probe,) = case.probes
@@ -60,14 +60,14 @@ def test_remarks_are_accepted() -> None:
     [("TCP", 6), ("udp", 17), ("SCTP", 132), ("UDPLite", 136), ("ICMP", 1), ("ICMPv6", 58), ("47", 47), ("'253'", 253)],
 )
 def test_protocols(written: str, protocol: int) -> None:
-    """By name in any case, or by number."""
+    """A protocol is given by name, in any case, or by number."""
     port = ", port: 1" if protocol in (6, 17, 132) else ""
     text = GOOD.replace("protocol: TCP, port: 80", f"protocol: {written}{port}")
     assert parse(text).cases[0].probes[0].protocol == protocol
 
 
 def test_all_probe_fields() -> None:
-    """Source port, ICMP type and code, translation with and without a port."""
+    """A probe may have a source port, ICMP type and code, and a translation with or without a port."""
     text = GOOD + (
         "- {from: 10.0.0.9, to: ns/p, protocol: UDP, port: 53, srcPort: 5353, expect: deny, "
         "dnatTo: {ip: 10.0.0.1, port: 99}}\n"
@@ -102,12 +102,12 @@ def test_all_probe_fields() -> None:
     ],
 )
 def test_what_is_wrong_is_said_with_its_line(change: tuple[str, str], message: str) -> None:
-    """One message for each slip; the case is then not run."""
+    """There is one message for each mistake, and the case is not run."""
     assert message in error(GOOD.replace(*change))
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
-    """A bad manifest does not hide a bad probe."""
+    """A wrong manifest does not hide a wrong probe."""
     text = error(GOOD.replace("kind: Pod", "kind: Prod").replace("expect: allow", "expect: maybe"))
     assert "Prod" in text
     assert "expect" in text
@@ -115,14 +115,14 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just text\n", "", "a: [\n"])
 def test_what_is_no_case_is_invalid(text: str) -> None:
-    """A file that was named as a case must be one."""
+    """A file that is given as a case must be one."""
     loaded = parse(text)
     assert not loaded.cases
     assert [invalid.case for invalid in loaded.invalid] == ["c.yaml"]
 
 
 def test_directories_are_searched(tmp_path: Path) -> None:
-    """By name, hidden files left out; other YAML is noted as skipped, broken YAML is not."""
+    """Files are sorted by name, without hidden ones. Other YAML is skipped with a note, broken YAML is an error."""
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "two.yml").write_text(GOOD.replace("good", "two"))
     (tmp_path / "a.yaml").write_text(GOOD.replace("good", "one"))
@@ -138,7 +138,7 @@ def test_directories_are_searched(tmp_path: Path) -> None:
 
 
 def test_case_that_cannot_be_looked_at_is_invalid(tmp_path: Path) -> None:
-    """A link to nothing is a case that was not run, and is told."""
+    """A link to a missing file counts as a case that was not run, and is reported."""
     (tmp_path / "a.yaml").write_text(GOOD)
     (tmp_path / "b.yaml").symlink_to("nowhere.yaml")
     loaded = load_cases([tmp_path])
@@ -147,6 +147,6 @@ def test_case_that_cannot_be_looked_at_is_invalid(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_there_is_invalid(tmp_path: Path) -> None:
-    """It is said which."""
+    """The error names the file."""
     (invalid,) = load_cases([tmp_path / "none.yaml"]).invalid
     assert "none.yaml: cannot be read" in invalid.error

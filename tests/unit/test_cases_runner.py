@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The runner: what probes mean in packets, what is counted, and what a disagreement of engines looks like."""
+"""The runner: the packets of a probe, the counts, and disagreements of engines."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def packets(probe: str) -> list[Packet]:
 
 
 def test_an_address_decides_the_family() -> None:
-    """Of a pod with both."""
+    """The address decides for a pod with both families."""
     (packet,) = packets("from: ns/dual, to: 'fd00::9', protocol: TCP, port: 80")
     assert packet == Packet(ip_address("fd00::2"), ip_address("fd00::9"), 6, 40000, 80)
     (packet,) = packets("from: 10.0.0.9, to: ns/dual, protocol: UDP, port: 53, srcPort: 7")
@@ -68,7 +68,7 @@ def test_an_address_decides_the_family() -> None:
 
 
 def test_two_pods_with_both_families_are_probed_with_both() -> None:
-    """ICMP belongs to one of them."""
+    """An ICMP probe has only one of the families."""
     versions = [packet.source.version for packet in packets("from: ns/dual, to: ns/twin, protocol: TCP, port: 80")]
     assert versions == [4, 6]
     for protocol, version, icmp_type in (("ICMP", 4, 8), ("ICMPv6", 6, 128)):
@@ -77,7 +77,7 @@ def test_two_pods_with_both_families_are_probed_with_both() -> None:
 
 
 def test_numbered_protocols_have_no_ports() -> None:
-    """Type and code are of ICMP."""
+    """Only ICMP has type and code."""
     (packet,) = packets("from: ns/four, to: ns/dual, protocol: 47")
     assert (packet.source_port, packet.destination_port, packet.icmp_type) == (0, 0, 0)
     (packet,) = packets("from: ns/four, to: ns/dual, protocol: 1, icmpType: 3, icmpCode: 1")
@@ -94,7 +94,7 @@ def test_numbered_protocols_have_no_ports() -> None:
     ],
 )
 def test_a_probe_of_nothing_makes_its_case_invalid(ends: str, message: str) -> None:
-    """It is listed, not run, and nothing crashes."""
+    """The case is listed and not run, and the run continues."""
     report = run_cases(cases(ends + ", protocol: TCP, port: 80, expect: allow"))
     assert (report.cases, report.probes, report.failed) == (0, 0, [])
     assert message in report.invalid[0].error
@@ -102,7 +102,7 @@ def test_a_probe_of_nothing_makes_its_case_invalid(ends: str, message: str) -> N
 
 
 def test_host_network_pods_are_their_host() -> None:
-    """By name, by address where no Node has it, and as the target of a translation."""
+    """Such a pod is meant by its name, by its address if no Node has it, and as the target of a translation."""
     (case,) = cases(
         "from: ns/hostly, to: ns/four, protocol: TCP, port: 80, expect: allow",
         "from: 172.16.0.7, to: ns/four, protocol: TCP, port: 80, expect: allow",
@@ -118,7 +118,7 @@ def test_host_network_pods_are_their_host() -> None:
 
 
 def test_the_report_counts_and_names() -> None:
-    """A probe of two families fails when one of them does; the rule that decided is named."""
+    """A probe of two families fails if one of them does. The deciding rule is named."""
     report = run_cases(
         cases(
             "from: ns/four, to: ns/dual, protocol: TCP, port: 80, expect: allow",
@@ -152,7 +152,7 @@ def test_the_report_counts_and_names() -> None:
 
 
 def test_steps_of_a_sequence_run_in_order_where_the_first_of_them_stands() -> None:
-    """Whatever the order of the files."""
+    """The order of the files does not matter."""
     probe = "from: ns/four, to: ns/dual, protocol: TCP, port: 80, expect: allow"
 
     def one(name: str, sequence: str = "") -> Case:
@@ -170,7 +170,7 @@ def test_steps_of_a_sequence_run_in_order_where_the_first_of_them_stands() -> No
 
 
 class Contrary(ModelEngine):
-    """Answers as the model does, except for one field of what one rule allows."""
+    """An engine that answers like the model, except for one field of packets that one rule allows."""
 
     def __init__(self, change: dict[str, object]) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ OTHER_CAUSE = Cause(CauseKind.PROFILE, Direction.INGRESS, profile="x", index=1, 
 def test_engines_that_disagree_are_a_failure(
     monkeypatch: pytest.MonkeyPatch, change: dict[str, object], got: str
 ) -> None:
-    """In verdict, rule, staged verdict or log, even where each would be as expected."""
+    """They may differ in verdict, rule, staged verdict or log, even if each is as expected."""
 
     @contextlib.contextmanager
     def open_engine(name: str) -> Iterator[Engine]:
@@ -219,7 +219,7 @@ def test_engines_that_disagree_are_a_failure(
 
 @pytest.mark.parametrize("slug", [NOT_JUDGED, NetpolError.slug])
 def test_a_packet_that_an_engine_does_not_judge_is_a_failure(monkeypatch: pytest.MonkeyPatch, slug: str) -> None:
-    """It is shown, and the run goes on; so it does when the engine has a fault."""
+    """The packet is shown and the run continues, also if the engine has a fault."""
 
     class Mute(ModelEngine):
         def decide(self, question: Question) -> Verdict:
@@ -246,7 +246,10 @@ def test_a_packet_that_an_engine_does_not_judge_is_a_failure(monkeypatch: pytest
 
 @pytest.mark.parametrize("protocol", sorted(IPV6_HEADERS))
 def test_headers_of_ipv6_are_protocols_over_ipv4_alone(protocol: int) -> None:
-    """Between ends of both families the probe is of IPv4; over IPv6 alone the case is not valid, and others are run."""
+    """Between pods of both families, the probe is only of IPv4.
+
+    Over IPv6 alone the case is not valid; the others run.
+    """
     both = cases(f"from: ns/dual, to: ns/dual, protocol: {protocol}, expect: allow")
     (probe,) = both.cases[0].probes
     world = derive(both.cases[0].resources)
@@ -260,7 +263,7 @@ def test_headers_of_ipv6_are_protocols_over_ipv4_alone(protocol: int) -> None:
 
 
 def test_a_world_an_engine_refuses_makes_the_case_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A limit exceeded, for example."""
+    """For example, if a limit is exceeded."""
 
     class Refusing(ModelEngine):
         def load(self, world: World, names: Collection[str] = ()) -> None:  # noqa: ARG002
@@ -276,7 +279,7 @@ def test_a_world_an_engine_refuses_makes_the_case_invalid(monkeypatch: pytest.Mo
 
 
 def test_a_reason_is_shown_in_words() -> None:
-    """Where no rule decided."""
+    """A verdict without a rule shows its reason as text."""
     report = run_cases(cases("from: ns/four, to: ns/four, protocol: TCP, port: 80, expect: deny"))
     assert report.failed[0].rule == HopReason.TO_ITSELF.value
     assert report.failed[0].location == "c.yaml:15"

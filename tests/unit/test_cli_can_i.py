@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl can-i` asks for exactly the rights that the admission policy checks."""
+"""`netpolctl can-i` queries exactly the rights that the admission policy checks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILE = Path(__file__).resolve().parents[2] / "deploy" / "chart" / "admission" / 
 
 
 class Rights:
-    """Grants what a set says: (verb, resource, namespace, name)."""
+    """A server that grants the rights in a set: (verb, resource, namespace, name)."""
 
     def __init__(self) -> None:
         self.granted: set[tuple[str, str, str, str]] = set()
@@ -75,7 +75,7 @@ CREATE = ("create", "networkpolicies", "db", "--tier", "security", "-n", "shop")
 
 
 def test_all_rights_are_asked_for(rights: Rights, kubeconfig: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The plain one, the tier's, and either of the virtual resource's."""
+    """The plain right, the right to the tier, and the two alternatives for the virtual resource."""
     rights.granted = set(ALL)
     code, answer = ask(kubeconfig, capsys, *CREATE)
     assert (code, answer["allowed"]) == (0, True)
@@ -87,7 +87,7 @@ def test_all_rights_are_asked_for(rights: Rights, kubeconfig: str, capsys: pytes
 def test_each_missing_right_is_named(
     rights: Rights, kubeconfig: str, capsys: pytest.CaptureFixture[str], missing: tuple[str, str, str, str]
 ) -> None:
-    """One of the two rights to the virtual resource is enough."""
+    """One of the two rights to the virtual resource suffices."""
     rights.granted = ALL - {missing}
     code, answer = ask(kubeconfig, capsys, *CREATE)
     assert answer["allowed"] == missing[1].startswith("tier.")
@@ -101,7 +101,7 @@ def test_each_missing_right_is_named(
 def test_without_the_admission_policy_plain_rights_decide(
     rights: Rights, kubeconfig: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And the answer says so; where it may not be read, it is supposed."""
+    """The answer says so. If the policy may not be read, it is assumed to exist."""
     rights.granted = {("create", "networkpolicies", "shop", "db")}
     rights.admission = 404
     code, answer = ask(kubeconfig, capsys, *CREATE)
@@ -114,7 +114,7 @@ def test_without_the_admission_policy_plain_rights_decide(
 
 
 def test_reads_are_plain_rights(rights: Rights, kubeconfig: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """No tier is asked for."""
+    """No right to a tier is queried."""
     rights.granted = {("list", "globalnetworkpolicies", "", "")}
     code, answer = ask(kubeconfig, capsys, "list", "GlobalNetworkPolicy", "--tier", "security")
     assert (code, answer["notes"]) == (0, [NO_READS])
@@ -122,7 +122,7 @@ def test_reads_are_plain_rights(rights: Rights, kubeconfig: str, capsys: pytest.
 
 
 def test_patch_needs_update_in_the_tier(rights: Rights, kubeconfig: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """As the admission policy has it."""
+    """The admission policy requires the same."""
     ask(kubeconfig, capsys, "patch", "stagednetworkpolicies", "-n", "shop")
     assert {one[:2] for one in rights.asked} == {
         ("patch", "stagednetworkpolicies"),
@@ -132,7 +132,7 @@ def test_patch_needs_update_in_the_tier(rights: Rights, kubeconfig: str, capsys:
 
 
 def test_text_says_yes_or_no_first(rights: Rights, kubeconfig: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Then each right."""
+    """The other lines show each right."""
     rights.granted = set()
     assert main(["can-i", *CREATE, "--kubeconfig", kubeconfig]) == 1
     text = capsys.readouterr().out
@@ -141,7 +141,7 @@ def test_text_says_yes_or_no_first(rights: Rights, kubeconfig: str, capsys: pyte
 
 
 def test_server_that_gives_no_answer_is_exit_code_4(rights: Rights, kubeconfig: str) -> None:
-    """No answer is neither yes nor no."""
+    """Without an answer, the result is neither yes nor no."""
     rights.answer = 401
     assert main(["can-i", *CREATE, "--kubeconfig", kubeconfig]) == 4
 
@@ -150,7 +150,7 @@ def test_server_that_gives_no_answer_is_exit_code_4(rights: Rights, kubeconfig: 
     "arguments", [("create", "pods"), ("create", "networkpolicies.networking.k8s.io"), ("eat", "networkpolicies")]
 )
 def test_other_kinds_and_verbs_are_usage(arguments: tuple[str, ...]) -> None:
-    """Those are questions for kubectl."""
+    """Such questions are for kubectl."""
     with pytest.raises(SystemExit) as found:
         main(["can-i", *arguments])
     assert found.value.code == 2
@@ -158,7 +158,7 @@ def test_other_kinds_and_verbs_are_usage(arguments: tuple[str, ...]) -> None:
 
 
 def test_checks_are_those_of_the_admission_policy() -> None:
-    """Its kinds, its verbs, its virtual resource, and both names."""
+    """Kinds, verbs, the virtual resource and both names are the same."""
     policy = next(yaml.safe_load_all(FILE.read_text()))
     assert policy["metadata"]["name"] == POLICY
     (rule,) = policy["spec"]["matchConstraints"]["resourceRules"]

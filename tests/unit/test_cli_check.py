@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl check`: what it prints and how it exits."""
+"""`netpolctl check`: its output and its exit codes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_valid_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """They are printed, and fail only when asked to."""
+    """Warnings are printed. They fail only with an option."""
     file = tmp_path / "a.yaml"
     file.write_text(SUSPICIOUS, encoding="utf-8")
     assert main(["check", str(file)]) == 0
@@ -37,7 +37,7 @@ def test_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_errors_of_all_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit 3; every error with its place; checks of the whole are left out and that is said."""
+    """Exit 3. Every error has its place. Checks of the whole input are left out, with a note."""
     (tmp_path / "a.yaml").write_text(BROKEN, encoding="utf-8")
     (tmp_path / "b.yaml").write_text(f"{SUSPICIOUS}---\nkind: [\n", encoding="utf-8")
     assert main(["check", str(tmp_path)]) == 3
@@ -53,7 +53,7 @@ def test_errors_of_all_files(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One document with figures and problems."""
+    """The output is one document with numbers and problems."""
     file = tmp_path / "a.yaml"
     file.write_text(BROKEN, encoding="utf-8")
     assert main(["check", "-o", "json", str(file)]) == 3
@@ -80,20 +80,20 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """What another program prints can be checked without a file."""
+    """The output of another program can be checked without a file."""
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(BROKEN.encode())))
     assert main(["check", "-"]) == 3
     assert capsys.readouterr().out.startswith("<stdin>:7: error: ")
 
 
 def test_nothing_to_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An empty directory is more likely a wrong path than a wish."""
+    """An empty directory is probably a wrong path."""
     assert main(["check", str(tmp_path)]) == 3
     assert f"no object found in {tmp_path}" in capsys.readouterr().err
 
 
 def test_an_empty_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What `kubectl get networkpolicy -A -o yaml` prints there is valid: a List without items says that there are none."""
+    """The output of `kubectl get networkpolicy -A -o yaml` is valid there: a List that states that it has no items."""
     file = tmp_path / "empty.yaml"
     for text in ("apiVersion: v1\nkind: List\nmetadata: {resourceVersion: ''}\nitems: []\n", "[]\n"):
         file.write_text(text, encoding="utf-8")
@@ -102,7 +102,7 @@ def test_an_empty_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_objects_of_other_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """They are skipped and counted, and the exit code is that of the rest."""
+    """They are skipped and counted. The other objects determine the exit code."""
     other = "---\napiVersion: v1\nkind: ConfigMap\n---\napiVersion: example.com/v1\nkind: Thing\n"
     file = tmp_path / "a.yaml"
     file.write_text(f"{VALID}{other}---\napiVersion: v1\nkind: ConfigMap\n", encoding="utf-8")
@@ -116,7 +116,7 @@ def test_objects_of_other_programs(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_case_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is called what it is, and the command that runs it is named."""
+    """The message says that it is a case file, and names the command that runs it."""
     file = tmp_path / "case.yaml"
     file.write_text("name: 'n'\nmanifests: []\nprobes: []\n", encoding="utf-8")
     assert main(["check", str(file)]) == 3
@@ -128,7 +128,7 @@ def test_a_case_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_what_only_resembles_a_case_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An object that names its kind is read as that kind."""
+    """An object that states its kind is parsed as that kind."""
     file = tmp_path / "object.yaml"
     file.write_text("kind: Pod\nmanifests: []\nprobes: []\n", encoding="utf-8")
     assert main(["check", str(file)]) == 3

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl demo`: what it makes of the agent's answers."""
+"""`netpolctl demo`: its handling of the agent's answers."""
 
 import shutil
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps of an uninstallation, at a server that answers as an API server does."""
+"""The steps of an uninstallation, with a server that answers like an API server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GONE = (404, {"kind": "Status", "code": 404, "message": 'daemonsets.apps "netpol
 
 
 def seen(generation: int, *, observed: int, wanted: int = 0, ready: int = 0) -> tuple[int, dict[str, Any]]:
-    """A DaemonSet; one that its controller has not seen has no status."""
+    """A DaemonSet. One that its controller has not seen has no status."""
     status = (
         {"observedGeneration": observed, "desiredNumberScheduled": wanted, "numberReady": ready} if observed else {}
     )
@@ -27,7 +27,7 @@ def seen(generation: int, *, observed: int, wanted: int = 0, ready: int = 0) -> 
 
 
 def run(step: Any, *answers: tuple[int, Any]) -> tuple[list[str], int]:
-    """Run a step with these answers, one after the other; the requests, and how often it paused."""
+    """Run a step with these answers in order. Returns the requests, and the number of pauses."""
     left = list(answers)
     pauses: list[float] = []
 
@@ -43,7 +43,7 @@ def run(step: Any, *answers: tuple[int, Any]) -> tuple[list[str], int]:
 
 
 def test_agents_are_gone_when_the_api_server_has_them_no_more(capsys: pytest.CaptureFixture[str]) -> None:
-    """The object stays until its last pod has ended: the deletion is a foreground one."""
+    """The deletion is a foreground one, so the object exists until its last pod has ended."""
     targets, pauses = run(end_agents, seen(2, observed=2), seen(2, observed=2), seen(2, observed=2), GONE)
     assert targets == [f"DELETE {PATH}netpol-agent?propagationPolicy=Foreground", *[f"GET {PATH}netpol-agent"] * 3]
     assert pauses == 2
@@ -51,13 +51,13 @@ def test_agents_are_gone_when_the_api_server_has_them_no_more(capsys: pytest.Cap
 
 
 def test_agents_that_are_gone_already(capsys: pytest.CaptureFixture[str]) -> None:
-    """A second try finds nothing to delete."""
+    """The second attempt finds nothing to delete."""
     assert run(end_agents, GONE, GONE)[1] == 0
     assert not capsys.readouterr().err
 
 
 def test_nodes_are_clean_when_all_are_ready(capsys: pytest.CaptureFixture[str]) -> None:
-    """Numbers of a status that the controller wrote before it saw the object count for nothing."""
+    """A status that the controller wrote before it saw the object does not count."""
     answers = (
         seen(1, observed=0),
         seen(1, observed=1, wanted=2),
@@ -84,7 +84,7 @@ def test_nodes_are_clean_when_all_are_ready(capsys: pytest.CaptureFixture[str]) 
     ],
 )
 def test_what_ends_a_step(step: Any, answer: tuple[int, Any], words: str) -> None:
-    """Exit code 4, with the reason."""
+    """The exit code is 4, and the reason is printed."""
     with pytest.raises(UnreachableError, match=words) as caught:
         run(step, answer)
     assert caught.value.exit_code == 4

@@ -61,7 +61,7 @@ def status(kubeconfig: str, capsys: pytest.CaptureFixture[str], policy: str = "s
 def test_status_tells_of_each_node_that_needs_the_policy(
     api: WritableApi, kubeconfig: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A node that has not reported is not in force, although it cannot say so; one that needs nothing is left out."""
+    """A node without a report counts as not in force. A node that does not need the policy is left out."""
     report(api, "n1", "u2/1")
     report(api, "n3")
     code, found = status(kubeconfig, capsys)
@@ -79,7 +79,7 @@ def test_status_tells_of_each_node_that_needs_the_policy(
 
 
 def test_status_prints_what_is_missing(api: WritableApi, kubeconfig: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A line for the policy, and a row for each node that is behind."""
+    """There is a line for the policy, and a row for each node that is behind."""
     report(api, "n1", "u2/1")
     assert main(["status", "--policy", "shop/db", "--kubeconfig", kubeconfig]) == 1
     text = capsys.readouterr().out
@@ -91,7 +91,7 @@ def test_status_prints_what_is_missing(api: WritableApi, kubeconfig: str, capsys
 def test_invalid_policy_is_told_without_reports(
     api: WritableApi, kubeconfig: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command reads the object by the agent's own parser."""
+    """The command parses the object by the agent's own parser."""
     api.objects[PATH]["spec"]["podSelector"] = {"matchExpressions": [{"key": "a", "operator": "Near"}]}
     code, found = status(kubeconfig, capsys)
     assert (code, found["reason"]) == (1, "Invalid")
@@ -105,7 +105,7 @@ def test_invalid_policy_is_told_without_reports(
 def test_what_cannot_be_read_is_an_exit_code(
     api: WritableApi, kubeconfig: str, capsys: pytest.CaptureFixture[str], path: str, code: int, expected: int
 ) -> None:
-    """Nothing is answered from a part."""
+    """Without a complete list there is no answer."""
     report(api, "n1", "u2/1")
     report(api, "n2", "u2/1")
     answer = api._read
@@ -117,7 +117,7 @@ def test_what_cannot_be_read_is_an_exit_code(
 def test_policy_without_a_generation_is_refused(
     api: WritableApi, kubeconfig: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Some aggregated servers count none."""
+    """Some aggregated servers have no generations."""
     del api.objects[PATH]["metadata"]["generation"]
     assert main(["status", "--policy", "shop/db", "--kubeconfig", kubeconfig]) == 3
     assert "generations" in capsys.readouterr().err
@@ -126,7 +126,7 @@ def test_policy_without_a_generation_is_refused(
 def test_wait_ends_when_the_policy_is_in_force(
     api: WritableApi, kubeconfig: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """0 and 1, as the README's exit codes are."""
+    """The exit codes 0 and 1 are those of the README."""
     report(api, "n1", "u2/1")
     command = ["wait", "--for=programmed", "shop/db", "--kubeconfig", kubeconfig]
     assert main([*command, "--timeout", "0"]) == 1
@@ -140,7 +140,7 @@ A, B = (PolicyKey("NetworkPolicy", "shop", name) for name in "ab")
 
 
 def test_wait_looks_at_the_missing_policies_alone() -> None:
-    """With pauses that grow with the cost of a look, and through answers that fail."""
+    """The pauses grow with the cost of a query, and failed queries are repeated."""
     now_s, asked, pauses = 0.0, [], []
 
     def look(key: PolicyKey) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def test_wait_looks_at_the_missing_policies_alone() -> None:
 
 
 def test_wait_ends_with_the_last_failure() -> None:
-    """4: nobody answers; not 1."""
+    """The exit code is 4 and not 1, because no server answers."""
 
     def look(_key: PolicyKey) -> dict[str, Any]:
         raise UnreachableError("away")
@@ -173,7 +173,7 @@ def test_wait_ends_with_the_last_failure() -> None:
 
 
 def test_times_are_read_as_kubectl_reads_them() -> None:
-    """With a unit, or in seconds."""
+    """A time has a unit, or is in seconds."""
     assert [parse_seconds(text) for text in ("0", "30", "30s", "5m", "1h")] == [0, 30, 30, 300, 3600]
     for text in ("", "s", "-1", "1.5", "ten"):
         with pytest.raises(Exception, match="no time"):
@@ -181,6 +181,6 @@ def test_times_are_read_as_kubectl_reads_them() -> None:
 
 
 def test_options_of_a_cluster_go_with_a_policy() -> None:
-    """`status` without a policy asks the agent of this node."""
+    """`status` without a policy queries the agent of this node."""
     assert main(["status", "--kubeconfig", "x"]) == 2
     assert main(["status", "--local"]) == 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl cni`: the plugin's place among others' configurations, which stay valid whatever happens."""
+"""`netpolctl cni`: the plugin's entry in the configurations of others, which always stay valid."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ SINGLE = {"cniVersion": "0.3.1", "name": "pods", **BRIDGE, "x": 1234567890123456
 
 
 def program(comment: str, versions: object = VERSIONS) -> bytes:
-    """A program that says what the plugin would of its versions."""
+    """A program that prints the plugin's supported versions."""
     return f"#!/bin/sh\n# {comment}\necho '{json.dumps({'supportedVersions': versions})}'\n".encode()
 
 
 class Runtime:
-    """A runtime's directories."""
+    """The directories of a container runtime."""
 
     def __init__(self, home: Path) -> None:
         self.bin_dir, self.conf_dir = home / "bin", home / "net.d"
@@ -70,7 +70,7 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runtime:
 
 
 def test_a_list_gets_it_at_its_end(runtime: Runtime) -> None:
-    """The first configuration by name gets the plugin, all else in it stays; done once, it is done."""
+    """The first configuration by name gets the entry, and everything else in it stays. A second run changes nothing."""
     first = runtime.write("10-pods.conflist", CHAIN)
     first.chmod(0o640)
     runtime.write("20-other.conflist", CHAIN)
@@ -89,7 +89,7 @@ def test_a_list_gets_it_at_its_end(runtime: Runtime) -> None:
 
 @pytest.mark.parametrize("plugins", [[BRIDGE, OURS, PORTMAP], [{**OURS, "posture": "open"}, BRIDGE, PORTMAP, OURS]])
 def test_it_is_the_last_one_and_there_once(runtime: Runtime, plugins: list[Any]) -> None:
-    """What another program put behind it, or an older setting, is put right."""
+    """An entry that another program added after ours is corrected, and so is an older setting."""
     runtime.write("10-pods.conflist", {**CHAIN, "plugins": plugins})
     runtime.install()
     assert runtime.read("10-pods.conflist")["plugins"] == [BRIDGE, PORTMAP, OURS]
@@ -97,7 +97,7 @@ def test_it_is_the_last_one_and_there_once(runtime: Runtime, plugins: list[Any])
 
 @pytest.mark.parametrize("suffix", [".conf", ".json"])
 def test_a_single_plugin_becomes_a_list(runtime: Runtime, suffix: str) -> None:
-    """The list says the same and ours; the file that it was made of is kept, and comes back when ours goes."""
+    """The list has the same plugin and ours. The original file is kept, and restored when our entry is removed."""
     before = runtime.write(f"10-pods{suffix}", SINGLE)
     before.chmod(0o600)
     text = before.read_text()
@@ -114,7 +114,7 @@ def test_a_single_plugin_becomes_a_list(runtime: Runtime, suffix: str) -> None:
 
 
 def test_removal_leaves_what_was_there(runtime: Runtime, capsys: pytest.CaptureFixture[str]) -> None:
-    """Ours is out of every list, the program is gone, and a second time there is nothing to do."""
+    """Our entry is removed from every list, and so is the program. A second run has nothing to do."""
     for name in ("10-pods.conflist", "20-other.conflist"):
         runtime.write(name, {**CHAIN, "plugins": [BRIDGE, OURS, PORTMAP]})
     runtime.write("30-foreign.conflist", "{ netpol")
@@ -131,7 +131,10 @@ def test_removal_leaves_what_was_there(runtime: Runtime, capsys: pytest.CaptureF
     "text", ['{"plugins": [{"type": "netpol-cni"}], "name"', json.dumps({**CHAIN, "plugins": [OURS]})]
 )
 def test_what_cannot_be_removed_is_told(runtime: Runtime, capsys: pytest.CaptureFixture[str], text: str) -> None:
-    """A file that cannot be understood, or that would be left without a plugin, stays, and the exit code says so; the rest goes."""
+    """A file that cannot be parsed, or would be left without a plugin, stays, and the exit code shows it.
+
+    All else is removed.
+    """
     runtime.write("10-pods.conflist", text)
     runtime.bin_dir.mkdir()
     (runtime.bin_dir / "netpol-cni").touch()
@@ -160,7 +163,7 @@ def test_what_cannot_be_removed_is_told(runtime: Runtime, capsys: pytest.Capture
     ],
 )
 def test_what_it_cannot_be_put_into(runtime: Runtime, files: dict[str, Any], message: str) -> None:
-    """What others wrote and is not understood stays as it is, and the message names it."""
+    """A file of others that cannot be parsed stays unchanged, and the message names it."""
     for name, document in files.items():
         runtime.write(name, document)
     before = {path.name: path.read_bytes() for path in runtime.conf_dir.iterdir()}
@@ -170,7 +173,7 @@ def test_what_it_cannot_be_put_into(runtime: Runtime, files: dict[str, Any], mes
 
 
 def test_a_conversion_that_was_cut_short(runtime: Runtime) -> None:
-    """An agent that ended between the two steps leaves both files; the next one goes on."""
+    """An agent that ended between the two steps leaves both files. The next one continues."""
     runtime.write("10-pods.conf", SINGLE)
     runtime.install()
     (runtime.conf_dir / "10-pods.conf.netpol-saved").rename(runtime.conf_dir / "10-pods.conf")
@@ -179,7 +182,7 @@ def test_a_conversion_that_was_cut_short(runtime: Runtime) -> None:
 
 
 def test_a_new_version_of_the_program(runtime: Runtime) -> None:
-    """The program is replaced by another file: one that runs is not written into."""
+    """The program is replaced by a new file, because a running program cannot be written to."""
     runtime.write("10-pods.conflist", CHAIN)
     runtime.install()
     before = (runtime.bin_dir / "netpol-cni").stat().st_ino
@@ -202,7 +205,7 @@ def test_a_new_version_of_the_program(runtime: Runtime) -> None:
     ],
 )
 def test_no_program(runtime: Runtime, content: bytes | None, message: str) -> None:
-    """Without a program that runs here nothing is written that names it: every pod's start would fail."""
+    """Without a program that runs here, nothing is written that names it, because every pod's start would fail."""
     runtime.write("10-pods.conflist", CHAIN)
     if content is None:
         installation.PROGRAM.unlink()
@@ -244,7 +247,7 @@ def test_it_follows_others(runtime: Runtime, caplog: pytest.LogCaptureFixture) -
 
 
 def test_it_looks_only_when_something_changed(runtime: Runtime) -> None:
-    """While nothing changes, no file is read."""
+    """While no file changes, none is read."""
     calls: list[int] = []
 
     def put() -> list[Path]:
@@ -259,7 +262,7 @@ def test_it_looks_only_when_something_changed(runtime: Runtime) -> None:
 
 
 def test_commands(runtime: Runtime, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """The options are in the configuration; what was done is printed, as JSON too."""
+    """The options are in the configuration. The actions are printed, also as JSON."""
     runtime.write("10-pods.conflist", CHAIN)
     install_it = [
         "cni",
@@ -286,7 +289,7 @@ def test_commands(runtime: Runtime, capsys: pytest.CaptureFixture[str], tmp_path
 
 
 def test_the_plugin_knows_the_same(runtime: Runtime) -> None:
-    """Versions and bounds are those of the C source."""
+    """Versions and limits are those of the C source."""
     del runtime
     text = SOURCE.read_text()
     newest = re.findall(r'#define NEWEST "([^"]+)"', text)
@@ -299,7 +302,7 @@ def test_the_plugin_knows_the_same(runtime: Runtime) -> None:
 def test_cleanup_takes_it_away(
     runtime: Runtime, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`netpolctl cleanup` removes the plugin before anything else: no pod may wait for an agent that does not come back."""
+    """`netpolctl cleanup` removes the plugin first, because no pod may wait for an agent that does not come back."""
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     runtime.write("10-pods.conflist", CHAIN)
     runtime.install()

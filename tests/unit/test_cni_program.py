@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CNI plugin without a node: its words, its errors, its reader of JSON, all under AddressSanitizer.
+"""The CNI plugin without a node: its output, its errors and its JSON parser, all under AddressSanitizer.
 
-What it does with interfaces is in tests/netns/test_cni_plugin.py.
+tests/netns/test_cni_plugin.py tests its work on interfaces.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ Run = Callable[..., tuple[int, bytes, str]]
 
 @pytest.fixture(scope="module")
 def run(plugin: Path) -> Run:
-    """Run a command; its exit code, what it printed, what it logged."""
+    """Run a command. Returns the exit code, the output and the log."""
 
     def call(command: str, config: Any, /, **environment: str | None) -> tuple[int, bytes, str]:
         text = config if isinstance(config, bytes) else json.dumps(config).encode()
@@ -74,7 +74,7 @@ def run(plugin: Path) -> Run:
 
 
 def error_of(ran: tuple[int, bytes, str]) -> dict[str, Any]:
-    """The error object that a command ended with, and nothing else."""
+    """The error object with which a command ended. It must be the whole output."""
     code, printed, logged = ran
     assert (code, logged) == (1, ""), ran
     error = json.loads(printed)
@@ -87,7 +87,7 @@ def error_of(ran: tuple[int, bytes, str]) -> dict[str, Any]:
 
 
 class Agent:
-    """A control socket that gives one answer to every question, None: hangs up; and what it was asked."""
+    """A control socket with one answer to every request (None: it disconnects). It records the requests."""
 
     def __init__(self, path: Path, answer: bytes | None) -> None:
         self.path, self.answer = path, answer
@@ -119,7 +119,7 @@ class Agent:
 
 @pytest.fixture
 def agent(tmp_path: Path) -> Iterator[Callable[[bytes | None], Agent]]:
-    """Starts an agent that gives an answer."""
+    """A function that starts an agent with an answer."""
     started: list[Agent] = []
 
     def start(answer: bytes | None) -> Agent:
@@ -140,7 +140,7 @@ def status_config(agent: Agent, **fields: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("text", [b"", b'{"cniVersion": "1.0.0"}'])
 def test_version(run: Run, text: bytes) -> None:
-    """VERSION names all versions, in that of whoever asks, with no other variable than the command."""
+    """VERSION lists all versions, in the version of the caller. It needs only the variable with the command."""
     code, printed, _ = run("VERSION", text, **dict.fromkeys(ENVIRONMENT))
     assert code == 0
     assert json.loads(printed) == {"cniVersion": "1.0.0" if text else "1.1.0", "supportedVersions": VERSIONS}
@@ -149,7 +149,7 @@ def test_version(run: Run, text: bytes) -> None:
 @pytest.mark.parametrize("command", ["ADD", "CHECK", "DEL", "GC", "STATUS", "VERSION"])
 @pytest.mark.parametrize("version", ["2.0.0", "0.2.0", "1.1", "", None, 1, "1.0.0\u0000"])
 def test_an_unknown_version(run: Run, command: str, version: Any) -> None:
-    """Every command ends with code 1 for a version that is not known, and for none."""
+    """For an unknown or missing version, every command ends with code 1."""
     assert error_of(run(command, {**CONFIG, "cniVersion": version}))["code"] == 1
 
 
@@ -161,7 +161,7 @@ def test_a_command_that_is_newer_than_the_version(run: Run, command: str, versio
 
 @pytest.mark.parametrize("command", ["DEL", "GC"])
 def test_what_has_nothing_to_undo(run: Run, command: str) -> None:
-    """DEL and GC succeed without a word: no agent, no namespace, no result and no pod's name is needed."""
+    """DEL and GC succeed without output. They need no agent, namespace, result or pod name."""
     config = {"cniVersion": "1.1.0", "name": "pods", "cni.dev/valid-attachments": []}
     assert run(command, config, CNI_NETNS=None, CNI_ARGS=None) == (0, b"", "")
 
@@ -191,7 +191,7 @@ def test_what_has_nothing_to_undo(run: Run, command: str) -> None:
     ],
 )
 def test_a_bad_environment(run: Run, command: str, environment: dict[str, str | None]) -> None:
-    """A missing or impossible value in the environment ends with code 4."""
+    """A missing or invalid value in the environment ends with code 4."""
     assert error_of(run(command, CONFIG, **environment))["code"] == 4
 
 
@@ -222,21 +222,21 @@ def test_a_bad_environment(run: Run, command: str, environment: dict[str, str | 
     ],
 )
 def test_a_bad_configuration(run: Run, change: dict[str, Any], code: int) -> None:
-    """What the configuration may not say ends ADD and CHECK, whatever the posture; the last row is a good one without a namespace."""
+    """An invalid configuration ends ADD and CHECK in any posture. The last row is a valid one without a namespace."""
     for command in ("ADD", "CHECK"):
         for posture in ({}, {"posture": "open"}):
             assert error_of(run(command, {**CONFIG, **posture, **change}))["code"] == code
 
 
 def test_a_field_twice(run: Run) -> None:
-    """A field that occurs twice is an error, since other programs might take the other value."""
+    """A repeated field is an error, because other programs might use its other value."""
     text = json.dumps(CONFIG)[:-1].encode() + rb', "posture": "closed", "p\u006fsture": "open"}'
     assert error_of(run("ADD", text))["code"] == 7
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{", b'{"a":1}x', b"\xff", b"nul", b"[" * 100_000, b" " * (2 << 20)])
 def test_what_is_no_configuration(run: Run, text: bytes) -> None:
-    """Anything but one JSON object ends with code 6."""
+    """Any text except one JSON object ends with code 6."""
     assert error_of(run("ADD", text))["code"] == 6
 
 
@@ -244,7 +244,7 @@ def test_what_is_no_configuration(run: Run, text: bytes) -> None:
 
 
 def test_status(run: Run, agent: Callable[[bytes | None], Agent]) -> None:
-    """STATUS succeeds when the agent is ready; it asks for nothing else."""
+    """STATUS succeeds if the agent is ready, and needs nothing else."""
     ready = agent(b'{"in_force":true}\n')
     assert run("STATUS", status_config(ready)) == (0, b"", "")
     assert [json.loads(one) for one in ready.asked] == [{"op": "ready"}]
@@ -267,7 +267,7 @@ def test_status(run: Run, agent: Callable[[bytes | None], Agent]) -> None:
     ],
 )
 def test_an_agent_that_does_not_say_yes(run: Run, agent: Callable[[bytes | None], Agent], answer: bytes) -> None:
-    """Any other answer is none: an error at once where the posture is closed, a line in the log where it is open."""
+    """Any other answer counts as none: an error at once if the posture is closed, a line in the log if it is open."""
     other = agent(answer)
     assert error_of(run("STATUS", status_config(other)))["code"] == 50
     assert len(other.asked) == 1
@@ -277,7 +277,7 @@ def test_an_agent_that_does_not_say_yes(run: Run, agent: Callable[[bytes | None]
 
 
 def test_an_agent_that_hangs_up(run: Run, agent: Callable[[bytes | None], Agent]) -> None:
-    """An agent that goes, and one that has no room, are asked again."""
+    """If the agent disconnects, or has no room, the plugin asks again."""
     for answer in (None, b'{"error":"there are too many connections","slug":"unreachable"}\n'):
         other = agent(answer)
         assert error_of(run("STATUS", status_config(other)))["code"] == 50
@@ -285,7 +285,7 @@ def test_an_agent_that_hangs_up(run: Run, agent: Callable[[bytes | None], Agent]
 
 
 def test_the_agents_reason_is_told(run: Run, agent: Callable[[bytes | None], Agent]) -> None:
-    """What the agent says is in the error's details, harmless whatever is in it."""
+    """The agent's reason is in the error's details, escaped whatever it contains."""
     other = agent(b'{"error":"not yet:\\u001b[1m\\n\\"db\\" \xc3\xa9","slug":"usage"}\n')
     assert error_of(run("STATUS", status_config(other)))["details"].startswith('not yet:\x1b[1m\n"db" ')
     _, _, logged = run("STATUS", status_config(other, posture="open"))
@@ -294,7 +294,7 @@ def test_the_agents_reason_is_told(run: Run, agent: Callable[[bytes | None], Age
 
 
 def test_no_agent(run: Run, tmp_path: Path) -> None:
-    """Without an agent STATUS says so, and names the socket."""
+    """Without an agent STATUS reports this, and names the socket."""
     config = {"cniVersion": "1.1.0", "name": "pods", "type": "netpol-cni", "socket": str(tmp_path / "none.sock")}
     error = error_of(run("STATUS", config))
     assert error["code"] == 50
@@ -306,7 +306,7 @@ def test_no_agent(run: Run, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def read(plugin: Path) -> Callable[[list[bytes]], list[bytes]]:
-    """What the plugin's reader makes of texts, in the notation of cni_json.c."""
+    """The plugin's parse results for texts, in the notation of cni_json.c."""
     built = plugin.with_name("json")
     sources = [Path(__file__).with_name("cni_json.c"), ROOT / "cni" / "json.c"]
     subprocess.run(["cc", *SANITIZE.split(), "-I", ROOT / "cni", "-o", built, *sources], check=True)
@@ -321,13 +321,13 @@ def read(plugin: Path) -> Callable[[list[bytes]], list[bytes]]:
 
 
 class Text(str):
-    """A number or a word, as it was written."""
+    """A number or word as it was written."""
 
     __slots__ = ()
 
 
 def expected(text: bytes) -> bytes:
-    """The output that cni_json.c must write, by Python's JSON reader and the plugin's stricter rules."""
+    """The expected output of cni_json.c, by Python's JSON parser and the plugin's stricter rules."""
 
     def refuse(_word: str) -> None:
         raise ValueError
@@ -371,7 +371,7 @@ PIECES = [
 
 
 def mutated(source: random.Random, text: bytes) -> bytes:
-    """A text with some bytes gone, doubled, changed or put in."""
+    """A text with some bytes removed, doubled, changed or inserted."""
     draft = bytearray(text)
     for _ in range(source.randint(1, 4)):
         at = source.randint(0, len(draft))
@@ -389,7 +389,10 @@ def mutated(source: random.Random, text: bytes) -> bytes:
 
 
 def test_the_reader_agrees(read: Callable[[list[bytes]], list[bytes]]) -> None:
-    """Accepted is what Python accepts, less what is stricter here, with the same values; nothing is read outside of the text."""
+    """The parser accepts what Python accepts, except for stricter rules, with equal values.
+
+    It reads nothing outside the text.
+    """
     source = random.Random(1)
     texts = [
         *SEEDS,
@@ -402,14 +405,14 @@ def test_the_reader_agrees(read: Callable[[list[bytes]], list[bytes]]) -> None:
     assert len(found) == len(texts)
     wanted = [expected(text) for text in texts]
     for text, line, want in zip(texts, found, wanted, strict=True):
-        if b"\\u0000" not in text:  # which no string of C holds
+        if b"\\u0000" not in text:  # a C string cannot have this character
             assert line == want, text
     accepted = sum(line != b"no" for line in found)
     assert len(texts) // 10 < accepted < len(texts)
 
 
 def test_the_readers_bounds(read: Callable[[list[bytes]], list[bytes]]) -> None:
-    """As many values as the reader has room for are accepted, one more is not."""
+    """The parser accepts as many values as it has room for, and no more."""
     full = b"[" + b",".join([b"1"] * (16384 - 1)) + b"]"
     line, more = read([full, full[:-1] + b",1]"])
     assert line == b"[" + b"1 " * (16384 - 1) + b"]"
@@ -417,7 +420,7 @@ def test_the_readers_bounds(read: Callable[[list[bytes]], list[bytes]]) -> None:
 
 
 def test_the_plugin_never_breaks(run: Run) -> None:
-    """Whatever the configuration is, the end is success or one error object: never a signal, never a sanitizer's report."""
+    """For any configuration the result is success or one error object, and never a signal or a sanitizer's report."""
     source = random.Random(2)
     text = json.dumps({**CONFIG, "cniVersion": "1.1.0", "socket": "/nonexistent/s", "timeout": 1}).encode()
     codes: dict[int, int] = {}
@@ -430,7 +433,7 @@ def test_the_plugin_never_breaks(run: Run) -> None:
 
 
 def test_any_environment(run: Run) -> None:
-    """Nor does the environment break it, whatever is in it."""
+    """The same holds for any environment."""
     source = random.Random(3)
     values: Mapping[str, str] = ENVIRONMENT
     for _ in range(RUNS):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled file: what is in it comes out again, and nothing is used that others could have written or that does not fit."""
+"""The compiled file is read back as written. One that does not fit, or that others could write, is not used."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ COMPILED = Compiled("ab" * 32, "x86_64", "BCC 0.26.0", ("np_config", "np_call"),
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """One that only this user can write into."""
+    """A directory into which only this user can write."""
     tmp_path.chmod(0o755)
     return tmp_path
 
 
 def find(directory: Path, **changes: str | None) -> Compiled | None:
-    """Look for COMPILED, or for something that differs from it."""
+    """Look for COMPILED, or with different values."""
     wanted: dict[str, str | None] = {
         "digest": COMPILED.digest,
         "machine": COMPILED.machine,
@@ -45,7 +45,7 @@ def find(directory: Path, **changes: str | None) -> Compiled | None:
 
 
 def test_a_saved_file_is_found(directory: Path) -> None:
-    """What was saved is found by its digest, with or without a compiler at hand, and nobody else may write it."""
+    """A saved file is found by its digest, with or without a compiler. Nobody else may write it."""
     path = save_compiled(COMPILED, directory)
     assert stat.S_IMODE(path.stat().st_mode) & 0o022 == 0
     assert load_compiled(path) == COMPILED
@@ -60,13 +60,13 @@ def test_a_saved_file_is_found(directory: Path) -> None:
     ids=lambda one: next(iter(one)),
 )
 def test_what_differs_is_not_used(directory: Path, changes: dict[str, str]) -> None:
-    """Other sources, another machine, or another compiler than the one that is here."""
+    """The sources, the machine or the compiler differ."""
     save_compiled(COMPILED, directory)
     assert find(directory, **changes) is None
 
 
 def test_a_renamed_file_is_not_used(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The content decides, not the name."""
+    """The content decides, and not the name."""
     path = save_compiled(COMPILED, directory)
     path.rename(directory / file_name("cd" * 32, COMPILED.machine))
     assert find(directory, digest="cd" * 32) is None
@@ -87,7 +87,7 @@ def test_a_file_that_others_may_write_is_not_used(directory: Path, mode: int, ca
 
 @pytest.mark.parametrize("mode", [0o775, 0o757, 0o1777])
 def test_a_directory_that_others_may_write_is_not_used(directory: Path, mode: int) -> None:
-    """Who may write into the directory can put another file in the place of ours; for saving, too."""
+    """Others could replace the file in such a directory. It is also not used for saving."""
     save_compiled(COMPILED, directory)
     directory.chmod(mode)
     assert find(directory) is None
@@ -98,7 +98,7 @@ def test_a_directory_that_others_may_write_is_not_used(directory: Path, mode: in
 @pytest.mark.skipif(os.geteuid() != 0, reason="giving files away needs root")
 @pytest.mark.parametrize("what", ["file", "directory"])
 def test_what_belongs_to_somebody_else_is_not_used(directory: Path, what: str) -> None:
-    """Neither root's nor ours."""
+    """The file or directory belongs neither to root nor to this user."""
     path = save_compiled(COMPILED, directory)
     os.chown(path if what == "file" else directory, 65534, 65534)
     with pytest.raises(PlatformError, match="belongs to user 65534"):
@@ -106,7 +106,7 @@ def test_what_belongs_to_somebody_else_is_not_used(directory: Path, what: str) -
 
 
 def test_a_pipe_is_not_waited_for(directory: Path) -> None:
-    """What has the name of a compiled file and is none is refused at once."""
+    """A pipe with the name of a compiled file is rejected at once."""
     path = directory / "pipe"
     os.mkfifo(path, 0o600)
     with pytest.raises(PlatformError, match="no regular file"):
@@ -114,7 +114,7 @@ def test_a_pipe_is_not_waited_for(directory: Path) -> None:
 
 
 def test_a_symbolic_link_is_not_followed(directory: Path) -> None:
-    """What it points to may be anybody's."""
+    """The target may belong to anybody."""
     path = save_compiled(COMPILED, directory)
     path.rename(directory / "elsewhere")
     path.symlink_to(directory / "elsewhere")
@@ -135,7 +135,7 @@ def test_a_symbolic_link_is_not_followed(directory: Path) -> None:
     ],
 )
 def test_a_damaged_file_says_so(damage: object, message: str) -> None:
-    """A bit that changed, a file cut short, another format: each is an error with the file's name."""
+    """A changed bit, a truncated file and another format are errors with the file's name."""
     raw = damage(encode_compiled(COMPILED))  # type: ignore[operator]
     with pytest.raises(PlatformError, match=message) as caught:
         decode_compiled(raw, "the/file")
@@ -143,6 +143,6 @@ def test_a_damaged_file_says_so(damage: object, message: str) -> None:
 
 
 def test_encoding_loses_nothing() -> None:
-    """Every field comes back."""
+    """Every field is the same after decoding."""
     other = dataclasses.replace(COMPILED, compiler="", maps=(), programs={})
     assert decode_compiled(encode_compiled(other), "") == other

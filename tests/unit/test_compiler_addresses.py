@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Addresses, prefixes and the identities they get."""
+"""Addresses, prefixes and their identities."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def network_set(key: str, *nets: str, **labels: str) -> LabelledNets:
 
 
 def watching(*entities: Entity) -> Policy:
-    """A policy for every endpoint whose rules have these sources, so that their terms are in use."""
+    """A policy for every endpoint whose rules have these sources, so that their terms are used."""
     rules = tuple(Rule(Action.ALLOW, index, source=entity) for index, entity in enumerate(entities))
     key = PolicyKey("GlobalNetworkPolicy", "", "watching")
     return Policy(key, "default", 1.0, EVERYTHING, frozenset({Direction.INGRESS}), rules)
@@ -60,18 +60,18 @@ def compiled(*objects: object) -> Compiler:
 
 
 def identity(tables: CompiledTables, address: str) -> int:
-    """The identity that a packet's address gets."""
+    """The identity of a packet's address."""
     return Interpreter(tables).identity_of(ip_address(address))
 
 
 def test_nothing_known_is_the_world_of_its_family() -> None:
-    """No rows at all."""
+    """There are no rows."""
     tables = compiled().tables
     assert (identity(tables, "192.0.2.1"), identity(tables, "2001:db8::1")) == (WORLD_V4, WORLD_V6)
 
 
 def test_pods_with_equal_labels_share_an_identity() -> None:
-    """Names and namespaces make no difference, labels, families and named ports do."""
+    """Names and namespaces make no difference. Labels, families and named ports do."""
     port = NamedPort("http", 6, 80)
     tables = compiled(
         pod("one", "10.0.0.1", "fd00::1", labels={"a": "1"}),
@@ -86,7 +86,7 @@ def test_pods_with_equal_labels_share_an_identity() -> None:
 
 
 def test_all_prefixes_of_a_network_set_share_an_identity() -> None:
-    """A hundred prefixes, one number."""
+    """A hundred prefixes have one number."""
     nets = [f"198.18.{index}.0/24" for index in range(100)]
     tables = compiled(network_set("s", *nets, kind="bad")).tables
     assert len(tables.cidrs) == 100
@@ -95,7 +95,7 @@ def test_all_prefixes_of_a_network_set_share_an_identity() -> None:
 
 
 def test_prefix_has_what_the_prefixes_around_it_have() -> None:
-    """The longest match answers for all; equal content is one identity, however it came about."""
+    """The longest match decides alone. Equal content is one identity, whatever its origin."""
     tables = compiled(
         network_set("outer", "10.0.0.0/8", which="outer"),
         network_set("inner", "10.1.0.0/16", which="inner"),
@@ -108,7 +108,7 @@ def test_prefix_has_what_the_prefixes_around_it_have() -> None:
 
 
 def test_exact_address_includes_its_prefixes() -> None:
-    """Also the one of its own length; a pod in a net is told from its twin outside."""
+    """This includes a prefix of the address's own length. A pod in a net differs from an equal one outside."""
     outside, inside, own = "192.0.2.1", "10.0.0.1", "10.0.0.2"
     tables = compiled(
         pod("outside", outside, labels={"a": "1"}),
@@ -122,7 +122,7 @@ def test_exact_address_includes_its_prefixes() -> None:
 
 
 def test_default_route_of_a_network_set_has_a_row() -> None:
-    """Everything else is then that set, of its family only, and every other address has it too."""
+    """All other addresses of its family then belong to the set, and every known address does, too."""
     before = compiled(pod("p", "10.0.0.1"))
     alone = before.tables.identities[identity(before.tables, "10.0.0.1")]
     tables = compiled(pod("p", "10.0.0.1"), network_set("all", "0.0.0.0/0", who="anyone")).tables
@@ -132,13 +132,13 @@ def test_default_route_of_a_network_set_has_a_row() -> None:
 
 
 def test_default_route_of_a_rule_needs_no_row() -> None:
-    """It is a family, not a prefix."""
+    """Such a rule is about a family, and needs no prefix."""
     tables = compiled(pod("p", "10.0.0.1"), watching(Entity(nets=(ip_network("0.0.0.0/0"),)))).tables
     assert len(tables.cidrs) == 0
 
 
 def test_nets_of_rules_are_stored_while_a_local_endpoint_has_the_rule() -> None:
-    """Rules that share a list share the prefixes; the last one takes them away."""
+    """Rules with equal lists share the prefixes. With the last rule they are removed."""
     nets = (ip_network("192.0.2.0/24"), ip_network("198.51.100.0/24"))
     compiler = compiled(pod("p", "10.0.0.1"), watching(Entity(nets=nets), Entity(nets=nets[::-1])))
     assert {net for net, _ in compiler.tables.cidrs.items()} == set(nets)
@@ -149,7 +149,7 @@ def test_nets_of_rules_are_stored_while_a_local_endpoint_has_the_rule() -> None:
 
 
 def test_nodes_and_backends_are_known_addresses() -> None:
-    """A node by its labels, a backend by the services that rules speak of."""
+    """A node is known by its labels, a backend by the services in rules."""
     service = ServiceBackends("n", "s", frozenset({Backend(ip_address("10.9.0.1"), 6, 80)}))
     node = ClusterNode("node", {"zone": "a"}, (ip_address("172.16.0.1"),))
     unused = compiled(pod("p", "10.0.0.1"), service, node).tables
@@ -161,7 +161,7 @@ def test_nodes_and_backends_are_known_addresses() -> None:
 
 
 def test_address_of_a_local_endpoint_names_it() -> None:
-    """For anti-spoofing; a workload goes before a host, a remote endpoint has no number."""
+    """The row is for anti-spoofing. A workload comes before a host. A remote endpoint has no number."""
     here, away = pod("here", "10.0.0.1"), pod("away", "10.0.0.2")
     host = Endpoint(EndpointKey("HostEndpoint", "", "h"), EndpointKind.HOST, {}, (ip_address("10.0.0.1"),))
     compiler = Compiler(lambda endpoint: endpoint.key != away.key)
@@ -174,7 +174,7 @@ def test_address_of_a_local_endpoint_names_it() -> None:
 
 
 def test_shared_address_has_the_owners_of_all() -> None:
-    """And of those that are left when one goes."""
+    """After the removal of one owner, it has the others."""
     compiler = compiled(
         pod("one", "10.0.0.1", labels={"a": "1"}),
         pod("two", "10.0.0.1", labels={"b": "1"}),
@@ -188,7 +188,7 @@ def test_shared_address_has_the_owners_of_all() -> None:
 
 
 def test_numbers_of_an_earlier_run_are_kept() -> None:
-    """An identity is known by what it stands for, in whatever order objects come."""
+    """An identity is recognised by its content, whatever the order of objects is."""
     objects = [pod(str(index), f"10.0.0.{index}", labels={"a": str(index)}) for index in range(1, 5)]
     first = compiled(*objects)
     known = {digest: number + 100 for number, digest in first.tables.identities.items()}
@@ -204,7 +204,7 @@ def test_numbers_of_an_earlier_run_are_kept() -> None:
 
 @pytest.mark.parametrize("count", [200])
 def test_prefixes_follow_when_one_around_them_changes(count: int) -> None:
-    """Prefixes and addresses inside are judged anew, those outside keep their rows."""
+    """Prefixes and addresses inside the changed one are computed again. Those outside keep their rows."""
     inner = [f"10.{index}.0.0/16" for index in range(count)]
     compiler = compiled(
         network_set("inner", *inner, a="1"),

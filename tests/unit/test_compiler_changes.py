@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The writes of a commit by phase, and a rejected commit that leaves no trace."""
+"""The writes of a commit by phase, and rejected commits that change nothing."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ INGRESS, EGRESS = Direction.INGRESS, Direction.EGRESS
 
 
 def pod(name: str, address: str, *, node: str = HERE, ports: tuple[NamedPort, ...] = (), **labels: str) -> Endpoint:
-    """A pod on this node unless another is named."""
+    """A pod, on this node by default."""
     key = EndpointKey("Pod", "n", name)
     return Endpoint(
         key, EndpointKind.WORKLOAD, labels, (ip_address(address),), ports=ports, node=node, profiles=("kns.n",)
@@ -54,7 +54,7 @@ def pod(name: str, address: str, *, node: str = HERE, ports: tuple[NamedPort, ..
 
 
 def policy(name: str, *sources: Entity, app: str = "web", ports: Ports | None = None, **fields: Any) -> Policy:
-    """An ingress policy for pods with that app that allows TCP from these sources, on these ports."""
+    """An ingress policy for pods with this app. It allows TCP from these sources on these ports."""
     to = Entity(ports=ports)
     rules = tuple(
         Rule(Action.ALLOW, n, protocol=TCP, source=source, destination=to) for n, source in enumerate(sources)
@@ -66,12 +66,12 @@ def policy(name: str, *sources: Entity, app: str = "web", ports: Ports | None = 
 
 
 def from_app(app: str) -> Entity:
-    """Pods with that app."""
+    """The peer "pods with this app"."""
     return Entity(selector=equals("app", app))
 
 
 def cluster(*objects: Any, limits: Limits | None = None) -> Compiler:
-    """Two local web pods and one db elsewhere, a namespace profile that allows all, and these objects, in force."""
+    """Two local web pods and one remote db, a namespace profile that allows all, and these objects, in force."""
     compiler = Compiler(lambda endpoint: endpoint.node == HERE, limits=limits)
     allow = (Rule(Action.ALLOW, 0),)
     for obj in (
@@ -84,7 +84,7 @@ def cluster(*objects: Any, limits: Limits | None = None) -> Compiler:
 
 
 def commit(compiler: Compiler, *objects: Any) -> Change:
-    """The change that these objects make."""
+    """The change that these objects cause."""
     for obj in objects:
         compiler.upsert(obj)
     return compiler.commit()
@@ -124,7 +124,7 @@ def test_nothing_new_is_no_change() -> None:
 
 
 def test_pod_elsewhere_with_known_labels_is_one_row() -> None:
-    """An address row in the flip, and nothing else."""
+    """The flip has one address row, and nothing else is written."""
     compiler = cluster(policy("p", from_app("db")))
     change = commit(compiler, pod("db-2", "10.0.1.2", node="away", app="db"))
     assert written(change) == {"flip": {"addresses"}}
@@ -134,7 +134,7 @@ def test_pod_elsewhere_with_known_labels_is_one_row() -> None:
 
 
 def test_pod_with_new_labels_gets_its_classes_before_its_address() -> None:
-    """Identity and class rows grow, the address row flips; sets that see nothing special in it have no row."""
+    """Identity and class rows grow, and the address row flips. Sets that do not distinguish it have no row."""
     compiler = cluster(policy("p", from_app("db"), from_app("other")))
     change = commit(compiler, pod("other", "10.0.1.2", node="away", app="other"))
     assert written(change) == {"grow": {"identities", "peer_classes", "verdicts"}, "flip": {"addresses"}}
@@ -145,7 +145,7 @@ def test_pod_with_new_labels_gets_its_classes_before_its_address() -> None:
 
 
 def test_pod_that_goes_is_flipped_away_and_then_cleaned_up() -> None:
-    """Its identity goes with the last address; it was allowed, so open connections are looked at again."""
+    """Its identity is removed with its last address. It was allowed, so open connections are judged again."""
     compiler = cluster(policy("p", from_app("db")))
     before = rows(compiler)
     commit(compiler, pod("db-2", "10.0.1.2", node="away", app="db", extra="yes"))
@@ -158,7 +158,7 @@ def test_pod_that_goes_is_flipped_away_and_then_cleaned_up() -> None:
 
 
 def test_new_pod_that_may_less_than_its_address_did_revokes() -> None:
-    """A net allowed the address; the pod that has it now is denied by its labels."""
+    """A net allowed the address, but the pod that now has it is denied by its labels."""
     net = Entity(nets=(ip_network("10.0.0.0/16"),), not_selector=equals("app", "bad"))
     compiler = cluster(policy("p", net))
     assert not commit(compiler, pod("fine", "10.0.5.1", node="away", app="fine")).revokes
@@ -166,7 +166,7 @@ def test_new_pod_that_may_less_than_its_address_did_revokes() -> None:
 
 
 def test_local_pod_with_a_known_policy_list_shares_the_sets() -> None:
-    """An address row and an endpoint row."""
+    """An address row and an endpoint row are written."""
     compiler = cluster(policy("p", from_app("db")))
     change = commit(compiler, pod("web-3", "10.0.0.3", app="web"))
     assert written(change) == {"flip": {"addresses", "endpoints"}}
@@ -175,7 +175,7 @@ def test_local_pod_with_a_known_policy_list_shares_the_sets() -> None:
 
 
 def test_relabelled_local_pod_flips_both_rows_in_one_phase() -> None:
-    """What others see in it, and what applies to it."""
+    """The rows for others' policy about it, and for its own policy."""
     compiler = cluster(policy("p", from_app("db")))
     change = commit(compiler, pod("web-1", "10.0.0.1", app="db"))
     assert set(change.flip) == {"addresses", "endpoints"}
@@ -186,7 +186,7 @@ def test_relabelled_local_pod_flips_both_rows_in_one_phase() -> None:
 
 
 def test_policy_flips_the_endpoints_it_selects_and_no_other() -> None:
-    """One set for both pods; the addresses are untouched."""
+    """There is one set for both pods. The addresses do not change."""
     compiler = cluster(policy("p", from_app("db")))
     change = commit(compiler, policy("q", from_app("web"), app="other"))
     assert not change
@@ -199,7 +199,7 @@ def test_policy_flips_the_endpoints_it_selects_and_no_other() -> None:
 
 
 def test_wider_policy_revokes_nothing() -> None:
-    """One more source; and the first policy of a pod, which isolates it, does."""
+    """One more source revokes nothing. The first policy of a pod isolates it, so it revokes."""
     compiler = cluster()
     assert commit(compiler, policy("p", from_app("db"))).revokes
     assert not commit(compiler, policy("p", from_app("db"), from_app("web"))).revokes
@@ -207,7 +207,7 @@ def test_wider_policy_revokes_nothing() -> None:
 
 
 def test_nets_are_labelled_before_the_flip_and_unlabelled_after_it() -> None:
-    """The old set and the new one find what they look for, each in its time."""
+    """At each time, the set in force finds the identities that it needs."""
     compiler = cluster(policy("p", Entity(nets=(ip_network("192.0.2.0/24"),))))
     change = commit(compiler, policy("p", Entity(nets=(ip_network("192.0.2.0/25"),))))
     assert change.grow["cidrs"].upserts.keys() == {ip_network("192.0.2.0/25")}
@@ -218,7 +218,7 @@ def test_nets_are_labelled_before_the_flip_and_unlabelled_after_it() -> None:
 
 
 def test_columns_of_sets_in_force_are_written_before_the_atoms() -> None:
-    """A new port splits an atom; the old set's column has the new number in the growing phase."""
+    """A new port splits an atom. The old set's column gets the new number in the growing phase."""
     web, api = Ports(((80, 90),)), Ports(((85, 85),))
     compiler = cluster(policy("p", Entity(), ports=web))
     change = commit(compiler, policy("p", Entity(), ports=api))
@@ -229,7 +229,7 @@ def test_columns_of_sets_in_force_are_written_before_the_atoms() -> None:
 
 
 def test_net_more_or_less_is_one_row() -> None:
-    """The others of the set keep theirs; with other labels all are flipped."""
+    """The other nets of the set keep their rows. With other labels, all rows flip."""
     nets = tuple(ip_network(f"198.18.{index}.0/24") for index in range(50))
     compiler = cluster(LabelledNets("s", {"a": "1"}, nets[:49]))
     assert commit(compiler, LabelledNets("s", {"a": "1"}, nets)).flip["cidrs"].upserts.keys() == {nets[49]}
@@ -238,7 +238,7 @@ def test_net_more_or_less_is_one_row() -> None:
 
 
 def test_new_meaning_of_a_named_port_flips_who_uses_it() -> None:
-    """A pod elsewhere declares the name on another port."""
+    """A remote pod declares the name with another port."""
     named = policy("p", types=frozenset({EGRESS}), ingress=(), egress=(
         Rule(Action.ALLOW, 0, destination=Entity(selector=equals("app", "db"), ports=Ports(names=("sql",)))),
     ))  # fmt: skip
@@ -253,7 +253,7 @@ def test_new_meaning_of_a_named_port_flips_who_uses_it() -> None:
 
 
 def test_backend_that_comes_is_an_address_and_a_port_is_a_policy() -> None:
-    """Membership flips address rows; a port that no backend had yet flips the endpoints."""
+    """A new member flips address rows. A port that no backend had before flips the endpoints."""
 
     def service(*backends: tuple[str, int]) -> ServiceBackends:
         return ServiceBackends(
@@ -270,7 +270,7 @@ def test_backend_that_comes_is_an_address_and_a_port_is_a_policy() -> None:
 
 
 def test_tier_change_concerns_endpoints_with_policies_in_it() -> None:
-    """Its default action is part of their sets."""
+    """The tier's default action is a part of their sets."""
     compiler = cluster(policy("p", from_app("db")))
     assert outcome(compiler, "192.0.2.1") is Outcome.DENY
     change = commit(compiler, PolicyTier("default", 1e6, Action.PASS))
@@ -281,7 +281,7 @@ def test_tier_change_concerns_endpoints_with_policies_in_it() -> None:
 
 
 def test_what_no_packet_reaches_is_no_part_of_a_set() -> None:
-    """Behind a tier that always ends in deny, profiles make no difference, and the rules of a later tier neither."""
+    """After a tier that always ends in deny, neither profiles nor later tiers change the set."""
     compiler = cluster(policy("p", from_app("db")), PolicyTier("late", 2e6))
     assert not commit(compiler, policy("late", Entity(), tier="late"))
     rule = Rule(Action.DENY, 0)
@@ -296,7 +296,7 @@ def test_what_no_packet_reaches_is_no_part_of_a_set() -> None:
 
 
 def test_set_that_outgrows_its_range_moves_before_anything_else() -> None:
-    """More classes than there was room for: the set's copy and the endpoint rows come in the preparing phase."""
+    """There are more classes than room. The set's copy and the endpoint rows are written in the preparing phase."""
     sources = [from_app(f"app-{index}") for index in range(40)]
     compiler = cluster(policy("p", *sources))
     row = compiler.tables.endpoints[EndpointKey("Pod", "n", "web-1")].sets[(INGRESS, Stage.NORMAL)]
@@ -317,7 +317,7 @@ def test_set_that_outgrows_its_range_moves_before_anything_else() -> None:
 
 
 def test_columns_that_get_too_short_move_before_anything_else() -> None:
-    """Another policy's many ports; the set that does not know them keeps its meaning and its other numbers."""
+    """Another policy has many ports. The set that does not use them keeps its meaning and its other numbers."""
     compiler = cluster(policy("p", Entity(), ports=Ports(((80, 80),))), pod("api", "10.0.0.9", app="api"))
     row = compiler.tables.endpoints[EndpointKey("Pod", "n", "web-1")].sets[(INGRESS, Stage.NORMAL)]
     many = tuple(
@@ -334,7 +334,7 @@ def test_columns_that_get_too_short_move_before_anything_else() -> None:
 
 
 def test_everything_is_given_back() -> None:
-    """After the last object no table has a row."""
+    """After the removal of the last object, no table has a row."""
     compiler = cluster(
         policy("p", from_app("db"), Entity(nets=(ip_network("192.0.2.0/24"),))),
         LabelledNets("s", {}, (ip_network("::/0"),)),
@@ -347,7 +347,7 @@ def test_everything_is_given_back() -> None:
 
 
 def test_replace_makes_the_world_what_is_given() -> None:
-    """Changes that were not committed are dropped; an equal object is no change."""
+    """Uncommitted changes are dropped. An equal object is no change."""
     compiler = cluster(policy("p", from_app("db")))
     world = compiler.world
     copy = World(
@@ -380,7 +380,7 @@ def test_replace_makes_the_world_what_is_given() -> None:
     ],
 )  # fmt: skip
 def test_limit_is_named_and_nothing_changes(limits: Limits, objects: tuple[Any, ...], message: str) -> None:
-    """The object, the limit and the figure; afterwards the tables are as before and go on working."""
+    """The error has object, limit and number. The tables stay as before and can be changed again."""
     compiler = cluster(limits=limits)
     before, world = rows(compiler), compiler.canonical()
     with pytest.raises(LimitError, match=message):
@@ -394,7 +394,7 @@ def test_limit_is_named_and_nothing_changes(limits: Limits, objects: tuple[Any, 
 
 
 def test_first_commit_that_is_refused_leaves_an_empty_compiler() -> None:
-    """It can be used as if nothing had been handed over."""
+    """The compiler can be used as if no object had been given."""
     with pytest.raises(LimitError, match="addresses"):
         cluster(limits=Limits(addresses=2))
     compiler = Compiler(limits=Limits(addresses=2))
@@ -408,7 +408,7 @@ def test_first_commit_that_is_refused_leaves_an_empty_compiler() -> None:
 
 
 def test_accident_anywhere_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever step of a commit fails, everything is as before, and the same commit then succeeds."""
+    """Whichever step of a commit fails, everything is as before, and a second try succeeds."""
     before = (
         policy("p", from_app("db"), Entity(nets=(ip_network("192.0.2.0/24"),))),
         LabelledNets("s", {"a": "1"}, (ip_network("10.0.0.0/8"),)),
@@ -428,7 +428,7 @@ def test_accident_anywhere_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> N
     steps = {"left": 0}
 
     class AccidentError(Exception):
-        """Not one of the project's errors."""
+        """An exception that is none of the project's errors."""
 
     original = Journal.assign
 

@@ -45,14 +45,14 @@ V4, V6 = ip_network("0.0.0.0/0"), ip_network("::/0")
 
 
 class Resolutions:
-    """Names and services with fixed meanings."""
+    """Names and services with fixed ports."""
 
     def named(self, selector: Selector | None, name: str) -> Iterable[PortPair]:
-        """Name http is TCP 80 and 8080, and UDP 80; with selector B nothing."""
+        """The name http is TCP 80 and 8080, and UDP 80. With selector B there is none."""
         return () if name != "http" or selector == B else ((TCP, 80), (TCP, 8080), (UDP, 80))
 
     def service(self, namespace: str, name: str) -> Iterable[PortPair]:
-        """Service n/s has TCP 443, UDP 53 and a backend without a port."""
+        """The service n/s has TCP 443, UDP 53, and a backend without a port."""
         return ((TCP, 443), (UDP, 53), (TCP, 0)) if (namespace, name) == ("n", "s") else ()
 
     def domains(self, selector: Selector) -> frozenset[str]:
@@ -72,13 +72,13 @@ def rule(**fields: object) -> Rule:
 
 
 def test_rule_without_clauses_is_one_entry_for_everything() -> None:
-    """No constraint on either side, any family."""
+    """There is no constraint on either side, and any family matches."""
     assert entries(rule()) == (RuleEntry(Effect.ALLOW, CAUSE, ANYONE, ANYONE, ANY_L4, ANY_SOURCE, 0),)
 
 
 @pytest.mark.parametrize("direction", Direction)
 def test_own_side_is_the_destination_of_ingress(direction: Direction) -> None:
-    """And the source of egress."""
+    """On egress it is the source."""
     one = rule(source=Entity(selector=A), destination=Entity(not_selector=B))
     (entry,) = entries(one, direction)
     source = AddressMatch(positive=frozenset({SelectorTerm(A)}))
@@ -108,7 +108,7 @@ def test_own_side_is_the_destination_of_ingress(direction: Direction) -> None:
     ],
 )
 def test_contradiction_is_no_entry(one: Rule) -> None:
-    """What can match nothing leaves nothing."""
+    """A rule that can match nothing has no entries."""
     assert entries(one) == ()
 
 
@@ -121,7 +121,7 @@ def test_family_is_repeated_for_the_peer_only_where_nets_do_not_imply_it() -> No
 
 
 def test_default_route_is_a_family_and_both_are_nothing() -> None:
-    """Also when it is written as two halves."""
+    """This also holds if it is written as two halves."""
     (v4,) = entries(rule(source=Entity(nets=(ip_network("0.0.0.0/1"), ip_network("128.0.0.0/1")))))
     assert v4.peer == AddressMatch(family=4)
     assert entries(rule(source=Entity(nets=(V4, V6)))) == entries(rule())
@@ -130,7 +130,7 @@ def test_default_route_is_a_family_and_both_are_nothing() -> None:
 
 
 def test_default_route_beside_a_net_of_the_other_family() -> None:
-    """Two entries: all of the one, the net of the other."""
+    """There are two entries: the whole family, and the net of the other one."""
     net = ip_network("fd00::/8")
     found = entries(rule(source=Entity(nets=(V4, net))))
     assert {entry.peer for entry in found} == {
@@ -140,7 +140,7 @@ def test_default_route_beside_a_net_of_the_other_family() -> None:
 
 
 def test_nets_are_one_term_whatever_their_order_and_nesting() -> None:
-    """A net inside another adds nothing, so that lists which say the same share an atom."""
+    """A net inside another one adds nothing, so equal lists share an atom."""
     inner, outer, other = (ip_network(text) for text in ("10.1.0.0/16", "10.0.0.0/8", "192.0.2.0/24"))
     (entry,) = entries(rule(source=Entity(nets=(inner, outer, other))))
     assert entry.peer.positive == {NetsTerm(frozenset({outer, other}))}
@@ -148,13 +148,13 @@ def test_nets_are_one_term_whatever_their_order_and_nesting() -> None:
 
 
 def test_nodes_are_a_term_of_their_own() -> None:
-    """Never mixed with the selectors of endpoints."""
+    """It is never combined with selectors of endpoints."""
     (entry,) = entries(rule(destination=Entity(nodes=A)), Direction.EGRESS)
     assert entry.peer.positive == {NodeTerm(A)}
 
 
 def test_icmp_without_protocol_means_either() -> None:
-    """Type and code of ICMP and of ICMPv6; the negation takes the same away."""
+    """It is type and code of ICMP or ICMPv6. The negation excludes both."""
     (entry,) = entries(rule(icmp=IcmpType(3, 1)))
     assert entry.l4 == (*icmp(ICMP, 3, 1), *icmp(ICMPV6, 3, 1))
     (negated,) = entries(rule(not_icmp=IcmpType(3)))
@@ -164,19 +164,19 @@ def test_icmp_without_protocol_means_either() -> None:
 
 
 def test_numeric_ports_are_of_the_protocols_with_ports() -> None:
-    """One entry, also for several ranges."""
+    """There is one entry, also for several ranges."""
     (entry,) = entries(rule(destination=Entity(ports=Ports(((80, 81), (443, 443))))))
     assert entry.l4 == ports(PORT_PROTOCOLS, ((80, 81), (443, 443)))
 
 
 def test_numeric_ports_that_are_excluded_leave_other_protocols() -> None:
-    """A packet without ports is on none of them."""
+    """A packet without ports has none of these ports."""
     (entry,) = entries(rule(destination=Entity(not_ports=Ports(((0, 65535),)))))
     assert entry.l4 == WITHOUT_PORTS
 
 
 def test_named_port_is_an_entry_for_each_resolution() -> None:
-    """The rule's protocol restricts them; the term keeps the entity's selector."""
+    """The rule's protocol restricts the ports. The term keeps the peer's selector."""
     found = entries(
         rule(protocol=TCP, destination=Entity(selector=A, ports=Ports(((22, 22),), ("http",)))), Direction.EGRESS
     )
@@ -189,7 +189,7 @@ def test_named_port_is_an_entry_for_each_resolution() -> None:
 
 
 def test_named_port_that_is_excluded_depends_on_the_address() -> None:
-    """On its ports the address must not declare it, on all others nothing is asked."""
+    """On these ports the address must not declare the name. On all other ports there is no condition."""
     found = entries(rule(destination=Entity(not_ports=Ports(names=("http",)))), Direction.EGRESS)
     by_negative = {entry.peer.negative: entry.l4 for entry in found}
     pairs = ((TCP, 80), (TCP, 8080), (UDP, 80))
@@ -202,7 +202,7 @@ def test_named_port_that_is_excluded_depends_on_the_address() -> None:
 
 
 def test_source_ports_are_a_dimension_of_their_own() -> None:
-    """Ranges restrict the protocol to those with ports; a name restricts it to the one it is declared with."""
+    """Ranges restrict the protocol to those with ports. A name restricts it to the declared protocol."""
     (entry,) = entries(rule(source=Entity(ports=Ports(((53, 53),)))))
     assert entry.source == ((53, 53),)
     assert entry.l4 == WITH_PORTS
@@ -213,7 +213,7 @@ def test_source_ports_are_a_dimension_of_their_own() -> None:
 
 
 def test_source_ports_that_are_excluded() -> None:
-    """For each protocol its own remaining ports; protocols without ports are not restricted."""
+    """Each protocol with ports has its remaining ports. Other protocols are not restricted."""
     found = entries(rule(source=Entity(not_ports=Ports(((1, 10),), ("http",)))))
     free = {(each.l4, each.source) for each in found if not each.peer.negative}
     assert free == {
@@ -230,7 +230,7 @@ def test_source_ports_that_are_excluded() -> None:
 
 
 def test_service_by_address_and_by_triple() -> None:
-    """With ports each (protocol, port) is an entry, except a backend without a port."""
+    """With ports, each (protocol, port) is an entry. A backend without a port has none."""
     (plain,) = entries(rule(source=Entity(service=BackendMatch("n", "s", match_ports=False))))
     assert plain.peer.positive == {ServiceTerm("n", "s")}
     found = entries(rule(destination=Entity(service=BackendMatch("n", "s", match_ports=True))), Direction.EGRESS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interval sets against sets of integers."""
+"""Interval sets, compared with sets of integers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from netpol_ebpf.compiler.intervals import Intervals, contains, difference, inte
 
 
 def members(intervals: Intervals) -> set[int]:
-    """The integers themselves."""
+    """The integers of the set."""
     return {value for first, last in intervals for value in range(first, last + 1)}
 
 
@@ -26,12 +26,12 @@ def members(intervals: Intervals) -> set[int]:
     ],
 )
 def test_equal_sets_have_one_representation(pairs: list[tuple[int, int]], expected: Intervals) -> None:
-    """Order, overlap, adjacency and empty pairs leave no trace."""
+    """Order, overlap, adjacency and empty pairs do not matter."""
     assert normalise(pairs) == expected
 
 
 def test_operations_are_those_of_sets() -> None:
-    """Intersection, difference and membership on many small random sets."""
+    """Intersection, difference and membership are right on many small random sets."""
     chance = random.Random(1)
     for _ in range(500):
         left, right = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Protocol and port predicates, and the atoms they make."""
+"""Predicates on protocols and ports, and their atoms."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from netpol_ebpf.policy.types import ICMP, ICMPV6, SCTP, TCP, UDP
 
 
 def space(limits: Limits | None = None) -> AtomSpace:
-    """An empty destination line."""
+    """An empty line of destination ports."""
     return AtomSpace(ANY_L4, 0, ATOM_BLOCKS, limits or Limits())
 
 
 def at(number: int, port: int = 0) -> int:
-    """The position of a packet of a protocol with ports, or of any other protocol."""
+    """The position of a packet, of a protocol with or without ports."""
     slot = PROTOCOL_SLOT.get(number)
     return OTHER_BLOCK * 256 + number if slot is None else slot * 65536 + port
 
 
 def test_predicates_are_where_the_tables_look() -> None:
-    """Slots of 256 blocks of 256, and one block for the other protocols."""
+    """There are slots of 256 blocks of 256, and one block for the other protocols."""
     assert protocol(UDP) == ((65536, 131071),)
     assert protocol(47) == ((OTHER_BLOCK * 256 + 47, OTHER_BLOCK * 256 + 47),)
     assert ports((TCP, SCTP), ((80, 81),)) == ((80, 81), (2 * 65536 + 80, 2 * 65536 + 81))
@@ -50,7 +50,7 @@ def test_predicates_are_where_the_tables_look() -> None:
 
 
 def test_everything_makes_no_atom() -> None:
-    """A predicate that every packet fulfils does not cut."""
+    """A predicate that matches every packet splits nothing."""
     atoms, journal = space(), Journal()
     atoms.acquire(ANY_L4, journal)
     assert not atoms.is_stale
@@ -58,7 +58,7 @@ def test_everything_makes_no_atom() -> None:
 
 
 def test_atoms_are_what_predicates_tell_apart() -> None:
-    """Two overlapping ranges make three atoms beside the rest; equal signatures share a number wherever they are."""
+    """Two overlapping ranges make three atoms and the rest. Equal signatures share a number."""
     atoms, journal = space(), Journal()
     low, high = ports((TCP,), ((80, 89), (200, 209))), ports((TCP,), ((85, 95),))
     for predicate in (low, high):
@@ -76,7 +76,7 @@ def test_atoms_are_what_predicates_tell_apart() -> None:
 
 
 def test_a_block_goes_when_it_is_all_zeros_again() -> None:
-    """After the last predicate no block has a row."""
+    """After the removal of the last predicate, no block has a row."""
     atoms, journal = space(), Journal()
     atoms.acquire(protocol(TCP), journal)
     assert len(atoms.partition(journal).blocks) == 256
@@ -88,7 +88,7 @@ def test_a_block_goes_when_it_is_all_zeros_again() -> None:
 
 
 def test_source_ports_have_their_own_blocks() -> None:
-    """The source line begins at its own slot."""
+    """The line of source ports begins at its own slot."""
     sources, journal = AtomSpace(ANY_SOURCE, SOURCE_BLOCK, 256, Limits()), Journal()
     sources.acquire(((300, 300),), journal)
     split = sources.partition(journal)
@@ -97,7 +97,7 @@ def test_source_ports_have_their_own_blocks() -> None:
 
 
 def test_numbers_that_stay_mean_the_same_to_predicates_that_stay() -> None:
-    """Random changes, added first and removed later: a kept number, and a new one through its parent, tell the old classes."""
+    """After random changes (additions first), a kept number, and a new one through its parent, have the old classes."""
     chance = random.Random(3)
     pool = [
         ports((TCP, UDP), ((first, first + chance.randrange(1, 400)),)) for first in chance.sample(range(1, 2000), 12)
@@ -148,7 +148,7 @@ def test_rollback_restores_the_partition() -> None:
 
 
 def test_too_many_atoms_are_refused() -> None:
-    """The limit is named."""
+    """The error names the limit."""
     atoms, journal = space(Limits(atoms=4)), Journal()
     for port in range(1, 9, 2):
         atoms.acquire(ports((TCP,), ((port, port),)), journal)

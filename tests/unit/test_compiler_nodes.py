@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which node an address is on, and which nodes have numbers."""
+"""The node of an address, and the nodes with numbers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ HERE = "here"
 
 
 def compiler(*objects: Endpoint | ClusterNode, limits: Limits | None = None) -> Compiler:
-    """Of the node HERE, with these objects in force."""
+    """A compiler for the node HERE, with these objects in force."""
     one = Compiler(lambda endpoint: endpoint.node == HERE, limits=limits)
     change(one, *objects)
     return one
 
 
 def change(one: Compiler, *objects: Endpoint | ClusterNode) -> None:
-    """Put these in force as well."""
+    """Put these objects in force, too."""
     for each in objects:
         one.upsert(each)
     one.commit()
@@ -41,7 +41,7 @@ def node(name: str, *addresses: str) -> ClusterNode:
 
 
 def node_of(one: Compiler, address: str) -> str | None:
-    """Name of the node that the row of an address says, None: it says none."""
+    """The name of the node in the row of an address; None: the row has none."""
     row = one.tables.addresses[ip_address(address)]
     assert not (row.node and row.endpoint)
     names = {number: name for name, number in one.tables.nodes.items()}
@@ -50,7 +50,10 @@ def node_of(one: Compiler, address: str) -> str | None:
 
 
 def test_address_elsewhere_is_on_its_node() -> None:
-    """Workloads, hosts and the node itself; what is here has its own number, what is on no node none."""
+    """This holds for workloads, hosts and the node itself.
+
+    A local address has its own number, one without a node none.
+    """
     one = compiler(
         node("there", "172.16.0.2"), node(HERE, "172.16.0.1"), endpoint("far", "there", "10.0.0.2", "fd00::2"),
         endpoint("host", "there", "172.16.0.9", kind=EndpointKind.HOST), endpoint("near", HERE, "10.0.0.1"),
@@ -64,7 +67,7 @@ def test_address_elsewhere_is_on_its_node() -> None:
 
 
 def test_rows_follow_workloads_that_move() -> None:
-    """To another node, to this one, and away from all."""
+    """They move to another node, to this one, and away."""
     one = compiler(node("a", "172.16.0.1"), node("b", "172.16.0.2"), endpoint("pod", "a", "10.0.0.1"))
     for place in ("b", HERE, "a", None, "b"):
         change(one, endpoint("pod", place, "10.0.0.1"))
@@ -74,7 +77,7 @@ def test_rows_follow_workloads_that_move() -> None:
 
 
 def test_rows_follow_nodes() -> None:
-    """That come after their workloads, lose their addresses, and come again: with a number that nobody had."""
+    """Nodes come after their workloads, lose their addresses, and come again with a new number."""
     one = compiler(endpoint("pod", "a", "10.0.0.1"), endpoint("other", "b", "10.0.0.2"), node("b", "172.16.0.2"))
     numbers = set()
     for addresses in (("172.16.0.1",), (), ("172.16.0.9", "fd00::9"), ()):
@@ -94,7 +97,7 @@ def test_rows_follow_nodes() -> None:
 
 
 def test_nodes_that_share_an_address_are_not_told_apart() -> None:
-    """Neither has a number while both have it: the object of one machine under two names."""
+    """Two Node objects of one machine. Neither has a number while both have the address."""
     one = compiler(
         node("old", "172.16.0.1"), node("b", "172.16.0.2"), endpoint("pod", "old", "10.0.0.1"),
         endpoint("next", "new", "10.0.0.2"), endpoint("other", "b", "10.0.0.3"),
@@ -107,7 +110,7 @@ def test_nodes_that_share_an_address_are_not_told_apart() -> None:
 
 
 def test_address_of_two_nodes_is_on_none() -> None:
-    """Two workloads claim it, on different nodes; on one node they agree."""
+    """Two workloads on different nodes have it. On one node there is no conflict."""
     one = compiler(node("a", "172.16.0.1"), node("b", "172.16.0.2"), endpoint("x", "a", "10.0.0.1"))
     for place, found in (("b", None), ("a", "a")):
         change(one, endpoint("y", place, "10.0.0.1"))
@@ -115,7 +118,7 @@ def test_address_of_two_nodes_is_on_none() -> None:
 
 
 def test_refused_change_leaves_numbers_as_they_were() -> None:
-    """A commit that exceeds a limit takes nothing from a node and gives it nothing."""
+    """A commit that exceeds a limit changes no numbers of nodes."""
     one = compiler(node("a", "172.16.0.1"), endpoint("pod", "a", "10.0.0.1"), limits=Limits(addresses=3))
     before = one.canonical()
     with pytest.raises(LimitError):
@@ -127,7 +130,7 @@ def test_refused_change_leaves_numbers_as_they_were() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_any_history_gives_the_same_tables(seed: int) -> None:
-    """Nodes and workloads come, move and go in any order; what is left says what a fresh compiler says."""
+    """Nodes and workloads are added, moved and removed in any order. The result is that of a new compiler."""
     chance = random.Random(seed)
     one, left = compiler(), {}
     for _ in range(60):

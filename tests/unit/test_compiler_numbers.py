@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers and ranges: handed out, given back, taken back."""
+"""Numbers and ranges: allocation, release, and rollback."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from netpol_ebpf.compiler.numbers import QUARANTINE, NumberPool, Ranges
 
 
 def test_freed_number_waits_while_fresh_ones_are_to_be_had() -> None:
-    """A number given back is not the next one."""
+    """A released number is not the next one."""
     numbers, journal = NumberPool(1, 10_000), Journal()
     first = numbers.take(journal)
     assert first == 1
@@ -21,7 +21,7 @@ def test_freed_number_waits_while_fresh_ones_are_to_be_had() -> None:
 
 
 def test_freed_numbers_are_used_before_none_are_left() -> None:
-    """At the limit the one freed longest ago comes back, then there is nothing."""
+    """At the limit the oldest released number is reused. Without one there is nothing."""
     numbers, journal = NumberPool(1, 3), Journal()
     assert [numbers.take(journal) for _ in range(3)] == [1, 2, 3]
     assert numbers.take(journal) is None
@@ -31,7 +31,7 @@ def test_freed_numbers_are_used_before_none_are_left() -> None:
 
 
 def test_rollback_forgets_what_was_taken_and_given_back() -> None:
-    """After a rollback the same numbers come in the same order."""
+    """After a rollback the same numbers are allocated in the same order."""
     numbers, journal = NumberPool(1, 4), Journal()
     kept = [numbers.take(journal) for _ in range(3)]
     assert kept == [1, 2, 3]
@@ -45,7 +45,7 @@ def test_rollback_forgets_what_was_taken_and_given_back() -> None:
 
 
 def test_reserved_number_is_not_handed_out() -> None:
-    """Numbers of an earlier run are left out until they are given back."""
+    """Numbers of an earlier run are not allocated until they are released."""
     numbers, journal = NumberPool(1, 3), Journal()
     assert numbers.keep({"here": 2}) == {"here": 2}
     assert [numbers.take(journal) for _ in range(3)] == [1, 3, None]
@@ -54,14 +54,14 @@ def test_reserved_number_is_not_handed_out() -> None:
 
 
 def test_number_of_several_or_out_of_range_is_not_kept() -> None:
-    """Whatever an earlier run is said to have left, what comes gets a number of its own."""
+    """A new owner gets a number of its own, whatever an earlier run left."""
     numbers, journal = NumberPool(1, 3), Journal()
     assert numbers.keep({"a": 2, "b": 2, "c": 3, "d": 0, "e": 4, "f": -1}) == {"c": 3}
     assert [numbers.take(journal) for _ in range(3)] == [1, 2, None]
 
 
 def test_ranges_never_overlap_and_join_again() -> None:
-    """Random takes and returns; in the end everything is one gap again."""
+    """After random allocations and releases everything is one gap again."""
     chance = random.Random(2)
     ranges = Ranges(1000)
     held: list[tuple[int, int]] = []
@@ -93,7 +93,7 @@ def test_first_fit() -> None:
 
 
 def test_ranges_are_as_before_after_a_rollback() -> None:
-    """Numbers that a failed commit took and freed are restored."""
+    """Numbers that a failed commit allocated and released are restored."""
     ranges = Ranges(100)
     assert ranges.take(10) == 0
     journal = Journal()

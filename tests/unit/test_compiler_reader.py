@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What compiled tables say of whole classes of packets, in the words that a user's question needs."""
+"""The reader of compiled tables: their content for whole classes of packets, in the terms of users."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ def answers(reader: TableReader, endpoint: EndpointKey = POD, stage: Stage = Sta
 
 
 def test_who_reaches_which_ports_and_which_rule_says_so() -> None:
-    """Two allowed peers by address and label, ports resolved, each with the file and line of its rule; the rest by the end of the tier."""
+    """Two allowed peers, by address and label, with ports and the place of each rule.
+
+    The end of the tier denies the rest.
+    """
     names = ("cluster.yaml", "pods.yaml", "database.yaml", "metrics.yaml", "default-deny.yaml")
     compiler, reader = compiled(derive(load_paths([DEMO / name for name in names]).check()))
     said = {}
@@ -90,7 +93,7 @@ def test_who_reaches_which_ports_and_which_rule_says_so() -> None:
 
 
 def test_addresses_of_a_class_are_networks_too() -> None:
-    """A rule's nets are a class of their own, and what no row describes is named by its family."""
+    """A rule's nets have a class of their own. Addresses without a row are named by their family."""
     nets = (ip_network("192.0.2.0/24"), ip_network("2001:db8::/32"))
     _, reader = compiled(world(policy("p", replace(ALLOW, source=Entity(nets=nets)))))
     allowed, denied = sorted(answers(reader), key=lambda cell: cell.verdict.outcome.value)
@@ -101,7 +104,7 @@ def test_addresses_of_a_class_are_networks_too() -> None:
 
 
 def test_the_content_of_an_identity() -> None:
-    """Labels of who has the address, and the nets and services of rules that it is in."""
+    """The labels of the owners, and the nets and services of rules that have the address."""
     net, service = ip_network("10.0.0.0/8"), BackendMatch("ns", "db", match_ports=True)
     rules = (replace(ALLOW, source=Entity(nets=(net,))), replace(ALLOW, index=1, source=Entity(service=service)))
     objects = world(policy("p", *rules))
@@ -117,7 +120,7 @@ def test_the_content_of_an_identity() -> None:
 
 
 def test_a_staged_policy_shows_in_the_staged_verdict() -> None:
-    """The enforced verdict and its rule beside those that the staged policy would make."""
+    """Beside the enforced verdict and rule are those with the staged policy."""
     enforced = policy("p", ALLOW)
     staged = policy("s", DENY, order=0.5, staged=Staged.SET)
     _, reader = compiled(world(enforced, staged))
@@ -127,7 +130,7 @@ def test_a_staged_policy_shows_in_the_staged_verdict() -> None:
 
 
 def test_source_ports_are_of_protocols_that_have_ports() -> None:
-    """Packets without ports are in the cells with source port 0 alone."""
+    """Packets without ports are only in the cells with source port 0."""
     rule = replace(DENY, source=Entity(ports=Ports(((1, 1023),))))
     _, reader = compiled(world(policy("p", rule, replace(ALLOW, index=1))))
     said = {cell.source_ports: list(protocol_ports(cell.l4)) for cell in answers(reader) if cell.peer.identities}
@@ -139,7 +142,7 @@ def test_source_ports_are_of_protocols_that_have_ports() -> None:
 
 
 def test_icmp_types_are_values_of_their_protocol() -> None:
-    """Type and code as one number; what is whole has none."""
+    """Type and code are one number. A cell with all values has none."""
     rule = Rule(Action.ALLOW, 0, protocol=ICMP, icmp=IcmpType(8, 0))
     _, reader = compiled(world(policy("p", rule)))
     allowed = [cell for cell in answers(reader) if cell.verdict.outcome is Outcome.ALLOW]
@@ -148,7 +151,7 @@ def test_icmp_types_are_values_of_their_protocol() -> None:
 
 
 def test_where_nothing_applies_one_cell_is_everything() -> None:
-    """A stage of a host without policy continues; an endpoint that is not known denies."""
+    """A host's stage without policy continues. An unknown endpoint denies."""
     _, reader = compiled(world(policy("p", ALLOW)))
     (early,) = answers(reader, HOST, Stage.PRE_DNAT)
     assert (early.verdict.outcome, early.verdict.cause.kind) == (Outcome.CONTINUE, CauseKind.NO_MATCH)
@@ -157,7 +160,7 @@ def test_where_nothing_applies_one_cell_is_everything() -> None:
 
 
 def test_the_cell_of_a_packet() -> None:
-    """The peer is the packet's source on ingress and its destination on egress."""
+    """The peer is the source on ingress, and the destination on egress."""
     _, reader = compiled(world(policy("p", replace(ALLOW, destination=Entity(selector=parse("app == 'pod'"))))))
     about = packet("192.0.2.1", "10.0.0.1")
     ingress = reader.policy(POD, Direction.INGRESS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policy sets: who shares one, what the own side costs, how classes come and go; and what tables say of it all."""
+"""Policy sets: which endpoints share one, the cost of the own side, and the life of classes."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ INGRESS, EGRESS = Direction.INGRESS, Direction.EGRESS
 
 
 def endpoint(name: str, *addresses: str, host: bool = False, **fields: Any) -> Endpoint:
-    """A pod, or a host, labelled with its name."""
+    """A pod, or a host, with its name as a label."""
     kind = EndpointKind.HOST if host else EndpointKind.WORKLOAD
     key = EndpointKey("HostEndpoint" if host else "Pod", "" if host else "n", name)
     return Endpoint(key, kind, {"app": name}, tuple(map(ip_address, addresses)), **fields)
 
 
 def policy(name: str, *rules: Rule, **fields: Any) -> Policy:
-    """A global policy for everyone, in ingress."""
+    """A global ingress policy for all endpoints."""
     rules = tuple(replace(rule, index=index) for index, rule in enumerate(rules))
     key = PolicyKey("GlobalNetworkPolicy", "", name)
     return replace(Policy(key, "default", 1.0, EVERYTHING, frozenset({INGRESS}), rules), **fields)
@@ -62,7 +62,7 @@ def allow(**fields: Any) -> Rule:
 
 
 def compiled(*objects: Any) -> Compiler:
-    """A compiler with these objects in force; all endpoints are local."""
+    """A compiler with these objects in force. All endpoints are local."""
     compiler = Compiler()
     for obj in objects:
         compiler.upsert(obj)
@@ -77,7 +77,7 @@ def ingress(compiler: Compiler, name: str, *, host: bool = False, stage: Stage =
 
 
 def ask(compiler: Compiler, name: str, packet: Packet, *, host: bool = False, stage: Stage = Stage.NORMAL) -> Verdict:
-    """The verdict on a packet, which must be the model's."""
+    """The verdict on a packet. It must be the model's."""
     key = EndpointKey("HostEndpoint" if host else "Pod", "" if host else "n", name)
     question = Question(key, INGRESS, stage, packet)
     verdict = Interpreter(compiler.tables).decide(question)
@@ -91,7 +91,7 @@ def tcp(source: str, destination: str, port: int = 80) -> Packet:
 
 
 def test_endpoints_with_equal_lists_share_a_set() -> None:
-    """Whatever their labels and addresses."""
+    """Labels and addresses do not matter."""
     compiler = compiled(
         endpoint("a", "10.0.0.1"), endpoint("b", "10.0.0.2", "fd00::2"), policy("p", allow(protocol=TCP))
     )
@@ -100,7 +100,7 @@ def test_endpoints_with_equal_lists_share_a_set() -> None:
 
 
 def test_own_side_of_a_pod_is_folded_away() -> None:
-    """A rule about the destination holds for one pod and not for the other: two sets, no dimension."""
+    """A rule about the destination matches one pod and not the other. There are two sets without a dimension."""
     rule = allow(destination=Entity(selector=equals("app", "a")))
     compiler = compiled(
         endpoint("a", "10.0.0.1"), endpoint("b", "10.0.0.2"), endpoint("c", "10.0.0.3"), policy("p", rule)
@@ -123,7 +123,7 @@ def test_own_named_port_is_folded_for_both_families_at_once() -> None:
 
 
 def test_own_nets_are_asked_of_the_packet_on_ingress() -> None:
-    """A packet may come for a multicast address; a rule about the pod's own address must not let it in."""
+    """A packet may have a multicast destination, which a rule about the pod's own address must not match."""
     rule = allow(destination=Entity(nets=(ip_network("10.0.0.1/32"),)))
     compiler = compiled(endpoint("a", "10.0.0.1", "fd00::1"), policy("p", rule))
     assert ingress(compiler, "a").own_set != 0
@@ -141,7 +141,7 @@ def test_own_nets_are_asked_of_the_packet_on_ingress() -> None:
     ],
 )
 def test_own_side_that_varies_is_a_dimension(pod: Endpoint, address: str) -> None:
-    """Two own addresses that differ, no own address, or sources it may borrow."""
+    """The pod has two different own addresses, or none, or may borrow sources."""
     rule = allow(destination=Entity(nets=(ip_network("10.0.0.1/32"),)))
     compiler = compiled(pod, policy("p", rule))
     row = ingress(compiler, "a")
@@ -153,7 +153,7 @@ def test_own_side_that_varies_is_a_dimension(pod: Endpoint, address: str) -> Non
 
 
 def test_own_side_of_a_host_is_looked_up_and_grows() -> None:
-    """Forwarded packets have any address on both sides, known today or tomorrow."""
+    """A forwarded packet has any addresses, known now or later."""
     rule = allow(destination=Entity(selector=equals("app", "late")))
     forward = policy("p", rule, apply_on_forward=True)
     compiler = compiled(endpoint("h", host=True), forward)
@@ -166,10 +166,10 @@ def test_own_side_of_a_host_is_looked_up_and_grows() -> None:
 
 
 def test_stage_that_says_nothing_has_no_set() -> None:
-    """A packet goes on without a lookup; a policy of that stage makes one."""
+    """Packets continue without a look-up. A policy of that stage makes a set."""
     compiler = compiled(endpoint("h", "172.16.0.1", host=True))
     row = compiler.tables.endpoints[EndpointKey("HostEndpoint", "", "h")]
-    assert {stage for _, stage in row.sets} == {Stage.NORMAL, Stage.UNTRACKED}  # failsafes
+    assert {stage for _, stage in row.sets} == {Stage.NORMAL, Stage.UNTRACKED}  # failsafes make the untracked sets
     verdict = ask(compiler, "h", tcp("192.0.2.1", "172.16.0.1"), host=True, stage=Stage.PRE_DNAT)
     assert verdict.outcome is Outcome.CONTINUE
     compiler.upsert(policy("p", Rule(Action.DENY, 0), pre_dnat=True, apply_on_forward=True))
@@ -179,7 +179,7 @@ def test_stage_that_says_nothing_has_no_set() -> None:
 
 
 def test_constant_dimensions_cost_nothing() -> None:
-    """No ports and no source ports in the rules: one class of each, and no column."""
+    """If no rule has ports or source ports, there is one class of each, and no column."""
     compiler = compiled(endpoint("a", "10.0.0.1"), policy("p", allow(source=Entity(selector=equals("app", "x")))))
     row = ingress(compiler, "a")
     assert (row.l4_classes, row.source_classes) == (1, 1)
@@ -187,7 +187,7 @@ def test_constant_dimensions_cost_nothing() -> None:
 
 
 def test_source_ports_are_a_dimension_where_a_rule_has_them() -> None:
-    """Only the set that uses them."""
+    """Only the set with such a rule has the dimension."""
     rule = allow(protocol=TCP, source=Entity(ports=Ports(((1000, 2000),))))
     compiler = compiled(endpoint("a", "10.0.0.1"), policy("p", rule))
     row = ingress(compiler, "a")
@@ -198,7 +198,7 @@ def test_source_ports_are_a_dimension_where_a_rule_has_them() -> None:
 
 
 def test_most_identities_are_the_default_class() -> None:
-    """A rule for all pods of the cluster needs a row for the world, not for each identity; nothing else is IPv6 here."""
+    """A rule for all pods needs a row for the world, and not for each identity. Nothing else here is IPv6."""
     rule = allow(source=Entity(selector=EVERYTHING))
     pods = [endpoint(f"p{index}", f"10.0.0.{index}") for index in range(1, 50)]
     compiler = compiled(*pods, policy("p", rule))
@@ -208,7 +208,7 @@ def test_most_identities_are_the_default_class() -> None:
 
 
 def test_a_rule_on_one_family_needs_no_rows() -> None:
-    """A rule on 0.0.0.0/0 is a default class of its own for each family, which identities that come later are in, too."""
+    """A rule on 0.0.0.0/0 makes a default class for each family, which later identities get, too."""
     pods = [endpoint(f"p{index}", f"10.0.0.{index}", f"fd00::{index}") for index in range(1, 10)]
     compiler = compiled(*pods, policy("p", allow(source=Entity(nets=(ip_network("0.0.0.0/0"),)))))
     row = ingress(compiler, "p1")
@@ -221,7 +221,7 @@ def test_a_rule_on_one_family_needs_no_rows() -> None:
 
 
 def test_class_number_is_used_again() -> None:
-    """Label sets that come and go do not make a set grow."""
+    """Added and removed label sets do not make a policy set grow."""
     rules = [allow(source=Entity(selector=equals("app", f"app-{index}"))) for index in range(8)]
     compiler = compiled(endpoint("a", "10.0.0.1"), policy("p", *rules))
     before = ingress(compiler, "a")
@@ -235,7 +235,7 @@ def test_class_number_is_used_again() -> None:
 
 
 def test_log_rules_are_listed_and_named_once() -> None:
-    """A rule that became several entries is one line of the list; the list goes with the policy."""
+    """A rule with several entries is one item of the list. The list is removed with the policy."""
     log = Rule(Action.LOG, 0, protocol=TCP, destination=Entity(ports=Ports(((80, 80),), ("http",))))
     pod = endpoint("a", "10.0.0.1", ports=(NamedPort("http", TCP, 80),))
     compiler = compiled(pod, policy("p", log, allow()))
@@ -248,7 +248,7 @@ def test_log_rules_are_listed_and_named_once() -> None:
 
 
 def test_lists_of_classes_that_are_gone_are_forgotten() -> None:
-    """A set that lives long while label sets come and go does not collect their Log lists."""
+    """A long-lived policy set does not collect the Log lists of removed label sets."""
     logs = [Rule(Action.LOG, 0, source=Entity(selector=equals(f"l{bit}", "1"))) for bit in range(10)]
     compiler = compiled(endpoint("a", "10.0.0.1"), policy("p", *logs, allow()))
     most = 0
@@ -264,7 +264,7 @@ def test_lists_of_classes_that_are_gone_are_forgotten() -> None:
 
 
 def test_staged_policy_shares_the_cell_and_changes_only_the_pending_half() -> None:
-    """It stands for its twin there; the enforced half is as without it."""
+    """The staged policy replaces its enforced twin there. The enforced half is as without it."""
     enforced = policy("p", allow())
     key = PolicyKey("StagedGlobalNetworkPolicy", "", "p")
     staged = replace(policy("p", Rule(Action.DENY, 0)), key=key, staged=Staged.SET, replaces=enforced.key)
@@ -286,7 +286,7 @@ def test_interpreter_says_nothing_of_what_it_does_not_know() -> None:
 
 @pytest.mark.parametrize("table", ["verdicts", "l4_columns", "rules"])
 def test_missing_row_is_an_error_not_a_guess(table: str) -> None:
-    """The interpreter never makes up an answer."""
+    """The interpreter never invents an answer."""
     tables = compiled(endpoint("a", "10.0.0.1"), policy("p", allow(protocol=TCP))).tables
     question = Question(EndpointKey("Pod", "n", "a"), INGRESS, Stage.NORMAL, tcp("192.0.2.1", "10.0.0.1"))
     for key in list(getattr(tables, table)):
@@ -309,7 +309,7 @@ def test_interpreter_sees_changes_of_the_tables() -> None:
 
 
 def test_canonical_form_ignores_numbers_and_history() -> None:
-    """Objects in another order, with detours, are the same; one rule more is not."""
+    """The same objects in another order are equal. One more rule is not."""
     objects: list[Any] = [
         endpoint("a", "10.0.0.1"), endpoint("b", "10.0.0.2", "fd00::2"), endpoint("h", "172.16.0.1", host=True),
         policy("p", allow(protocol=TCP, source=Entity(selector=equals("app", "a")), destination=Entity(ports=Ports(((80, 90),))))),
@@ -331,7 +331,7 @@ def test_canonical_form_ignores_numbers_and_history() -> None:
 
 
 def test_hosts_with_the_same_exceptions_share_their_sets() -> None:
-    """Lists of failsafe ports that are equal are one, wherever they come from; others make sets of their own."""
+    """Equal lists of failsafe ports are shared, whatever their origin. Different lists make sets of their own."""
     hosts = [endpoint(name, f"172.16.0.{last}", host=True, node=name) for last, name in enumerate("abc", 1)]
     compiler = compiled(*hosts)
     assert len({ingress(compiler, name, host=True) for name in "abc"}) == 1
@@ -347,7 +347,7 @@ def test_hosts_with_the_same_exceptions_share_their_sets() -> None:
 
 
 def test_exceptions_that_went_leave_nothing() -> None:
-    """However often they change, the tables are those of a compiler that never knew others."""
+    """After any number of changes, the tables are those of a new compiler."""
     host = endpoint("a", "172.16.0.1", host=True, node="a")
     compiler = compiled(host)
     form = compiler.canonical()
@@ -363,7 +363,7 @@ def test_exceptions_that_went_leave_nothing() -> None:
 
 
 def test_failsafe_ports_and_tunnels_are_marked_in_their_rows() -> None:
-    """The mark is what keeps untracked and pre-DNAT policy from dropping them; no other row has it."""
+    """The mark keeps untracked and pre-DNAT policy from dropping these packets. No other row has it."""
     node = ClusterNode("n", {}, (ip_address("172.16.0.9"),))
     compiler = compiled(endpoint("a", "172.16.0.1", host=True), node, policy("p", allow()))
     marked = {compiler.tables.rules[row.rule].kind for _, row in compiler.tables.verdicts.items() if row.failsafe}

@@ -30,21 +30,22 @@ from tests.vm.run import run_kernel
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A kernel to run. ``steps``: their names, None for all of them."""
+    """A kernel to run. ``steps``: the names of the steps; None: all steps."""
 
     kernel: str
     steps: tuple[str, ...] | None = None
 
 
 CI_RUNS = (Planned("6.1", ("load", "cases")), Planned("5.10"), Planned("6.12", ("load", "cases")))
-"""In this order, the first one without regard to the time. What takes minutes, the demonstration and the upgrade, is left to the whole run."""
+"""The runs in this order; the first one is made even if time is short. The demonstration and the upgrade take minutes,
+so only full runs have them."""
 CI_NAMES = tuple(planned.kernel for planned in CI_RUNS)
 CI_BUDGET_S = 180.0
 EXIT_FAILED = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the chosen kernels; returns the exit code."""
+    """Run the chosen kernels. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.vm", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "kernels", nargs="*", metavar="KERNEL", help=f"{', '.join(kernels.NAMES)}, or the path of a vmlinux"
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt  # guests and their files go on the way out
+    raise KeyboardInterrupt  # guests and their files are removed when the exception is handled
 
 
 def _run_all(runs: Sequence[Planned], options: argparse.Namespace) -> int:
@@ -97,7 +98,10 @@ def _run_all(runs: Sequence[Planned], options: argparse.Namespace) -> int:
     lines: list[str] = []
 
     def run_one(planned: Planned, prepared: Prepared) -> bool:
-        """Whether nothing went wrong; a run that was left out says why, as does with --ci one whose kernel cannot be had."""
+        """Whether the run succeeded.
+
+        A run that is left out prints the reason; with --ci, so does a kernel that is not available.
+        """
 
         def say(text: str) -> None:
             with lock:
@@ -116,7 +120,7 @@ def _run_all(runs: Sequence[Planned], options: argparse.Namespace) -> int:
             return options.ci
         result = run_kernel(kernel, prepared, say, steps=planned.steps, stop=stop)
         lines.append(_summary(planned.kernel, result))
-        if options.record and (result.is_ok or result.has_border):  # what fails there is told, step by step
+        if options.record and (result.is_ok or result.has_border):  # a failed step is in the record, too
             say(f"recorded in {write_result(result).name}")
         return result.is_ok
 
@@ -127,7 +131,7 @@ def _run_all(runs: Sequence[Planned], options: argparse.Namespace) -> int:
                 ended = [pool.submit(run_one, planned, prepared) for planned in runs]
                 are_good = [one.result() for one in ended]
             except BaseException:
-                stop.set()  # guests that run end at once, and those that wait do not begin
+                stop.set()  # running guests end at once, and waiting ones do not start
                 pool.shutdown(cancel_futures=True)
                 raise
     print("\n".join(["", *lines]))

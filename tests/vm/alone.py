@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps of a guest run on the machine where this is started: for kernels that the harness does not boot, such as arm64's.
+"""Run the steps of a guest on another machine, for kernels that the harness does not boot, such as those of arm64.
 
-    python -m tests.vm.alone > REPORT                  there, as root, with the compiled file in place
-    python -m tests.vm.alone --record REPORT           here; ``--source TEXT`` says where the kernel comes from
+    python -m tests.vm.alone > REPORT                  on that machine, as root, with the compiled file installed
+    python -m tests.vm.alone --record REPORT           on this machine; ``--source TEXT``: where the kernel comes from
 
-Needs no compiler there, nor any package but what the agent needs.  NETPOL_TIMEOUT_FACTOR stretches time limits.  A report is one
-JSON document a line; other lines, such as those of a console, are passed over.
+The other machine needs no compiler, and only the packages that the agent needs. NETPOL_TIMEOUT_FACTOR multiplies time
+limits. A report has one JSON document in each line; other lines, such as those of a console, are ignored.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from tests.vm.record import RUNS, Result, current_commit, series_of, today, writ
 from tests.vm.steps import all_steps, choose_steps, read_document
 
 STEPS = ("system", "load", "cases", "demo")
-"""All but the one that needs the tree of an older version."""
+"""All steps except the one that needs the source of an older version."""
 MARK = "netpol-vm-step "
 TIMEOUT_S = 3600.0
 
 
 def run() -> int:
-    """Run the steps and print a line for each; 0 when all exit codes are."""
+    """Run the steps and print a line for each. Returns 0 if all exit codes are 0."""
     codes = []
     for step in choose_steps(all_steps(Path("/nonexistent")), STEPS):
         program = f"import sys; from tests.vm import inside; sys.exit(inside.{step.call}(*{step.arguments!r}))"
@@ -49,12 +49,12 @@ def run() -> int:
 
 
 def read_report(text: str) -> list[dict[str, Any]]:
-    """The records of a report, whatever else the console printed."""
+    """The records of a report. Other lines of the console are ignored."""
     return [json.loads(line[line.index(MARK) + len(MARK) :]) for line in text.splitlines() if MARK in line]
 
 
 def to_result(records: list[dict[str, Any]], source: str) -> Result:
-    """The result that is kept. Raises SystemExit for a report of other sources, or one that lacks a step."""
+    """The result to record. Raises SystemExit if the report is of other sources, or lacks a step."""
     by_name = {record["step"]: record for record in records}
     missing = [name for name in STEPS if name not in by_name]
     if missing:
@@ -79,7 +79,7 @@ def to_result(records: list[dict[str, Any]], source: str) -> Result:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run, or record a report."""
+    """Run the steps, or record a report."""
     parser = argparse.ArgumentParser(prog="python -m tests.vm.alone", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--record", type=Path, metavar="REPORT")
     parser.add_argument("--source", default="not said", metavar="TEXT", help="where the kernel comes from")

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A virtual machine under emulation: QEMU without KVM, this machine's own root file system, a program to run, its report.
+"""An emulated virtual machine: QEMU without KVM, with this machine's root file system. It runs a program and reports.
 
-The guest's report is lines on its second serial port, each with a checksum; the first one is its console.  A serial port needs
-no module, exists in every kernel, and keeps what was written before a crash.
+The report is a sequence of lines on the guest's second serial port, each with a checksum; the first port is the
+console. A serial port needs no module, exists in every kernel, and keeps the text that was written before a crash.
 
-Invariants: nothing of the machine is written but the scratch directory; QEMU and virtiofsd end with this process however that
-ends (their parent's death kills them), and by their own process ids only.
+Invariants: on this machine, only the scratch directory is written. QEMU and virtiofsd end with this process however it
+ends (a signal at their parent's death kills them), and only by their own process ids.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.vm.report import parse_report
 
 QEMU = "qemu-system-x86_64"
 VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")
-"""The C daemon of Debian 12's qemu-system-common; its successor in Rust takes other options and was not tried."""
+"""The C program of Debian 12's qemu-system-common. Its successor in Rust has other options and was not tried."""
 
 MEMORY = "2G"
 CPUS = 2
@@ -38,16 +38,18 @@ POLL_S = 0.05
 CONSOLE_LINES = 25
 
 COMMAND_LINE = "console=ttyS0 quiet loglevel=4 panic=-1 clocksource=hpet random.trust_cpu=on net.ifnames=0"
-"""``panic=-1``: a panic reboots at once, and QEMU ends where it would reboot.  ``clocksource=hpet``: on a busy machine the kernel
-measures the frequency of the time stamp counter wrongly (a clock that ran three times too fast was seen); the HPET states its own."""
+"""The kernel's command line. ``panic=-1``: after a panic the guest reboots at once, and QEMU ends instead of rebooting.
+``clocksource=hpet``: on a busy machine the kernel measures the frequency of the time stamp counter wrongly (a clock was
+seen that ran three times too fast), but the HPET states its own."""
 
 
 class Machine:
-    """One guest, from boot to its end; use it as a context manager.
+    """One guest, from boot to its end. A context manager.
 
-    ``tree``: the copy of the repository that the guest runs, and ``task``: the file for `tests.vm.guest`, both at the same
-    path inside.  ``network``: further options of QEMU, for network devices.  ``stop``: ends the run when it is set.
-    Raises PrivilegeError without root (the root file system is shared whole), PlatformError when a tool is missing or the guest ends without saying so.
+    ``tree``: the copy of the repository that the guest runs. ``task``: the file for `tests.vm.guest`. Both have the
+    same paths in the guest. ``network``: further options of QEMU, for network devices. ``stop``: ends the run when it
+    is set. Raises PrivilegeError without root, because the whole root file system is shared. Raises PlatformError if a
+    tool is missing, or if the guest ends without its last record.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class Machine:
         self.close()
 
     def close(self) -> None:
-        """End QEMU and virtiofsd. Harmless when repeated."""
+        """End QEMU and virtiofsd. Calling it again has no effect."""
         for process in reversed(self._processes):
             process.terminate()
             try:
@@ -95,16 +97,18 @@ class Machine:
         self._processes.clear()
 
     def records(self, timeout_s: float) -> Iterator[dict[str, Any]]:
-        """What the guest reports, as it comes, until its last record; each with QEMU's processor seconds so far, ``cpu_s``.
+        """The guest's records as they arrive, until the last one.
 
-        Raises PlatformError, with the end of the console, when the guest ends before that or the time is over.
+        Each also has QEMU's processor seconds so far, ``cpu_s``.
+
+        Raises PlatformError with the end of the console if the guest ends earlier or the time is over.
         """
         deadline = time.monotonic() + timeout_s
         seen = 0
         while True:
             ended = (
                 self._processes[-1].poll() is not None
-            )  # asked first: what it wrote before its end is then in the file
+            )  # checked before the read, so that everything it wrote before its end is then in the file
             records = parse_report(self._report.read_bytes()) if self._report.exists() else []
             cpu_s = self._cpu_s()
             for record in records[seen:]:
@@ -121,7 +125,7 @@ class Machine:
             time.sleep(POLL_S)
 
     def _cpu_s(self) -> float:
-        """Processor time of QEMU: what a run costs whatever else the machine does."""
+        """The processor time of QEMU, which is the cost of a run whatever else the machine does."""
         try:
             fields = Path(f"/proc/{self._processes[-1].pid}/stat").read_text().rpartition(")")[2].split()
         except FileNotFoundError:
@@ -143,7 +147,8 @@ class Machine:
         initramfs.write_bytes(render_initramfs(self.kernel))
         socket = self._scratch / "root.socket"
         with (self._scratch / "virtiofsd.log").open("wb") as log:
-            # The host's kernel caches for both: a guest that reads a file while somebody changes it may see either.
+            # The host's kernel caches for both. If a file changes while the guest reads it, the guest may see either
+            # content.
             self._spawn(
                 [str(VIRTIOFSD), f"--socket-path={socket}", "-o", "source=/,cache=always,sandbox=chroot"], log, log
             )
@@ -162,7 +167,7 @@ class Machine:
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
-                start_new_session=True,  # a Ctrl-C at the terminal is for this process, which then ends them
+                start_new_session=True,  # a Ctrl-C at the terminal reaches only this process, which then ends them
             )
         )
 
@@ -176,9 +181,9 @@ class Machine:
         append = [COMMAND_LINE, *(f"netpol_{name}={value}" for name, value in settings.items())]
         return [
             QEMU, "-no-user-config", "-nodefaults", "-display", "none", "-no-reboot",
-            "-machine", "q35,memory-backend=memory",  # microvm does not boot these kernels
+            "-machine", "q35,memory-backend=memory",  # the machine type microvm does not boot these kernels
             "-accel", "tcg,thread=multi", "-cpu", "max,la57=off", "-smp", str(CPUS), "-m", MEMORY,
-            "-object", f"memory-backend-memfd,id=memory,size={MEMORY},share=on",  # virtiofsd reads it
+            "-object", f"memory-backend-memfd,id=memory,size={MEMORY},share=on",  # virtiofsd reads this memory
             "-chardev", f"socket,id=root,path={socket}",
             "-device", f"vhost-user-fs-pci,chardev=root,tag={ROOT_TAG}",
             "-serial", f"file:{self._console}", "-serial", f"file:{self._report}",

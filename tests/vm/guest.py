@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guest's program: runs the steps of a task one after another and reports each; knows nothing of what they do.
+"""The guest's program: runs the steps of a task one after another and reports each. It does not know what they do.
 
     python -m tests.vm.guest TASK-FILE
 
-A step calls one function of the task's module (`tests.vm.inside`) in a child process with a time limit, so that one which hangs or dies takes no
-other along.  The child is forked from this process, which has imported the project once: imports take ten seconds and more
-on an emulated processor.
+A step calls one function of the task's module (`tests.vm.inside`) in a child process with a time limit, so that a step
+which hangs or crashes ends no other step. The child is forked from this process, which has imported the project once:
+on an emulated processor, imports take more than ten seconds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STDOUT, STDERR = 1, 2
 
 
 def main() -> int:
-    """Run the task, report, return 0: what the steps' exit codes mean is for the reader to say."""
+    """Run the task and report. Always returns 0: the reader of the report judges the steps' exit codes."""
     began = time.monotonic()
     with REPORT.open("wb", buffering=0) as port:
         tty.setraw(port.fileno(), termios.TCSANOW)
@@ -49,7 +49,7 @@ def main() -> int:
         inside = importlib.import_module(task["module"])
         port.write(render_record({"step": "import", "code": 0, "seconds": round(time.monotonic() - began, 1)}))
         for step in task["steps"]:
-            print(f"guest: {step['name']}", flush=True)  # on the console: it shows what a guest that died was doing
+            print(f"guest: {step['name']}", flush=True)  # on the console: if the guest dies, it names the step
             port.write(render_record(run_step(step, inside)))
         port.write(render_record({"step": "end", "code": 0, "seconds": round(time.monotonic() - began, 1)}))
         termios.tcdrain(port.fileno())
@@ -57,7 +57,10 @@ def main() -> int:
 
 
 def run_step(step: dict[str, Any], inside: Any) -> dict[str, Any]:
-    """Call the step's function, at most ``timeout_s``; its exit code, seconds, output and last words."""
+    """Call the step's function with a limit of ``timeout_s``.
+
+    Returns exit code, seconds, output and the end of the errors.
+    """
     began = time.monotonic()
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         child = os.fork()
@@ -82,7 +85,7 @@ def _be_child(step: dict[str, Any], inside: Any, output: int, errors: int) -> No
         code = getattr(inside, step["call"])(*step["arguments"])
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else RAISED
-    except BaseException:  # noqa: BLE001 - it becomes the step's last words
+    except BaseException:  # noqa: BLE001 - it is part of the step's error output
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -91,7 +94,7 @@ def _be_child(step: dict[str, Any], inside: Any, output: int, errors: int) -> No
 
 
 def _wait(child: int, timeout_s: float) -> int:
-    """The child's exit code; its whole session is ended with it."""
+    """The child's exit code. Its whole session is killed."""
     handle = os.pidfd_open(child)
     try:
         is_over = bool(select.select([handle], [], [], timeout_s)[0])
@@ -106,7 +109,7 @@ def _wait(child: int, timeout_s: float) -> int:
 
 
 def _read(file: Any, last: int) -> str:
-    """The file's text, at most OUTPUT_BYTES from its beginning, or its ``last`` bytes."""
+    """The file's text: at most OUTPUT_BYTES from its beginning, or its ``last`` bytes."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - last) if last else 0)
     text: str = file.read(OUTPUT_BYTES).decode(errors="replace")

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The initial file system of a guest: a static busybox, the modules that reach the root file system, and a script.
+"""The initial file system of a guest: a static busybox, the modules for the root file system, and a script.
 
-The script loads the modules, lays a writable overlay over the machine's own root file system, makes that the root and runs the
-guest's program there.  Nothing the guest writes reaches the machine: the lower layer is mounted read-only.
+The script loads the modules, mounts a writable overlay over this machine's root file system, makes the overlay the
+root, and runs the guest's program there. Nothing that the guest writes reaches this machine, because the lower layer is
+read-only.
 
-`switch_root` and not `chroot`: `ip netns` and bpffs want a root that is a mount point.
+The script uses `switch_root` and not `chroot`, because `ip netns` and bpffs need a root that is a mount point.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from netpol_ebpf.errors import PlatformError
 from tests.vm.kernels import Kernel, modules_in_order, read_module
 
 ROOT_TAG = "machine"
-"""What the guest calls the file system that the machine shares."""
+"""The guest's name for the file system that this machine shares."""
 
 MODULES = ("virtio_pci", "fuse", "virtiofs", "overlay")
-"""What the guest needs before it has a root file system; the modules that these need come along."""
+"""The modules that the guest needs before it has a root file system. The modules that these need are included."""
 
 APPLETS = ("sh", "mount", "mkdir", "insmod", "switch_root", "poweroff", "ip", "uname", "cp")
 DIRECTORY, EXECUTABLE, REGULAR, SYMBOLIC_LINK = 0o040755, 0o100755, 0o100644, 0o120777
@@ -76,7 +77,7 @@ def render_initramfs(kernel: Kernel) -> bytes:
 
 def _busybox() -> bytes:
     found = shutil.which("busybox")
-    # A dynamic one names its loader in a segment of its own.
+    # A dynamically linked busybox has the name of its loader in a segment.
     if found is None or b"ld-linux" in (content := Path(found).read_bytes())[:4096]:
         raise PlatformError("there is no static busybox", hint="apt install busybox-static")
     return content

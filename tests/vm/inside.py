@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the steps of a guest do, in its kernel: each function is one step, prints one JSON document, returns an exit code.
+"""The steps inside a guest's kernel. Each function is one step: it prints one JSON document and returns an exit code.
 
-The one module of the harness that knows the project's commands.  Invariant: a function raises or returns something but 0 when
-what it saw is not what it must be; it never says "skipped".
+Only this module of the harness knows the project's commands. Invariant: if the observation is not as required, a
+function raises an error or returns another code than 0. It never reports "skipped".
 """
 
 from __future__ import annotations
@@ -40,18 +40,21 @@ sys.path.append(str(ROOT / "tests/netns"))  # agent_scene, other_version
 PIN_ROOT = Path("/sys/fs/bpf/netpol-vm")
 EXIT_UNSUPPORTED = 5
 REFUSING = {"doctor": "MISSING", "agent": "error:"}
-"""What the line has in it that says why."""
+"""For each program, the text in the line with its reason."""
 
 
 def system() -> int:
-    """What machine this is."""
+    """Print facts about the machine."""
     found = os.uname()
     return _print({"release": found.release, "version": found.version, "machine": found.machine, "cpus": os.cpu_count(),
                    "python": platform.python_version(), "command_line": Path("/proc/cmdline").read_text().split()[:6]})  # fmt: skip
 
 
 def load() -> int:
-    """Load the program set as an agent does; what the verifier walked, what the JIT made, how interfaces are attached."""
+    """Load the program set as an agent does.
+
+    Prints the verifier's and the JIT's numbers, and the mechanism of attachment.
+    """
     began = time.monotonic()
     dataplane = Dataplane.open(PIN_ROOT)
     seconds = time.monotonic() - began
@@ -75,7 +78,10 @@ def load() -> int:
 
 
 def _verified_by_log(name: str, dataplane: Dataplane) -> int:
-    """Instructions that the verifier walks in a program, told by its log where the kernel keeps no count (before 5.16)."""
+    """The number of instructions that the verifier processes in a program, from its log.
+
+    Kernels before 5.16 do not report it.
+    """
     compiled = compiled_program(keep=False)
     fds = {each: one.fd for each, one in (dataplane.maps | {CALL_MAP: dataplane.programs.calls}).items()}
     log = syscall.empty(syscall.LOG_BYTES)
@@ -88,7 +94,7 @@ def _verified_by_log(name: str, dataplane: Dataplane) -> int:
 
 
 def _test_run_names_interface(dataplane: Dataplane) -> bool:
-    """Whether BPF_PROG_TEST_RUN takes a context that names the packet's interface."""
+    """Whether the context of a BPF_PROG_TEST_RUN may name the packet's interface."""
     try:
         dataplane.test_run(Hook.TC_INGRESS, bytes(64), ingress_ifindex=1)
     except PlatformError:
@@ -97,12 +103,12 @@ def _test_run_names_interface(dataplane: Dataplane) -> bool:
 
 
 def netpolctl(*arguments: str) -> int:
-    """A verb of netpolctl."""
+    """Run a command of netpolctl."""
     return netpolctl_main(list(arguments))
 
 
 def refusal() -> int:
-    """A kernel that is not supported: doctor and agent say so in one line each, and exit with 5."""
+    """On an unsupported kernel, doctor and agent each report this in one line, and exit with 5."""
     seen: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as home:
         agent = [
@@ -125,7 +131,7 @@ def refusal() -> int:
 
 
 def _said(run: Callable[[], int]) -> dict[str, Any]:
-    """Exit code and lines of output of a main function."""
+    """The exit code and the output lines of a main function."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
@@ -136,10 +142,10 @@ def _said(run: Callable[[], int]) -> dict[str, Any]:
 
 
 def succession(older: str) -> int:
-    """An agent of an older version is replaced by this one's, which is then killed and followed by another.
+    """An agent of an older version is replaced by one of this version, which is killed and followed by another one.
 
-    ``older``: the tree of that version.  Through all of it an open connection lives, what policy allows is reached and
-    what it denies is silent, and endpoints keep their numbers.
+    ``older``: the source of the older version. During all this an open connection lives, allowed connections are
+    answered, denied ones are not, and endpoints keep their numbers.
     """
     from agent_scene import lab_for, scene_in
     from other_version import VersionedScene
@@ -189,7 +195,7 @@ def _succession(scene: Any) -> int:
 
 
 class Kept:
-    """What became of each test, and the rows that tests of networks leave; a plugin of pytest."""
+    """A plugin of pytest: the outcome of each test, and the rows that tests of networks record."""
 
     def __init__(self) -> None:
         self.outcomes: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
@@ -204,7 +210,7 @@ class Kept:
 
 
 def _run_tests(*arguments: str) -> tuple[Kept, int]:
-    """Run pytest; what became of the tests, and its exit code."""
+    """Run pytest. Returns the outcomes of the tests, and pytest's exit code."""
     import pytest
 
     kept = Kept()
@@ -215,8 +221,8 @@ def _run_tests(*arguments: str) -> tuple[Kept, int]:
 
 
 def border(name: str) -> int:
-    """The tests of tests/netns/test_NAME.py."""
-    # Nothing asks for it by itself; where it is built in, or not to be had, the tests' own look at its settings says so.
+    """Run the tests of tests/netns/test_NAME.py."""
+    # Nothing loads this module by itself. If it is built in or not available, the tests see that by its settings.
     subprocess.run(["modprobe", "-q", "br_netfilter"], check=False)
     kept, code = _run_tests(f"tests/netns/test_{name}.py", "--maxfail=5", "--durations=10")
     _print(kept.outcomes)
@@ -224,9 +230,11 @@ def border(name: str) -> int:
 
 
 def networks(*worlds: str) -> int:
-    """Real plugins and well-known layouts of networks: the rows of their tests, those that this kernel has no devices for among them.
+    """Run the tests of network plugins and layouts.
 
-    ``worlds``: of test_networks.WORLDS, none: all of them.
+    Prints their rows, including those for which this kernel has no devices.
+
+    ``worlds``: names from test_networks.WORLDS; none: all of them.
     """
     kept, code = _run_tests("tests/netns/test_networks.py", "-k", " or ".join(f"{one}-" for one in worlds))
     _print({**{outcome: len(names) for outcome, names in kept.outcomes.items()}, "rows": kept.rows})
@@ -234,7 +242,7 @@ def networks(*worlds: str) -> int:
 
 
 def _facts(seen: Any) -> Iterator[bool]:
-    """Every truth value in a document."""
+    """Every boolean value in a document."""
     if isinstance(seen, bool):
         yield seen
     elif isinstance(seen, dict):

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels to boot: a name such as 6.1 becomes an uncompressed vmlinux and its modules in the cache.
+"""Provides kernels to boot: a name such as 6.1 becomes an uncompressed vmlinux with its modules, in a cache.
 
-A named kernel comes from Debian's packages, through an apt configuration of its own (sources, lists and state in the cache), so
-the machine's own package lists never change.  A path names a vmlinux that somebody built, with everything it needs built in.
+A named kernel comes from Debian's packages, by an apt configuration of its own (sources, lists and state in the cache),
+so this machine's package lists never change. A path names a vmlinux that was built with everything built in.
 
-Invariants: apt verifies what it downloads; a kernel that is in the cache needs neither network nor apt.
-Must not install anything on the machine, nor boot anything: `tests.vm.emulator` boots.
+Invariants: apt verifies what it downloads. A kernel in the cache needs neither network nor apt. This module must not
+install anything on the machine, and must not boot anything (`tests.vm.emulator` does).
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from pathlib import Path
 from netpol_ebpf.errors import PlatformError, UsageError
 
 NAMES = ("5.10", "6.1", "6.1-rt", "6.12", "6.12-rt", "6.18", "newest", "newest-rt")
-"""The kernels that Debian's packages offer: bullseye, bookworm, trixie, trixie-backports, the newest of all; some real-time."""
+"""The kernels that Debian's packages offer: those of bullseye, bookworm, trixie, trixie-backports, and the newest; some
+are real-time kernels."""
 
 SUITES = ("bullseye", "bookworm", "trixie", "trixie-backports", "sid")
 SECURITY_SUITES = ("bullseye-security", "bookworm-security", "trixie-security")
@@ -35,13 +36,13 @@ KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 MIRROR_VARIABLE = "NETPOL_VM_MIRROR"
 CACHE_VARIABLE = "NETPOL_VM_CACHE"
 DOWNLOAD_TIMEOUT_S = 300.0
-LISTS_AGE_S = 3600.0  # arbitrary: several kernels of one run read the lists once
+LISTS_AGE_S = 3600.0  # arbitrary: all kernels of one run use the same lists
 
 IMAGE_PACKAGE = re.compile(
     r"linux-image-(?P<release>(?P<series>\d+\.\d+)\.[0-9][\w.+~-]*?)-(?P<flavour>cloud|rt)-amd64"
 )
 BACKPORT = re.compile(r"deb1[12]$|\.deb11\.")
-"""A kernel of a newer Debian, rebuilt for an older one: another series has the original."""
+"""Matches a kernel of a newer Debian that was rebuilt for an older one. Another entry has the original."""
 
 ELF = b"\x7fELF"
 SETUP_SECTORS_AT, PAYLOAD_AT = (
@@ -49,16 +50,16 @@ SETUP_SECTORS_AT, PAYLOAD_AT = (
     0x248,
 )  # Documentation/arch/x86/boot.rst: setup_sects, payload_offset and payload_length
 SECTOR_BYTES = 512
-SIZE_BYTES = 4  # scripts/Makefile.lib, size_append: the length of the uncompressed kernel follows the payload of these
+SIZE_BYTES = 4  # the length of the uncompressed kernel follows the payload (scripts/Makefile.lib, size_append)
 DECOMPRESSORS = {b"\x02\x21\x4c\x18": "lz4", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz"}
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A kernel ready to boot.
+    """A kernel that is ready to boot.
 
-    ``name``: what the caller asked for.  ``modules``: the directory of its modules (with modules.dep), None when everything is
-    built in.  ``source``: the package and its version, or "built".
+    ``name``: the name that the caller gave. ``modules``: the directory of its modules (with modules.dep); None if
+    everything is built in. ``source``: the package and its version, or "built".
     """
 
     name: str
@@ -68,19 +69,20 @@ class Kernel:
 
     @property
     def slug(self) -> str:
-        """The name as part of a file name."""
+        """The name, in a form for file names."""
         return self.name if self.name in NAMES else f"{self.vmlinux.parent.name}-built"
 
 
 def cache_dir() -> Path:
-    """Where kernels are kept between runs."""
+    """The directory in which kernels are kept between runs."""
     return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "netpol-vm")
 
 
 def find(name: str, *, refresh: bool = False) -> Kernel:
-    """The kernel of that name or path; downloads it when the cache lacks it, or with ``refresh`` when there is a newer one.
+    """The kernel with this name or path.
 
-    Raises UsageError for a name that is neither known nor a file, PlatformError when it cannot be had.
+    It is downloaded if the cache lacks it, or with ``refresh`` if there is a newer one. Raises UsageError if the name
+    is neither known nor a file. Raises PlatformError if the kernel is not available.
     """
     if "/" in name:
         return _built(Path(name))
@@ -114,14 +116,14 @@ def _built(path: Path) -> Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Mirror:
-    """Where Debian's packages come from; ``security`` is None where the mirror has none that is known."""
+    """A source of Debian's packages. ``security``: None if no security archive is known for the mirror."""
 
     main: str
     security: str | None
 
 
 def find_mirror() -> Mirror:
-    """NETPOL_VM_MIRROR, else the mirror that this machine's own apt uses."""
+    """The mirror in NETPOL_VM_MIRROR, otherwise the mirror of this machine's own apt."""
     if chosen := os.environ.get(MIRROR_VARIABLE):
         return Mirror(chosen, None)
     rows = _run(["apt-get", "indextargets", "--format", "$(ORIGIN)|$(LABEL)|$(REPO_URI)", "Created-By: Packages"])
@@ -137,7 +139,7 @@ def find_mirror() -> Mirror:
 
 
 class Apt:
-    """apt with lists, cache and state of its own below one directory."""
+    """apt with its own lists, cache and state below one directory."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -154,11 +156,11 @@ class Apt:
             "Dir::Cache::pkgcache=pkgcache.bin",
             "Acquire::Languages=none",
             "APT::Architecture=amd64",
-            "APT::Sandbox::User=root",  # the cache is the caller's own, where apt's own user may not write
+            "APT::Sandbox::User=root",  # the cache belongs to the caller, and apt's own user may not write there
         ]
 
     def update(self, mirror: Mirror) -> None:
-        """Read the lists of all suites. Old suites no longer renew their lists, so their age is no error."""
+        """Download the lists of all suites. Lists of old suites are no longer renewed, so their age is no error."""
         for part in ("state", "lists/partial", "cache/archives/partial"):
             (self.directory / part).mkdir(parents=True, exist_ok=True)
         (self.directory / "status").touch()
@@ -172,11 +174,11 @@ class Apt:
         self._stamp.touch()
 
     def age_s(self) -> float:
-        """How old the lists are; infinite when there are none."""
+        """The age of the lists in seconds; infinite if there are none."""
         return time.time() - self._stamp.stat().st_mtime if self._stamp.exists() else math.inf
 
     def names(self, prefix: str) -> list[str]:
-        """All package names that begin so."""
+        """All package names that begin with ``prefix``."""
         return self._call("apt-cache", "pkgnames", prefix).split()
 
     def version(self, package: str) -> str:
@@ -185,7 +187,7 @@ class Apt:
         return next(line.removeprefix("Version: ") for line in shown.splitlines() if line.startswith("Version: "))
 
     def download(self, packages: Iterable[str], directory: Path) -> list[Path]:
-        """The packages' files, verified by apt, in ``directory``."""
+        """Download the packages into ``directory``, verified by apt. Returns their files."""
         self._call("apt-get", "--quiet=2", "download", *packages, cwd=directory)
         return sorted(directory.glob("*.deb"))
 
@@ -195,7 +197,7 @@ class Apt:
 
 
 def choose_package(name: str, packages: Iterable[str]) -> str:
-    """The image package of the newest kernel that ``name`` (one of NAMES) means. Raises PlatformError when there is none."""
+    """The image package of the newest kernel for ``name`` (one of NAMES). Raises PlatformError if there is none."""
     series, _, flavour = name.partition("-")
     found = [
         match
@@ -226,7 +228,7 @@ def _download(name: str, note: Path) -> None:
     if not directory.is_dir():
         directory.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            _unpack(apt, image, Path(scratch)).rename(directory)  # whole or not at all
+            _unpack(apt, image, Path(scratch)).rename(directory)  # atomic
     release = image.removeprefix("linux-image-")
     record = {"vmlinux": f"{directory}/vmlinux", "modules": f"{directory}/lib/modules/{release}", "source": source}
     unfinished = note.with_suffix(".unfinished")
@@ -235,9 +237,9 @@ def _download(name: str, note: Path) -> None:
 
 
 def _unpack(apt: Apt, image: str, scratch: Path) -> Path:
-    """A directory with vmlinux and lib/modules, made of the package's files."""
+    """Make a directory with vmlinux and lib/modules from the package's files."""
     release = image.removeprefix("linux-image-")
-    # From 6.19 on the image package is empty, and these have its parts.
+    # From 6.19 on the image package is empty, and these packages have its parts.
     parts = [f"linux-{part}-{release}" for part in ("base", "binary", "modules")]
     known = set(apt.names("linux-binary-"))
     tree = scratch / "tree"
@@ -251,7 +253,7 @@ def _unpack(apt: Apt, image: str, scratch: Path) -> Path:
     (result / "lib").mkdir()
     modules.rename(result / "lib/modules")
     for config in tree.glob("boot/config-*"):
-        config.rename(result / "lib/modules" / release / "config")  # where newer packages have it
+        config.rename(result / "lib/modules" / release / "config")  # the place of this file in newer packages
     _run(["depmod", "--basedir", str(result), release])
     return result
 
@@ -260,9 +262,9 @@ def _unpack(apt: Apt, image: str, scratch: Path) -> Path:
 
 
 def extract_vmlinux(image: bytes) -> bytes:
-    """The ELF file inside a bzImage: QEMU boots it by PVH, in a fraction of the time that decompressing takes under emulation.
+    """The ELF file inside a bzImage. QEMU boots it by PVH, because decompression takes much longer under emulation.
 
-    Raises PlatformError for an image that is compressed in another way than Debian's are, or when the tool for it is missing.
+    Raises PlatformError if the image is compressed in another way than Debian's are, or if the tool for it is missing.
     """
     offset, length = struct.unpack_from("<II", image, PAYLOAD_AT)
     begin = (image[SETUP_SECTORS_AT] + 1) * SECTOR_BYTES + offset
@@ -291,7 +293,10 @@ def _decompress(tool: str, payload: bytes) -> bytes:
 
 
 def modules_in_order(modules: Path, wanted: Iterable[str]) -> list[Path]:
-    """Files of the wanted modules, each after those it needs; what is built in (or unknown to this kernel) has none."""
+    """The files of the wanted modules, each after the modules that it needs.
+
+    Built-in (or unknown) modules have no file.
+    """
     needs: dict[str, tuple[str, ...]] = {}
     for line in (modules / "modules.dep").read_text().splitlines():
         path, _, rest = line.partition(":")
@@ -311,7 +316,7 @@ def modules_in_order(modules: Path, wanted: Iterable[str]) -> list[Path]:
 
 
 def read_module(path: Path) -> bytes:
-    """The module as the kernel takes it."""
+    """The module in the form that the kernel accepts."""
     raw = path.read_bytes()
     return lzma.decompress(raw) if path.suffix == ".xz" else raw
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/kernels.md, written from the recorded results.
+"""Write docs/kernels.md from the recorded results.
 
     python -m tests.vm.page [--check]
 
-Every figure of the page comes from tests/vm/results by this program.  Must not leave a kernel out in silence: one of WANTED
-without a result is "not run".  Exit code: 0, or 1 with ``--check`` when the page is stale.
+This program writes every figure of the page from tests/vm/results. It must not leave out a kernel: one of WANTED
+without a result is shown as "not run". Exit code: 0, or 1 with ``--check`` if the page is stale.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ PAGE = ROOT / "docs" / "kernels.md"
 NOT_RUN = "not run"
 
 COMPILERS = {"BCC 0.26": "BCC 0.26, LLVM 14", "BCC 0.31": "BCC 0.31, LLVM 19", "BCC 0.37": "BCC 0.37, LLVM 21"}
-"""By the beginning of a compiler's name: the LLVM that Debian 12, 13 and sid build it with, which BCC does not tell itself."""
+"""By the beginning of a compiler's name: its name with the LLVM of Debian 12, 13 and sid, which BCC does not report."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A kernel that the documentation speaks of.
+    """A kernel that the documentation lists.
 
-    ``who``: where the kernel comes from.  ``compilers``: those it must be run with; "any" where one run suffices.
+    ``who``: the distributions that have the kernel. ``compilers``: the compilers with which it must be run; "any": one
+    of them.
     """
 
     series: str
@@ -52,7 +53,8 @@ WANTED = (
     Wanted("6.18", "x86_64", "a long-term kernel", EVERY),
     Wanted("6.12", "aarch64", "Debian 13"),
 )
-"""Each has a row in the table for each of its compilers, run or not; other kernels that were run come after them."""
+"""Each has a row in the table for each of its compilers, whether or not it was run. Other kernels that were run
+follow."""
 
 HEAD = """\
 # Kernels
@@ -82,7 +84,7 @@ HEADER = (
 )
 BORDER_HEADER = ("kernel", *(f"`test_{name}.py`" for name in BORDER), "commit", "date")
 BORDER_WANTED = ("5.15", "6.1", "6.12")
-"""Kernels on which the tests of the border must have run."""
+"""Kernels on which the tests of the border must have been run."""
 BORDER_HEAD = """
 ## Attacks at the border
 
@@ -94,11 +96,11 @@ FEATURES: dict[str, str] = {
     "tcx": "no tcx: programs are attached by clsact",
     "test run names an interface": "BPF_PROG_TEST_RUN cannot name an interface: case files run as frames over a veth pair",
 }
-"""What a kernel may lack, and what happens then."""
+"""Features that a kernel may lack, and the consequence."""
 
 
 def render(results: Collection[Result]) -> str:
-    """The page."""
+    """The whole page."""
     by_kernel: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         by_kernel.setdefault((result.series, result.machine), []).append(result)
@@ -121,7 +123,7 @@ def render(results: Collection[Result]) -> str:
 
 
 def compiler_label(name: str) -> str:
-    """The compiler with its LLVM, where that is known."""
+    """The name of the compiler with its LLVM, if that is known."""
     return next((label for begin, label in COMPILERS.items() if name.startswith(begin)), name)
 
 
@@ -170,7 +172,7 @@ def _kept(result: Result, step: str) -> Any:
 
 
 def _outcome(result: Result, step: str, good: Any) -> str:
-    """What a cell says of a step: ``good`` (a text, or a function of what was kept), or that it failed or was not run."""
+    """The cell of a step: ``good`` (a text, or a function of the record), or that the step failed or was not run."""
     seen = result.steps.get(step)
     if seen is None:
         return NOT_RUN if not result.failure else "FAILED"
@@ -211,7 +213,7 @@ def _detail(key: tuple[str, str], who: str, found: Iterable[Result]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the page, or say whether it is fresh."""
+    """Write the page. With ``--check``, only report whether it is fresh."""
     parser = argparse.ArgumentParser(prog="python -m tests.vm.page", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when the page is stale")
     options = parser.parse_args(argv)

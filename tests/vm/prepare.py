@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a guest needs besides a kernel, made on the machine: a copy of the repository, an older version of it, compiled programs.
+"""Prepares on this machine what a guest needs besides a kernel: copies of the repository and compiled programs.
 
-A copy, because runs take minutes and the repository is edited meanwhile.  Compiled here, because that takes minutes under
-emulation; and a node without a compiler is what the compiled file is for.
-
-Must not write outside the directory it is given and the cache.
+A copy is used because runs take minutes and the repository is edited meanwhile. The programs are compiled here, because
+that takes minutes under emulation; and a node without a compiler is the purpose of the compiled file. This module must
+not write outside the given directory and the cache.
 """
 
 from __future__ import annotations
@@ -45,9 +44,10 @@ print(directory / compiled.file_name(digest, platform.machine()))
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """``tree``: the copy; ``older``: an older version of it; ``compiled``: a directory with the compiled files of both.
+    """The prepared directories.
 
-    ``empty``: a directory with nothing in it.  ``compiler``: what made the file of ``tree``.
+    ``tree``: the copy. ``older``: the source of an older version. ``compiled``: a directory with the compiled files of
+    both. ``empty``: an empty directory. ``compiler``: the compiler of the file of ``tree``.
     """
 
     tree: Path
@@ -58,9 +58,9 @@ class Prepared:
 
 
 def prepare(scratch: Path, compiled: Path | None = None) -> Prepared:
-    """Make all of it in ``scratch``. ``compiled``: a file to use for ``tree`` instead of one made here.
+    """Prepare everything in ``scratch``. ``compiled``: a file to use for ``tree`` instead of compiling.
 
-    Raises NetpolError, and not its subclass for what a machine lacks, when something does not compile.
+    Raises NetpolError if something does not compile. Its subclass PlatformError is only for what the machine lacks.
     """
     tree, older = scratch / "tree", scratch / "older"
     tree.mkdir()
@@ -79,7 +79,8 @@ def prepare(scratch: Path, compiled: Path | None = None) -> Prepared:
         shutil.copy(file, directory)
     if compiled is not None:
         shutil.copy(compiled, directory / files[0].name)
-    # Bytecode is made here: an emulated processor would compile every module at each start of an agent.
+    # The bytecode is made here, because an emulated processor would otherwise compile every module at each start of an
+    # agent.
     subprocess.run(
         [sys.executable, "-m", "compileall", "-q", str(tree), str(older)], check=True, stdout=subprocess.DEVNULL
     )
@@ -90,7 +91,7 @@ def prepare(scratch: Path, compiled: Path | None = None) -> Prepared:
 
 
 def run_python(tree: Path, program: str, argument: Path) -> str:
-    """Run a program on the modules of a tree; what it printed."""
+    """Run a program with the modules of a source tree. Returns its output."""
     path = os.pathsep.join(str(tree / part) for part in ("", "loader", "tests/netns"))
     done = subprocess.run(
         [sys.executable, "-c", program, str(argument)],

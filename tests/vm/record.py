@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result of one guest run: one JSON document, kept in tests/vm/results when it is recorded.
+"""The result of one guest run, as one JSON document. Recorded results are in tests/vm/results.
 
-Invariant: a result says what was run and what was seen; a step that was not run is not in it.  `tests.vm.page` renders it.
+Invariant: a result states what was run and what was observed. A step that was not run is not in it. `tests.vm.page`
+renders it.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ RESULTS = ROOT / "tests" / "vm" / "results"
 FORMAT = 1
 RUNS, REFUSED = "runs", "refused"
 BORDER = "border"
-"""First word of the names of the steps that run tests of the border."""
+"""The first word in the names of the steps that run tests of the border."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One run.
+    """The result of one run.
 
-    ``series``: 6.1, 6.12, as the documentation lists kernels.  ``source``: the kernel's package, or "built".  ``expected``:
-    RUNS or REFUSED.  ``steps``: by name the exit code, the seconds, and what was kept of the step's document.
-    ``failure``: "" or what ended the run before its last step.
+    ``series``: such as 6.1 or 6.12, as the documentation lists kernels. ``source``: the kernel's package, or "built".
+    ``expected``: RUNS or REFUSED. ``steps``: by name, the exit code, the seconds, and the kept part of the step's
+    document. ``failure``: the event that ended the run before its last step; "" if it did not end early.
     """
 
     series: str
@@ -49,19 +50,19 @@ class Result:
 
     @property
     def has_border(self) -> bool:
-        """Whether tests of the border were among the steps."""
+        """Whether the run had steps with tests of the border."""
         return any(name.startswith(f"{BORDER} ") for name in self.steps)
 
     @property
     def is_ok(self) -> bool:
-        """Whether every step of the run ended as it must."""
+        """Whether every step of the run ended as required."""
         return not self.failure and bool(self.steps) and all(step["code"] == 0 for step in self.steps.values())
 
     @property
     def file_name(self) -> str:
-        """The name of the file that has this result. A later run of the same kernel, machine and compiler replaces it.
+        """The name of the result's file. A later run of the same kernel, machine and compiler replaces the file.
 
-        A run of the border's tests alone, which takes an hour, has a file of its own.
+        A run with only the tests of the border, which takes an hour, has a file of its own.
         """
         parts = (self.series, self.machine, self.compiler) if self.expected == RUNS else (self.series, self.machine)
         if self.has_border and "load" not in self.steps:
@@ -70,9 +71,9 @@ class Result:
 
 
 def write_result(result: Result, directory: Path = RESULTS) -> Path:
-    """Keep a result; the file.
+    """Write a result. Returns the file.
 
-    Tests of the border join those that the same commit ran on this kernel before.
+    Tests of the border are merged with those that the same commit ran on this kernel before.
     """
     directory.mkdir(exist_ok=True)
     path = directory / result.file_name
@@ -86,7 +87,7 @@ def write_result(result: Result, directory: Path = RESULTS) -> Path:
 
 
 def read_results(directory: Path = RESULTS) -> list[Result]:
-    """All results that are kept. Raises InvalidInputError for a file that is none."""
+    """All recorded results. Raises InvalidInputError if a file is not a result."""
     found = []
     for path in sorted(directory.glob("*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -100,7 +101,7 @@ def read_results(directory: Path = RESULTS) -> list[Result]:
 
 
 def series_of(release: str) -> str:
-    """6.1 of 6.1.0-57-cloud-amd64, 6.12-rt of 6.12.118+deb13-rt-amd64."""
+    """The series of a release: 6.1 for 6.1.0-57-cloud-amd64, 6.12-rt for 6.12.118+deb13-rt-amd64."""
     match = re.match(r"\d+\.\d+", release)
     if match is None:
         raise InvalidInputError(f"{release} is no kernel release")
@@ -108,12 +109,12 @@ def series_of(release: str) -> str:
 
 
 def today() -> str:
-    """The date, as results carry it."""
+    """The date, in the form that results have."""
     return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
 
 
 def current_commit() -> str:
-    """The commit of the repository, marked when something in it is not committed."""
+    """The commit of the repository, with a mark if there are uncommitted changes."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()

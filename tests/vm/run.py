@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One kernel's run: boots it, has the steps done, judges each, makes the result."""
+"""The run of one kernel: boots it, runs the steps, judges each, and makes the result."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from tests.vm.record import REFUSED, RUNS, Result, current_commit, series_of, to
 from tests.vm.steps import Step, all_steps, choose_steps, read_document, refusal_steps
 
 UNSUPPORTED = frozenset({"5.10", "newest-rt"})
-"""Kernels that doctor and agent must refuse: no 64-bit compare-and-swap; real-time without locked bottom halves."""
+"""Kernels that doctor and agent must reject: no 64-bit compare-and-swap, or real-time without locked bottom halves."""
 
 FACTOR = 12
-"""How much longer everything may take inside: an emulated processor is ten to thirty times slower, and shared by the guests."""
+"""Factor for all time limits inside a guest. An emulated processor is ten to thirty times slower, and guests share
+it."""
 
 BOOT_TIMEOUT_S = 180.0
 Say = Callable[[str], None]
@@ -40,9 +41,11 @@ def run_kernel(
     steps: Iterable[str] | None = None,
     stop: threading.Event | None = None,
 ) -> Result:
-    """Boot the kernel and run its steps (all, or those named). Never raises for what the guest does: the result has it.
+    """Boot the kernel and run its steps (all, or the named ones).
 
-    ``stop``: set by whoever no longer wants the run.
+    A failure of the guest is in the result, and not raised.
+
+    ``stop``: set by a caller that no longer needs the run.
     """
     expected = REFUSED if kernel.name in UNSUPPORTED else RUNS
     chosen = choose_steps(refusal_steps() if expected == REFUSED else all_steps(prepared.older), steps)
@@ -79,7 +82,7 @@ def run_kernel(
 
 
 def render_task(steps: Iterable[Step], prepared: Prepared, module: str = "tests.vm.inside") -> str:
-    """The task for a guest: functions of ``module``, without a compiler, with the compiled files where an image has them."""
+    """The task for a guest: functions of ``module``. The guest has the compiled files of an image, and no compiler."""
     task = {
         "module": module,
         "environment": {FACTOR_VARIABLE: str(FACTOR)},
@@ -96,13 +99,13 @@ def render_task(steps: Iterable[Step], prepared: Prepared, module: str = "tests.
 
 
 def _compilers() -> list[str]:
-    """Where BCC is: a guest has none, as a node that was given the compiled file."""
+    """The directories of BCC, which are hidden in a guest, because a node with the compiled file has no BCC."""
     spec = importlib.util.find_spec("bcc")
     return [] if spec is None else list(spec.submodule_search_locations or ())
 
 
 def _judge(record: dict[str, Any], steps: Iterable[Step], say: Say) -> dict[str, Any]:
-    """What is kept of a step; says how it went, and its last words when it went wrong."""
+    """The record to keep of a step. Prints whether it succeeded, and the end of its errors if it failed."""
     name, code = record["step"], record["code"]
     step = next((one for one in steps if one.name == name), None)
     kept = {"code": code, "seconds": record["seconds"], "cpu_s": record["cpu_s"]}

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps of a guest run, and what is kept of each: `tests.vm.inside` does them, this module names them and reads their output.
+"""The steps of a guest run, and what is kept of each.
 
-Adapt here and in `tests.vm.inside` when a command of the project changes; nothing else of the harness knows any.
+`tests.vm.inside` runs them; this module names them and parses output.
+
+If a command of the project changes, only this module and `tests.vm.inside` must be adapted.
 """
 
 from __future__ import annotations
@@ -22,21 +24,25 @@ CASES = (
     "tests/cases/shared/rules/ingress-allow-from-ffe2-112.yaml",
     "tests/cases/shared/rules/ingress-allow-icmp-packet-with-type-not-equal-to-8-and-code-not-equal-to-3.yaml",
 )
-"""Tiers of both APIs, CIDRs with exceptions, named ports, host endpoints, services, IPv6, ICMP."""
+"""Case files about tiers of both APIs, CIDRs with exceptions, named ports, host endpoints, services, IPv6 and ICMP."""
 
 
 BORDER = ("border_origin", "border_links", "border_headers", "border_node", "barrier")
-"""Files of tests/netns (without "test_" and ".py") that a guest runs: attacks at the border and their twins, as far as kernels differ
-in them.  The rules for tunnels and for lifetimes of connections are the program's alone, so one kernel proves them."""
+"""Files of tests/netns (without "test_" and ".py") that a guest runs: attacks at the border and their allowed
+counterparts, which depend on the kernel. The rules for tunnels and for lifetimes of connections depend only on the
+program, so one kernel proves them."""
 
 
 WORLDS = ("before-with", "after-without")
-"""Of those of tests/netns/test_networks.py, that a guest runs: each takes ten minutes there."""
+"""The worlds of tests/netns/test_networks.py that a guest runs. Each takes ten minutes there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step. ``call``: a function of `tests.vm.inside`; ``keep``: what of its JSON document goes into the result."""
+    """One step.
+
+    ``call``: a function of `tests.vm.inside`. ``keep``: returns the part of its JSON document for the result.
+    """
 
     name: str
     call: str
@@ -65,7 +71,7 @@ def _keep_counts(outcomes: Any) -> Any:
 
 
 def all_steps(older: Path) -> tuple[Step, ...]:
-    """What a supported kernel runs. ``older``: the tree of an older version, for the upgrade."""
+    """The steps of a supported kernel. ``older``: the source of an older version, for the upgrade."""
     return (
         Step("system", "system"),
         Step("load", "load"),
@@ -78,14 +84,14 @@ def all_steps(older: Path) -> tuple[Step, ...]:
 
 
 def refusal_steps() -> tuple[Step, ...]:
-    """What a kernel runs that is not supported."""
+    """The steps of an unsupported kernel."""
     return (Step("system", "system"), Step("refusal", "refusal"))
 
 
 def choose_steps(steps: Iterable[Step], names: Iterable[str] | None) -> tuple[Step, ...]:
-    """The steps of those names; all steps for None. The first step, which says what kernel it is, is always among them.
+    """The steps with these names; None: all steps. The first step, which identifies the kernel, is always included.
 
-    ``names``: of steps, or first words of such names ("border").
+    ``names``: names of steps, or first words of names ("border").
     """
     every = tuple(steps)
     if names is None:
@@ -95,7 +101,7 @@ def choose_steps(steps: Iterable[Step], names: Iterable[str] | None) -> tuple[St
 
 
 def read_document(output: str) -> Any:
-    """The JSON document that a step printed; None when it printed none."""
+    """The JSON document that a step printed; None if it printed none."""
     try:
         return json.loads(output)
     except ValueError:

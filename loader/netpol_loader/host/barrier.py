@@ -16,10 +16,10 @@ not yet known.
     table bridge np_barrier
       prerouting, postrouting: the same for the ports of bridges, which the inet table does not see
 
-Invariants: a change is one transaction, so no packet meets a part of a chain's rules.  (While a table is written anew, a
-packet can meet neither the old nor the new chain.)  A table is never changed if its comment names another owner, or if
-the socket of another process owns it.  Counters are kept when a table is rewritten.  The
-module must not decide which interfaces are workloads'.
+Invariants: a change is one transaction, so a packet meets either all old or all new rules of a chain.  (Only while a
+table is written anew, a packet can meet neither, and passes.)  A table is never changed if its comment names another
+owner, or if the socket of another process owns it.  Counters are kept when a table is rewritten.  The module must not
+decide which interfaces are workloads'.
 """
 
 from __future__ import annotations
@@ -345,7 +345,7 @@ class BarrierTables:
         return messages, differences
 
     def _changes(self, layout: BarrierSpec) -> tuple[list[NftMessage], list[Difference]] | None:
-        """The same result as `_compared` gives, from the last written content instead of a slow read of the tables.
+        """Compute what `_compared` returns from the last written content, without a slow read of the tables.
 
         The tables must be unchanged since the last write. Returns None if more than the elements of sets must change.
         """
@@ -385,7 +385,8 @@ class BarrierTables:
     def _whole(self, family: int, found: _Found, content: _Content) -> Iterator[NftMessage]:
         """Write a table anew.
 
-        While the transaction replaces a chain, a packet that meets neither the old nor the new rules passes.
+        While the transaction replaces a chain, a packet can meet neither the old nor the new rules. Such a packet
+        passes.
         """
         yield nftables.new_table(family, TABLE, self._flags, self._remark)
         for name in content.counters:

@@ -193,7 +193,7 @@ def _filter_names(channel: RouteChannel, ifindex: int, hook: Hook) -> list[str]:
     names = []
     for one in filters:
         kind = read_text(one.get(_TCA_KIND, b""))
-        if _TCA_OPTIONS in one:  # an entry without options describes the whole priority
+        if _TCA_OPTIONS in one:  # an entry without options describes a priority, not a filter
             options = attributes(one[_TCA_OPTIONS]) if kind == "bpf" else {}
             names.append(read_text(options.get(_BPF_NAME, b"")) or kind)
     return names

@@ -87,7 +87,7 @@ DATAGRAMS_A_LOOK = 20_000
 The value is arbitrary.
 """
 DOUBTS = 200
-"""For how many interfaces routes are dumped one by one. If there are more, all routes are dumped.
+"""If at most so many interfaces need a dump of routes, each gets one of its own; otherwise all routes are dumped.
 
 The value is arbitrary.
 """
@@ -112,7 +112,7 @@ class _Address:
 
 @dataclass(slots=True)
 class _Doubts:
-    """What must be dumped after the queued notifications are read.
+    """The dumps that are needed after the queued notifications are read.
 
     ``routes``, ``addresses``: indices of the interfaces whose routes or addresses must be dumped. ``links``: indices of
     the interfaces that must be dumped themselves. ``all_routes``: the reason to dump all routes; "": there is none.
@@ -236,7 +236,7 @@ class Follower:
     # --- keeping in step --------------------------------------------------------------------------------------------
 
     def poll(self, *, is_brief: bool = False) -> list[LinkChange] | None:
-        """Read the queued notifications, then dump what they leave unknown. Returns the changes of links in order.
+        """Read queued notifications, then dump the state that they leave unknown. Returns the links' changes in order.
 
         Returns None if notifications were lost: then all state was dumped, and the single changes are unknown.
         ``is_brief``: leave the dumps of routes and addresses to the next call, so that a new interface does not wait
@@ -320,7 +320,7 @@ class Follower:
             self._name_tables()
 
     def _doubt_ends(self, link: Link, *, is_gone: bool) -> None:
-        """Mark the other end of a veth pair for a dump, after one end appeared or vanished."""
+        """Mark the other end of a veth pair for a dump, after ``link`` (one end) appeared, changed or vanished."""
         other = self.links.get(link.peer_ifindex) if link.peer_nsid is None and link.peer_ifindex else None
         if other is None:
             return

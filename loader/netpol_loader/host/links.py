@@ -54,23 +54,23 @@ TUNNELS: Mapping[str, tuple[int, ...]] = {
     "ipip": (IP_IN_IP,), "sit": (IP6_IN_IP, IP_IN_IP), "ip6tnl": (IP6_IN_IP, IP_IN_IP),
     "gre": (GRE,), "gretap": (GRE,), "ip6gre": (GRE,), "ip6gretap": (GRE,), "erspan": (GRE,), "ip6erspan": (GRE,),
 }  # fmt: skip
-"""Kinds of devices that decapsulate IP protocols from any outer source address, each with these protocols."""
+"""By kind of tunnel device: the IP protocols that such a device decapsulates from any outer source address."""
 TUNNEL_PORTS: Mapping[str, tuple[int, int]] = {
     "vxlan": (15, 8472),  # IFLA_VXLAN_PORT
     "geneve": (5, 6081),  # IFLA_GENEVE_PORT
     "bareudp": (1, 0),  # IFLA_BAREUDP_PORT
     "gtp": (0, 2152),
 }
-"""Kinds of devices that decapsulate a UDP port from any outer source address.
+"""By kind of tunnel device: the UDP port that such a device decapsulates from any outer source address.
 
-Each kind has the number of the attribute with the port (0: none), and the default port.
+Each value is the number of the netlink attribute with the port (0: none), and the default port.
 """
 
 EXTERNAL: Mapping[str, int] = {
     "vxlan": 25, "geneve": 6, "ipip": 19, "ip6tnl": 19,
     "gre": 18, "gretap": 18, "ip6gre": 18, "ip6gretap": 18, "erspan": 18, "ip6erspan": 18,
 }  # fmt: skip
-"""Kinds of devices that have a metadata mode (``external``), each with the number of IFLA_*_COLLECT_METADATA.
+"""By kind of device with a metadata mode (``external``): the number of the attribute IFLA_*_COLLECT_METADATA.
 
 A bareudp device is always in that mode.
 """

@@ -216,10 +216,11 @@ class Channel:
         raise PlatformError(f"{self._subject}: whatever is listed changes faster than the kernel can list it")
 
     def first(self, kind: int, body: bytes, most: int) -> list[bytes]:
-        """The objects of a dump, at most ``most`` + 1.
+        """The first objects of a dump: at most ``most`` + 1, which shows whether there are more than ``most``.
 
-        For a dump with a length that a workload controls. The result may contain some of the changes that happen during
-        the dump. If the dump has more objects, the channel can make no further request. Raises NetlinkError.
+        Use this method if a workload controls the length of the dump. The result may contain some of the changes that
+        happen during the dump. If the dump has more objects, the channel can make no further request. Raises
+        NetlinkError.
         """
         found = []
         for kind_, _, payload in self.stream(kind, body):

@@ -132,17 +132,17 @@ def bitwise(mask: int, toggle: int = 0) -> bytes:
 
 
 def compare(value: bytes, operator: int = EQUAL) -> bytes:
-    """Expression: end the rule unless the first bytes of the register equal ``value``.
+    """Expression: compare the first bytes of the register with ``value``, and end the rule unless they are equal.
 
-    ``operator`` UNEQUAL: unless they differ.
+    ``operator`` UNEQUAL: end the rule unless they differ.
     """
     return _expression("cmp", number(1, _REGISTER), number(2, operator), nested(3, attribute(1, value)))
 
 
 def look_up(name: str, *, is_absent: bool = False) -> bytes:
-    """Expression: end the rule unless the register is in the set ``name``.
+    """Expression: end the rule unless the register's value is in the set ``name``.
 
-    ``is_absent``: unless it is not in the set.
+    ``is_absent``: the opposite; end the rule unless the value is absent from the set.
     """
     flags = (number(5, 1),) if is_absent else ()
     return _expression("lookup", text(1, name), number(2, _REGISTER), *flags)
@@ -172,18 +172,22 @@ class NftMessage:
 
 
 def new_table(family: int, name: str, flags: int, remark: str) -> NftMessage:
-    """The message that makes a table, or that takes over a table without owner. ``remark``: the comment of a new table."""
+    """The message that makes a table, or takes over a table that has no owner.
+
+    ``flags``: of the table; with OWNER, the socket that sends the message owns the table. ``remark``: the comment of a
+    new table.
+    """
     body = text(1, name) + number(2, flags) + attribute(6, comment(remark))
     return NftMessage(NEW_TABLE, family, body, CREATE)
 
 
 def delete_table(family: int, name: str) -> NftMessage:
-    """Delete a table with everything in it."""
+    """The message that deletes a table with everything in it."""
     return NftMessage(DELETE_TABLE, family, text(1, name))
 
 
 def new_chain(family: int, table: str, name: str, hook: int, priority: int) -> NftMessage:
-    """Make a base chain of type filter with the policy accept."""
+    """The message that makes a base chain of type filter with the policy accept."""
     place = nested(4, number(1, hook), number(2, priority))
     return NftMessage(
         NEW_CHAIN, family, text(1, table) + text(3, name) + place + number(5, ACCEPT) + text(7, "filter"), CREATE
@@ -191,27 +195,30 @@ def new_chain(family: int, table: str, name: str, hook: int, priority: int) -> N
 
 
 def new_rule(family: int, table: str, chain: str, expressions: Iterable[bytes], remark: str) -> NftMessage:
-    """Append a rule with these expressions to a chain. ``remark``: the rule's comment."""
+    """The message that appends a rule with these expressions to a chain. ``remark``: the rule's comment."""
     body = text(1, table) + text(2, chain) + nested(4, *expressions) + attribute(7, comment(remark))
     return NftMessage(NEW_RULE, family, body, CREATE | APPEND)
 
 
 def new_counter(family: int, table: str, name: str, packets: int = 0, octets: int = 0) -> NftMessage:
-    """Make a named counter with an initial value."""
+    """The message that makes a named counter with an initial value."""
     value = nested(4, attribute(1, struct.pack("!Q", octets)), attribute(2, struct.pack("!Q", packets)))
     return NftMessage(NEW_OBJECT, family, text(1, table) + text(2, name) + number(3, _COUNTER) + value, CREATE)
 
 
 def new_set(family: int, table: str, name: str, key_type: int, key_bytes: int, number_here: int) -> NftMessage:
-    """Make a set in which each element has a packet counter. ``number_here``: id of the set in this transaction."""
-    byte_order = struct.pack("=BBI", 0, 4, 1)  # for nft: the machine's
+    """The message that makes a set in which each element has a packet counter.
+
+    ``number_here``: id of the set in this transaction.
+    """
+    byte_order = struct.pack("=BBI", 0, 4, 1)  # for nft: the set's keys are in the machine's byte order
     body = text(1, table) + text(2, name) + number(3, 0) + number(4, key_type) + number(5, key_bytes)
     body += number(10, number_here) + attribute(13, byte_order) + nested(17, text(1, "counter"), nested(2))
     return NftMessage(NEW_SET, family, body, CREATE)
 
 
 def change_elements(kind: int, family: int, table: str, name: str, keys: Sequence[bytes]) -> Iterator[NftMessage]:
-    """Add elements to a set or delete them. ``kind``: NEW_ELEMENTS or DELETE_ELEMENTS."""
+    """The messages that add elements to a set or delete them. ``kind``: NEW_ELEMENTS or DELETE_ELEMENTS."""
     for at in range(0, len(keys), ELEMENTS_A_MESSAGE):
         some = [nested(_LIST_ELEMENT, nested(1, attribute(1, key))) for key in keys[at : at + ELEMENTS_A_MESSAGE]]
         body = text(1, table) + text(2, name) + nested(3, *some)
@@ -241,7 +248,7 @@ class NftChain:
 
 
 class Nftables(Channel):
-    """A channel for nf_tables. When it is closed, the kernel releases the tables that it owns.
+    """A channel for nf_tables. When the channel is closed, the kernel releases the tables that the channel owns.
 
     All methods raise NetlinkError if the kernel reports an error. They raise PlatformError if a dump is interrupted
     again and again.

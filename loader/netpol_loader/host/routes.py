@@ -36,7 +36,7 @@ _MULTIPATH, _CACHEINFO, _TABLE, _STATISTICS, _VIA, _EXPIRES, _NH_ID = 9, 12, 15,
 _TOLD_APART = frozenset({
     _DST, _SRC, _OIF, _GATEWAY, _PRIORITY, _PREFSRC, _MULTIPATH, _CACHEINFO, _TABLE, _STATISTICS, _VIA, _EXPIRES,
 })  # fmt: skip
-"""Attributes that are fields of `Route`, and attributes whose change does not make another route."""
+"""Attributes that `Route.rest` leaves out: they are other fields of `Route`, or do not distinguish two routes."""
 _CLONED = 0x200
 _UNICAST, LOCAL, BROADCAST, ANYCAST = 1, 2, 3, 4
 _OF_THE_NODE = frozenset({LOCAL, BROADCAST, ANYCAST})

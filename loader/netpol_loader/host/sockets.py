@@ -133,7 +133,7 @@ def _parse(payload: bytes) -> tuple[int, Ends]:
 
 
 def _unmapped(address: IPv6Address) -> IPAddress:
-    """The IPv4 address in an IPv4-mapped one, which an IPv6 socket shows for an IPv4 connection; otherwise the same."""
+    """The IPv4 address in an IPv4-mapped one, which IPv6 sockets have for IPv4 peers; any other address unchanged."""
     return address.ipv4_mapped or address
 
 

@@ -164,7 +164,7 @@ class Dataplane:
         schema = abi.np_schema.from_buffer_copy(maps["np_schema"].get(_index(0)) or b"")
         if schema.version != abi.SCHEMA_VERSION:
             raise PlatformError(f"{pin_dir} holds schema {schema.version}, not {abi.SCHEMA_VERSION}")
-        save_layouts(pin_dir)  # of a version that did not
+        save_layouts(pin_dir)  # an older version may have made the directory without layouts
         dataplane = cls(pin_root, maps, ProgramSet.open(pin_dir / CURRENT))
         if (pin_dir / OLD).exists():
             dataplane.finish_exchange()

@@ -150,7 +150,7 @@ def _require_mountable(pin_root: Path) -> None:
 
 
 def _require_lasting(place: Path) -> None:
-    """Raise PlatformError if it is visible that the BPF file system at ``place`` is not mounted on the node."""
+    """Raise PlatformError if the node's mounts are visible, and the BPF file system at ``place`` is not among them."""
     ours, nodes = mounts_of("self"), mounts_of_node()
     if nodes is None or ours is None or ours.keys() & nodes.keys():
         return  # the node's mounts are invisible, or include this one

@@ -220,7 +220,8 @@ def _keep(
 ) -> str | None:
     """Pin an old map also in the new directory, and store its size in ``sizes``.
 
-    ``saved``: as `_layouts`.  Returns None if the map is kept, otherwise the reason why it cannot be kept.
+    ``saved``: as in `_layouts`, the layouts that the older version saved; None: none.  Returns None if the map is kept,
+    otherwise the reason why it cannot be kept.
     """
     if not old.exists():
         return "there is none"

@@ -52,7 +52,7 @@ def _hash6(key: bytes) -> int:
     return (mixed * abi.NP_HASH_MULTIPLIER & _MASK64) >> 32
 
 
-@lru_cache(maxsize=1 << 16)  # each change of addresses asks for all of them again
+@lru_cache(maxsize=1 << 16)  # after each change of addresses, the bits of all addresses are computed again
 def vip_filter_bit(address: bytes) -> tuple[int, int]:
     """The place of an address in np_vip_filter, as (row, bit). ``address``: packed."""
     hashed = _hash4(address) if len(address) == 4 else _hash6(address)  # noqa: PLR2004 - an IPv4 address

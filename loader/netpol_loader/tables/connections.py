@@ -42,7 +42,7 @@ _TIME_MASK = (1 << _TIME_BITS) - 1
 _SUM_SHIFT = 32
 """The hash is the upper half of a sum of products. The bits of this half are as good as random."""
 _ASSUMED_JIFFIES = 360_000
-"""How long a connection of which no packet was seen yet counts as alive for eviction.
+"""Assumed remaining life of a connection of which no packet was seen yet, when a connection is chosen for eviction.
 
 This is an hour at the lowest rate of jiffies, and less at higher ones. So such a connection is never preferred to one
 of which packets were seen.
@@ -50,7 +50,7 @@ of which packets were seen.
 _MASK64 = (1 << 64) - 1
 _INDEX = struct.Struct("=I")
 _PART_BYTES = 8 * _WAYS * 8
-"""Tags of eight buckets: the parts in which tags are counted; arbitrary."""
+"""Size of the parts in which tags are counted, in bytes: the tags of eight buckets. The value is arbitrary."""
 _LOWER_HALF = int(sys.byteorder == "big")
 """Index of a tag's lower half, which has everything but the hash, among its two halves."""
 

@@ -28,7 +28,7 @@ def seal_endpoint(row: abi.np_endpoint) -> abi.np_endpoint:
 
 
 def seal_host(row: abi.np_host) -> abi.np_host:
-    """Set the ``check`` of all policy sets of a host endpoint's row, also of those that do not exist.
+    """Set the ``check`` of all policy sets in a host endpoint's row, including the unused ones.
 
     Returns the same object.
     """

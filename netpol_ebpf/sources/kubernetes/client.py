@@ -167,7 +167,7 @@ class Client:
 
     def __init__(self, cluster: Cluster) -> None:
         parts = _split(cluster.server, ("https", "http"), "server")
-        if parts.username is not None:  # errors and `status` show the server
+        if parts.username is not None:  # rejected, because errors and `status` show the server's URL
             raise InvalidInputError(
                 f"the server {parts.netloc.rpartition('@')[2]} has credentials in its URL, which do not count",
                 hint="Give the credentials in the user entry of the kubeconfig.",

@@ -213,7 +213,8 @@ class _Page(TypedDict, total=False):
     items: Optional[list[msgspec.Raw]]
 
 
-# A struct, since msgspec 0.23 takes no Raw as a value of a TypedDict; made by a call, so that no class has an untyped base.
+# A struct and not a TypedDict, because msgspec 0.23 allows no Raw value in a TypedDict. It is made by a call, because a
+# class statement would have a base class without types.
 _Event: Any = msgspec.defstruct("_Event", [("type", str), ("object", msgspec.Raw)])
 
 
@@ -258,7 +259,7 @@ class _Definition(TypedDict, total=False):
 _WHOLE = dict[str, Any]
 
 DEEPEST = 100
-"""Levels of arrays and objects that are kept of a document that is nested too deep to decode.
+"""If a document is nested too deep to decode, so many levels of arrays and objects of it are kept.
 
 The number is arbitrary, five times what any field that is read needs.
 """
@@ -447,7 +448,7 @@ def decode_object(kind: WatchedKind, raw: Any) -> Decoded:
 
 
 def name_of(fields: Mapping[str, Any], what: str) -> Name:
-    """The name of an object. Raises MalformedError, with ``what`` it is, for an object without a name."""
+    """The name of an object. Raises MalformedError if the object has no name; ``what``: the object, for this error."""
     metadata = fields.get("metadata")
     if not isinstance(metadata, dict):
         raise MalformedError(f"{what} has no metadata")

@@ -320,7 +320,7 @@ class _Plugin:
 def _parse_credential(output: bytes, version: str) -> tuple[Credentials, datetime | None]:
     """Parse an ExecCredential; returns the credentials and when they expire.
 
-    Any exception means: not an ExecCredential.
+    If the output is not an ExecCredential, an exception of any type is raised.
     """
     answer = json.loads(output)
     if answer["kind"] != "ExecCredential" or answer["apiVersion"] != version:

@@ -39,8 +39,8 @@ RETRY_S = 15.0
 """Seconds until the next probe after a failed one. The second failure in a row is reported."""
 TOLD_AFTER = 2
 BEHIND_PROBES = 3
-"""Number of probes. A WATCH whose resourceVersion is below that of this many successive probes is opened again; a
-working WATCH gets a bookmark each minute."""
+"""A WATCH is opened again if its resourceVersion is below that of so many successive probes. A working WATCH gets a
+bookmark each minute."""
 CUT_OFF = "cut-off"
 
 log = logging.getLogger(__name__)
@@ -191,7 +191,8 @@ class FreshnessProbe:
                 self._reopened.discard(kind)
                 continue
             self._behind[kind] += 1
-            # Only once until it moves, because bookmarks of some servers do not follow other kinds.
+            # A WATCH is reopened once, and again only after its resourceVersion has advanced: the bookmarks of some
+            # servers do not advance when other kinds change.
             if self._behind[kind] >= BEHIND_PROBES and kind not in self._reopened:
                 log.info("the WATCH of %s is behind the cluster and is opened anew", kind)
                 self._reopened.add(kind)

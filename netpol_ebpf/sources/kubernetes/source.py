@@ -32,8 +32,8 @@ from netpol_ebpf.sources.kubernetes.watching import KindWatcher
 from netpol_ebpf.sources.source import KEEPS_NOTHING, SourceUpdate
 
 SYNC_S = 60.0
-"""Time limit in seconds for the first state of the cluster. It is longer than the seconds that a list of the largest
-clusters takes, and longer than GRACE_S, after which a failure is reported."""
+"""Time limit in seconds for the first state of the cluster. It is longer than GRACE_S, after which a failure is
+reported, and longer than a list of the largest clusters takes."""
 RESTORE_S = 10.0
 """Time limit in seconds for the first state of the cluster, if nothing is in force on this node and a saved state can
 be applied."""
@@ -272,7 +272,7 @@ class KubernetesSource:
     def _unwatched(self) -> Iterator[tuple[WatchedKind, Problem]]:
         """The kinds that are not watched now, with the reason."""
         for kind, store in self.cache.stores.items():
-            problem = store.problem  # read once: a thread may replace it
+            problem = store.problem  # read only once, because a thread may replace the problem at any time
             if problem is not None:
                 yield kind, problem
 
@@ -353,7 +353,7 @@ class KubernetesSource:
             try:
                 delay_s = step()
                 self.cache.note(f"{BUG} {name}", None)
-            except Exception:  # the one place where a bug in a thread is told, and does not end it
+            except Exception:  # the one place where a bug in a thread is caught: it is reported, and the thread goes on
                 log.exception("bug: %s failed", name)
                 message = (
                     f"{name}: a bug, which the log tells; what was last known stays in force, and it is tried again"

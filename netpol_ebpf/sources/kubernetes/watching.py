@@ -55,9 +55,9 @@ UNSTABLE = 3
 """Number of short streams in a row after which the kind counts as not watchable. From then on only an event or a list
 counts as a success, not the opening of a stream."""
 HASTY_STEPS = 5
-"""Number of steps in a row that may each end in less than SHORT_S without a pause. After each further short step there
-is a pause, whatever the step's result. Otherwise lists that succeed, each followed by a stream that ends at once, would
-be a busy loop. A start takes at most three such steps."""
+"""Number of steps in a row that may each take less than SHORT_S without a pause after them. After each further short
+step there is a pause, even if the step succeeded: lists that succeed, each followed by a stream that ends at once,
+would otherwise be a busy loop. A start takes at most three short steps."""
 HEAD_S = 20.0
 """Time limit in seconds for the head of an answer. It is shorter than the 60 s for which the server itself waits for
 etcd."""
@@ -230,7 +230,7 @@ class KindWatcher:
         return max(delay_s, self._backoff_s(self._hasty_steps - HASTY_STEPS))
 
     def _step(self) -> float:
-        """Make one request. Returns the seconds until the next step that its result alone asks for."""
+        """Make one request. Returns the seconds until the next step as its result requires; `step` may wait longer."""
         self._opened_s = None
         if self._must_relist:
             self._must_relist, self._resource_version = False, ""
@@ -290,7 +290,8 @@ class KindWatcher:
         self.state = State.LISTING if self.state not in (State.ABSENT, State.DELETED) else self.state
         self.lists += 1
         if self._streams:
-            # No resourceVersion: the list is at least as new as this question, whatever the server's cache holds.
+            # Without a resourceVersion, the list is at least as new as this request, whatever the server has in its
+            # cache.
             return self._stream({"sendInitialEvents": "true", "resourceVersionMatch": "NotOlderThan"}, staged={})
         staged: dict[Name, object] = {}
         query, version = {"limit": str(PAGE_OBJECTS)}, ""
@@ -325,7 +326,8 @@ class KindWatcher:
         began_s = self._opened_s = self.clock()
         if staged is None:
             self.state = State.WATCHING
-            if self._short_streams < UNSTABLE:  # not only at the first event, which may come a minute later
+            # An opened stream counts as a success, because its first event may come only after a minute.
+            if self._short_streams < UNSTABLE:
                 self._recovered()
         if self._must_relist:  # `relist` was called while the connection was made
             return 0.0
@@ -439,10 +441,11 @@ class KindWatcher:
         is_list = not self._resource_version
         is_not_offered = status.code in _OURS or (error.in_stream and status.code not in _TRANSIENT_IN_STREAM)
         if is_list and self._streams and is_not_offered:
-            # 422 when streams are switched off or unknown; an ERROR event where etcd is too old for them.
+            # The server does not offer streaming lists. It answers 422 if they are switched off or unknown to it, and
+            # sends an ERROR event if its etcd is too old for them.
             self._streams = False
             return 0.0
-        if status.code in (_GONE, _ERROR) or status.code in _OURS:  # 500: a resourceVersion of another server
+        if status.code in (_GONE, _ERROR) or status.code in _OURS:  # 500: perhaps a resourceVersion of another server
             self._resource_version = ""
         if status.code == _GONE:
             self.gaps += not is_list
