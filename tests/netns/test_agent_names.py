@@ -139,7 +139,9 @@ def scene(lab: Lab, tmp_path: Path) -> Iterator[Scene]:
         lab.stop(server)
 
 
-def asked(scene: Scene, pod: str, name: str, *, server: str = BACKEND, port: int = WEB_PORT, is_slow: bool = True) -> str:
+def asked(
+    scene: Scene, pod: str, name: str, *, server: str = BACKEND, port: int = WEB_PORT, is_slow: bool = True
+) -> str:
     """The address that a pod gets for a name, and what came of its first connection there; "" if no answer came."""
     patience = LATE_S if is_slow else SOON_S
     command = [sys.executable, "-c", ASK_AND_CONNECT, server, name, str(port), patience]
