@@ -50,7 +50,7 @@ WITHOUT_NAME_CLASS: tuple[Change, ...] = tuple(
             f"__builtin_offsetof(struct np_conn{family}_entry, pad)",
         ),
     )
-)
+) + (("loader/netpol_loader/tables/connections.py", "self._layout.name_class", "self._layout.pad"),)
 """Connections of before the domain names: padding in the place of the class, as in schema 9."""
 OTHER_PROGRAM: Change = ("bpf/np_endpoint.h", "#define NP_ENDPOINT_TRIES 4", "#define NP_ENDPOINT_TRIES 3")
 
