@@ -35,22 +35,25 @@ OTHER_CONNECTION: Change = (
     "    __u32 rule;\n    __u32 generation;",
 )
 """Of the same size, but not the same."""
-WITHOUT_NAME_CLASS: tuple[Change, ...] = tuple(
-    change
-    for family in ("4", "6")
-    for change in (
-        (
-            ABI,
-            f"    struct np_conn{family}_key key;\n    __u32 name_class;",
-            f"    struct np_conn{family}_key key;\n    __u32 pad;",
-        ),
-        (
-            "bpf/np_table.h",
-            f"__builtin_offsetof(struct np_conn{family}_entry, name_class)",
-            f"__builtin_offsetof(struct np_conn{family}_entry, pad)",
-        ),
-    )
-) + (("loader/netpol_loader/tables/connections.py", "self._layout.name_class", "self._layout.pad"),)
+WITHOUT_NAME_CLASS: tuple[Change, ...] = (
+    *(
+        change
+        for family in ("4", "6")
+        for change in (
+            (
+                ABI,
+                f"    struct np_conn{family}_key key;\n    __u32 name_class;",
+                f"    struct np_conn{family}_key key;\n    __u32 pad;",
+            ),
+            (
+                "bpf/np_table.h",
+                f"__builtin_offsetof(struct np_conn{family}_entry, name_class)",
+                f"__builtin_offsetof(struct np_conn{family}_entry, pad)",
+            ),
+        )
+    ),
+    ("loader/netpol_loader/tables/connections.py", "self._layout.name_class", "self._layout.pad"),
+)
 """Connections of before the domain names: padding in the place of the class, as in schema 9."""
 OTHER_PROGRAM: Change = ("bpf/np_endpoint.h", "#define NP_ENDPOINT_TRIES 4", "#define NP_ENDPOINT_TRIES 3")
 
