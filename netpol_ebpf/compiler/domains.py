@@ -73,14 +73,14 @@ class DomainIndex:
 
     def __init__(self, limits: Limits, kept: Mapping[NameClass, int] | None = None) -> None:
         self._lists: RowRegister[DomainList] = RowRegister("domain_lists", limits.domain_lists)
-        self._classes: RowRegister[NameClass] = RowRegister("name_classes", limits.name_classes, kept)
-        self._kept = dict(kept or {})
+        self._kept = {content: number for content, number in (kept or {}).items() if content}
+        self._classes: RowRegister[NameClass] = RowRegister("name_classes", limits.name_classes, self._kept)
         self._uses: dict[PatternSet, _Use] = {}
         self._by_pattern: dict[str, set[PatternSet]] = {}
         self._inner: set[str] = set()
         self._asked: frozenset[str] = frozenset()
         self._seen: dict[str, None] = {}  # the name that got its row first comes first
-        self._most_seen = limits.seen_names
+        self._most_seen = min(limits.seen_names, limits.names // 2)
         self._rows: dict[str, int] = {}  # pattern -> number of its name class; 0: no pattern set matches
         self._learned: set[int] = set()  # name classes with a reference for the endpoints that may have learned them
         self._created: dict[int, NameClass] = {}
@@ -159,7 +159,8 @@ class DomainIndex:
     def see(self, names: Iterable[str]) -> None:
         """Give rows of their own, in this commit, to names that endpoints asked for and that an inner wildcard matches.
 
-        Endpoints choose the names, so only the latest `Limits.seen_names` of them keep their rows.
+        Endpoints choose the names, so only the latest `Limits.seen_names` of them keep their rows, and at most as many
+        as half of the table has.
         """
         self._asked = frozenset(names)
 

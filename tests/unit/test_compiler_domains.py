@@ -173,3 +173,23 @@ def calls(count: int) -> int:
         sys.setprofile(before)
     assert len(draft.rows(Phase.FLIP, "names")) == 2 * count
     return counted
+
+
+def test_small_tables_leave_rows_to_patterns_as_well() -> None:
+    """However small the table of names is, seen names have at most half of it."""
+    compiler = compiled(world(named(to("x.*.com"))), limits=Limits(names=6))
+    compiler.see_names(f"x.n{number}.com" for number in range(20))
+    compiler.commit()
+    assert len(contents(compiler)) == 3
+    compiler.upsert(named(to("x.*.com"), to("a.com", "b.com", "c.com")))
+    compiler.commit()
+    assert {"a.com", "b.com", "c.com"} <= set(contents(compiler))
+
+
+def test_an_empty_class_of_an_earlier_run_is_ignored() -> None:
+    """Class 0 is that of names without patterns; it is never forgotten."""
+    compiler = compiled(world(named(to("a.com"))), known=KnownNumbers(name_classes={frozenset(): 3}))
+    assert compiler.unused_name_classes() == frozenset()
+    compiler.forget_name_classes([0, 3])
+    compiler.commit()
+    assert len(list(compiler.tables.name_classes.items())) == 1
