@@ -178,6 +178,18 @@ class DomainIndex:
 
     # --- the end of a commit ------------------------------------------------------------------------------------------
 
+    @property
+    def has_work(self) -> bool:
+        """Whether `end_commit` must be called. False in each commit that has nothing to do with names."""
+        return bool(
+            self._kept
+            or self._new_lists
+            or self._dirty
+            or self._asked
+            or self._lists.has_unreferenced
+            or self._classes.has_unreferenced
+        )
+
     def end_commit(self, what: str, draft: Draft, journal: Journal) -> None:
         """Write the rows of all lists, classes and patterns that changed. Must be called at the end of a commit.
 
