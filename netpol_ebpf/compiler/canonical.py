@@ -18,7 +18,7 @@ _WORLDS = {WORLD_V4: "world 4", WORLD_V6: "world 6"}
 
 
 def _set(policy: PolicySetReader, names: Mapping[int, str]) -> Hashable:
-    """A policy set as a value for comparison: its verdicts by peer, own side, port and source port.
+    """A policy set as a value for comparison: its verdicts and named rules by peer, own side, port and source port.
 
     Peers with equal verdicts are one group.
     ``names``: maps an identity's number to the digest of its content.
@@ -30,7 +30,13 @@ def _set(policy: PolicySetReader, names: Mapping[int, str]) -> Hashable:
     alike: dict[Hashable, set[str]] = {}
     for peer, peers in policy.peers.items():
         verdicts = frozenset(
-            (members(owns), l4, source_ports, policy.verdict(peer, own, l4_class, source_class))
+            (
+                members(owns),
+                l4,
+                source_ports,
+                policy.verdict(peer, own, l4_class, source_class),
+                policy.named(peer, own, l4_class, source_class),
+            )
             for (own, owns), (l4_class, l4), (source_class, source_ports) in product(
                 policy.owns.items(), policy.l4.items(), policy.source_ports.items()
             )

@@ -412,7 +412,8 @@ class Commit:
             draft.write(Phase.SHRINK, "identities", number, DELETED)
         state.sets.remove_identities(gone, draft, journal)
         state.sets.bury(draft, journal)
-        state.stores.names.end_commit(self._what(), draft, journal)
+        if state.stores.names.has_work:
+            state.stores.names.end_commit(self._what(), draft, journal)
         state.stores.causes.collect(draft, journal)
         state.stores.log_lists.collect(draft, journal)
         for owner in {*owners, *self._intake.disappeared}:

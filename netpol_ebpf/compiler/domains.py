@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 from netpol_ebpf.compiler.draft import DELETED, Draft, Phase
 from netpol_ebpf.compiler.journal import Journal
@@ -72,13 +73,14 @@ class DomainIndex:
 
     def __init__(self, limits: Limits, kept: Mapping[NameClass, int] | None = None) -> None:
         self._lists: RowRegister[DomainList] = RowRegister("domain_lists", limits.domain_lists)
-        self._classes: RowRegister[NameClass] = RowRegister("name_classes", limits.name_classes, kept)
-        self._kept = dict(kept or {})
+        self._kept = {content: number for content, number in (kept or {}).items() if content}
+        self._classes: RowRegister[NameClass] = RowRegister("name_classes", limits.name_classes, self._kept)
         self._uses: dict[PatternSet, _Use] = {}
         self._by_pattern: dict[str, set[PatternSet]] = {}
         self._inner: set[str] = set()
         self._asked: frozenset[str] = frozenset()
-        self._seen: set[str] = set()
+        self._seen: dict[str, None] = {}  # the name that got its row first comes first
+        self._most_seen = min(limits.seen_names, limits.names // 2)
         self._rows: dict[str, int] = {}  # pattern -> number of its name class; 0: no pattern set matches
         self._learned: set[int] = set()  # name classes with a reference for the endpoints that may have learned them
         self._created: dict[int, NameClass] = {}
@@ -155,7 +157,11 @@ class DomainIndex:
         return name not in self._rows and any(inner_matches(pattern, name) for pattern in self._inner)
 
     def see(self, names: Iterable[str]) -> None:
-        """Give rows of their own, in this commit, to names that endpoints asked for and that an inner wildcard matches."""
+        """Give rows of their own, in this commit, to names that endpoints asked for and that an inner wildcard matches.
+
+        Endpoints choose the names, so only the latest `Limits.seen_names` of them keep their rows, and at most as many
+        as half of the table has.
+        """
         self._asked = frozenset(names)
 
     def content_of(self, name: str) -> NameClass:
@@ -171,6 +177,18 @@ class DomainIndex:
         return frozenset(found)
 
     # --- the end of a commit ------------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `end_commit` must be called. False in each commit that has nothing to do with names."""
+        return bool(
+            self._kept
+            or self._new_lists
+            or self._dirty
+            or self._asked
+            or self._lists.has_unreferenced
+            or self._classes.has_unreferenced
+        )
 
     def end_commit(self, what: str, draft: Draft, journal: Journal) -> None:
         """Write the rows of all lists, classes and patterns that changed. Must be called at the end of a commit.
@@ -223,12 +241,7 @@ class DomainIndex:
     def _update_rows(self, what: str, draft: Draft, journal: Journal) -> None:
         """Give the changed patterns, and the patterns below them, their rows in ``names``."""
         flip, shrink = draft.rows(Phase.FLIP, "names"), draft.rows(Phase.SHRINK, "names")
-        for name in self._asked | self._seen:
-            is_matched = any(inner_matches(pattern, name) for pattern in self._inner)
-            if is_matched != (name in self._seen):
-                (journal.add if is_matched else journal.discard)(self._seen, name)
-                journal.add(self._dirty, name)
-        self._asked = frozenset()
+        self._update_seen(journal)
         for pattern in self._affected():
             before = self._rows.get(pattern)
             if not self._is_row(pattern):
@@ -248,6 +261,23 @@ class DomainIndex:
                 journal.put(self._rows, pattern, number)
                 flip[pattern] = number
 
+    def _update_seen(self, journal: Journal) -> None:
+        """Add the names that endpoints asked for; remove names that no inner wildcard matches, then the oldest ones."""
+        inner_changed = any(is_inner(pattern) for pattern in self._dirty)
+        for name in [*(self._seen if inner_changed else ()), *sorted(self._asked)]:
+            is_matched = any(inner_matches(pattern, name) for pattern in self._inner)
+            if is_matched == (name in self._seen):
+                continue
+            if is_matched:
+                journal.put(self._seen, name, None)
+            else:
+                journal.pop(self._seen, name)
+            journal.add(self._dirty, name)
+        self._asked = frozenset()
+        for name in list(islice(self._seen, max(0, len(self._seen) - self._most_seen))):
+            journal.pop(self._seen, name)
+            journal.add(self._dirty, name)
+
     def _is_row(self, pattern: str) -> bool:
         """Whether ``names`` has a row for the pattern, or for the name to which a wildcard is added.
 
@@ -258,17 +288,19 @@ class DomainIndex:
         return pattern in self._by_pattern or pattern in self._seen or WILDCARD + pattern in self._by_pattern
 
     def _affected(self) -> set[str]:
-        """The patterns whose rows may change: those that changed, and those that a changed wildcard matches."""
-        found: set[str] = set()
-        rows = [*self._rows, *self._dirty]
-        for pattern in self._dirty:
-            if is_inner(pattern):
-                found.update(row for row in rows if not row.startswith(WILDCARD) and inner_matches(pattern, row))
-                continue
-            found.add(pattern)
-            if pattern.startswith(WILDCARD):
-                found.add(pattern.removeprefix(WILDCARD))
-                found.update(row for row in rows if row.endswith(pattern[1:]))
+        """The patterns whose rows may change: those that changed, and those that a changed wildcard matches.
+
+        Cost: linear in the rows for all changed wildcards ``*.x`` together, and for each changed inner wildcard.
+        """
+        inner = [pattern for pattern in self._dirty if is_inner(pattern)]
+        found = self._dirty - set(inner)
+        wildcards = {pattern for pattern in found if pattern.startswith(WILDCARD)}
+        found |= {pattern.removeprefix(WILDCARD) for pattern in wildcards}
+        rows = [*self._rows, *found] if wildcards or inner else []
+        if wildcards:
+            found.update(row for row in rows if not wildcards.isdisjoint(parents(row)))
+        for pattern in inner:
+            found.update(row for row in rows if not row.startswith(WILDCARD) and inner_matches(pattern, row))
         return found
 
     def _write_rows(self, draft: Draft) -> None:

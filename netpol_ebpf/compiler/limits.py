@@ -37,6 +37,7 @@ class Limits:
     domains: int = 1 << 18
     names: int = 1 << 16
     name_classes: int = 1 << 16  # arbitrary
+    seen_names: int = 1 << 12  # arbitrary; much less than `names`, so that workloads cannot use up the rows of patterns
     endpoints: int = 1 << 16
 
 

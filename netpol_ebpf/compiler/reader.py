@@ -3,10 +3,11 @@
 
 The interpreter computes the verdict on one packet; a `TableReader` lists the verdicts on all packets.  It divides the
 packets of one endpoint, direction and stage into *cells*: (class of the peer's address) x (class of the own address) x
-(protocol, destination port or ICMP type) x (source port).  All packets of a cell have the same verdict and cause.
+(protocol, destination port or ICMP type) x (source port).  All packets of a cell have the same verdict and cause, unless
+a domain name that the endpoint learned for the peer matches; the rules that then decide are part of the cell.
 
 Invariants: only the tables are read.  The cells of a policy set are disjoint and together contain every packet.  A cell
-has the verdict that `netpol_ebpf.compiler.interpreter` computes for each packet of the cell.  KeyError is raised if a
+has the verdict that `netpol_ebpf.compiler.interpreter` computes for each packet of the cell without names.  KeyError is raised if a
 row that another row refers to is missing.
 
 A cause names tier, policy and rule; `netpol_ebpf.policy.provenance.trace` finds its file and line in the world that was
@@ -24,8 +25,18 @@ from netpol_ebpf.compiler.interpreter import Interpreter, l4_position, source_po
 from netpol_ebpf.compiler.intervals import Intervals, contains, intersection, normalise
 from netpol_ebpf.compiler.l4 import ANY_L4, ANY_SOURCE, SOURCE_BLOCK, WITH_PORTS, protocol
 from netpol_ebpf.compiler.rule_lists import nothing_decided
-from netpol_ebpf.compiler.tables import ATOM_BLOCK, ATOM_BLOCKS, WORLD_V4, WORLD_V6, CompiledTables, SetRow
-from netpol_ebpf.policy.types import Direction, EndpointKey, IPAddress, IPNetwork, Packet, Stage, Verdict
+from netpol_ebpf.compiler.tables import (
+    ATOM_BLOCK,
+    ATOM_BLOCKS,
+    WORLD_V4,
+    WORLD_V6,
+    Candidate,
+    CompiledTables,
+    PatternSet,
+    SetRow,
+    VerdictRow,
+)
+from netpol_ebpf.policy.types import Cause, Direction, EndpointKey, IPAddress, IPNetwork, Packet, Stage, Verdict
 
 _SOURCE_BLOCKS = range(SOURCE_BLOCK, SOURCE_BLOCK + 256)
 _PROTOCOLS = 256
@@ -68,11 +79,35 @@ class ProtocolPorts(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class NamedRule:
+    """A rule that allows packets to an address for which the endpoint learned a name that one of ``patterns`` matches.
+
+    ``logs``: the causes of Log rules that match before the rule, in order.
+    """
+
+    patterns: PatternSet
+    cause: Cause
+    logs: tuple[Cause, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NamedRules:
+    """The rules with domain names that come before a verdict, in the enforced and in the pending evaluation, in order."""
+
+    enforced: tuple[NamedRule, ...] = ()
+    pending: tuple[NamedRule, ...] = ()
+
+
+NO_NAMED_RULES = NamedRules()
+
+
+@dataclass(frozen=True, slots=True)
 class Cell:
     """A set of packets with the same verdict.
 
     ``l4``: positions of protocols and ports (`netpol_ebpf.compiler.l4`); `protocol_ports` decodes them.
     ``source_ports``: source ports; packets of a protocol without ports have source port 0.
+    ``named``: the first of these rules that matches a name takes the place of the verdict's rule.
     """
 
     peer: AddressClass
@@ -80,6 +115,7 @@ class Cell:
     l4: Intervals
     source_ports: Intervals
     verdict: Verdict
+    named: NamedRules = NO_NAMED_RULES
 
 
 def protocol_ports(l4: Intervals) -> Iterator[ProtocolPorts]:
@@ -108,11 +144,13 @@ class PolicySetReader:
         l4: Mapping[int, Intervals],
         source_ports: Mapping[int, Intervals],
         verdict: Callable[[int, int, int, int], Verdict],
+        named: Callable[[int, int, int, int], NamedRules],
         versions: Mapping[int, int],
     ) -> None:
         """``peers``, ``owns``, ``l4``, ``source_ports``: the classes, by class number.
 
         ``verdict``: called with the numbers of a peer, own, L4 and source-port class; returns their verdict.
+        ``named``: called as ``verdict``; returns the rules with domain names that come before the verdict.
         ``versions``: the IP version of each identity.
         """
         self.peers = peers
@@ -120,6 +158,7 @@ class PolicySetReader:
         self.l4 = l4
         self.source_ports = source_ports
         self.verdict = verdict
+        self.named = named
         self._versions = versions
 
     def cells(self) -> Iterator[Cell]:
@@ -133,7 +172,8 @@ class PolicySetReader:
             for (source, ports), (l4, positions) in product(self.source_ports.items(), self.l4.items()):
                 possible = positions if contains(ports, 0) else intersection(positions, WITH_PORTS)
                 if possible:
-                    yield Cell(peers, owns, possible, ports, self.verdict(peer, own, l4, source))
+                    where = (peer, own, l4, source)
+                    yield Cell(peers, owns, possible, ports, self.verdict(*where), self.named(*where))
 
     def answers(self) -> Iterator[Cell]:
         """The cells, merged to fewer and larger cells.
@@ -142,20 +182,20 @@ class PolicySetReader:
         Like the cells of `cells`, the results are disjoint and together contain every packet.  Cells with the same peer
         follow each other.
         """
-        by_peer: dict[AddressClass, dict[tuple[AddressClass, Intervals, Verdict], list[Intervals]]] = {}
+        by_peer: dict[AddressClass, dict[tuple[AddressClass, Intervals, Verdict, NamedRules], list[Intervals]]] = {}
         for cell in self.cells():
-            key = (cell.own, cell.source_ports, cell.verdict)
+            key = (cell.own, cell.source_ports, cell.verdict, cell.named)
             by_peer.setdefault(cell.peer, {}).setdefault(key, []).append(cell.l4)
-        alike: dict[frozenset[tuple[AddressClass, Intervals, Verdict, Intervals]], list[AddressClass]] = {}
+        alike: dict[frozenset[tuple[AddressClass, Intervals, Verdict, NamedRules, Intervals]], list[AddressClass]] = {}
         for peer, found in by_peer.items():
             said = frozenset((*key, normalise(pair for l4 in many for pair in l4)) for key, many in found.items())
             alike.setdefault(said, []).append(peer)
         for said, peers in alike.items():
             joined = AddressClass(frozenset().union(*(peer.identities for peer in peers)))
-            for own, source_ports, verdict, l4 in sorted(
-                said, key=lambda one: (one[3], one[1], sorted(one[0].identities))
+            for own, source_ports, verdict, named, l4 in sorted(
+                said, key=lambda one: (one[4], one[1], sorted(one[0].identities))
             ):
-                yield Cell(joined, own, l4, source_ports, verdict)
+                yield Cell(joined, own, l4, source_ports, verdict, named)
 
     def _versions_of(self, addresses: AddressClass) -> set[int]:
         return {self._versions[identity] for identity in addresses.identities}
@@ -246,7 +286,13 @@ class TableReader:
         outcome, cause = nothing_decided(direction, stage)
         verdict, everyone = Verdict(outcome, cause, outcome, cause), {0: AddressClass(frozenset(self.versions))}
         return PolicySetReader(
-            everyone, everyone, {0: ANY_L4}, {0: ANY_SOURCE}, lambda _peer, _own, _l4, _source: verdict, self.versions
+            everyone,
+            everyone,
+            {0: ANY_L4},
+            {0: ANY_SOURCE},
+            lambda _peer, _own, _l4, _source: verdict,
+            lambda _peer, _own, _l4, _source: NO_NAMED_RULES,
+            self.versions,
         )
 
     def _read(self, row: SetRow) -> PolicySetReader:
@@ -260,8 +306,28 @@ class TableReader:
             self._columns(self.atoms, row.l4_base, row.l4_classes),
             self._columns(self.source_atoms, row.source_base, row.source_classes),
             lambda peer, own, l4, source: tables.verdict_of(tables.verdicts[row.verdict_index(peer, own, l4, source)]),
+            lambda peer, own, l4, source: self._named(tables.verdicts[row.verdict_index(peer, own, l4, source)]),
             self.versions,
         )
+
+    def _named(self, row: VerdictRow) -> NamedRules:
+        """The rules with domain names that come before the verdict of a row."""
+        if not row.domain_list:
+            return NO_NAMED_RULES
+        tables = self._tables
+
+        def told(candidates: Iterable[Candidate]) -> tuple[NamedRule, ...]:
+            return tuple(
+                NamedRule(
+                    one.patterns,
+                    tables.rules[one.rule],
+                    tuple(tables.rules[rule] for rule in (tables.log_lists[one.log_list] if one.log_list else ())),
+                )
+                for one in candidates
+            )
+
+        value = tables.domain_lists[row.domain_list]
+        return NamedRules(told(value.enforced), told(value.pending))
 
     def _address_classes(self, number: int, defaults: Mapping[int, int]) -> dict[int, AddressClass]:
         """The address classes of one side (peer or own), by class number.

@@ -60,6 +60,11 @@ class RowRegister(Generic[V]):
         """The value with this number. Raises KeyError if no value has it."""
         return self._values[number]
 
+    @property
+    def has_unreferenced(self) -> bool:
+        """Whether `collect` may find values without references."""
+        return bool(self._unreferenced)
+
     def release_kept(self, journal: Journal) -> None:
         """Free the kept numbers that no value uses."""
         for value in list(self._kept):
