@@ -26,6 +26,9 @@ NameClass = frozenset[PatternSet]
 """The content of a name class: the pattern sets that match its names."""
 
 WILDCARD = "*."
+SEEN_PART = 4
+"""The names that only an inner wildcard matches take at most this part of the limit of names, and those seen last stay. So
+an endpoint that asks for very many names leaves room for the patterns of rules; arbitrary."""
 
 
 def is_inner(pattern: str) -> bool:
@@ -78,7 +81,9 @@ class DomainIndex:
         self._by_pattern: dict[str, set[PatternSet]] = {}
         self._inner: set[str] = set()
         self._asked: frozenset[str] = frozenset()
-        self._seen: set[str] = set()
+        self._seen: dict[str, int] = {}  # name -> the number of the `see` that saw it last
+        self._asks = 0
+        self._most_seen = limits.names // SEEN_PART
         self._rows: dict[str, int] = {}  # pattern -> number of its name class; 0: no pattern set matches
         self._learned: set[int] = set()  # name classes with a reference for the endpoints that may have learned them
         self._created: dict[int, NameClass] = {}
@@ -223,11 +228,19 @@ class DomainIndex:
     def _update_rows(self, what: str, draft: Draft, journal: Journal) -> None:
         """Give the changed patterns, and the patterns below them, their rows in ``names``."""
         flip, shrink = draft.rows(Phase.FLIP, "names"), draft.rows(Phase.SHRINK, "names")
-        for name in self._asked | self._seen:
+        for name in sorted(self._asked | self._seen.keys()):
             is_matched = any(inner_matches(pattern, name) for pattern in self._inner)
             if is_matched != (name in self._seen):
-                (journal.add if is_matched else journal.discard)(self._seen, name)
                 journal.add(self._dirty, name)
+            if is_matched and name in self._asked:
+                journal.put(self._seen, name, self._asks)
+            elif not is_matched and name in self._seen:
+                journal.pop(self._seen, name)
+        if self._asked:
+            journal.assign(self, "_asks", self._asks + 1)
+        for name in sorted(self._seen, key=self._seen.__getitem__)[: max(0, len(self._seen) - self._most_seen)]:
+            journal.pop(self._seen, name)
+            journal.add(self._dirty, name)
         self._asked = frozenset()
         for pattern in self._affected():
             before = self._rows.get(pattern)
