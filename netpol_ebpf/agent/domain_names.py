@@ -64,9 +64,12 @@ class DomainNames:
             self._has_loaded = True
             self.learned.load(set(endpoints).__contains__)
         events = self._read()
-        new = self.learned.take(events)
-        if new:
-            self._enforcement.see_names({key.name for key in new})
+        self.learned.take(events)
+        asked = {event.name for event in events if event.endpoint is not None}
+        if self._enforcement.tables.names.version != self._patterns_version:
+            asked.update(key.name for key, _ in self.learned)  # an inner wildcard may be newer than the names
+        if asked:
+            self._enforcement.see_names(asked)
         again = self._to_verify(events)
         version = self._enforcement.tables.names.version
         if version != self._patterns_version:
