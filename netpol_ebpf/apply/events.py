@@ -231,5 +231,5 @@ def decode_labels(labels: bytes) -> str:
     return ".".join(reversed(found))
 
 
-_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_*")
+_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 IPV4 = 4

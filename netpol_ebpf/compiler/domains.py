@@ -157,11 +157,13 @@ class DomainIndex:
 
     def wants(self, name: str) -> bool:
         """Whether an inner wildcard matches the name, which has no row of its own yet."""
-        return name not in self._rows and any(inner_matches(pattern, name) for pattern in self._inner)
+        return (
+            name not in self._rows and "*" not in name and any(inner_matches(pattern, name) for pattern in self._inner)
+        )
 
     def see(self, names: Iterable[str]) -> None:
         """Give rows of their own, in this commit, to names that endpoints asked for and that an inner wildcard matches."""
-        self._asked = frozenset(names)
+        self._asked = frozenset(name for name in names if "*" not in name)  # a star would make it a pattern
 
     def content_of(self, name: str) -> NameClass:
         """The pattern sets that match a name, or that match all names of a wildcard that no longer wildcard matches."""

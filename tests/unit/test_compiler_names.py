@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from worlds import read
 
+from netpol_ebpf.apply.events import decode_labels
 from netpol_ebpf.compiler import Compiler
 from netpol_ebpf.compiler.limits import Limits
 from netpol_ebpf.policy.translate import derive
@@ -40,3 +41,20 @@ def test_a_flood_of_names_leaves_room_for_patterns() -> None:
     compiler.replace(derive(read(CLUSTER.replace("PATTERNS", "n1.net"))))
     compiler.commit()
     assert set(compiler.tables.names) == {"n1.net"}
+
+
+def test_a_star_in_a_name_is_no_wildcard() -> None:
+    """An endpoint may ask for any bytes: such a name gets no row, and is no pattern."""
+    compiler = Compiler()
+    compiler.replace(derive(read(CLUSTER.replace("PATTERNS", "x.*.com"))))
+    compiler.commit()
+    for name in ("x.*.evil.com", "x.*.*.evil.com"):
+        assert not compiler.wants_name(name)
+        compiler.see_names({name})
+        compiler.commit()
+        assert not len(compiler.tables.names)
+
+
+def test_a_star_of_a_label_is_shown_as_another_byte() -> None:
+    """So that nothing takes a name that was asked for as a pattern."""
+    assert decode_labels(b"\x03com\x01*\x01x\0") == r"x.\042.com"
