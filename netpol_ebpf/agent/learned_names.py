@@ -95,15 +95,20 @@ class NameStore:
         now_s = self._clock()
         return ((key, one) for key, one in self._names.items() if one.until_s > now_s)
 
-    def take(self, events: Iterable[LearnedAddress]) -> list[LearnedName]:
-        """Add reported names. Returns those that are new or had expired."""
+    def take(
+        self, events: Iterable[LearnedAddress], age_s: Callable[[LearnedAddress], float] = lambda _: 0.0
+    ) -> list[LearnedName]:
+        """Add reported names. Returns those that are new or had expired.
+
+        ``age_s``: how long ago the answer came. Reports wait while no agent runs, and the names expire meanwhile.
+        """
         now_s = self._clock()
         new = []
         for event in events:
             if event.endpoint is None:
                 continue  # the endpoint is gone
             key = LearnedName(event.endpoint, event.address, event.name)
-            until_s = now_s + max(event.ttl_s, self._floor_s) + self._extra_s
+            until_s = now_s - max(0.0, age_s(event)) + max(event.ttl_s, self._floor_s) + self._extra_s
             before = self._names.get(key)
             if before is None or before.until_s <= now_s:
                 new.append(key)

@@ -69,6 +69,17 @@ def test_a_short_life_is_raised_to_the_floor(clock: Clock) -> None:
     assert names.names_of(WEB, ADDRESS)
 
 
+def test_a_report_that_waited_has_less_time_left(clock: Clock) -> None:
+    """What expired while no agent read reports is not known."""
+    names = make(clock)
+    names.take([event(ttl_s=60)], lambda _: 50.0)
+    assert names.names_of(WEB, ADDRESS)
+    clock.now_s += 11
+    assert not names.names_of(WEB, ADDRESS)
+    names.take([event(ttl_s=60)], lambda _: 3600.0)
+    assert not list(names)
+
+
 def test_a_second_report_is_no_news_and_never_shortens(clock: Clock) -> None:
     """Only a name that was not known, or had expired, is new."""
     names = make(clock)
