@@ -64,9 +64,14 @@ class DomainNames:
             self._has_loaded = True
             self.learned.load(set(endpoints).__contains__)
         events = self._read()
-        new = self.learned.take(events)
-        if new:
-            self._enforcement.see_names({key.name for key in new})
+        if events:
+            now, hertz = read_jiffies(), self._hertz()
+            self.learned.take(events, lambda event: (now - event.time_jiffies) / hertz)
+        asked = {event.name for event in events if event.endpoint is not None}
+        if self._enforcement.tables.names.version != self._patterns_version:
+            asked.update(key.name for key, _ in self.learned)  # an inner wildcard may be newer than the names
+        if asked:
+            self._enforcement.see_names(asked)
         again = self._to_verify(events)
         version = self._enforcement.tables.names.version
         if version != self._patterns_version:
@@ -96,18 +101,20 @@ class DomainNames:
     def _teach(self, names: list[tuple[LearnedName, Lifetime]]) -> None:
         if not names:
             return
-        maps = self._node.maps
-        config = abi.np_config.from_buffer_copy(maps["np_config"].get(bytes(4)) or b"")
         teach(
-            maps,
+            self._node.maps,
             self._enforcement.tables,
             names,
             now_s=self._wall_clock(),
             now_jiffies=read_jiffies(),
-            jiffies_per_second=config.jiffies_per_second,
+            jiffies_per_second=self._hertz(),
         )
         now_s = self._clock()
         self._written.update(((key.endpoint, key.address), now_s) for key, _ in names)
+
+    def _hertz(self) -> int:
+        config = abi.np_config.from_buffer_copy(self._node.maps["np_config"].get(bytes(4)) or b"")
+        return int(config.jiffies_per_second)
 
     def _forget_classes(self) -> None:
         unused = self._enforcement.unused_name_classes()

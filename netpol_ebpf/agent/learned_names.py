@@ -41,6 +41,8 @@ SAVE_S = 60.0
 shown without its name."""
 MOST_BYTES = 1 << 26
 FORMAT = 1
+LATEST_S = 1 << 40
+"""A later time in the file counts as this one, in seconds since 1970; arbitrary."""
 EVENTS_LOST = "dns-event-lost"
 
 
@@ -93,15 +95,20 @@ class NameStore:
         now_s = self._clock()
         return ((key, one) for key, one in self._names.items() if one.until_s > now_s)
 
-    def take(self, events: Iterable[LearnedAddress]) -> list[LearnedName]:
-        """Add reported names. Returns those that are new or had expired."""
+    def take(
+        self, events: Iterable[LearnedAddress], age_s: Callable[[LearnedAddress], float] = lambda _: 0.0
+    ) -> list[LearnedName]:
+        """Add reported names. Returns those that are new or had expired.
+
+        ``age_s``: how long ago the answer came. Reports wait while no agent runs, and the names expire meanwhile.
+        """
         now_s = self._clock()
         new = []
         for event in events:
             if event.endpoint is None:
                 continue  # the endpoint is gone
             key = LearnedName(event.endpoint, event.address, event.name)
-            until_s = now_s + max(event.ttl_s, self._floor_s) + self._extra_s
+            until_s = now_s - max(0.0, age_s(event)) + max(event.ttl_s, self._floor_s) + self._extra_s
             before = self._names.get(key)
             if before is None or before.until_s <= now_s:
                 new.append(key)
@@ -165,10 +172,9 @@ class NameStore:
             return
 
         def take(entry: Any) -> None:
-            kind, namespace, name, address, domain, server = checked_list(
-                checked(entry, list, "a name")[:6], str, "a name"
-            )
-            until_s = float(checked(entry[6], int, "the time"))
+            *texts, until = checked(entry, list, "a name") or [None]
+            kind, namespace, name, address, domain, server = checked_list(texts, str, "a name")
+            until_s = float(min(checked(until, int, "the time"), LATEST_S))
             key = LearnedName(EndpointKey(kind, namespace, name), ip_address(address), domain)
             if present(key.endpoint) and until_s > self._clock():
                 self._put(key, Lifetime(until_s, ip_address(server)))
@@ -256,11 +262,13 @@ def classes_in_use(maps: Mapping[str, KernelMap]) -> frozenset[int]:
 
     Cost: linear in the rows, and a system call for each connection.
     """
-    tables = (maps[name] for name in ("np_conn4", "np_conn6"))
-    found = {number for one in tables if isinstance(one, ConnectionMap) for number in one.name_classes()}
+    found: set[int] = set()
     for name in ("np_learned4", "np_learned6"):
         for _, value in maps[name].items():  # noqa: PERF102 - a map is no dict
             found.update(abi.np_learned.from_buffer_copy(value).name_class)
+    # Connections come last: one may take a class from a row that goes meanwhile, but no row takes one from a connection.
+    tables = (maps[name] for name in ("np_conn4", "np_conn6"))
+    found.update(number for one in tables if isinstance(one, ConnectionMap) for number in one.name_classes())
     return frozenset(found - {0})
 
 

@@ -197,6 +197,7 @@ class LearnedAddress:
     hyphen or underscore has the form ``\DDD``, as in zone files.
     ``ttl_s``: the time to live in the answer, in seconds.
     ``name_class``: 0 if no pattern matched the name.
+    ``time_jiffies``: when the answer came.
     """
 
     endpoint: EndpointKey | None
@@ -205,6 +206,7 @@ class LearnedAddress:
     server: IPv4Address | IPv6Address
     ttl_s: int
     name_class: int
+    time_jiffies: int = 0
 
 
 def decode_learned(record: abi.np_dns_event, names: Names) -> LearnedAddress:
@@ -218,6 +220,7 @@ def decode_learned(record: abi.np_dns_event, names: Names) -> LearnedAddress:
         family(bytes(record.server)[:size]),
         record.ttl_s,
         record.name_class,
+        record.time_jiffies,
     )
 
 
@@ -231,5 +234,5 @@ def decode_labels(labels: bytes) -> str:
     return ".".join(reversed(found))
 
 
-_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_*")
+_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 IPV4 = 4

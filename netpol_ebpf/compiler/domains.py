@@ -154,7 +154,9 @@ class DomainIndex:
 
     def wants(self, name: str) -> bool:
         """Whether an inner wildcard matches the name, which has no row of its own yet."""
-        return name not in self._rows and any(inner_matches(pattern, name) for pattern in self._inner)
+        return (
+            name not in self._rows and "*" not in name and any(inner_matches(pattern, name) for pattern in self._inner)
+        )
 
     def see(self, names: Iterable[str]) -> None:
         """Give rows of their own, in this commit, to names that endpoints asked for and that an inner wildcard matches.
@@ -162,7 +164,7 @@ class DomainIndex:
         Endpoints choose the names, so only the latest `Limits.seen_names` of them keep their rows, and at most as many
         as half of the table has.
         """
-        self._asked = frozenset(names)
+        self._asked = frozenset(name for name in names if "*" not in name)  # a star would make it a pattern
 
     def content_of(self, name: str) -> NameClass:
         """The pattern sets that match a name, or that match all names of a wildcard that no longer wildcard matches."""

@@ -196,6 +196,19 @@ def test_policy_comes_and_goes(scene: Scene) -> None:
     wait_for(lambda: asked(scene, "web", two, is_slow=False).endswith("reached"), "a rule has the name again")
 
 
+def test_star_inside_a_pattern_that_is_newer_than_the_name(scene: Scene) -> None:
+    """The agent gives a name that it already knows a row, also if the pod asks for it again and again."""
+    name = list(NAMES)[4]
+    assert asked(scene, "web", name) == f"{NAMES[name]} reached"
+    scene.write("names.yaml", POLICY.replace("*.example.test", "*.elsewhere.test"))
+    wait_for(lambda: not reaches(scene, "web", name), "no rule has the name")
+    scene.write("names.yaml", POLICY.replace("*.example.test", "n5.*.test"))
+    wait_for(lambda: asked(scene, "web", name, is_slow=False).endswith("reached"), "the name has a row")
+    scene.kill()
+    scene.start()
+    wait_for(lambda: asked(scene, "web", name, is_slow=False).endswith("reached"), "the name has a row again")
+
+
 def test_service_that_does_not_exist_is_a_problem(scene: Scene) -> None:
     """Without the service and its backends nothing is learned, and the status says so; when they come back, names work again."""
     (name,) = list(NAMES)[8:9]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
@@ -68,6 +69,17 @@ def test_a_short_life_is_raised_to_the_floor(clock: Clock) -> None:
     assert names.names_of(WEB, ADDRESS)
 
 
+def test_a_report_that_waited_has_less_time_left(clock: Clock) -> None:
+    """What expired while no agent read reports is not known."""
+    names = make(clock)
+    names.take([event(ttl_s=60)], lambda _: 50.0)
+    assert names.names_of(WEB, ADDRESS)
+    clock.now_s += 11
+    assert not names.names_of(WEB, ADDRESS)
+    names.take([event(ttl_s=60)], lambda _: 3600.0)
+    assert not list(names)
+
+
 def test_a_second_report_is_no_news_and_never_shortens(clock: Clock) -> None:
     """Only a name that was not known, or had expired, is new."""
     names = make(clock)
@@ -120,13 +132,33 @@ def test_names_survive_a_restart(clock: Clock, tmp_path: Path) -> None:
     assert not again.problems
 
 
-def test_a_damaged_file_is_a_problem_and_is_set_aside(clock: Clock, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "entry",
+    [
+        '["Pod", 3]',
+        "[]",
+        '["Pod", "a", "b", "192.0.2.1", "x.com", "10.96.0.10"]',
+        '["Pod", "a", "b", "192.0.2.1", "x.com", 5]',
+    ],
+)
+def test_a_damaged_file_is_a_problem_and_is_set_aside(clock: Clock, tmp_path: Path, entry: str) -> None:
     """The agent goes on without the names."""
-    (tmp_path / "names").write_text('{"format": 1, "names": [["Pod", 3]]}')
+    (tmp_path / "names").write_text(f'{{"format": 1, "names": [{entry}]}}')
     names = make(clock, tmp_path / "names")
     names.load(lambda _: True)
     assert "damaged" in names.problems[0].message
     assert not list(names)
+
+
+def test_a_time_that_no_clock_reaches_is_read(clock: Clock, tmp_path: Path) -> None:
+    """It counts as a late one, and the file can be written again."""
+    entry = json.dumps(["Pod", "shop", "web", str(ADDRESS), "x.com", str(SERVER), 10**400])
+    (tmp_path / "names").write_text(f'{{"format": 1, "names": [{entry}]}}')
+    names = make(clock, tmp_path / "names")
+    names.load(lambda _: True)
+    names.save()
+    assert names.names_of(WEB, ADDRESS) == {"x.com"}
+    assert not names.problems
 
 
 def tables_with(pattern: str, class_: int) -> CompiledTables:
