@@ -332,7 +332,8 @@ def measure_packets(rounds: int, sizes: Sequence[int], *, repeat: int = HOT_REPE
     """All packet cases: one figure in ns for each round."""
     with Dataplane.open(Path(f"/sys/fs/bpf/netpol-bench-names-{os.getpid()}")) as dataplane:
         try:
-            names, figures = Names(dataplane), {}
+            names = Names(dataplane)
+            figures: Figures = {}
             for _ in range(rounds):
                 names.round(sizes, figures, repeat=repeat)
         finally:
@@ -457,7 +458,11 @@ def show(run: Run) -> None:
     """Print the cases: the median, and the median of the ratios to the base."""
     for case in run.cases:
         base = run.case(case.base) if case.base else None
-        over = "" if base is None else f"{statistics.median(a / b for a, b in zip(case.samples, base.samples, strict=False)):10.2f} x"
+        over = (
+            ""
+            if base is None
+            else f"{statistics.median(a / b for a, b in zip(case.samples, base.samples, strict=False)):10.2f} x"
+        )
         print(f"{case.name:46}{case.contender:18}{case.median:12.0f} ns{over}")
 
 
