@@ -132,6 +132,7 @@ class Site:
         self.lab = Lab(hosts, directories=[self._pins])
         self._stack = contextlib.ExitStack()
         self._applier: Applier | None = None
+        self.dataplane: Dataplane | None = None
         self._links: list[int] = []
 
     def __enter__(self) -> Site:  # noqa: PYI034 - typing.Self comes with Python 3.11
@@ -191,6 +192,7 @@ class Site:
 
     def _enforce(self, stack: contextlib.ExitStack, world: World, mechanism: Mechanism | None) -> None:
         dataplane = stack.enter_context(Dataplane.open(self._pins, sizes=SIZES))
+        self.dataplane = dataplane
         compiler = Compiler(lambda endpoint: endpoint.node == NODE)
         compiler.replace(world)
         compiler.commit()

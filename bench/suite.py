@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import control_plane, end_to_end, guards, idle, loads, pods, scale, targets
+from bench import control_plane, end_to_end, guards, idle, loads, names, pods, scale, targets
+from bench.micro import HOT_REPEAT
 from bench.parts import run_part
 from bench.record import LESS, ROOT, Case, Run, begin, case_id, save
 from bench.site import EMPTY, NOTHING, OURS, Remote
@@ -92,6 +93,13 @@ def suites(*, smoke: bool, remote: Remote | None) -> dict[str, Callable[[Run], N
             rounds=2 if smoke else 7,
             axes=scale.SMOKE_AXES if smoke else scale.AXES,
             sizes=scale.SMOKE_SIZES if smoke else targets.SIZES,
+        ),
+        "names": lambda run: names.run_suite(
+            run,
+            rounds=2 if smoke else 7,
+            sizes=names.WATCHED[:1] if smoke else names.WATCHED,
+            trips=20 if smoke else 300,
+            repeat=10_000 if smoke else HOT_REPEAT,
         ),
         "control-plane": lambda run: control(run, smoke=smoke),
     }

@@ -40,7 +40,7 @@ def register(subparsers: Any) -> None:
         "--suites",
         default="",
         metavar="NAMES",
-        help="suites to run, of micro,guards,end-to-end,scale,control-plane (default: all)",
+        help="suites to run, of micro,guards,end-to-end,scale,names,control-plane (default: all)",
     )
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("result.json"), metavar="FILE",
