@@ -27,7 +27,7 @@ spec:
 
 def test_a_flood_of_names_leaves_room_for_patterns() -> None:
     """The names seen last have rows, the others give way, and a policy with more names fits."""
-    compiler = Compiler(limits=Limits(names=40))
+    compiler = Compiler(limits=Limits(names=40, seen_names=10))
     compiler.replace(derive(read(CLUSTER.replace("PATTERNS", "x.*.com"))))
     compiler.commit()
     for number in range(100):
