@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, combinations, islice
 
 from netpol_ebpf.compiler.draft import DELETED, Draft, Phase
 from netpol_ebpf.compiler.journal import Journal
@@ -84,6 +84,10 @@ class DomainIndex:
         self._rows: dict[str, int] = {}  # pattern -> number of its name class; 0: no pattern set matches
         self._learned: set[int] = set()  # name classes with a reference for the endpoints that may have learned them
         self._created: dict[int, NameClass] = {}
+        self._adopted: set[int] = set()
+        self._having: dict[str, set[PatternSet]] = {}  # pattern -> the pattern sets of name classes that have it
+        self._lists_of: dict[int, set[int]] = {}  # name class -> the domain lists with which it has a row
+        self._classes_of: dict[int, set[int]] = {}  # domain list -> the name classes with which it has a row
         self._dirty: set[str] = set()
         self._new_lists: dict[int, DomainList] = {}
 
@@ -203,18 +207,18 @@ class DomainIndex:
             for patterns in value.pattern_sets:
                 self._drop(patterns, number, journal)
         self._update_rows(what, draft, journal)
-        self._write_rows(draft)
-        self._delete_rows(dropped, draft)
-        for number, content in self._classes.collect(draft, journal).items():
+        self._write_rows(draft, journal)
+        deletes = draft.rows(Phase.SHRINK, "domains")
+        for number in dropped.keys() & self._classes_of.keys():
+            for class_ in journal.pop(self._classes_of, number):
+                journal.discard_from(self._lists_of, class_, number)
+                deletes[(number, class_)] = DELETED
+        for class_, content in self._classes.collect(draft, journal).items():
+            for number in journal.pop(self._lists_of, class_) if class_ in self._lists_of else ():
+                journal.discard_from(self._classes_of, number, class_)
+                deletes[(number, class_)] = DELETED
             for patterns in content:
-                use = self._uses.get(patterns)
-                if use is None:
-                    continue
-                for list_number in use.lists:
-                    draft.write(Phase.SHRINK, "domains", (list_number, number), DELETED)
-                journal.discard(use.classes, number)
-                if not use.references and not use.classes:
-                    journal.pop(self._uses, patterns)
+                self._drop_class(patterns, class_, journal)
         for number in list(self._new_lists):
             journal.pop(self._new_lists, number)
         for number in list(self._created):
@@ -226,7 +230,9 @@ class DomainIndex:
         """At the first commit, take over the name classes that endpoints may have learned in an earlier run."""
         for content in list(self._kept):
             journal.pop(self._kept, content)
-            journal.add(self._learned, self._class_of(content, "", draft, journal))
+            number = self._class_of(content, "", draft, journal)
+            journal.add(self._learned, number)
+            journal.add(self._adopted, number)
 
     def _class_of(self, content: NameClass, what: str, draft: Draft, journal: Journal) -> int:
         """Add a reference to a name class and return its number; 0 for the empty class."""
@@ -237,7 +243,11 @@ class DomainIndex:
         if is_new:
             journal.put(self._created, number, content)
             for patterns in content:
-                journal.add(self._use(patterns, journal).classes, number)
+                use = self._use(patterns, journal)
+                if not use.classes:
+                    for pattern in patterns:
+                        journal.add_to(self._having, pattern, patterns)
+                journal.add(use.classes, number)
         return number
 
     def _update_rows(self, what: str, draft: Draft, journal: Journal) -> None:
@@ -305,27 +315,48 @@ class DomainIndex:
             found.update(row for row in rows if not row.startswith(WILDCARD) and inner_matches(pattern, row))
         return found
 
-    def _write_rows(self, draft: Draft) -> None:
-        """Write the rows of new lists for all classes, and of new classes for all lists."""
-        rows = draft.rows(Phase.GROW, "domains")
+    def _drop_class(self, patterns: PatternSet, number: int, journal: Journal) -> None:
+        use = self._uses[patterns]
+        journal.discard(use.classes, number)
+        if use.classes:
+            return
+        for pattern in patterns:
+            journal.discard_from(self._having, pattern, patterns)
+        if not use.references:
+            journal.pop(self._uses, patterns)
+
+    def _write_rows(self, draft: Draft, journal: Journal) -> None:
+        """Write the rows of new lists for all classes, and of new classes for all lists.
+
+        A class that is made now has every pattern set that matches its names.  An older class lacks newer pattern sets,
+        but matches those that contain one of its own.
+        """
+        pairs: dict[tuple[int, int], None] = {}
+        has_older = bool(self._adopted) or len(self._classes) > len(self._created)
         for number, value in self._new_lists.items():
             if not self._lists.has(value):
                 continue  # dropped in the same commit
-            for class_ in {class_ for patterns in value.pattern_sets for class_ in self._uses[patterns].classes}:
-                rows[(number, class_)] = domain_row(value, self._classes.value_of(class_))
+            for patterns in value.pattern_sets:
+                for one in self._within(patterns) if has_older else (patterns,):
+                    pairs.update(dict.fromkeys((number, class_) for class_ in self._uses[one].classes))
         for class_, content in self._created.items():
-            for number in {number for patterns in content for number in self._uses[patterns].lists}:
-                rows[(number, class_)] = domain_row(self._lists.value_of(number), content)
+            for patterns in content:
+                pairs.update(dict.fromkeys((number, class_) for number in self._uses[patterns].lists))
+        rows = draft.rows(Phase.GROW, "domains")
+        for number, class_ in pairs:
+            rows[(number, class_)] = domain_row(self._lists.value_of(number), self._classes.value_of(class_))
+            journal.add_to(self._classes_of, number, class_)
+            journal.add_to(self._lists_of, class_, number)
+        for class_ in list(self._adopted):
+            journal.discard(self._adopted, class_)
 
-    def _delete_rows(self, dropped: Mapping[int, DomainList], draft: Draft) -> None:
-        for number, value in dropped.items():
-            for class_ in {
-                class_
-                for patterns in value.pattern_sets
-                if patterns in self._uses
-                for class_ in self._uses[patterns].classes
-            }:
-                draft.write(Phase.SHRINK, "domains", (number, class_), DELETED)
+    def _within(self, patterns: PatternSet) -> set[PatternSet]:
+        """The pattern sets of name classes that are part of ``patterns``, and ``patterns``."""
+        having = [self._having.get(pattern, set()) for pattern in patterns]
+        if sum(map(len, having)) <= 1 << len(patterns):
+            return {one for sets in having for one in sets if one <= patterns} | {patterns}
+        parts = chain.from_iterable(combinations(patterns, size) for size in range(1, len(patterns) + 1))
+        return {one for one in map(frozenset, parts) if one in self._uses and self._uses[one].classes} | {patterns}
 
 
 def domain_row(value: DomainList, content: NameClass) -> DomainRow:
@@ -339,7 +370,11 @@ _NOBODY = Candidate(frozenset(), 0)
 
 
 def _first(candidates: tuple[Candidate, ...], content: NameClass) -> tuple[int, Candidate]:
+    """The first candidate that matches the names of a class, with its rank.
+
+    A pattern set of the class that is part of the candidate's patterns matches these names, so the candidate does.
+    """
     for rank, candidate in enumerate(candidates):
-        if candidate.patterns in content:
+        if candidate.patterns in content or any(patterns <= candidate.patterns for patterns in content):
             return rank, candidate
     return NO_RANK, _NOBODY

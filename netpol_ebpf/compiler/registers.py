@@ -52,6 +52,9 @@ class RowRegister(Generic[V]):
         journal.put(self._references, number, self._references.get(number, 0) + 1)
         return number
 
+    def __len__(self) -> int:
+        return len(self._known)
+
     def has(self, value: V) -> bool:
         """Whether the value has a number in this run."""
         return value in self._known

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from strategies import packets, questions_about, worlds
 
 from netpol_ebpf.compiler import Compiler
+from netpol_ebpf.compiler.domains import most_specific
 from netpol_ebpf.compiler.interpreter import Interpreter
+from netpol_ebpf.compiler.tables import NO_RANK, DomainRow
 from netpol_ebpf.model import ReferenceModel
 from netpol_ebpf.policy.types import Action, Packet, Policy, Question, Rule, World
 
@@ -137,3 +139,20 @@ def test_name_classes_keep_their_numbers(first: World, second: World) -> None:
     commit(compiler, second)
     after = dict(compiler.tables.name_classes.items())
     assert learned.items() <= after.items()
+
+
+@given(named_worlds(max_policies=3), named_worlds(max_policies=3))
+def test_learned_classes_never_match_more_than_their_names(first: World, second: World) -> None:
+    """After a change, a class that was learned before gives no rule that a new look at the name would not give first."""
+    compiler = Compiler()
+    commit(compiler, first)
+    learned = {name: most_specific(name, compiler.tables.names) for name in NAMES}
+    commit(compiler, second)
+    tables = compiler.tables
+    none = DomainRow(NO_RANK, NO_RANK, 0, 0)
+    for number in tables.domain_lists:
+        for name, class_ in learned.items():
+            old = tables.domains.get((number, class_)) or none
+            new = tables.domains.get((number, most_specific(name, tables.names))) or none
+            assert old.rank >= new.rank
+            assert old.staged_rank >= new.staged_rank
