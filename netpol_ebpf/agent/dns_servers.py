@@ -106,6 +106,10 @@ class DnsInputs:
     unlearned: frozenset[IPNetwork] = frozenset()
     own: frozenset[IPAddress] = frozenset()
 
+    def is_refused(self, address: IPAddress) -> bool:
+        """Whether the address is never learned."""
+        return address in self.own or any(address in net for net in self.unlearned)
+
     @property
     def other_ports(self) -> tuple[int, ...]:
         """The servers' ports besides 53, in ascending order."""

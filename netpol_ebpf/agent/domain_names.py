@@ -33,6 +33,16 @@ VERIFY_S = 2.0
 may have written the row at the same moment, and one of the two classes is then missing."""
 
 
+def seconds_since_boot() -> float:
+    """The time since the kernel started, suspended time included. Nobody sets this clock back."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def boot_id() -> str:
+    """The identity of this boot: `seconds_since_boot` of another boot means nothing in this one."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 class DomainNames:
     """Keeps the names that endpoints learned, and the classes of learned addresses, up to date."""
 
@@ -45,14 +55,17 @@ class DomainNames:
         *,
         floor_s: int,
         extra_s: int,
-        wall_clock: Callable[[], float] = time.time,
+        boot_clock: Callable[[], float] = seconds_since_boot,
     ) -> None:
-        """``clock``: monotonic time in seconds. The other parameters are those of `NameStore`."""
-        self.learned = NameStore(wall_clock, file, floor_s=floor_s, extra_s=extra_s)
+        """``clock``: monotonic time in seconds. ``boot_clock``: seconds since the boot, as an earlier agent counted them.
+
+        The other parameters are those of `NameStore`.
+        """
+        self.learned = NameStore(boot_clock, file, boot=boot_id(), floor_s=floor_s, extra_s=extra_s)
         self._node = node
         self._enforcement = enforcement
         self._clock = clock
-        self._wall_clock = wall_clock
+        self._boot_clock = boot_clock
         self._patterns_version = -1
         self._written: dict[tuple[EndpointKey, IPAddress], float] = {}
         self._forget_at_s = clock() + FORGET_S
@@ -105,9 +118,10 @@ class DomainNames:
             self._node.maps,
             self._enforcement.tables,
             names,
-            now_s=self._wall_clock(),
+            now_s=self._boot_clock(),
             now_jiffies=read_jiffies(),
             jiffies_per_second=self._hertz(),
+            is_refused=self._enforcement.is_never_learned,
         )
         now_s = self._clock()
         self._written.update(((key.endpoint, key.address), now_s) for key, _ in names)
@@ -146,7 +160,7 @@ class DomainNames:
 
     def report(self) -> list[dict[str, Any]]:
         """The learned names as plain values, those of an endpoint together, with the patterns of rules that match."""
-        tables, now_s = self._enforcement.tables, self._wall_clock()
+        tables, now_s = self._enforcement.tables, self._boot_clock()
         found = []
         for key, one in sorted(self.learned, key=lambda item: (item[0].endpoint, item[0].name, str(item[0].address))):
             content = tables.name_classes.get(self._enforcement.class_of_name(key.name)) or frozenset()

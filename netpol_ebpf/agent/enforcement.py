@@ -39,6 +39,7 @@ from netpol_ebpf.policy.types import (
     Direction,
     Endpoint,
     EndpointKey,
+    IPAddress,
     LabelledNets,
     Policy,
     PolicyKey,
@@ -212,6 +213,10 @@ class Enforcement:
     def restore_learners(self) -> list[Drift]:
         """Restore which endpoints have room for DNS questions, if another program changed that."""
         return self._learners.restore(self._maps.maps)
+
+    def is_never_learned(self, address: IPAddress) -> bool:
+        """Whether no DNS answer can teach the address, by the options and objects in force."""
+        return self._own.inputs.dns.is_refused(address)
 
     def unused_name_classes(self) -> frozenset[int]:
         """The name classes that no pattern gives any more. Endpoints may still have learned them."""

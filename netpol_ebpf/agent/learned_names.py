@@ -58,7 +58,7 @@ class LearnedName(NamedTuple):
 class Lifetime:
     """What is known of a `LearnedName`.
 
-    ``until_s``: when it expires, in seconds of the wall clock.
+    ``until_s``: when it expires, in seconds since the boot.
     ``server``: the DNS server that answered.
     """
 
@@ -72,13 +72,15 @@ class NameStore:
     ``evicted``: how many names were dropped before they expired, because too many were kept.
     """
 
-    def __init__(self, clock: Callable[[], float], file: Path | None, *, floor_s: int, extra_s: int) -> None:
-        """``clock``: the wall clock in seconds. ``file``: keeps the names across restarts; None: they are not kept.
+    def __init__(self, clock: Callable[[], float], file: Path | None, *, boot: str, floor_s: int, extra_s: int) -> None:
+        """``clock``: seconds since the boot. ``file``: keeps the names across restarts; None: they are not kept.
 
+        ``boot``: the identity of this boot. Names of another boot are not read, because the kernel has lost them too.
         ``floor_s``, ``extra_s``: shortest life of a learned address, and seconds added to each life.
         """
         self.evicted = 0
         self._clock = clock
+        self._boot = boot
         self._floor_s, self._extra_s = floor_s, extra_s
         self._file = None if file is None else EntryFile(file, "names", FORMAT, MOST_BYTES)
         self._file_problem = ""
@@ -173,10 +175,10 @@ class NameStore:
 
         def take(entry: Any) -> None:
             *texts, until = checked(entry, list, "a name") or [None]
-            kind, namespace, name, address, domain, server = checked_list(texts, str, "a name")
+            kind, namespace, name, address, domain, server, boot = checked_list(texts, str, "a name")
             until_s = float(min(checked(until, int, "the time"), LATEST_S))
             key = LearnedName(EndpointKey(kind, namespace, name), ip_address(address), domain)
-            if present(key.endpoint) and until_s > self._clock():
+            if boot == self._boot and present(key.endpoint) and until_s > self._clock():
                 self._put(key, Lifetime(until_s, ip_address(server)))
 
         damage = self._file.load(take)
@@ -188,7 +190,7 @@ class NameStore:
             return
         try:
             self._file.save(
-                json.dumps([*key.endpoint, str(key.address), key.name, str(one.server), int(one.until_s)])
+                json.dumps([*key.endpoint, str(key.address), key.name, str(one.server), self._boot, int(one.until_s)])
                 for key, one in self
             )
             self._file_problem = ""
@@ -218,18 +220,19 @@ def teach(
     now_s: float,
     now_jiffies: int,
     jiffies_per_second: int,
+    is_refused: Callable[[IPAddress], bool] = lambda _: False,
 ) -> int:
     """Give learned addresses the classes that the patterns in force now give their names. Returns how many rows changed.
 
     A row that has the class keeps it. The kernel may write a row at the same time: the caller repeats the call for names
     that are reported shortly afterwards.
-    ``now_s``, ``now_jiffies``: the same time by both clocks.
+    ``now_s``, ``now_jiffies``: the same time by both clocks. ``is_refused``: whether an address must not be learned now.
     """
     changed = 0
     for key, learned in names:
         row = tables.endpoints.get(key.endpoint)
         wanted = most_specific(key.name, tables.names)
-        if row is None or not wanted:
+        if row is None or not wanted or is_refused(key.address):
             continue
         map_name, map_key = learned_key(row.number, key.address)
         until = int(now_jiffies + (learned.until_s - now_s) * jiffies_per_second) // abi.NP_LEARNED_JIFFIES

@@ -22,6 +22,7 @@ import enum
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,12 +90,15 @@ def with_lost_classes(known: Mapping[NameClass, int], in_use: Iterable[int]) -> 
     """The name classes of an earlier agent, also those that the ledger lost.
 
     If a number that learned addresses or connections have got another meaning, the program would allow one domain name
-    for another.  So a number without a known content gets a content that no name has, and is not given to a new class.
+    for another.  So a number without a known content, or with two, gets a content that no name has, and is not given to
+    a new class.
 
     ``known``: the classes of the ledger.  ``in_use``: the numbers in the kernel's rows.
     """
-    lost = set(in_use) - set(known.values()) - {0}
-    return {**known, **{frozenset({frozenset({f"lost class {number}"})}): number for number in sorted(lost)}}
+    users = Counter(known.values())
+    certain = {content: number for content, number in known.items() if users[number] == 1}
+    lost = {*in_use, *known.values()} - set(certain.values()) - {0}
+    return {**certain, **{frozenset({frozenset({f"lost class {number}"})}): number for number in sorted(lost)}}
 
 
 class Ledger:

@@ -40,9 +40,9 @@ def clock() -> Clock:
     return Clock()
 
 
-def make(clock: Clock, file: Path | None = None) -> NameStore:
+def make(clock: Clock, file: Path | None = None, boot: str = "this") -> NameStore:
     """Names with a floor of 30 s and no extra time."""
-    return NameStore(clock, file, floor_s=30, extra_s=0)
+    return NameStore(clock, file, boot=boot, floor_s=30, extra_s=0)
 
 
 def event(name: str = "api.example.com", endpoint: EndpointKey | None = WEB, ttl_s: int = 60) -> LearnedAddress:
@@ -132,12 +132,41 @@ def test_names_survive_a_restart(clock: Clock, tmp_path: Path) -> None:
     assert not again.problems
 
 
+def test_names_of_another_boot_are_not_read(clock: Clock, tmp_path: Path) -> None:
+    """Their times are those of another clock, and the kernel has lost the addresses."""
+    names = make(clock, tmp_path / "names")
+    names.take([event(ttl_s=600)])
+    names.save()
+    again = make(clock, tmp_path / "names", boot="another")
+    again.load(lambda _: True)
+    assert not list(again)
+    assert not again.problems
+
+
+def test_a_refused_address_is_not_taught(clock: Clock) -> None:
+    """It may have become one of a node or service since the answer."""
+    names, maps = make(clock), Maps()
+    names.take([event()])
+    tables = tables_with("*.example.com", 3)
+    done = teach(
+        maps.maps,  # type: ignore[arg-type]
+        tables,
+        names,
+        now_s=1000.0,
+        now_jiffies=64_000,
+        jiffies_per_second=250,
+        is_refused=ADDRESS.__eq__,
+    )
+    assert done == 0
+    assert not maps.maps["np_learned4"].rows
+
+
 @pytest.mark.parametrize(
     "entry",
     [
         '["Pod", 3]',
         "[]",
-        '["Pod", "a", "b", "192.0.2.1", "x.com", "10.96.0.10"]',
+        '["Pod", "a", "b", "192.0.2.1", "x.com", "10.96.0.10", "this"]',
         '["Pod", "a", "b", "192.0.2.1", "x.com", 5]',
     ],
 )
@@ -152,7 +181,7 @@ def test_a_damaged_file_is_a_problem_and_is_set_aside(clock: Clock, tmp_path: Pa
 
 def test_a_time_that_no_clock_reaches_is_read(clock: Clock, tmp_path: Path) -> None:
     """It counts as a late one, and the file can be written again."""
-    entry = json.dumps(["Pod", "shop", "web", str(ADDRESS), "x.com", str(SERVER), 10**400])
+    entry = json.dumps(["Pod", "shop", "web", str(ADDRESS), "x.com", str(SERVER), "this", 10**400])
     (tmp_path / "names").write_text(f'{{"format": 1, "names": [{entry}]}}')
     names = make(clock, tmp_path / "names")
     names.load(lambda _: True)

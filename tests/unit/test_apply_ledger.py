@@ -93,6 +93,17 @@ def test_number_of_a_class_that_was_lost_is_not_given_again() -> None:
     assert {"domains": len(compiler.tables.domains), "names": len(compiler.tables.names)} == {"domains": 1, "names": 1}
 
 
+def test_a_number_with_two_contents_has_none() -> None:
+    """Such a ledger is damaged. The number is not given to another class, because learned addresses may have it."""
+    known = with_lost_classes({SITE: 1, frozenset({frozenset({"www.example.org"})}): 1}, [])
+    assert list(known.values()) == [1]
+    assert SITE not in known
+    compiler = Compiler(known=KnownNumbers(name_classes=known))
+    compiler.replace(derive(parse_documents(NAMED, "names.yaml").check()))
+    compiler.commit()
+    assert compiler.tables.names.get("www.example.org") == 2
+
+
 def test_what_went_does_not_come_back(path: Path) -> None:
     """A forgotten number is free for the next agent. A changed one has its last value."""
     ledger = recorded(path)
