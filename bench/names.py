@@ -84,7 +84,7 @@ KNOWN, UNKNOWN = IPv4Address("203.0.113.5"), IPv4Address("203.0.113.6")
 FIRST_TAUGHT = int(IPv4Address("100.64.0.0"))
 ENDPOINT, POD_IDENTITY = 7, 100
 INGRESS_SET, EGRESS_SET = 1, 2
-BY_NAME_PORT, DENIED_PORT, OPEN_PORT, DNS_PORT = 443, 81, 80, 53
+BY_NAME_PORT, DENIED_PORT, OPEN_PORT, DOMAIN_PORT = 443, 81, 80, 53
 LIST, EXACT, WILD, OTHER = 5, 7, 9, 11
 """A domain list, and the classes of the names of the cases."""
 WATCHED = (120, 1_200, 24_000)
@@ -192,7 +192,7 @@ class Names:
         maps = self.dataplane.maps
         own = bytes(abi.np_addr(identity=POD_IDENTITY, holder=ENDPOINT))
         maps["np_addr4"].put(POD.packed, own)
-        for slot, ports in ((abi.NP_SLOT_UDP, {DNS_PORT: 1}), (abi.NP_SLOT_TCP, {OPEN_PORT: 2, DENIED_PORT: 3})):
+        for slot, ports in ((abi.NP_SLOT_UDP, {DOMAIN_PORT: 1}), (abi.NP_SLOT_TCP, {OPEN_PORT: 2, DENIED_PORT: 3})):
             block = bytearray(512)
             for port, atom in ports.items():
                 struct.pack_into("=H", block, port * 2, atom)
@@ -217,7 +217,7 @@ class Names:
         maps["np_domain"].put(
             bytes(abi.np_domain_key(list=LIST, name_class=EXACT)), bytes(abi.np_domain(rank=0, rule=30, staged_rule=30))
         )
-        learn_from(self.dataplane, ENDPOINT, SERVER, DNS_PORT)
+        learn_from(self.dataplane, ENDPOINT, SERVER, DOMAIN_PORT)
         self.watch(2)
         self.dataplane.bump_generation()
 
@@ -254,8 +254,8 @@ class Names:
             first = FIRST_TAUGHT + number * shape.addresses
             name = shape.asked(number)
             message = answer(name, range(first, first + shape.addresses), shape.cnames)
-            asked.append(self.once(Hook.TC_INGRESS, udp4(POD, SERVER, 40_000, DNS_PORT, question(name)), PASS))
-            answered.append(self.once(Hook.TC_EGRESS, udp4(SERVER, POD, DNS_PORT, 40_000, message), PASS))
+            asked.append(self.once(Hook.TC_INGRESS, udp4(POD, SERVER, 40_000, DOMAIN_PORT, question(name)), PASS))
+            answered.append(self.once(Hook.TC_EGRESS, udp4(SERVER, POD, DOMAIN_PORT, 40_000, message), PASS))
         self.reports.consume()
         wanted = exchanges * shape.addresses if shape.is_watched else 0
         if self.learned() - before != wanted:
@@ -324,7 +324,7 @@ def learn_from(dataplane: Dataplane, endpoint: int, server: IPv4Address, port: i
     config = dataplane.config()
     config.flags |= abi.NP_CONFIG_NAMES
     config.name_floor_s = 30
-    config.dns_ports = 0 if port == DNS_PORT else port
+    config.dns_ports = 0 if port == DOMAIN_PORT else port
     dataplane.set_config(config)
 
 
