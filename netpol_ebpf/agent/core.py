@@ -227,6 +227,7 @@ class Agent:
         self._take_changes()  # `look` has set the tunnels of the node's devices
         self.interfaces.locate()  # finds pods whose addresses only the CNI plugin reported
         self.binder.find_attached()
+        self.domain_names.receive()
         self.enforcement.install()
         self.binder.take_over()
         self.is_started = True
@@ -351,6 +352,8 @@ class Agent:
         self.enforcement.record.begin()
         self.rejected.expect(changes, self._location_of)
         before = self.own_interfaces.inputs
+        if self.enforcement.is_pending:
+            self.domain_names.receive()
         try:
             self.enforcement.apply(changes)
         except (LimitError, MapFullError) as error:

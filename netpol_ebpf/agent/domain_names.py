@@ -10,13 +10,23 @@ Invariant: a fault of this part changes no verdict: a missing class denies what 
 
 from __future__ import annotations
 
+import ctypes
 import time
+from collections import deque
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from netpol_ebpf.agent.enforcement import Enforcement
-from netpol_ebpf.agent.learned_names import LearnedName, Lifetime, NameStore, classes_in_use, names_in_kernel, teach
+from netpol_ebpf.agent.learned_names import (
+    MOST_NAMES,
+    LearnedName,
+    Lifetime,
+    NameStore,
+    classes_in_use,
+    names_in_kernel,
+    teach,
+)
 from netpol_ebpf.agent.node_access import NodeAccess
 from netpol_ebpf.apply.events import LearnedAddress, decode_learned
 from netpol_ebpf.errors import Problem
@@ -31,6 +41,9 @@ list that has one of its pattern sets."""
 VERIFY_S = 2.0
 """Seconds for which reports about a row that the agent wrote make the agent look at the row again; arbitrary. The program
 may have written the row at the same moment, and one of the two classes is then missing."""
+
+REPORTS_IN_RING = abi.MAP_SPECS["np_dns_event"].max_entries // ctypes.sizeof(abi.np_dns_event)
+"""At least as many reports as the ring buffer holds. Reports that come while the agent reads are of numbers in use."""
 
 
 def seconds_since_boot() -> float:
@@ -70,13 +83,29 @@ class DomainNames:
         self._written: dict[tuple[EndpointKey, IPAddress], float] = {}
         self._forget_at_s = clock() + FORGET_S
         self._has_loaded = False
+        self._received: deque[LearnedAddress] = deque(maxlen=MOST_NAMES)
+
+    def receive(self) -> None:
+        """Read all waiting reports, for the next `step`.
+
+        Must be called before new maps are made: they may give the number of an endpoint that went to another endpoint, and
+        a report names its endpoint by the number alone.
+        """
+        left = REPORTS_IN_RING
+        while left > 0:
+            events = self._read()
+            if not events:
+                break
+            self._received.extend(events)
+            left -= len(events)
 
     def step(self, endpoints: Collection[EndpointKey]) -> None:
         """Do all work that is due. ``endpoints``: those of this node."""
         if not self._has_loaded:
             self._has_loaded = True
             self.learned.load(set(endpoints).__contains__)
-        events = self._read()
+        events = [*self._received, *self._read()]
+        self._received.clear()
         if events:
             now, hertz = read_jiffies(), self._hertz()
             self.learned.take(events, lambda event: (now - event.time_jiffies) / hertz)
@@ -101,7 +130,8 @@ class DomainNames:
     def _read(self) -> list[LearnedAddress]:
         records: list[abi.np_dns_event] = []
         self._node.read_dns_events(records.append)
-        return [decode_learned(record, self._enforcement.names) for record in records]
+        names = self._enforcement.names
+        return [decode_learned(record, names) for record in records]
 
     def _to_verify(self, events: list[LearnedAddress]) -> list[tuple[LearnedName, Lifetime]]:
         """The names of addresses that the program reported shortly after the agent wrote their rows."""

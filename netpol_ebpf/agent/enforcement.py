@@ -136,7 +136,10 @@ class Enforcement:
 
     @property
     def names(self) -> Names:
-        """The meaning of numbers in events."""
+        """The meaning of numbers in events. Before the first `install`, endpoints are those of the earlier agent."""
+        if self._applier is None:
+            former = {number: key for key, number in self._ledger.numbers.endpoints.items()}
+            return Names(self._names.rules, self._names.log_lists, former)
         return Names(self._names.rules, self._names.log_lists, self._names.endpoints)
 
     @property

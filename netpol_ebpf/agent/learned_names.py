@@ -86,7 +86,9 @@ class NameStore:
         self._file_problem = ""
         self._saved_s = clock()
         self._names: OrderedDict[LearnedName, Lifetime] = OrderedDict()  # the one that was reported last comes last
-        self._counts: defaultdict[EndpointKey, int] = defaultdict(int)
+        self._of_endpoint: defaultdict[EndpointKey, OrderedDict[LearnedName, None]] = defaultdict(
+            OrderedDict
+        )  # likewise
         self._by_address: defaultdict[tuple[EndpointKey, IPAddress], set[str]] = defaultdict(set)
 
     def __len__(self) -> int:
@@ -118,13 +120,15 @@ class NameStore:
         return new
 
     def _put(self, key: LearnedName, learned: Lifetime) -> None:
+        own = self._of_endpoint[key.endpoint]
         if key not in self._names:
-            self._counts[key.endpoint] += 1
+            own[key] = None
             self._by_address[key.endpoint, key.address].add(key.name)
         self._names[key] = learned
         self._names.move_to_end(key)
-        if self._counts[key.endpoint] > MOST_OF_ENDPOINT:
-            self._evict(next(one for one in self._names if one.endpoint == key.endpoint))
+        own.move_to_end(key)
+        if len(own) > MOST_OF_ENDPOINT:
+            self._evict(next(iter(own)))
         elif len(self._names) > MOST_NAMES:
             self._evict(next(iter(self._names)))
 
@@ -135,13 +139,14 @@ class NameStore:
 
     def _remove(self, key: LearnedName) -> None:
         del self._names[key]
-        self._counts[key.endpoint] -= 1
+        own = self._of_endpoint[key.endpoint]
+        del own[key]
+        if not own:
+            del self._of_endpoint[key.endpoint]
         names = self._by_address[key.endpoint, key.address]
         names.discard(key.name)
         if not names:
             del self._by_address[key.endpoint, key.address]
-        if not self._counts[key.endpoint]:
-            del self._counts[key.endpoint]
 
     def names_of(self, endpoint: EndpointKey, address: IPAddress) -> frozenset[str]:
         """The names for which the endpoint learned the address, without expired ones."""
@@ -151,9 +156,8 @@ class NameStore:
 
     def keep_only(self, endpoints: Collection[EndpointKey]) -> None:
         """Remove the names of endpoints that no longer exist. ``endpoints``: those that exist."""
-        gone = self._counts.keys() - set(endpoints)
-        if gone:
-            for key in [key for key in self._names if key.endpoint in gone]:
+        for endpoint in self._of_endpoint.keys() - set(endpoints):
+            for key in list(self._of_endpoint[endpoint]):
                 self._remove(key)
 
     def expire(self) -> None:

@@ -14,7 +14,7 @@ import pytest
 from memory_barrier import MemoryTables
 from memory_maps import MemoryMap, memory_maps
 
-from netpol_ebpf.agent import assignments, report
+from netpol_ebpf.agent import assignments, domain_names, report
 from netpol_ebpf.agent.adoption import LiveConnections
 from netpol_ebpf.agent.cni import UNSEEN_TYPES, CniResult
 from netpol_ebpf.agent.core import Agent
@@ -667,6 +667,47 @@ def test_flow_names_endpoint_and_rule_even_after_they_went(bench: Bench) -> None
     plain = report.flow(agent, flow)
     assert (plain["source_name"], plain["destination_name"]) == ("Pod/shop/far", "Pod/shop/db")
     assert plain["decided_by"]["policy"] == "KubernetesNetworkPolicy/shop/db"
+
+
+def learned(number: int) -> abi.np_dns_event:
+    """A report that the endpoint with this number learned 203.0.113.5 for api.example.com."""
+    event = abi.np_dns_event(endpoint=number, ttl_s=3600, ip_version=4)
+    labels = b"\3com\7example\3api\0"
+    event.labels[0 : len(labels)] = list(labels)
+    event.address[0:4] = list(ip_address("203.0.113.5").packed)
+    event.server[0:4] = list(ip_address("10.96.0.10").packed)
+    return event
+
+
+@pytest.mark.parametrize("is_restart", [True, False])
+def test_a_name_that_a_gone_pod_learned_is_not_given_to_the_pod_with_its_number(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, *, is_restart: bool
+) -> None:
+    """Reports may wait in the ring while new maps, or a new agent, give the number away again."""
+    monkeypatch.setattr(domain_names, "read_jiffies", lambda: 0)
+    monkeypatch.setattr(domain_names.DomainNames, "_hertz", lambda _: 250)
+    links = {**WIRING.links, 9: Interface(9, "cali9", "veth", (7, 2))}
+    bench.node.wiring = replace(WIRING, links=links, host_routes={**WIRING.host_routes, ip_address("10.0.0.9"): 9})
+    bench.write("gone.yaml", POD.format(name="gone", node="here", last=8))
+    gone, late = (EndpointKey("Pod", "shop", name) for name in ("gone", "late"))
+    agent = bench.agent()
+    numbers = {key: row.number for key, row in agent.enforcement.tables.endpoints.items()}
+    bench.remove("gone.yaml")
+    settle(agent)
+    bench.write("late.yaml", POD.format(name="late", node="here", last=9))
+    reports = [learned(numbers[gone]), learned(numbers[WEB])]
+    if is_restart:
+        bench.node.dns_events += reports
+        agent = bench.agent()
+        agent.step()
+    else:
+        agent.enforcement._is_ahead = True  # as after a change for which the maps had no room
+        while late not in agent.enforcement.tables.endpoints:
+            bench.node.dns_events += reports
+            agent.step()
+    assert agent.enforcement.tables.endpoints[late].number == numbers[gone]
+    assert late in agent.enforcement.applier.bindings
+    assert [key.endpoint for key, _ in agent.domain_names.learned] == [WEB]
 
 
 def test_report_holds_all_of_it(bench: Bench) -> None:

@@ -120,6 +120,34 @@ def test_one_endpoint_does_not_evict_the_names_of_another(clock: Clock, monkeypa
     assert "2 learned names were dropped" in names.problems[0].message
 
 
+def test_a_name_beyond_the_limit_of_its_endpoint_costs_no_look_at_the_names_of_others(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One answer can bring many such names, and the agent must not stand still meanwhile."""
+    compared = 0
+
+    class Counted(EndpointKey):
+        """A key that counts how often it is compared."""
+
+        __hash__ = EndpointKey.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return tuple(self) == other
+
+    monkeypatch.setattr(learned_names, "MOST_OF_ENDPOINT", 100)
+    names = make(clock)
+    for number in range(10):
+        other = Counted("Pod", "shop", f"other-{number}")
+        names.take([event(f"n{name}.example.com", other) for name in range(100)])
+    names.take([event(f"n{name}.example.com") for name in range(100)])
+    compared = 0
+    names.take([event(f"more{name}.example.com") for name in range(10)])
+    assert names.evicted == 10
+    assert compared < 100
+
+
 def test_names_survive_a_restart(clock: Clock, tmp_path: Path) -> None:
     """The next agent reads what has not expired, of endpoints that are still here."""
     names = make(clock, tmp_path / "names")
