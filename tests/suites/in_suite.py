@@ -56,6 +56,8 @@ WARNINGS = (
 OF_KUBERNETES_EXTRA = re.compile(r"\b(apiserver_traces|fake_apiserver|writable_api|sources\.kubernetes)\b")
 """A test file that names one of these needs the extra ``[kubernetes]``. A suite need not have its packages, and the
 core must work without them."""
+OF_DNSPYTHON = re.compile(r"^(import|from) dns\b", re.MULTILINE)
+"""A test file that imports dnspython, which is of the extra ``[dev]`` and which nothing of the product needs."""
 
 
 def main() -> int:
@@ -181,6 +183,9 @@ def run_tests(failed: list[str]) -> dict[str, int]:
     if importlib.util.find_spec("msgspec") is None:
         files = sorted(Path("tests/unit").glob("test_*.py"))
         command += [f"--ignore={one}" for one in files if OF_KUBERNETES_EXTRA.search(one.read_text(encoding="utf-8"))]
+    if importlib.util.find_spec("dns") is None:
+        files = sorted(Path("tests").glob("[uk]*/test_*.py"))  # tests/unit and tests/kernel
+        command += [f"--ignore={one}" for one in files if OF_DNSPYTHON.search(one.read_text(encoding="utf-8"))]
     options = " ".join(f'-W "{warning}"' for warning in WARNINGS)  # some tests run pytest, too
     done = subprocess.run(command, env={**os.environ, "PYTEST_ADDOPTS": options}, check=False)
     counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
